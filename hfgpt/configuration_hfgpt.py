@@ -1,0 +1,146 @@
+"""The configuration of an hfgpt model: GPT-2's architecture under transformers' standard names.
+
+Two published layouts are covered: GPT-2's (biases in the query, key and value projections, the head tied to the token
+embedding) and that of *Build a Large Language Model (From Scratch)* (`qkv_bias=False, tie_word_embeddings=False`).
+
+This file travels to the Hub with the weights, so it imports nothing but transformers and its dependencies.
+
+Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), table 2 for the four sizes.
+"""
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PRESETS = {
+    "gpt2": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "gpt2-medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "gpt2-large": {"hidden_size": 1280, "num_hidden_layers": 36, "num_attention_heads": 20},
+    "gpt2-xl": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
+}
+
+
+@strict
+class HfGPTConfig(PreTrainedConfig):
+    r"""Architecture of an hfgpt model.
+
+    Args:
+        vocab_size: Rows of the token embedding.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Transformer blocks.
+        num_attention_heads: Heads of each attention; divides `hidden_size`.
+        intermediate_size: Width inside the MLP; `None` means four times `hidden_size`.
+        max_position_embeddings: The context length, in tokens.
+        hidden_act: Activation of the MLP, a name of `transformers.activations.ACT2FN`; `gelu_new` is the tanh GELU.
+        layer_norm_eps: Epsilon of the LayerNorms.
+        initializer_range: Standard deviation of the initial weights (residual projections: over sqrt(2 * layers)).
+        tie_word_embeddings: Whether the output head is the token embedding (GPT-2) or has weights of its own (the book).
+        qkv_bias: Whether the query, key and value projections have biases.
+        embd_pdrop: Dropout after the embeddings.
+        resid_pdrop: Dropout at the end of each residual branch.
+        attn_pdrop: Dropout on the attention weights.
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: A wrong type or an impossible architecture; names the field.
+        ValueError: A keyword that is nearly, but not quite, the name of a field.
+
+    Example:
+
+    ```python
+    >>> HfGPTConfig.from_preset("gpt2-medium", qkv_bias=False).hidden_size
+    1024
+    ```
+    """
+
+    model_type = "hfgpt"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads these as class attributes
+    attribute_map = {  # noqa: RUF012
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_inner": "intermediate_size",
+        "n_positions": "max_position_embeddings",
+        "n_ctx": "max_position_embeddings",
+        "activation_function": "hidden_act",
+        "layer_norm_epsilon": "layer_norm_eps",
+    }
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {  # noqa: RUF012
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    hidden_act: str = "gelu_new"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    qkv_bias: bool = True
+    embd_pdrop: float | int = 0.1
+    resid_pdrop: float | int = 0.1
+    attn_pdrop: float | int = 0.1
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs):
+        names = [*type(self).__dataclass_fields__, *self.attribute_map]
+        for key in kwargs.keys() - set(names):
+            # Anything else is kept as transformers does; a near miss would silently leave the default in place.
+            if nearest := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
+                raise ValueError(f"HfGPTConfig has no '{key}'; did you mean '{nearest[0]}'?")
+        super().__post_init__(**kwargs)
+        # After super(): GPT-2's names (`n_embd`) only arrive there.
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+
+    def validate_architecture(self):
+        """Refuses what cannot be built; called by `@strict` at initialisation and before saving."""
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a dropout probability is in [0, 1)")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "HfGPTConfig":
+        """Builds the configuration of a published GPT-2 size.
+
+        Args:
+            name: `gpt2` (124M), `gpt2-medium` (355M), `gpt2-large` (774M) or `gpt2-xl` (1558M).
+            overrides: Fields that differ from the preset, e.g. `qkv_bias=False, tie_word_embeddings=False` for the
+                book's layout.
+
+        Raises:
+            ValueError: The preset is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset '{name}'; choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+__all__ = ["PRESETS", "HfGPTConfig"]

@@ -1,0 +1,500 @@
+"""GPT, top to bottom: attention, MLP, block, model, language model, sequence classifier.
+
+GPT-2's architecture: learned token and position embeddings, pre-LayerNorm blocks, causal multi-head attention, a
+tanh-GELU MLP of four times the width, a final LayerNorm and a linear head, tied to the token embedding or not.
+
+Everything around the arithmetic is transformers': attention kernels through its attention interface, masks through its
+mask functions, caches through its cache classes, losses through `loss_function`. There are no buffers, so nothing can be
+left uninitialised by `from_pretrained`, and the projections are plain `nn.Linear`, so adapters, quantizers and parallel
+plans apply without a special case.
+
+Shapes: B batch, T tokens of this call, S tokens attended to (cache included), C hidden size, H heads, D = C / H, V vocabulary.
+
+This file travels to the Hub with the weights, so it imports nothing but torch, transformers and the configuration.
+
+Sources: Vaswani et al., "Attention Is All You Need" (2017); Radford et al., "Language Models are Unsupervised Multitask
+Learners" (GPT-2, 2019); Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017, tied head).
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hfgpt import HfGPTConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot-product attention written out: softmax(Q K^T / sqrt(D) + mask) V.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, H, S, D).
+        attention_mask: (B, 1, T, S), added to the scores; None where the mask function found nothing to hide.
+
+    Returns:
+        The mixed values (B, T, H, D) and the attention weights (B, H, T, S).
+    """
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # In float32: half-precision sums over a long row lose the small weights.
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class HfGPTAttention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: HfGPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # -1 for the heads: under tensor parallelism each process holds a share of them.
+        head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attn_pdrop if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, C)
+        return self.resid_dropout(self.o_proj(output)), weights
+
+
+class HfGPTMLP(nn.Module):
+    """Two linear layers around an activation, applied to each position alone."""
+
+    def __init__(self, config: HfGPTConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.resid_dropout(self.down_proj(self.act_fn(self.up_proj(hidden_states))))
+
+
+class HfGPTBlock(GradientCheckpointingLayer):
+    """One pre-LayerNorm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: HfGPTConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = HfGPTAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = HfGPTMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class HfGPTPreTrainedModel(PreTrainedModel):
+    """What every hfgpt model declares to transformers, and the initialisation of its weights."""
+
+    config_class = HfGPTConfig
+    config: HfGPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HfGPTBlock"]  # noqa: RUF012 - transformers reads these as class attributes
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HfGPTBlock, "attentions": HfGPTAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # transformers visits children before parents, and its `init` functions, unlike in-place writes, leave weights
+        # alone that `from_pretrained` has loaded.
+        super()._init_weights(module)
+        # GPT-2, section 2.3: scale the weights of residual layers by 1/sqrt(N), N residual layers (two a block).
+        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, HfGPTAttention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, HfGPTMLP):
+            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+
+
+def find_packed_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Numbers the documents of rows that hold several, told apart by positions that restart.
+
+    A document starts at each real token whose position does not follow that of the real token before it; padding,
+    whatever positions it was given, starts none.
+
+    Args:
+        position_ids: (B, T).
+        attention_mask: (B, T), zero at padding; None: no padding.
+
+    Returns:
+        (B, T), the number of each token's document in its row, or None if every row holds one.
+    """
+    index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    last_real = torch.where(real, index, -1).cummax(-1).values
+    previous = nn.functional.pad(last_real, (1, -1), value=-1)
+    expected = position_ids.gather(-1, previous.clamp(min=0)) + 1
+    starts = real & (previous >= 0) & (position_ids != expected)
+    # A graph cannot branch on values: while tracing, the mask is always built.
+    if not is_tracing(position_ids) and not starts.any():
+        return None
+    return starts.cumsum(-1)
+
+
+class HfGPTModel(HfGPTPreTrainedModel):
+    """Embeddings, blocks and the final norm: token ids in, hidden states out."""
+
+    def __init__(self, config: HfGPTConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embd_dropout = nn.Dropout(config.embd_pdrop)
+        self.layers = nn.ModuleList([HfGPTBlock(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Computes the hidden states of the last layer.
+
+        Args:
+            input_ids: (B, T) token ids; or `inputs_embeds`, (B, T, C), in their place.
+            attention_mask: (B, S), zero at padding on either side, over the cached and the new tokens; or any mask
+                prepared by transformers' mask functions.
+            position_ids: (B, T); None counts the real tokens of each row. Positions that restart pack several
+                documents into a row, each of which attends to itself alone; such rows are not cached.
+            past_key_values: Cache of the tokens before these.
+            use_cache: Whether to return a cache; None asks the configuration.
+
+        Raises:
+            ValueError: More tokens than the context; packed rows with a cache; an attention mask that does not cover
+                the cached tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
+
+        documents = None
+        if position_ids is None:
+            position_ids = self._count_positions(inputs_embeds, attention_mask, past_key_values)  # (B or 1, T)
+        else:
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+            documents = self._check_positions(position_ids, attention_mask, past_key_values)
+        if documents is None:
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=self.config)
+            same_document = None
+        else:
+            # One cache cannot be continued by several documents, so none is made.
+            use_cache = False
+
+            def same_document(batch, head, query, key):
+                return documents[batch, query] == documents[batch, key]
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            # Not passed on: transformers' own detection misses packed rows beside a mask or a cache (masking_utils).
+            position_ids=None,
+            and_mask_function=same_document,
+        )
+
+        hidden_states = self.embd_dropout(inputs_embeds + self.embed_positions(position_ids))
+        for block in self.layers:
+            hidden_states = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                # Flash attention finds packed documents by them.
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def _count_positions(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """Positions (B or 1, T) of tokens that came without: the number of real tokens before each in its row."""
+        length = inputs_embeds.shape[1]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        index = torch.arange(length, device=inputs_embeds.device) + seen  # (T)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            if not is_tracing(index):
+                self._check_context(int(seen) + length)
+            return index.unsqueeze(0)
+        counts = attention_mask.long().cumsum(-1) - 1  # (B, S)
+        if not is_tracing(index):
+            if attention_mask.shape[1] < int(seen) + length:
+                raise ValueError(
+                    f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache holds {int(seen)} and the "
+                    f"input {length}: pass the mask of all {int(seen) + length}"
+                )
+            if attention_mask.shape[1] > self.config.max_position_embeddings:
+                self._check_context(int(counts.max()) + 1)
+        return counts.clamp(min=0).index_select(1, index)
+
+    def _check_positions(
+        self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
+    ) -> torch.Tensor | None:
+        """Checks given positions (B, T) against the context; returns the documents (B, T) of packed rows, or None."""
+        tracing, length = is_tracing(position_ids), position_ids.shape[1]
+        if not tracing:
+            self._check_context(int(position_ids.max()) + 1)
+        # A mask that is not (B, S) was prepared by the caller and is final.
+        if length == 1 or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
+            return None
+        # While tracing, positions cannot be looked at, and a cache means that `generate` made them: one document a row.
+        if tracing and past_key_values is not None:
+            return None
+        padding_mask = attention_mask if attention_mask is None else attention_mask[:, -length:]
+        documents = find_packed_documents(position_ids, padding_mask)
+        if documents is None:
+            return None
+        if past_key_values is not None:
+            raise ValueError(
+                "position_ids restart, so these rows pack several documents, and one cache cannot hold them: "
+                "pass no past_key_values and use_cache=False"
+            )
+        padded = padding_mask is not None and not padding_mask.bool().all()
+        if "flash" in self.config._attn_implementation and (len(position_ids) > 1 or padded):
+            raise ValueError(
+                "flash attention keeps packed documents apart only in a batch of one row without padding: "
+                "flatten the rows into one, or use attn_implementation='sdpa' or 'flex_attention'"
+            )
+        return documents
+
+    def _check_context(self, length: int):
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the sequence has {length} tokens, but the context of this model ends at "
+                f"{self.config.max_position_embeddings} (max_position_embeddings): shorten it"
+            )
+
+
+class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
+    """The language model: hidden states to logits over the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: HfGPTConfig):
+        super().__init__(config)
+        self.model = HfGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Computes logits (B, T, V) and, given labels, the mean cross-entropy in nats.
+
+        Args:
+            labels: (B, T), the input ids themselves (they are shifted here), -100 where nothing is learned.
+            logits_to_keep: Compute logits for the last n positions only, or for the given positions; 0 keeps all.
+            kwargs: Among others `shift_labels`, (B, T), targets that are shifted already and take the place of
+                `labels`, so that the last position has a target too; and `num_items_in_batch`, by which the summed
+                loss is divided in place of the number of targets here.
+
+        The other arguments are those of `HfGPTModel.forward`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        # transformers generates on and lets the position embedding fail at the first token past the context.
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+        context = self.config.max_position_embeddings
+        if generation_config.max_length > context:
+            raise ValueError(
+                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones "
+                f"exceed the context of {context}: set max_new_tokens to at most {max(0, context - input_ids_length)}, "
+                "or shorten the prompt"
+            )
+
+
+class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
+    """A linear head over the last real token of each row: class logits, or a regression."""
+
+    def __init__(self, config: HfGPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = HfGPTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """Computes logits (B, num_labels) and, given labels (B) or (B, num_labels), the loss of `problem_type`.
+
+        The token read is the last one that `attention_mask` does not mark as padding, on whichever side padding lies.
+        Without a mask, trailing `pad_token_id`s are taken for padding, as GPT-2's classifier does.
+
+        Raises:
+            ValueError: A row that is all padding.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, T, C)
+        batch_size, length = hidden_states.shape[:2]
+        if attention_mask is not None:
+            real = attention_mask[:, -length:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        else:
+            real = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
+        if not is_tracing(real) and not real.any(-1).all():
+            raise ValueError("a row holds nothing but padding: drop empty texts before classifying")
+        index = torch.arange(length, device=hidden_states.device)
+        last = torch.where(real.to(index.device), index, -1).amax(-1)  # (B)
+        pooled = hidden_states[torch.arange(batch_size, device=hidden_states.device), last]  # (B, C)
+        logits = self.score(pooled)  # (B, num_labels)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["HfGPTForCausalLM", "HfGPTForSequenceClassification", "HfGPTModel", "HfGPTPreTrainedModel"]
