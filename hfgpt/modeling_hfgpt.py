@@ -17,6 +17,9 @@ Learners" (GPT-2, 2019); Press and Wolf, "Using the Output Embedding to Improve 
 """
 
 import math
+import shutil
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,6 +41,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hfgpt import HfGPTConfig
+
+# Written into every saved config.json, so that each Auto class finds its model where hfgpt is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hfgpt.HfGPTConfig",
+    "AutoModel": "modeling_hfgpt.HfGPTModel",
+    "AutoModelForCausalLM": "modeling_hfgpt.HfGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hfgpt.HfGPTForSequenceClassification",
+}
 
 
 def eager_attention_forward(
@@ -185,6 +196,20 @@ class HfGPTPreTrainedModel(PreTrainedModel):
             init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
         elif isinstance(module, HfGPTMLP):
             init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """Saves as transformers does, always with our names of weights, and with the code beside them.
+
+        transformers' default would write a model loaded from a GPT-2 checkpoint under GPT-2's names, which nobody
+        without hfgpt could load again.
+        """
+        kwargs.setdefault("save_original_format", False)
+        self.config.auto_map = dict(AUTO_MAP)
+        if is_main_process and not Path(save_directory).is_file():
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for module in (HfGPTConfig.__module__, HfGPTPreTrainedModel.__module__):
+                shutil.copy(sys.modules[module].__file__, save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
 def find_packed_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,124 @@
+"""What became of the data: rows read, kept, dropped and why; tokens and blocks of each split.
+
+Every stage counts into one `DataReport`; `data_report.json` of a run and `hfgpt inspect` are this object, written out.
+"""
+
+import dataclasses
+import json
+import os
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class SplitReport:
+    """Sizes of one split; what was not measured (the split was never tokenized, say) stays 0.
+
+    Args:
+        documents: Documents, or rows.
+        characters: Unicode characters of their text.
+        bytes: Bytes of their text in UTF-8.
+        tokens: Tokens of the whole stream.
+        blocks: Blocks an epoch goes through.
+        predicted_tokens: Tokens an epoch predicts: the targets that are not ignored, overlaps counted each time.
+        tail_tokens: Tokens at the end of the stream that no block predicts.
+    """
+
+    documents: int = 0
+    characters: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    predicted_tokens: int = 0
+    tail_tokens: int = 0
+
+
+@dataclass
+class DataReport:
+    """What was read from a source and what was done with it.
+
+    Args:
+        source: Where the data comes from: the path, the Hub id or `synthetic:stories`.
+        sha256: Of the content. One file: of its bytes, as `sha256sum` prints it; several: of the lines `sha256sum`
+            prints for them in their folder; Hub and synthetic data: of the texts read.
+        rows_read: Rows read from the source.
+        rows_kept: Rows that became documents.
+        dropped: Reason -> rows that did not.
+        truncated: Rows that lost tokens because they were too long.
+        duplicated: Kept rows whose text was already there; they are counted, not removed.
+        leaked: Documents of a given validation split that are also in the training split; 0 where hfgpt divides.
+        split_by: How validation was separated: `given` (by the source), `documents` (whole documents), `position` (one
+            long document was cut: its parts do not end with an end of document) or "" (not split).
+        unused_files: Files of the folder that belong to neither split.
+        splits: Split name -> its sizes.
+    """
+
+    source: str = ""
+    sha256: str = ""
+    rows_read: int = 0
+    rows_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    duplicated: int = 0
+    leaked: int = 0
+    split_by: str = ""
+    unused_files: list[str] = field(default_factory=list)
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+
+    def drop(self, reason: str, rows: int = 1) -> None:
+        """Counts rows that are left out.
+
+        Args:
+            reason: Why, in a few words, such as `empty`.
+            rows: How many.
+        """
+        self.dropped[reason] = self.dropped.get(reason, 0) + rows
+
+    def split(self, name: str) -> SplitReport:
+        """The sizes of a split, made on first use.
+
+        Args:
+            name: Such as `train`.
+
+        Returns:
+            The split's report, to be filled in place.
+        """
+        return self.splits.setdefault(name, SplitReport())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers, strings, lists and dictionaries, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the report as JSON; the file appears whole or not at all.
+
+        Args:
+            path: The file to write; its folder is made if needed.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, because os.replace is atomic only within one file system.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def summary(self) -> str:
+        """A few lines for the terminal; zeros are left out."""
+        lines = [f"{self.source}: {self.rows_read:,} rows read, {self.rows_kept:,} kept"]
+        lines += [f"  dropped {rows:,}: {reason}" for reason, rows in sorted(self.dropped.items())]
+        notes = {
+            "truncated": self.truncated,
+            "duplicated (kept)": self.duplicated,
+            "validation documents that are also in train": self.leaked,
+            "files in neither split": len(self.unused_files),
+        }
+        lines += [f"  {count:,} {what}" for what, count in notes.items() if count]
+        for name, split in self.splits.items():
+            sizes = [f"{size:,} {what.replace('_', ' ')}" for what, size in dataclasses.asdict(split).items() if size]
+            lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")
+        return "\n".join(lines)

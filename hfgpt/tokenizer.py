@@ -1,0 +1,341 @@
+"""Stage 1, text to tokens: train a tokenizer, or load one. Either is a `transformers` fast tokenizer.
+
+Sources:
+- char: every character is a token, as in nanoGPT's data/shakespeare_char.
+- bpe: byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) over bytes, as in GPT-2 (Radford et al. 2019).
+- wordpiece: Schuster and Nakajima 2012; the layout of BERT (Devlin et al. 2019, arXiv:1810.04805).
+- unigram: Kudo 2018, arXiv:1804.10959; the spaces of SentencePiece (arXiv:1808.06226).
+
+Special tokens come first in a trained vocabulary: `<|endoftext|>` has id 0 (it begins and ends every document), the
+padding token id 1, and `<|unk|>`, for the kinds that can meet an unknown character, the id after them. Encoding adds
+none of them by itself, and a special token typed in the text is read as that token, as in GPT-2.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+
+from hfgpt.errors import InputError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|pad|>"
+UNKNOWN = "<|unk|>"
+
+# What a folder may hold: a saved tokenizer, or GPT-2's two files under transformers' or OpenAI's names.
+SAVED_FILES = ("tokenizer.json", "tokenizer_config.json")
+GPT2_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+
+# Texts go to the trainer in pieces: it needs about 100 bytes a character of a piece, and holds 256 pieces at a time.
+PIECE_CHARACTERS = 65_536
+
+
+@dataclass
+class TokenizerArguments:
+    """The recipe's section `tokenizer`."""
+
+    path: str | None = None
+    """A Hub id, a folder, or GPT-2's vocab.json with merges.txt beside it; None trains a tokenizer."""
+    kind: Literal["char", "bpe", "wordpiece", "unigram"] = "bpe"
+    """What to train: bpe and char give every text back exactly, wordpiece does not keep its spaces."""
+    vocab_size: int = 4096
+    """Upper bound of the trained vocabulary, special tokens included (ignored by char)."""
+    max_train_characters: int = 100_000_000
+    """Training reads no further than this, so that its memory stays bounded."""
+    pad_token: str | None = PADDING
+    """The padding token; None adds none (GPT-2's published layout)."""
+
+
+def build_tokenizer(arguments: TokenizerArguments, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Load the tokenizer a recipe names, or train the one it describes.
+
+    Args:
+        arguments: The recipe's section `tokenizer`.
+        texts: The training documents; not read when `arguments.path` is set.
+
+    Returns:
+        The tokenizer; a model for it needs `len(tokenizer)` embeddings.
+
+    Raises:
+        InputError: See `load_tokenizer` and `train_tokenizer`.
+    """
+    if arguments.path is not None:
+        return load_tokenizer(arguments.path, arguments.pad_token)
+    return train_tokenizer(
+        texts, arguments.kind, arguments.vocab_size, arguments.max_train_characters, arguments.pad_token
+    )
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    kind: str = "bpe",
+    vocab_size: int = 4096,
+    max_characters: int = 100_000_000,
+    pad_token: str | None = PADDING,
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer; the same texts give the same tokenizer, bit for bit.
+
+    Args:
+        texts: Documents of any length, read once as a stream.
+        kind: `char`, `bpe`, `wordpiece` or `unigram`.
+        vocab_size: Upper bound of the vocabulary, special tokens included; a small corpus gives fewer. `char` ignores it.
+        max_characters: Reading stops after this many characters; the document they end in is cut there.
+        pad_token: The padding token, or None for a tokenizer without one.
+
+    Returns:
+        The tokenizer; for `bpe` a `GPT2Tokenizer`, which every tool that reads GPT-2 can load.
+
+    Raises:
+        InputError: There is no text, the text is not valid Unicode, an argument is out of range, or `vocab_size` is
+            below the single characters (for `bpe`: 256 bytes) and special tokens.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["To be, or not to be"], kind="char")
+        >>> tokenizer.decode(tokenizer.encode("not to be"))
+        'not to be'
+    """
+    if isinstance(texts, str):
+        raise InputError("texts is a single string, which would be read a character at a time; pass a list: [text]")
+    if kind not in _TRAINERS:
+        raise InputError(f"tokenizer kind {kind!r} is unknown; choose one of {', '.join(_TRAINERS)}")
+    if max_characters < 1:
+        raise InputError(f"max_train_characters is {max_characters}, the least is 1; raise it or leave it out")
+    if pad_token in (END_OF_TEXT, UNKNOWN, ""):
+        raise InputError(f"pad_token {pad_token!r} cannot be the padding token; choose another, like {PADDING}")
+
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    if pad_token is not None:
+        names["pad_token"] = pad_token
+    if kind != "bpe":
+        names["unk_token"] = UNKNOWN
+
+    pieces = _split_into_pieces(texts, max_characters)
+    first = next(pieces, None)
+    if first is None:
+        raise InputError("there is no text to train a tokenizer on: it needs at least 1 character; check the data")
+    try:
+        return _TRAINERS[kind](itertools.chain([first], pieces), vocab_size, names)
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text is not valid Unicode ({error}); clean or drop the document that holds it"
+        ) from error
+
+
+def _split_into_pieces(texts: Iterable[str], max_characters: int) -> Iterator[str]:
+    """The texts up to `max_characters`, long ones cut before a space so that no word is."""
+    left = max_characters
+    for text in texts:
+        text = text[:left]
+        left -= len(text)
+        start = 0
+        while start < len(text):
+            end = start + PIECE_CHARACTERS
+            if end < len(text):
+                space = text.rfind(" ", start + 1, end)
+                end = space if space > start else end
+            yield text[start:end]
+            start = end
+        if left == 0:
+            return
+
+
+def _train_char(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
+    alphabet = set()
+    for piece in pieces:
+        alphabet.update(piece)
+    vocab = {token: id for id, token in enumerate([*dict.fromkeys(names.values()), *sorted(alphabet)])}
+    # A BPE that never merges: one token a character.
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    backend.decoder = decoders.Fuse()
+    return _wrap(backend, names)
+
+
+def _train_bpe(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
+    specials, alphabet = list(dict.fromkeys(names.values())), pre_tokenizers.ByteLevel.alphabet()
+    _check_room(vocab_size, len(alphabet), specials, "bpe")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.train_from_iterator(
+        pieces,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=specials,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    model = json.loads(backend.to_str())["model"]
+    return _build_gpt2(model["vocab"], [tuple(merge) for merge in model["merges"]], names)
+
+
+def _train_wordpiece(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
+    specials = list(dict.fromkeys(names.values()))
+    # WordPieceTrainer numbers its "##x" in the order of a hash table, which differs from run to run, and breaks ties
+    # by number. A plain BPE over words with a marked start finds the same merges in one order.
+    mark = "\ue000"
+    normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    counter = Tokenizer(models.BPE())
+    counter.normalizer = normalizer
+    counter.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace(mark, prepend_scheme="always")]
+    )
+    counter.train_from_iterator(
+        pieces, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    )
+    found = sorted(counter.get_vocab().items(), key=lambda item: item[1])
+    alphabet = [token for token, _ in found if len(token) == 1 and token != mark]
+    _check_room(vocab_size, 2 * len(alphabet), specials, "wordpiece")
+    merged = [token[1:] if token.startswith(mark) else f"##{token}" for token, _ in found if token != mark]
+    tokens = dict.fromkeys([*specials, *alphabet, *(f"##{character}" for character in alphabet), *merged])
+    vocab = {token: id for id, token in enumerate(itertools.islice(tokens, vocab_size))}
+
+    backend = Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNKNOWN))
+    backend.normalizer = normalizer
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return _wrap(backend, names)
+
+
+def _train_unigram(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
+    specials, alphabet = list(dict.fromkeys(names.values())), set()
+
+    def checked_pieces() -> Iterator[str]:
+        for piece in pieces:
+            alphabet.update(piece.replace(" ", "▁"))
+            yield piece
+        # At the end of the stream the alphabet is known, and the long part of the training not yet begun.
+        _check_room(vocab_size, len(alphabet), specials, "unigram")
+
+    backend = Tokenizer(models.Unigram())
+    # A space belongs to the word after it, and none is added at the start: decoding then gives the same text back.
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\n+"), "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
+    )
+    backend.decoder = decoders.Metaspace(prepend_scheme="never")
+    backend.train_from_iterator(
+        checked_pieces(),
+        trainers.UnigramTrainer(
+            vocab_size=vocab_size, special_tokens=specials, unk_token=UNKNOWN, show_progress=False
+        ),
+    )
+    # The trainer finds the same pieces every time, but sums in the order of a hash table (the last digits differ) and
+    # gives characters it dropped the lowest score plus steps of 1e-4 in that order: level and round them.
+    scores = {piece: score for piece, score in json.loads(backend.to_str())["model"]["vocab"] if piece not in specials}
+    lowest = min(scores.values())
+    rare = lowest + 1e-4 * (len(alphabet) + 1)
+    levelled = {
+        piece: round(lowest if len(piece) == 1 and score < rare else score, 4) for piece, score in scores.items()
+    }
+    ranked = sorted(levelled, key=lambda piece: (-levelled[piece], piece))
+    room = vocab_size - len(specials) - len(alphabet)
+    kept = set(alphabet).union(itertools.islice((piece for piece in ranked if piece not in alphabet), room))
+    vocab = [(token, 0.0) for token in specials] + [(piece, levelled[piece]) for piece in ranked if piece in kept]
+    backend.model = models.Unigram(vocab, unk_id=specials.index(UNKNOWN))
+    return _wrap(backend, names)
+
+
+_TRAINERS = {"char": _train_char, "bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram}
+
+
+def _check_room(vocab_size: int, singles: int, specials: list[str], kind: str) -> None:
+    minimum = singles + len(specials)
+    if vocab_size < minimum:
+        raise InputError(
+            f"vocab_size {vocab_size} is too small: {kind} needs at least {minimum} on this text, {singles} single "
+            f"characters or bytes and {len(specials)} special tokens; raise tokenizer.vocab_size"
+        )
+
+
+def _wrap(backend: Tokenizer, names: dict[str, str]) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+def _build_gpt2(vocab: dict[str, int], merges: list[tuple[str, str]], names: dict[str, str]) -> GPT2Tokenizer:
+    return GPT2Tokenizer(vocab, merges, clean_up_tokenization_spaces=False, **names)
+
+
+def load_tokenizer(path: str | os.PathLike, pad_token: str | None = PADDING) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from the Hub, a folder, or GPT-2's two vocabulary files.
+
+    Anything that exists, starts with `.`, `/` or `~`, ends in `.json` or has two slashes is local and never looked for
+    on the network.
+
+    Args:
+        path: A Hub id; a folder that `save_pretrained` wrote; or GPT-2's `vocab.json` (`merges.txt` beside it),
+            OpenAI's `encoder.json` (`vocab.bpe` beside it), or a folder with such a pair.
+        pad_token: Padding token for a tokenizer that has none, or that pads with its end of text (which the loss could
+            then not learn). One that is new to the vocabulary gets the id `len(tokenizer)`: the model's embeddings
+            have to grow by one. None leaves the padding as it was saved.
+
+    Returns:
+        The tokenizer, with an end-of-text token (`<|endoftext|>` is added where it has none).
+
+    Raises:
+        InputError: Nothing is found at `path`, it cannot be read, it is not a fast tokenizer, or `pad_token` is its
+            end-of-text token.
+    """
+    location = Path(path).expanduser()
+    looks_local = str(path).startswith((".", "/", "~")) or location.suffix == ".json" or str(path).count("/") > 1
+    files = _find_files(location) if looks_local or location.exists() else None
+    try:
+        if files is None:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+        elif len(files) == 1:
+            tokenizer = AutoTokenizer.from_pretrained(str(files[0]))
+        else:
+            tokenizer = _build_gpt2(*models.BPE.read_file(*map(str, files)), names={})
+    # The Rust library reports a damaged file by a bare Exception.
+    except Exception as error:
+        where = "as a file, a folder or a Hub id" if files is None else "; save it again or name another"
+        reason = " ".join(str(error).split())
+        raise InputError(f"tokenizer {str(path)!r} cannot be loaded {where}: {reason}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(f"tokenizer {str(path)!r} is a {type(tokenizer).__name__}; only fast tokenizers can be used")
+
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+    if pad_token is not None and tokenizer.pad_token in (None, tokenizer.eos_token):
+        if pad_token == tokenizer.eos_token:
+            raise InputError(f"pad_token {pad_token!r} is the end-of-text token of {path}; choose another, or None")
+        tokenizer.add_special_tokens({"pad_token": pad_token})
+    return tokenizer
+
+
+def _find_files(location: Path) -> list[Path]:
+    """The folder that transformers can load, or GPT-2's two files, whichever `location` holds."""
+    folder, names = location.parent, [location.name]
+    if location.is_dir():
+        folder, names = location, [*SAVED_FILES, *GPT2_FILES]
+    for name in names:
+        merges = folder / GPT2_FILES.get(name, "merges.txt")
+        if name in SAVED_FILES and (folder / name).is_file():
+            return [folder]
+        if name not in SAVED_FILES and (folder / name).is_file() and merges.is_file():
+            return [folder / name, merges]
+    pairs = ", ".join(f"{vocab} with {merges}" for vocab, merges in GPT2_FILES.items())
+    raise InputError(
+        f"no tokenizer at {location}: looked for {', '.join(SAVED_FILES)}, {pairs}; name one of them or their folder"
+    )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all that decides which ids a text or a chat becomes; saving and loading keeps it.
+
+    Args:
+        tokenizer: Any fast tokenizer.
+
+    Returns:
+        64 hexadecimal digits. The truncation and padding of the last call do not count; the chat template does.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.update(truncation=None, padding=None)
+    state.update(special_tokens=tokenizer.special_tokens_map, chat_template=tokenizer.chat_template)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

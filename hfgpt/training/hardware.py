@@ -1,0 +1,44 @@
+"""What this machine computes with: the device, bfloat16 in hardware or not, memory."""
+
+import platform
+import resource
+import sys
+
+import torch
+
+
+def find_device() -> torch.device:
+    """The device that Trainer will use: the current accelerator, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware.
+
+    Where it does not, bfloat16 is emulated: right, but up to hundreds of times slower than float32
+    (pytorch issue 146508).
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def describe_device(device: torch.device) -> str:
+    """The device as people name it, e.g. `NVIDIA A100-SXM4-80GB` or `CPU AMD EPYC, 2 threads`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+        return f"CPU {name}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by tensors on an accelerator, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,134 @@
+"""Muon for the hidden matrices, AdamW for everything else, as one optimizer for Trainer.
+
+Sources: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); Loshchilov and Hutter,
+"Decoupled Weight Decay Regularization" (2019).
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from .hardware import has_native_bf16
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, orthogonalising in float32 where bfloat16 would be emulated.
+
+    torch.optim.Muon converts each gradient to bfloat16. On a processor without such units its products take some
+    twenty times as long as in float32, and more than the training step itself. There, matrices of one shape are also
+    orthogonalised together. Everything else (momentum, state, hyper-parameters) is torch's.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if has_native_bf16(self.param_groups[0]["params"][0].device):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for parameters in by_shape.values():
+                self._step_together(parameters, group)
+        return loss
+
+    def _step_together(self, parameters: list[torch.Tensor], group: dict):
+        """One step for parameters of one shape (rows, columns)."""
+        updates = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+            updates.append(parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
+        updates = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = parameters[0].shape
+        ratio = {"match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}.get(
+            group["adjust_lr_fn"], max(1, rows / columns) ** 0.5
+        )
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"] * ratio)
+
+
+def orthogonalize(
+    matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Moves the singular values of each matrix (n, rows, columns) close to one by Newton-Schulz iterations."""
+    a, b, c = coefficients
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # the iteration converges below a spectral norm of one
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Two optimizers behind the interface of one: the parameter groups of both, one step, one state."""
+
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
+        self.muon, self.adamw = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
+
+    def step(self, closure=None):
+        loss = self.muon.step(closure)
+        self.adamw.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state_dict: dict):
+        self.muon.load_state_dict(state_dict["muon"])
+        self.adamw.load_state_dict(state_dict["adamw"])
+        # Loading replaces the group dictionaries; the learning-rate schedule writes to these.
+        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+
+
+def hidden_matrix_names(model: nn.Module) -> set[str]:
+    """Names of the trainable weights of linear layers inside the blocks: what Muon is made for."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if ".layers." in f".{name}" and isinstance(module, nn.Linear) and module.weight.requires_grad
+    }
+
+
+class MuonFactory:
+    """What Trainer takes for an optimizer it does not know: made without arguments, called with the model."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        decay_names: set[str],
+        muon_learning_rate: float,
+        weight_decay: float,
+        **adamw_arguments,
+    ) -> MuonWithAdamW:
+        """Builds the optimizer.
+
+        Args:
+            model: Its trainable parameters are optimized.
+            decay_names: Parameters that decay, among those for AdamW; hidden matrices all do.
+            muon_learning_rate: Of the hidden matrices.
+            weight_decay: Of both optimizers.
+            adamw_arguments: The others of `torch.optim.AdamW`, `lr` among them.
+        """
+        hidden = hidden_matrix_names(model)
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        rest = {name: parameter for name, parameter in trainable.items() if name not in hidden}
+        muon = Muon([trainable[name] for name in trainable if name in hidden], muon_learning_rate, weight_decay)
+        groups = [
+            {"params": [p for name, p in rest.items() if name in decay_names], "weight_decay": weight_decay},
+            {"params": [p for name, p in rest.items() if name not in decay_names], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW([group for group in groups if group["params"]], **adamw_arguments)
+        return MuonWithAdamW(muon, adamw)

@@ -1,0 +1,161 @@
+"""transformers' Trainer, and its arguments, changed only where they are wrong for a causal language model.
+
+Each override says what Trainer 5.23 does instead. Everything else, from accumulation to distribution, is Trainer's.
+"""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from ..configuration_hfgpt import HfGPTConfig
+from ..errors import InputError
+from ..evaluation.perplexity import measure_perplexity
+from .flops import training_flops_per_token
+from .hardware import find_device, has_native_bf16
+from .optimizers import MuonFactory
+
+
+@dataclass
+class HfGPTTrainingArguments(TrainingArguments):
+    """The recipe's section `training`: the fields of `TrainingArguments`, with defaults for small GPTs, and a few more.
+
+    Args:
+        bf16: Mixed precision in bfloat16; None turns it on where the hardware has it, never where it is emulated.
+        muon_learning_rate: When given, the matrices inside the blocks are trained by Muon at this rate, and the rest
+            by AdamW at `learning_rate`; both follow the one schedule.
+        decay_all_parameters: Whether biases and norms decay too, as in the book.
+    """
+
+    bf16: bool | None = None
+    muon_learning_rate: float | None = None
+    decay_all_parameters: bool = False
+    logging_steps: float = 10
+    # Trainer's default waits for the device at every micro-batch and hides what it filters.
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    disable_tqdm: bool | None = True
+    save_total_limit: int | None = 2
+    dataloader_pin_memory: bool | None = None
+
+    def __post_init__(self):
+        device = torch.device("cpu") if self.use_cpu else find_device()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and has_native_bf16(device)
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = device.type == "cuda"
+        # TrainingArguments refuses bf16 on a CPU that was not asked for by name.
+        self.use_cpu = device.type == "cpu"
+        super().__post_init__()
+
+
+class HfGPTTrainer(Trainer):
+    """Trainer for causal language models over fixed-length blocks (`hfgpt.data.blocks.BlockDataset`)."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("data_collator", default_data_collator)
+        super().__init__(*args, **kwargs)
+        if self.args.muon_learning_rate is not None:
+            self.optimizer_cls_and_kwargs = (
+                MuonFactory,
+                {
+                    "decay_names": set(self.get_decay_parameter_names(self.model)),
+                    "muon_learning_rate": self.args.muon_learning_rate,
+                    "weight_decay": self.args.weight_decay,
+                    "lr": self.args.learning_rate,
+                    "betas": (self.args.adam_beta1, self.args.adam_beta2),
+                    "eps": self.args.adam_epsilon,
+                    "fused": True,
+                },
+            )
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        if self.args.decay_all_parameters:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer smooths labels it shifts itself, and so leaves out the last target that `shift_labels` has."""
+        if self.label_smoother is None or "shift_labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")})
+        loss = self.label_smoother(outputs, inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        # On a CPU the value is at hand; on an accelerator reading it would stall every step, so `log` looks.
+        if loss.device.type == "cpu":
+            self._refuse_non_finite(loss.item(), f"at step {self.state.global_step + 1}")
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        for name in ("loss", "grad_norm"):
+            if name in logs:
+                last = self.state.log_history[-1]["step"] if self.state.log_history else 0
+                self._refuse_non_finite(logs[name], f"between steps {last + 1} and {self.state.global_step}", name)
+        super().log(logs, start_time)
+
+    def _refuse_non_finite(self, value: float, where: str, name: str = "loss"):
+        if math.isfinite(value):
+            return
+        last = find_last_checkpoint(self.args.output_dir)
+        remedy = f"go on from {last} with --resume" if last else "start again"
+        raise InputError(
+            f"the {name} is {value} {where}; {remedy} and a lower training.learning_rate or training.max_grad_norm"
+        )
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Trainer averages the means of batches; this sums over tokens."""
+        dataloader = self.get_eval_dataloader(eval_dataset)
+        self.callback_handler.eval_dataloader = dataloader
+        start = time.perf_counter()
+        with self.compute_loss_context_manager():
+            result = measure_perplexity(
+                self.model,
+                dataloader,
+                gather=self.accelerator.gather_for_metrics,
+                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
+            )
+        metrics = result.to_dict(metric_key_prefix)
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> float:
+        """Trainer walks all parameters at every micro-batch, and counts neither attention nor the output head."""
+        config = getattr(self.model, "config", None)
+        if not isinstance(config, HfGPTConfig):
+            return super().floating_point_ops(inputs)
+        return inputs["input_ids"].numel() * training_flops_per_token(config, inputs["input_ids"].shape[-1])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        """Trainer turns `config.use_cache` off for training and would save it so: slow generation for every user."""
+        config = self.model.config
+        config.use_cache, use_cache = True, config.use_cache
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            config.use_cache = use_cache
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer leaves the half of a checkpoint that still fit on the disk, and would resume from it."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def find_last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run folder; None if it holds none. Its state file is written last."""
+    checkpoints = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,357 @@
+"""Every kind of source gives exactly the text that was written, and every fault names itself. All checks are exact."""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from hfgpt.data.report import DataReport
+from hfgpt.data.sources import DataArguments, find_files, load_documents, read_rows
+from hfgpt.errors import InputError
+
+TEXTS = [
+    "NA",
+    "007",
+    'says "hi", twice',
+    " käse €\t𝄞 ",
+    "two\nlines",
+    "\u2028 \x85 \x1c end",
+    "null",
+    "1.50",
+    "True",
+    "x\r\ny",
+]
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads `tmp_path / path` (or a source by name) and gives both splits and the report."""
+
+    def load(path, seed=0, **arguments):
+        report = DataReport()
+        cache = tmp_path / ".cache"
+        path = path if path.startswith(("synthetic:", "hub/")) else str(tmp_path / path)
+        splits = load_documents(DataArguments(path=path, cache_dir=str(cache), **arguments), seed, report)
+        assert not list(cache.iterdir()), "reading leaves no copies behind"
+        return splits["train"]["text"][:], splits["validation"]["text"][:], report
+
+    return load
+
+
+def table_bytes(delimiter):
+    if delimiter == "\t":
+        rows = [text for text in TEXTS if not set("\t\n") & set(text)]
+        return "".join(f"{row}\n" for row in ["id\ttext", *(f"{i}\t{row}" for i, row in enumerate(rows))]), rows
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([["id", "text"], *enumerate(TEXTS)])
+    return out.getvalue(), TEXTS
+
+
+def written_rows(suffix):
+    """The bytes of a file with TEXTS and the texts that it holds."""
+    if suffix == ".json":
+        return json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)], indent=1).encode(), TEXTS
+    if suffix == ".jsonl":
+        lines = [json.dumps({"id": i, "text": text}, ensure_ascii=False) for i, text in enumerate(TEXTS)]
+        return "\n\n".join(lines).encode(), TEXTS
+    if suffix == ".parquet":
+        out = io.BytesIO()
+        pq.write_table(pa.table({"id": range(len(TEXTS)), "text": TEXTS}), out)
+        return out.getvalue(), TEXTS
+    if suffix in (".csv", ".tsv"):
+        text, rows = table_bytes("," if suffix == ".csv" else "\t")
+        return text.encode(), rows
+    text = "".join(f"{text}\r\n\n" for text in TEXTS)
+    return text.encode(), [text]
+
+
+def compress(data, compression):
+    if compression == ".gz":
+        # Two members, one after the other, are one valid file.
+        return gzip.compress(data[:7]) + gzip.compress(data[7:])
+    return zstandard.ZstdCompressor().compress(data) if compression else data
+
+
+KINDS = [
+    (suffix, compression)
+    for suffix in (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv")
+    for compression in ("", ".gz", ".zst")
+]
+
+
+@pytest.mark.parametrize(("suffix", "compression"), [*KINDS, (".parquet", "")])
+def test_every_kind_of_file_gives_its_texts_unchanged(load, tmp_path, suffix, compression):
+    data, texts = written_rows(suffix)
+    content = compress(data, compression)
+    name = "data" + suffix + compression
+    (tmp_path / name).write_bytes(content)
+    assert [row["text"] for row in read_rows(tmp_path / name, columns=["text"])] == texts
+    train, validation, report = load(name, validation_fraction=0.5)
+    if len(texts) == 1:
+        assert train[0] + validation[0] == texts[0]
+        assert report.split_by == "position"
+    else:
+        assert sorted(train + validation) == sorted(texts)
+        assert report.split_by == "documents"
+        assert (report.rows_read, report.rows_kept, report.dropped) == (len(texts), len(texts), {})
+    assert report.sha256 == hashlib.sha256(content).hexdigest()
+    parts = report.splits.values()
+    assert sum(part.characters for part in parts) == sum(map(len, texts))
+    assert sum(part.bytes for part in parts) == sum(len(text.encode()) for text in texts)
+
+
+def test_one_document_keeps_its_line_ends_and_loses_only_the_byte_order_mark(load, tmp_path):
+    text = "\n\n a\r\nb\rc\x0b\u2028 \n \n"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    train, validation, _ = load("a.txt")
+    assert train[0] + validation[0] == text
+
+
+def test_characters_across_chunk_borders_survive(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfgpt.data.sources.CHUNK", 3)
+    text = "é€𝄞a\n" * 20
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt").write_bytes(text.encode() + b"\xff")
+    assert "".join(row["text"] for row in read_rows(tmp_path / "a.txt")) == text
+    with pytest.raises(InputError, match=f"byte 0xff at offset {len(text.encode())};"):
+        list(read_rows(tmp_path / "b.txt"))
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "documents"),
+    [
+        ("document", ["a\nb\r\n \n\n  c \nd"]),
+        ("paragraph", ["a\nb", "  c \nd"]),
+        ("line", ["a", "b", " ", "", "  c ", "d"]),
+    ],
+)
+def test_what_one_document_is_in_a_text_file(tmp_path, sample_by, documents):
+    (tmp_path / "a.txt").write_bytes(b"a\nb\r\n \n\n  c \nd")
+    assert [row["text"] for row in read_rows(tmp_path / "a.txt", sample_by)] == documents
+
+
+def test_rows_without_text_are_dropped_and_counted_by_reason(load, tmp_path):
+    rows = ["one", "two", "", " \n", None, 3, "\ud800", "one"]
+    lines = [json.dumps({"text": row}) for row in rows] + ["{}"]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    train, validation, report = load("a.jsonl")
+    assert sorted(train + validation) == ["one", "one", "two"]
+    assert report.dropped == {"empty": 2, "not text": 3, "not Unicode": 1}
+    assert (report.rows_read, report.rows_kept, report.duplicated) == (9, 3, 1)
+    assert "dropped 2: empty" in report.summary()
+
+
+def test_json_lists_of_texts_and_json_lines_under_the_name_json(tmp_path):
+    (tmp_path / "a.json").write_text('["x", "y"]')
+    (tmp_path / "b.json").write_text('{"text": "x"}\n{"text": "y"}\n')
+    for name in ("a.json", "b.json"):
+        assert [row["text"] for row in read_rows(tmp_path / name)] == ["x", "y"]
+
+
+def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
+    (tmp_path / "a.tsv").write_text('ham\t"quoted\nspam\tsecond"\nham\tthird\n')
+    train, validation, report = load("a.tsv", text_column="1")
+    assert sorted(train + validation) == ['"quoted', 'second"', "third"]
+    assert report.rows_read == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt' is empty: add text"),
+        ("a.txt", b" \n\t", "has no text in 1 rows read (dropped: 1 empty)"),
+        ("a.txt", b"abc\0def", "a.txt is not text: byte 3 is NUL"),
+        ("a.txt", b"caf\xe9 noir", "a.txt is not UTF-8: byte 0xe9 at offset 3; convert it to UTF-8"),
+        ("a.txt.gz", gzip.compress(b"caf\xe9 noir"), "byte 0xe9 at offset 3"),
+        ("a.txt", b"x", "one document of 1 characters leaves the train split empty"),
+        ("a.txt.gz", gzip.compress(b"abc" * 99)[:-9], "ends in the middle of its .gz data"),
+        ("a.txt.zst", zstandard.compress(b"abc" * 99)[:-5], "ends in the middle of its .zst data"),
+        ("a.txt.gz", b"plain", "is not valid .gz"),
+        ("a.txt.zst", b"plain", "is not valid .zst"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": }', "a.jsonl is not JSON: Expecting value in line 3, column 10"),
+        ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json is not JSON: Expecting ':' delimiter in line 2"),
+        ("a.jsonl", b'{"text": "a"}\n[1]', "a.jsonl: line 2 is a list, it must be an object"),
+        ("a.json", b'{"id": 1, "body": "x"}', "'text' is not in {path}, which has: 'id', 'body'"),
+        ("a.csv", b"id,body\n1,x\n", "'text' is not in {path}, which has: 'id', 'body'"),
+        ("a.csv", b"id,text\n1,x\n2,y,z\n", "row 3 has 3 fields, the first row 2"),
+        ("a.csv", b'id,text\n1,"x"y\n', "is not a valid table"),
+        ("a.tsv", b"id\ttext\n1\n", "row 2 has 1 fields, the first row 2"),
+        ("a.parquet", b"PAR1", "is not a valid Parquet file"),
+        ("a.docx", b"x", "has the suffix '.docx': taken are .txt, .md"),
+        ("a.parquet.gz", b"x", "has the suffix '.gz'"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a"}', "all 2 documents"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_in_one_line(load, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        load(name)
+    assert message.format(path=path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_column_of_a_parquet_file(load, tmp_path):
+    pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"data.text_column 'text' is not in .*, which has: 'id', 'body'"):
+        load("a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "stories.tx"}, "does not exist .nearest: .*stories.txt"),
+        ({"path": "folder"}, "holds no usable file: taken are .txt"),
+        ({"path": "*.csv"}, "holds no usable file"),
+        ({"path": "mixed"}, r"mixes kinds of files, JSON \(b.jsonl\), text \(a.txt\)"),
+        ({"path": "synthetic:poems"}, "the synthetic text is synthetic:stories"),
+        ({"path": "stories.txt", "validation_fraction": 0.0}, "it must be above 0 and below 1"),
+        ({"path": "stories.txt", "max_documents": 0}, "data.max_documents is 0, the least is 1"),
+        ({"path": "stories.txt", "sample_by": "page"}, "it must be document, paragraph or line"),
+        ({"path": "stories.txt", "validation_split": "test"}, "is one file: unset it"),
+        ({"path": "several", "validation_split": "test"}, "'test' is in no file name of .*: a.txt, b.txt"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_said(load, tmp_path, arguments, message):
+    (tmp_path / "stories.txt").write_text("once\n\nupon")
+    for folder, names in {
+        "folder": [".hidden.txt", "x.py"],
+        "mixed": ["a.txt", "b.jsonl"],
+        "several": ["a.txt", "b.txt"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text("x")
+    with pytest.raises(InputError, match=message):
+        load(**arguments)
+
+
+def test_missing_path_and_missing_right(load, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"data.path is not set"):
+        load_documents(DataArguments(), 0, DataReport())
+    (tmp_path / "a.txt").write_text("text")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    # Not chmod: root, as tests may run, reads everything.
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"a.txt cannot be read \(Permission denied\)"):
+        load("a.txt")
+
+
+def test_a_folder_is_read_in_order_of_names_without_hidden_files(tmp_path):
+    for name in ("b.txt", "sub/a.md", ".hidden.txt", ".git/a.txt", "note.py", "a.txt.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = [file.relative_to(tmp_path).as_posix() for file in find_files(str(tmp_path))]
+    assert names == ["a.txt.gz", "b.txt", "sub/a.md"]
+    assert [file.name for file in find_files(str(tmp_path / "*.txt"))] == ["b.txt"]
+    assert find_files(str(tmp_path / "absent")) == []
+
+
+def test_validation_files_of_a_folder(load, tmp_path):
+    for name in ("train-1.txt", "train-2.txt", "val.txt", "test.txt"):
+        (tmp_path / name).write_text(name)
+    train, validation, report = load(".")
+    assert (train, validation, report.split_by) == (["train-1.txt", "train-2.txt"], ["val.txt"], "given")
+    assert report.unused_files == [str(tmp_path / "test.txt")]
+    assert load(".", validation_split="test")[1] == ["test.txt"]
+
+
+def test_one_document_is_cut_where_the_book_and_nanogpt_cut_it(load, tmp_path):
+    for size, cut in {20_479: int(0.90 * 20_479), 1_115_394: 1_003_854}.items():
+        text = "abcdefghij" * (size // 10) + "x" * (size % 10)
+        (tmp_path / "a.txt").write_text(text)
+        train, validation, report = load("a.txt")
+        assert (train, validation) == ([text[:cut]], [text[cut:]])
+        assert report.splits["train"].documents == report.splits["validation"].documents == 1
+
+
+def test_copies_of_a_text_are_never_on_both_sides(load, tmp_path):
+    texts = [f"text {i % 40}" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    sides = []
+    for seed in (0, 0, 1):
+        train, validation, report = load("a.jsonl", seed=seed)
+        assert not set(train) & set(validation)
+        assert sorted(train + validation) == sorted(texts)
+        assert len(validation) in (9, 10)
+        assert report.duplicated == 60
+        sides.append(validation)
+    assert sides[0] == sides[1] != sides[2]
+
+
+def test_each_side_gets_a_document_even_of_two(load, tmp_path):
+    (tmp_path / "a.txt").write_text("x\nx\nx\ny")
+    train, validation, _ = load("a.txt", sample_by="line")
+    assert (train, validation) == (["x", "x", "x"], ["y"])
+
+
+def test_max_documents_reads_only_the_first_rows(load, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\nnot even JSON')
+    train, validation, report = load("a.jsonl", max_documents=3)
+    assert sorted(train + validation) == ["a", "b"]
+    assert report.rows_read == 3
+
+
+def test_synthetic_stories_depend_on_the_seed_alone(load):
+    first, again, other = (load("synthetic:stories", seed=seed, max_documents=20) for seed in (1, 1, 2))
+    assert len(first[0]) == 18
+    assert len(first[1]) == 2
+    assert first == again
+    assert first[2].sha256 != other[2].sha256
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_data_uses_its_validation_split_and_counts_what_leaks(load, monkeypatch, streaming):
+    def load_dataset(path, name, revision, streaming):
+        assert (path, name, revision) == ("hub/set", "small", "v1")
+        train = datasets.Dataset.from_dict({"body": ["a", "b", None], "image": [0, 1, 2]})
+        validation = datasets.Dataset.from_dict({"body": ["a", "c"], "image": [0, 1]})
+        splits = datasets.DatasetDict({"train": train, "validation": validation})
+        if not streaming:
+            return splits
+        return datasets.IterableDatasetDict({key: split.to_iterable_dataset() for key, split in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    arguments = {"name": "small", "revision": "v1", "max_documents": 3 if streaming else None}
+    train, validation, report = load("hub/set", text_column="body", **arguments)
+    assert (train, validation) == (["a", "b"], ["a", "c"])
+    assert (report.leaked, report.duplicated, report.dropped) == (1, 1, {"not text": 1})
+    with pytest.raises(InputError, match="'text' is not in hub/set, which has: 'body', 'image'"):
+        load("hub/set", **arguments)
+    with pytest.raises(
+        InputError, match=r"data.validation_split 'dev' is not in hub/set, which has: train, validation"
+    ):
+        load("hub/set", text_column="body", validation_split="dev", **arguments)
+
+
+def test_unreachable_hub_data_is_said_in_one_line(load, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach\nthe Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        InputError, match=r"'hub/set' is no local file and cannot be had from the Hub \(Couldn't reach"
+    ):
+        load("hub/set")
+
+
+def test_the_report_is_written_whole(tmp_path):
+    report = DataReport(source="a.txt", rows_read=3)
+    report.drop("empty", 2)
+    report.split("train").documents = 1
+    report.save(tmp_path / "new" / "data_report.json")
+    assert json.loads((tmp_path / "new" / "data_report.json").read_text()) == report.to_dict()
+    assert [item.name for item in (tmp_path / "new").iterdir()] == ["data_report.json"]
+    assert report.summary() == "a.txt: 3 rows read, 0 kept\n  dropped 2: empty\n  train: 1 documents"
