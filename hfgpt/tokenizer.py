@@ -85,7 +85,7 @@ def train_tokenizer(
     Args:
         texts: Documents of any length, read once as a stream.
         kind: `char`, `bpe`, `wordpiece` or `unigram`.
-        vocab_size: Upper bound of the vocabulary, special tokens included; a small corpus gives fewer. `char` ignores it.
+        vocab_size: Upper bound of the vocabulary, special tokens included; ignored by `char`.
         max_characters: Reading stops after this many characters; the document they end in is cut there.
         pad_token: The padding token, or None for a tokenizer without one.
 
@@ -110,22 +110,23 @@ def train_tokenizer(
     if pad_token in (END_OF_TEXT, UNKNOWN, ""):
         raise InputError(f"pad_token {pad_token!r} cannot be the padding token; choose another, like {PADDING}")
 
-    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
-    if pad_token is not None:
-        names["pad_token"] = pad_token
+    names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": pad_token}
     if kind != "bpe":
         names["unk_token"] = UNKNOWN
-
+    specials = [token for token in dict.fromkeys(names.values()) if token is not None]
     pieces = _split_into_pieces(texts, max_characters)
     first = next(pieces, None)
     if first is None:
         raise InputError("there is no text to train a tokenizer on: it needs at least 1 character; check the data")
     try:
-        return _TRAINERS[kind](itertools.chain([first], pieces), vocab_size, names)
+        backend = _TRAINERS[kind](itertools.chain([first], pieces), vocab_size, specials)
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text is not valid Unicode ({error}); clean or drop the document that holds it"
-        ) from error
+        raise InputError(f"the text is not valid Unicode ({error}); clean or drop the document with it") from error
+
+    if kind == "bpe":
+        model = json.loads(backend.to_str())["model"]
+        return _build_gpt2(model["vocab"], [tuple(merge) for merge in model["merges"]], **names)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
 
 
 def _split_into_pieces(texts: Iterable[str], max_characters: int) -> Iterator[str]:
@@ -146,106 +147,89 @@ def _split_into_pieces(texts: Iterable[str], max_characters: int) -> Iterator[st
             return
 
 
-def _train_char(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
-    alphabet = set()
-    for piece in pieces:
-        alphabet.update(piece)
-    vocab = {token: id for id, token in enumerate([*dict.fromkeys(names.values()), *sorted(alphabet)])}
-    # A BPE that never merges: one token a character.
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+def _train_char(pieces: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
+    characters = sorted(set(itertools.chain.from_iterable(pieces)))
+    # A BPE that never merges gives one token a character.
+    backend = Tokenizer(models.BPE(_number([*specials, *characters]), merges=[], unk_token=UNKNOWN))
     backend.decoder = decoders.Fuse()
-    return _wrap(backend, names)
+    return backend
 
 
-def _train_bpe(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
-    specials, alphabet = list(dict.fromkeys(names.values())), pre_tokenizers.ByteLevel.alphabet()
-    _check_room(vocab_size, len(alphabet), specials, "bpe")
+def _train_bpe(pieces: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    _check_room("bpe", vocab_size, len(alphabet), specials)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.train_from_iterator(
-        pieces,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=specials,
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
-    )
-    model = json.loads(backend.to_str())["model"]
-    return _build_gpt2(model["vocab"], [tuple(merge) for merge in model["merges"]], names)
+    settings = {"special_tokens": specials, "initial_alphabet": alphabet, "min_frequency": 2, "show_progress": False}
+    backend.train_from_iterator(pieces, trainers.BpeTrainer(vocab_size=vocab_size, **settings))
+    return backend
 
 
-def _train_wordpiece(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
-    specials = list(dict.fromkeys(names.values()))
+def _train_wordpiece(pieces: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
     # WordPieceTrainer numbers its "##x" in the order of a hash table, which differs from run to run, and breaks ties
-    # by number. A plain BPE over words with a marked start finds the same merges in one order.
+    # by number. A plain BPE over words with a marked start finds such merges in one order.
     mark = "\ue000"
     normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    splitter = pre_tokenizers.BertPreTokenizer()
     counter = Tokenizer(models.BPE())
     counter.normalizer = normalizer
-    counter.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Metaspace(mark, prepend_scheme="always")]
-    )
-    counter.train_from_iterator(
-        pieces, trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False)
-    )
-    found = sorted(counter.get_vocab().items(), key=lambda item: item[1])
-    alphabet = [token for token, _ in found if len(token) == 1 and token != mark]
-    _check_room(vocab_size, 2 * len(alphabet), specials, "wordpiece")
-    merged = [token[1:] if token.startswith(mark) else f"##{token}" for token, _ in found if token != mark]
-    tokens = dict.fromkeys([*specials, *alphabet, *(f"##{character}" for character in alphabet), *merged])
-    vocab = {token: id for id, token in enumerate(itertools.islice(tokens, vocab_size))}
+    counter.pre_tokenizer = pre_tokenizers.Sequence([splitter, pre_tokenizers.Metaspace(mark, "always")])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    counter.train_from_iterator(pieces, trainer)
+    found = sorted(set(counter.get_vocab()) - {mark}, key=counter.token_to_id)
+    singles = [token for token in found if len(token) == 1]
+    _check_room("wordpiece", vocab_size, 2 * len(singles), specials)
+    merged = [token[1:] if token.startswith(mark) else f"##{token}" for token in found]
+    vocab = _number([*specials, *singles, *(f"##{single}" for single in singles), *merged], vocab_size)
 
-    backend = Tokenizer(models.WordPiece(vocab=vocab, unk_token=UNKNOWN))
+    backend = Tokenizer(models.WordPiece(vocab, unk_token=UNKNOWN))
     backend.normalizer = normalizer
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.pre_tokenizer = splitter
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    return _wrap(backend, names)
+    return backend
 
 
-def _train_unigram(pieces: Iterable[str], vocab_size: int, names: dict[str, str]) -> PreTrainedTokenizerFast:
-    specials, alphabet = list(dict.fromkeys(names.values())), set()
+def _train_unigram(pieces: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
+    alphabet = set()
 
     def checked_pieces() -> Iterator[str]:
         for piece in pieces:
             alphabet.update(piece.replace(" ", "▁"))
             yield piece
-        # At the end of the stream the alphabet is known, and the long part of the training not yet begun.
-        _check_room(vocab_size, len(alphabet), specials, "unigram")
+        # The alphabet is known once the stream ends, and the long part of the training has not begun.
+        _check_room("unigram", vocab_size, len(alphabet), specials)
 
     backend = Tokenizer(models.Unigram())
     # A space belongs to the word after it, and none is added at the start: decoding then gives the same text back.
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"\n+"), "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
-    )
+    spaces = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\n+"), "isolated"), spaces])
     backend.decoder = decoders.Metaspace(prepend_scheme="never")
-    backend.train_from_iterator(
-        checked_pieces(),
-        trainers.UnigramTrainer(
-            vocab_size=vocab_size, special_tokens=specials, unk_token=UNKNOWN, show_progress=False
-        ),
-    )
+    settings = {"special_tokens": specials, "unk_token": UNKNOWN, "show_progress": False}
+    backend.train_from_iterator(checked_pieces(), trainers.UnigramTrainer(vocab_size=vocab_size, **settings))
+
     # The trainer finds the same pieces every time, but sums in the order of a hash table (the last digits differ) and
-    # gives characters it dropped the lowest score plus steps of 1e-4 in that order: level and round them.
+    # gives the characters it dropped the lowest score plus steps of 1e-4 in that order: level and round them.
     scores = {piece: score for piece, score in json.loads(backend.to_str())["model"]["vocab"] if piece not in specials}
     lowest = min(scores.values())
-    rare = lowest + 1e-4 * (len(alphabet) + 1)
-    levelled = {
-        piece: round(lowest if len(piece) == 1 and score < rare else score, 4) for piece, score in scores.items()
-    }
-    ranked = sorted(levelled, key=lambda piece: (-levelled[piece], piece))
-    room = vocab_size - len(specials) - len(alphabet)
-    kept = set(alphabet).union(itertools.islice((piece for piece in ranked if piece not in alphabet), room))
-    vocab = [(token, 0.0) for token in specials] + [(piece, levelled[piece]) for piece in ranked if piece in kept]
+    for piece, score in scores.items():
+        rare = piece in alphabet and score < lowest + 1e-4 * (len(alphabet) + 1)
+        scores[piece] = round(lowest if rare else score, 4)
+    # It also passes vocab_size where the alphabet alone fills it, so the least likely longer pieces go here.
+    ranked = sorted(scores, key=lambda piece: (piece not in alphabet, -scores[piece], piece))
+    vocab = [(token, scores.get(token, 0.0)) for token in _number([*specials, *ranked], vocab_size)]
     backend.model = models.Unigram(vocab, unk_id=specials.index(UNKNOWN))
-    return _wrap(backend, names)
+    return backend
 
 
 _TRAINERS = {"char": _train_char, "bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram}
 
 
-def _check_room(vocab_size: int, singles: int, specials: list[str], kind: str) -> None:
+def _number(tokens: Iterable[str], limit: int | None = None) -> dict[str, int]:
+    """The first `limit` distinct tokens with their ids."""
+    return {token: number for number, token in enumerate(itertools.islice(dict.fromkeys(tokens), limit))}
+
+
+def _check_room(kind: str, vocab_size: int, singles: int, specials: list[str]) -> None:
     minimum = singles + len(specials)
     if vocab_size < minimum:
         raise InputError(
@@ -254,11 +238,7 @@ def _check_room(vocab_size: int, singles: int, specials: list[str], kind: str) -
         )
 
 
-def _wrap(backend: Tokenizer, names: dict[str, str]) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
-
-
-def _build_gpt2(vocab: dict[str, int], merges: list[tuple[str, str]], names: dict[str, str]) -> GPT2Tokenizer:
+def _build_gpt2(vocab: dict[str, int], merges: list[tuple[str, str]], **names: str | None) -> GPT2Tokenizer:
     return GPT2Tokenizer(vocab, merges, clean_up_tokenization_spaces=False, **names)
 
 
@@ -291,7 +271,7 @@ def load_tokenizer(path: str | os.PathLike, pad_token: str | None = PADDING) -> 
         elif len(files) == 1:
             tokenizer = AutoTokenizer.from_pretrained(str(files[0]))
         else:
-            tokenizer = _build_gpt2(*models.BPE.read_file(*map(str, files)), names={})
+            tokenizer = _build_gpt2(*models.BPE.read_file(*map(str, files)))
     # The Rust library reports a damaged file by a bare Exception.
     except Exception as error:
         where = "as a file, a folder or a Hub id" if files is None else "; save it again or name another"

@@ -7,7 +7,7 @@ Source: Kaplan et al., "Scaling Laws for Neural Language Models" (2020), section
 twice the forward pass.
 """
 
-from ..configuration_hfgpt import HfGPTConfig
+from hfgpt.configuration_hfgpt import HfGPTConfig
 
 
 def count_matrix_parameters(config: HfGPTConfig) -> int:

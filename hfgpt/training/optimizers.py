@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from .hardware import has_native_bf16
+from hfgpt.training.hardware import has_native_bf16
 
 
 class Muon(torch.optim.Muon):

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from ..configuration_hfgpt import HfGPTConfig
-from ..errors import InputError
-from ..evaluation.perplexity import measure_perplexity
-from .flops import training_flops_per_token
-from .hardware import find_device, has_native_bf16
-from .optimizers import MuonFactory
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.errors import InputError
+from hfgpt.evaluation.perplexity import measure_perplexity
+from hfgpt.training.flops import training_flops_per_token
+from hfgpt.training.hardware import find_device, has_native_bf16
+from hfgpt.training.optimizers import MuonFactory
 
 
 @dataclass

@@ -15,7 +15,7 @@ SPEECH_GOES_ON = {'"and wait."', '"but please be careful."', '"so now I share wi
 
 @pytest.fixture(scope="module")
 def stories() -> list[str]:
-    return list(generate_stories(5000))
+    return list(generate_stories(2000))
 
 
 def find(pattern: str, stories: list[str]) -> list[str]:
@@ -47,8 +47,8 @@ def test_number_of_stories():
         generate_stories(-1)
 
 
-def test_hardly_any_story_is_told_twice(stories):
-    assert len(set(stories)) > 0.999 * len(stories)
+def test_hardly_any_story_is_told_twice():
+    assert len(set(generate_stories(5000))) > 0.999 * 5000
 
 
 def test_length_and_vocabulary_are_bounded(stories):
@@ -56,7 +56,7 @@ def test_length_and_vocabulary_are_bounded(stories):
     assert min(lengths) >= 60
     assert max(lengths) <= 180
     words = {word.lower() for story in stories for word in re.findall(r"[A-Za-z']+", story)}
-    # 611 when this was written; a second seed must not bring words that 5,000 stories do not have.
+    # 611 when this was written; a second seed must not bring words that these do not have.
     assert 500 <= len(words) <= 700
     assert {
         word.lower() for story in generate_stories(500, seed=9) for word in re.findall(r"[A-Za-z']+", story)
@@ -94,7 +94,6 @@ def test_a_and_an_agree(stories):
 
 
 def test_verbs_and_pronouns_agree_with_things(stories):
-    stories = stories[:2000]
     plural = "|".join(thing.name for thing in synthetic.THINGS if thing.plural)
     singular = "|".join(thing.name for thing in synthetic.THINGS if not thing.plural)
     assert (

@@ -1,0 +1,101 @@
+"""Text out of a language model: one prompt in, whole continuations or a stream of them out."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from hfgpt.errors import InputError
+
+
+@dataclass
+class SamplingArguments:
+    """How to choose each next token.
+
+    Args:
+        max_new_tokens: At most so many; end of text stops earlier.
+        temperature: Divides the logits; below 1 sharper, above 1 more varied.
+        top_k: Sample among the k likeliest tokens only; 0: all.
+        top_p: Sample among the likeliest tokens that together have this probability; 1: all.
+        greedy: Always take the likeliest token; the three above are then unused.
+        num_samples: Continuations of the one prompt.
+        seed: Of the sampling; the same seed gives the same text on the same machine.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    greedy: bool = False
+    num_samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, smallest in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0)):
+            if getattr(self, name) < smallest:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
+        if not self.temperature > 0:
+            raise InputError(f"temperature is {self.temperature}; it must be above 0 (or take the likeliest: greedy)")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.greedy and self.num_samples > 1:
+            raise InputError(f"greedy gives one text, not {self.num_samples}: leave out greedy or num_samples")
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    arguments: SamplingArguments,
+    streamer: TextStreamer | None = None,
+) -> list[str]:
+    """Continues a prompt.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompt: Any text; empty starts from end of text, as a new document does.
+        arguments: How to sample.
+        streamer: Receives the tokens as they come (one sample only).
+
+    Returns:
+        Prompt and continuation, one text a sample, special tokens left out.
+
+    Raises:
+        InputError: Prompt and continuation exceed the context, or the prompt holds characters the tokenizer lacks.
+    """
+    ids = tokenizer(prompt)["input_ids"]
+    if (
+        tokenizer.unk_token_id is not None
+        and tokenizer.unk_token_id in ids
+        and tokenizer.unk_token_id != tokenizer.eos_token_id
+    ):
+        unknown = next((c for c in prompt if tokenizer.unk_token_id in tokenizer(c)["input_ids"]), prompt)
+        raise InputError(f"the prompt holds {unknown!r}, which the tokenizer does not know: leave it out")
+    ids = ids or [tokenizer.eos_token_id]
+    context = model.config.max_position_embeddings
+    if len(ids) + arguments.max_new_tokens > context:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens and {arguments.max_new_tokens} more were asked for, but the context is "
+            f"{context}: ask for at most {max(context - len(ids), 0)} new tokens, or shorten the prompt"
+        )
+    sampling = {"do_sample": False}
+    if not arguments.greedy:
+        sampling = {
+            "do_sample": True,
+            "temperature": arguments.temperature,
+            "top_k": arguments.top_k,
+            "top_p": arguments.top_p,
+        }
+    set_seed(arguments.seed)
+    prompt_ids = torch.tensor([ids], device=model.device)
+    generated = model.generate(
+        prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        max_new_tokens=arguments.max_new_tokens,
+        num_return_sequences=arguments.num_samples,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        streamer=streamer,
+        **sampling,
+    )
+    return tokenizer.batch_decode(generated, skip_special_tokens=True)

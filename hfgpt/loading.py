@@ -1,0 +1,218 @@
+"""Models from a recipe's section `model`, and from folders and Hub ids, or a clear line why not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
+from hfgpt.errors import InputError
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM
+
+
+@dataclass
+class ModelArguments:
+    """The recipe's section `model`: a model to go on from, or the architecture of a new one.
+
+    Args:
+        path: A folder or Hub id with weights to go on from; None starts from random weights.
+        revision: Branch, tag or commit of the Hub id.
+        preset: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it. None is `gpt2`.
+        initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults, as
+            in the book).
+        attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
+        vocab_size: None: as many as the tokenizer has tokens.
+        pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
+            never learned and never generated.
+
+    The other fields are those of `HfGPTConfig`.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    preset: str | None = None
+    initialization: str = "gpt2"
+    attn_implementation: str | None = None
+    vocab_size: int | None = None
+    pad_vocab_to_multiple_of: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int | None = None
+    hidden_act: str | None = None
+    layer_norm_eps: float | None = None
+    initializer_range: float | None = None
+    tie_word_embeddings: bool | None = None
+    qkv_bias: bool | None = None
+    embd_pdrop: float | None = None
+    resid_pdrop: float | None = None
+    attn_pdrop: float | None = None
+
+
+_NOT_ARCHITECTURE = {"path", "revision", "preset", "initialization", "pad_vocab_to_multiple_of"}
+
+
+def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> HfGPTConfig:
+    """The configuration of a new model for a tokenizer.
+
+    Args:
+        arguments: What differs from the preset.
+        tokenizer: Gives the vocabulary size, where none is set, and the special tokens.
+
+    Raises:
+        InputError: The architecture is impossible, the preset unknown, or the vocabulary does not fit the tokenizer.
+    """
+    if arguments.preset is not None and arguments.preset not in PRESETS:
+        raise InputError(f"model.preset is '{arguments.preset}'; choose one of {', '.join(PRESETS)}")
+    given = {
+        key: value for key, value in vars(arguments).items() if value is not None and key not in _NOT_ARCHITECTURE
+    }
+    size = given.setdefault("vocab_size", len(tokenizer))
+    if size < len(tokenizer):
+        raise InputError(
+            f"model.vocab_size is {size}, but the tokenizer has ids up to {len(tokenizer) - 1}: "
+            f"set it to {len(tokenizer)}, or leave it out"
+        )
+    if size > len(tokenizer):
+        raise InputError(
+            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens and the ids beyond mean nothing: "
+            "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed"
+        )
+    if arguments.pad_vocab_to_multiple_of:
+        given["vocab_size"] = -(-size // arguments.pad_vocab_to_multiple_of) * arguments.pad_vocab_to_multiple_of
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        return HfGPTConfig.from_preset(arguments.preset or "gpt2", **{**special, **given})
+    except (StrictDataclassError, ValueError) as error:
+        # The last line holds the fact; those before name transformers' machinery.
+        fact = str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+        raise InputError(f"model: {fact}") from error
+
+
+def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A causal language model to train: new, with weights drawn from torch's global generator, or loaded.
+
+    Args:
+        arguments: The recipe's section `model`.
+        tokenizer: What the model will be trained with; its ids must fit.
+
+    Raises:
+        InputError: As `build_config` and `load_model`; or a loaded model has fewer embeddings than the tokenizer ids.
+    """
+    if arguments.path is not None:
+        fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, "attn_implementation")]
+        if changed := [key for key in fixed if getattr(arguments, key) is not None]:
+            raise InputError(f"model.path brings its own architecture: leave out model.{changed[0]}")
+        model = load_model(arguments.path, arguments.revision, attn_implementation=arguments.attn_implementation)
+        check_vocabulary(model, tokenizer)
+        return model
+    if arguments.initialization not in ("gpt2", "torch"):
+        raise InputError(f"model.initialization is '{arguments.initialization}'; choose 'gpt2' or 'torch'")
+    config = build_config(arguments, tokenizer)
+    model = HfGPTForCausalLM._from_config(config)
+    if arguments.initialization == "torch":
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
+                module.reset_parameters()
+        model.tie_weights()
+    if config.vocab_size > len(tokenizer):
+        model.generation_config.suppress_tokens = list(range(len(tokenizer), config.vocab_size))
+    return model
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+    """Refuses a tokenizer whose ids the model has no embeddings for.
+
+    Raises:
+        InputError: Names both sizes.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {rows}: use the model's own tokenizer"
+        )
+
+
+def load_model(path: str, revision: str | None = None, **kwargs) -> PreTrainedModel:
+    """Loads a causal language model, whole or not at all.
+
+    Args:
+        path: A folder that `save_pretrained` wrote, or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+        kwargs: Passed on to `from_pretrained`.
+
+    Returns:
+        The model in float32, in evaluation mode.
+
+    Raises:
+        InputError: There is no model there, its weights are damaged, or some are missing or left over.
+    """
+    check_model_path(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision or "main", dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    except (OSError, HfHubHTTPError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load a language model from '{path}': {_first_line(error)}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info.get(kind) or ())):
+            raise InputError(
+                f"the weights in '{path}' do not fit the model: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]}"
+            )
+    return model.eval()
+
+
+def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer beside a model.
+
+    Raises:
+        InputError: There is none.
+    """
+    check_model_path(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        raise InputError(f"cannot load a tokenizer from '{path}': {_first_line(error)}") from error
+
+
+def load_model_config(path: str, revision: str | None = None) -> HfGPTConfig:
+    """Loads the configuration of a model, without its weights.
+
+    Raises:
+        InputError: There is none.
+    """
+    check_model_path(path)
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision or "main")
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        raise InputError(f"cannot load a configuration from '{path}': {_first_line(error)}") from error
+
+
+def check_model_path(path: str):
+    """Refuses what cannot be a model, before anything asks the Hub for it.
+
+    Raises:
+        InputError: A file, a folder without config.json, or a path that does not exist and is no Hub id.
+    """
+    local = Path(path)
+    if local.is_file():
+        raise InputError(
+            f"'{path}' is a file; a model is a folder with config.json and model.safetensors, or a Hub id"
+        )
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise InputError(
+                f"the folder '{path}' holds no config.json, so it is no model: name a folder a run has finished"
+            )
+    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
+        if path.count("/") == 0 and not path.startswith((".", "~")) and path:
+            return  # a Hub id without a namespace, such as gpt2
+        raise InputError(f"there is no folder '{path}'")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,321 @@
+"""Stage 6, pre-training: from a recipe to a model that anyone can load, in labelled steps."""
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
+
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.data.blocks import BlockDataset, TokenStream, count_blocks, tokenize_documents
+from hfgpt.data.report import DataReport
+from hfgpt.data.sources import cache_folder, load_documents
+from hfgpt.errors import InputError
+from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
+from hfgpt.loading import build_model, load_model, load_model_config
+from hfgpt.recipe import Recipe
+from hfgpt.tasks.run_folder import (
+    begin_run,
+    check_run_folder,
+    describe_environment,
+    staged_files,
+    write_json,
+    write_text,
+)
+from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
+from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, plot_loss, stderr_console
+from hfgpt.training.estimate import Estimate, plan_run
+from hfgpt.training.hardware import describe_device, peak_memory_bytes
+from hfgpt.training.trainer import HfGPTTrainer
+
+
+@dataclass
+class PretrainingData:
+    """What the model learns from and is measured on.
+
+    Args:
+        train: Blocks of the training split.
+        validation: Blocks of the validation split, every token but the first predicted once.
+        tokenizer: What made them.
+        report: What became of the text.
+    """
+
+    train: BlockDataset
+    validation: BlockDataset
+    tokenizer: PreTrainedTokenizerBase
+    report: DataReport
+
+
+class Interrupted(Exception):
+    """Ctrl-C stopped a run after it had saved a checkpoint; the message says how to go on."""
+
+
+def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Trains a causal language model from text and leaves a complete run folder.
+
+    Args:
+        recipe: See `hfgpt.recipe.load_recipe`.
+        resume: Go on from the last checkpoint in `training.output_dir`.
+        console: Where to report; None: standard error.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        InputError: Something in the recipe, the data or the run folder has to be mended first.
+        Interrupted: Ctrl-C; the run can be resumed.
+    """
+    console = console or stderr_console()
+    started = time.perf_counter()
+
+    # 1. The run folder: free, or that of the run to go on with.
+    checkpoint = check_run_folder(recipe, resume)
+    folder = Path(recipe.training.output_dir)
+
+    # 2. Text to tokens to blocks.
+    data = load_pretraining_data(recipe, folder if resume else None)
+    console.print(data.report.summary(), highlight=False)
+    if data.train.stream.cached:
+        console.print(f"  tokens re-used from {data.train.stream.path.parent}", highlight=False)
+
+    # 3. The model, its weights drawn from the seed.
+    set_seed(recipe.training.seed)
+    model = build_model(recipe.model, data.tokenizer)
+    check_blocks(model, data)
+    data.tokenizer.model_max_length = model.config.max_position_embeddings
+
+    # 4. What it will cost, and what was chosen.
+    estimate = plan_run(model, recipe.training, data.train.block_size, len(data.train))
+    console.print(describe_choices(model, recipe, estimate), highlight=False)
+
+    # 5. Train.
+    if recipe.training.process_index == 0:
+        begin_run(recipe, data.tokenizer, data.report)
+    progress = ProgressCallback(estimate.tokens_per_step, console)
+    interrupt = InterruptCallback(console)
+    trainer = HfGPTTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+        callbacks=[LogCallback(), progress, interrupt],
+    )
+    training_started = time.perf_counter()
+    try:
+        with interrupt:
+            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    training_seconds = time.perf_counter() - training_started
+    if interrupt.interrupted and output.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"stopped at step {output.global_step} of {trainer.state.max_steps}; the checkpoint is in {folder}: "
+            "go on with the same command and --resume"
+        )
+    if not trainer.is_world_process_zero():
+        return {}
+
+    # 6. Save, then measure the weights as they were saved.
+    with staged_files(folder) as staging:
+        trainer.save_model(str(staging))
+        (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
+    plot_loss(folder, model.config.vocab_size)
+    saved = load_model(str(folder)).to(recipe.training.device)
+    metrics = measure(saved, data, recipe)
+    samples = sample(saved, data.tokenizer, recipe)
+    write_json(folder / "metrics.json", metrics)
+
+    # 7. What happened, for whoever repeats it or asks.
+    steps_here = output.global_step - trainer._initial_global_step
+    write_json(
+        folder / "run.json",
+        {
+            "task": recipe.task,
+            "recipe": recipe.name,
+            "seed": recipe.training.seed,
+            "data_sha256": data.report.sha256,
+            "tokenizer_sha256": tokenizer_hash(data.tokenizer),
+            "weights_sha256": _sha256(folder / "model.safetensors"),
+            "device": describe_device(recipe.training.device),
+            "processes": recipe.training.world_size,
+            "bf16": recipe.training.bf16,
+            "attn_implementation": model.config._attn_implementation,
+            "steps": output.global_step,
+            "tokens": output.global_step * estimate.tokens_per_step,
+            "resumed_from": checkpoint.name if checkpoint else None,
+            "plan": estimate.to_dict(),
+            "actual": {
+                "training_seconds": training_seconds,
+                "total_seconds": time.perf_counter() - started,
+                "tokens_per_second": steps_here * estimate.tokens_per_step / training_seconds,
+                "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
+            },
+            **describe_environment(),
+        },
+    )
+    write_text(folder / "README.md", render_readme(recipe, saved, metrics, samples))
+    console.print(render_summary(folder, metrics, samples, training_seconds, estimate), highlight=False)
+    return metrics
+
+
+def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) -> PretrainingData:
+    """Reads the text, trains or loads the tokenizer, and cuts both splits into blocks.
+
+    Args:
+        recipe: Its sections `data`, `tokenizer` and `model`.
+        tokenizer_folder: A run to resume, whose tokenizer is taken rather than trained again.
+    """
+    report = DataReport()
+    documents = load_documents(recipe.data, recipe.training.seed, report)
+    if tokenizer_folder and (tokenizer_folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(str(tokenizer_folder), pad_token=recipe.tokenizer.pad_token)
+    else:
+        tokenizer = build_tokenizer(recipe.tokenizer, (row["text"] for row in documents["train"]))
+    block_size = recipe.data.block_size or context_length(recipe)
+    blocks = {}
+    for split, texts in documents.items():
+        stream: TokenStream = tokenize_documents(
+            texts,
+            tokenizer,
+            cache_dir=cache_folder(recipe.data.cache_dir),
+            num_proc=recipe.data.num_proc,
+            # A part of one long document does not end it.
+            append_eos=report.split_by != "position",
+        )
+        blocks[split] = BlockDataset(
+            stream,
+            block_size,
+            recipe.data.stride if split == "train" else recipe.evaluation.stride,
+            document_boundaries=recipe.data.document_boundaries,
+            keep_tail=split == "validation",
+            name=f"the {split} split of {recipe.data.path}",
+        )
+        count_blocks(blocks[split], report, split)
+    return PretrainingData(blocks["train"], blocks["validation"], tokenizer, report)
+
+
+def context_length(recipe: Recipe) -> int:
+    """The context of the recipe's model, in tokens, without building it."""
+    if recipe.model.path is not None:
+        return load_model_config(recipe.model.path, recipe.model.revision).max_position_embeddings
+    return recipe.model.max_position_embeddings or HfGPTConfig().max_position_embeddings
+
+
+def check_blocks(model: PreTrainedModel, data: PretrainingData):
+    """Refuses blocks that the model cannot read.
+
+    Raises:
+        InputError: A block is longer than the context, or an id has no embedding.
+    """
+    context = model.config.max_position_embeddings
+    if data.train.block_size > context:
+        raise InputError(
+            f"data.block_size is {data.train.block_size}, but the context of the model is {context}: lower it, or raise "
+            "model.max_position_embeddings"
+        )
+    largest = max(data.train.stream.max_token_id, data.validation.stream.max_token_id)
+    if largest >= model.config.vocab_size:
+        raise InputError(f"the text has token id {largest}, but the model embeds only {model.config.vocab_size}")
+
+
+def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate) -> str:
+    """What this run will do, and with which kernels: the lines printed before it starts."""
+    arguments = recipe.training
+    precision = "bfloat16 (mixed)" if arguments.bf16 else "float16 (mixed)" if arguments.fp16 else "float32"
+    optimizer = f"{arguments.optim.value}, learning rate {arguments.learning_rate:g}"
+    if arguments.muon_learning_rate is not None:
+        optimizer = (
+            f"Muon {arguments.muon_learning_rate:g} for the blocks, AdamW {arguments.learning_rate:g} for the rest"
+        )
+    vocab_size = model.config.vocab_size
+    return "\n".join(
+        [
+            f"model: {estimate.parameters:,} parameters, context {model.config.max_position_embeddings}, "
+            f"vocabulary {vocab_size:,}",
+            f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
+            f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
+            f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
+            f"{estimate.tokens_per_second:,.0f} tokens/s",
+            f"first loss of a model that guesses evenly: ln {vocab_size} = {math.log(vocab_size):.3f}",
+        ]
+    )
+
+
+def measure(model: PreTrainedModel, data: PretrainingData, recipe: Recipe) -> dict[str, Any]:
+    """Token-weighted metrics of a model on the whole validation split, under the names of `metrics.json`."""
+    loader = DataLoader(
+        data.validation, batch_size=recipe.training.per_device_eval_batch_size, collate_fn=default_data_collator
+    )
+    result: Perplexity = measure_perplexity(model, loader)
+    # The first token is context only, so its bytes are not counted.
+    first = data.tokenizer.decode([int(data.validation.stream.tokens[0])], skip_special_tokens=True)
+    result.bytes = data.report.splits["validation"].bytes - len(first.encode())
+    return result.to_dict()
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[str]:
+    """One continuation of each of the recipe's prompts."""
+    arguments = SamplingArguments(
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        temperature=recipe.evaluation.temperature,
+        top_k=recipe.evaluation.top_k,
+        seed=recipe.training.seed,
+    )
+    return [generate_texts(model, tokenizer, prompt, arguments)[0] for prompt in recipe.evaluation.prompts]
+
+
+def render_summary(
+    folder: Path, metrics: dict[str, Any], samples: list[str], seconds: float, estimate: Estimate
+) -> str:
+    """The lines printed at the end of a run."""
+    lines = [
+        f"validation loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f}, "
+        f"{metrics['eval_bits_per_byte']:.3f} bits a byte over {metrics['eval_tokens']:,} tokens; "
+        f"{seconds:.0f} s of training (planned {estimate.seconds:.0f})",
+        *(f"sample: {text}" for text in samples),
+        f"saved to {folder}; go on with: hfgpt generate {folder} 'your prompt'",
+    ]
+    return "\n".join(lines)
+
+
+def render_readme(recipe: Recipe, model: PreTrainedModel, metrics: dict[str, Any], samples: list[str]) -> str:
+    """A short README.md for the run folder; every number in it was measured on these weights."""
+    quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
+    return (
+        f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [hfgpt]
+---
+# {recipe.name}
+
+A GPT of {model.num_parameters():,} parameters, trained by [hfgpt](https://pypi.org/project/hfgpt) with the recipe in
+`recipe.yaml` on `{recipe.data.path}`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+import hfgpt  # or: trust_remote_code=True below
+
+model = AutoModelForCausalLM.from_pretrained("{Path(recipe.training.output_dir).as_posix()}")
+tokenizer = AutoTokenizer.from_pretrained("{Path(recipe.training.output_dir).as_posix()}")
+```
+
+On the whole validation split, {metrics["eval_tokens"]:,} tokens: loss {metrics["eval_loss"]:.4f} nats, perplexity
+{metrics["eval_perplexity"]:.2f}, {metrics["eval_bits_per_byte"]:.3f} bits a byte.
+
+{quoted}
+""".rstrip()
+        + "\n"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

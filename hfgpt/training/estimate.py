@@ -1,0 +1,168 @@
+"""What a run will cost, before it is paid: memory by arithmetic, time by a probe of this machine.
+
+Sources: Rajbhandari et al., "ZeRO" (2020), section 3.1, for the bytes of weights, gradients and optimizer state;
+Korthikanti et al., "Reducing Activation Recomputation" (2022), section 4, for the activations of a block.
+"""
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer_utils import IntervalStrategy
+
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.training.flops import training_flops_per_token
+from hfgpt.training.hardware import describe_device
+from hfgpt.training.optimizers import hidden_matrix_names
+from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+
+PROBE_SECONDS = 2.0
+
+
+@dataclass
+class Estimate:
+    """The cost of a run.
+
+    Args:
+        parameters: Trained weights, ties counted once.
+        weights_bytes, gradients_bytes, optimizer_bytes: Of the whole training.
+        activations_bytes: Kept for the backward pass of one micro-batch, logits included.
+        tokens_per_step: Predicted in one optimizer step, on all devices.
+        steps: Optimizer steps.
+        flops_per_token: Forward and backward.
+        tokens_per_second: Measured by the probe on this machine; None where it was not run.
+        device: What the probe ran on.
+    """
+
+    parameters: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    tokens_per_step: int
+    steps: int
+    flops_per_token: float
+    tokens_per_second: float | None = None
+    device: str | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+    @property
+    def tokens(self) -> int:
+        return self.tokens_per_step * self.steps
+
+    @property
+    def flops(self) -> float:
+        return self.flops_per_token * self.tokens
+
+    @property
+    def seconds(self) -> float | None:
+        return self.tokens / self.tokens_per_second if self.tokens_per_second else None
+
+    def to_dict(self) -> dict:
+        derived = ("memory_bytes", "tokens", "flops", "seconds")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int) -> Estimate:
+    """The cost of a run, by arithmetic alone.
+
+    Args:
+        model: The model to train; on the meta device it costs nothing.
+        arguments: Batch size, accumulation, epochs or steps, precision, optimizer.
+        block_size: Tokens predicted a row.
+        blocks: Rows of the training split.
+    """
+    trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    parameters = sum(trainable.values())
+    muon = hidden_matrix_names(model) if arguments.muon_learning_rate is not None else set()
+    # AdamW keeps two float32 averages a weight, Muon one.
+    optimizer_bytes = sum(size * (4 if name in muon else 8) for name, size in trainable.items())
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    steps_per_epoch = max(blocks // rows if arguments.dataloader_drop_last else -(-blocks // rows), 1)
+    return Estimate(
+        parameters=parameters,
+        weights_bytes=4 * model.num_parameters(),
+        gradients_bytes=4 * parameters,
+        optimizer_bytes=optimizer_bytes,
+        activations_bytes=_activations_bytes(model.config, arguments, block_size),
+        tokens_per_step=rows * block_size,
+        steps=arguments.max_steps if arguments.max_steps > 0 else round(arguments.num_train_epochs * steps_per_epoch),
+        flops_per_token=training_flops_per_token(model.config, block_size),
+    )
+
+
+def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, length: int) -> int:
+    """Bytes kept for the backward pass of one micro-batch.
+
+    A block keeps about nine tensors of its width (inputs of the norms, projections, attention and residuals) and two of
+    the MLP's; written-out attention keeps two score matrices besides. The loss keeps the logits in float32, twice.
+    """
+    width = 2 if arguments.bf16 or arguments.fp16 else 4
+    tokens = arguments.per_device_train_batch_size * length
+    block = width * (9 * config.hidden_size + 2 * config.intermediate_size)
+    if config._attn_implementation == "eager":
+        block += 2 * width * config.num_attention_heads * length
+    layers = config.num_hidden_layers if not arguments.activation_checkpointing else 1
+    return tokens * (
+        layers * block + config.num_hidden_layers * width * config.hidden_size + 2 * 4 * config.vocab_size
+    )
+
+
+def probe_tokens_per_second(model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int) -> float:
+    """Trains a copy of the model on random tokens for about two seconds; neither model nor random state is changed.
+
+    Rows are added up to the micro-batch as time allows, so a large model on a slow machine is measured on fewer.
+
+    Returns:
+        Tokens a second of one device, optimizer steps included at the recipe's rate.
+    """
+    arguments = copy.copy(arguments)
+    arguments.eval_strategy = IntervalStrategy.NO  # Trainer refuses to evaluate without data, even if never asked
+    with torch.random.fork_rng():
+        trainer = HfGPTTrainer(model=copy.deepcopy(model), args=arguments)
+        model, optimizer = trainer.model.train(), trainer.create_optimizer()
+        rows, full = 1, arguments.per_device_train_batch_size
+        backward_seconds = optimizer_seconds = float("inf")
+        start = time.perf_counter()
+        # The first round of each size warms up; of the others the fastest counts.
+        while time.perf_counter() - start < PROBE_SECONDS or backward_seconds == float("inf"):
+            ids = torch.randint(model.config.vocab_size, (rows, block_size), device=model.device)
+            began = time.perf_counter()
+            with trainer.accelerator.autocast():
+                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            loss.item()  # waits for an accelerator
+            halfway = time.perf_counter()
+            optimizer.step()
+            optimizer.zero_grad()
+            _synchronize(model.device)
+            ended = time.perf_counter()
+            per_row = (halfway - began) / rows
+            if rows < full and per_row * full * 3 < PROBE_SECONDS:
+                rows = full
+                continue
+            backward_seconds = min(backward_seconds, per_row)
+            optimizer_seconds = min(optimizer_seconds, ended - halfway)
+    rows_per_step = full * arguments.gradient_accumulation_steps
+    return rows_per_step * block_size / (rows_per_step * backward_seconds + optimizer_seconds)
+
+
+def _synchronize(device: torch.device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def plan_run(
+    model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int, probe: bool = True
+) -> Estimate:
+    """`estimate_run`, with the speed of this machine measured by `probe_tokens_per_second`."""
+    estimate = estimate_run(model, arguments, block_size, blocks)
+    if probe:
+        estimate.tokens_per_second = arguments.world_size * probe_tokens_per_second(model, arguments, block_size)
+        estimate.device = describe_device(arguments.device)
+    return estimate
