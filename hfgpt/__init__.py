@@ -47,8 +47,8 @@ def _register_models():
     from . import modeling_hfgpt
     from .configuration_hfgpt import HfGPTConfig
 
-    # transformers decides from these tables of names, not from what is registered, whether a class takes labels and
-    # whether Trainer's label smoothing has to shift them (Trainer.compute_loss): without the names it is silently wrong.
+    # From these tables of names, not from what is registered, transformers decides whether a class takes labels and
+    # whether label smoothing has to shift them (Trainer.compute_loss): without the names it is silently wrong.
     for auto_class, names, model in (
         ("AutoModel", "MODEL_MAPPING_NAMES", "HfGPTModel"),
         ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "HfGPTForCausalLM"),

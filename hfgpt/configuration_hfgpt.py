@@ -5,7 +5,7 @@ embedding) and that of *Build a Large Language Model (From Scratch)* (`qkv_bias=
 
 This file travels to the Hub with the weights, so it imports nothing but transformers and its dependencies.
 
-Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), table 2 for the four sizes.
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), table 2 for the sizes.
 """
 
 import difflib
@@ -35,7 +35,7 @@ class HfGPTConfig(PreTrainedConfig):
         hidden_act: Activation of the MLP, a name of `transformers.activations.ACT2FN`; `gelu_new` is the tanh GELU.
         layer_norm_eps: Epsilon of the LayerNorms.
         initializer_range: Standard deviation of the initial weights (residual projections: over sqrt(2 * layers)).
-        tie_word_embeddings: Whether the output head is the token embedding (GPT-2) or has weights of its own (the book).
+        tie_word_embeddings: Whether the output head is the token embedding (GPT-2) or has its own weights (the book).
         qkv_bias: Whether the query, key and value projections have biases.
         embd_pdrop: Dropout after the embeddings.
         resid_pdrop: Dropout at the end of each residual branch.

@@ -1,5 +1,6 @@
 """Models from a recipe's section `model`, and from folders and Hub ids, or a clear line why not."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,8 @@ class ModelArguments:
         path: A folder or Hub id with weights to go on from; None starts from random weights.
         revision: Branch, tag or commit of the Hub id.
         preset: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it. None is `gpt2`.
-        initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults, as
-            in the book).
+        initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults,
+            as in the book).
         attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
         vocab_size: None: as many as the tokenizer has tokens.
         pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
@@ -79,7 +80,7 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
         )
     if size > len(tokenizer):
         raise InputError(
-            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens and the ids beyond mean nothing: "
+            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens and ids beyond mean nothing: "
             "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed"
         )
     if arguments.pad_vocab_to_multiple_of:
@@ -133,7 +134,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {rows}: use the model's own tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {rows}: use the model's own"
         )
 
 
@@ -200,18 +201,12 @@ def check_model_path(path: str):
     """
     local = Path(path)
     if local.is_file():
-        raise InputError(
-            f"'{path}' is a file; a model is a folder with config.json and model.safetensors, or a Hub id"
-        )
+        raise InputError(f"'{path}' is a file; a model is a folder with config.json and weights, or a Hub id")
     if local.is_dir():
         if not (local / "config.json").is_file():
-            raise InputError(
-                f"the folder '{path}' holds no config.json, so it is no model: name a folder a run has finished"
-            )
-    elif path.startswith((".", "/", "~")) or path.count("/") != 1:
-        if path.count("/") == 0 and not path.startswith((".", "~")) and path:
-            return  # a Hub id without a namespace, such as gpt2
-        raise InputError(f"there is no folder '{path}'")
+            raise InputError(f"the folder '{path}' holds no config.json, so it is no model: name a finished run")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or ("/" in path and local.parent.is_dir()):
+        raise InputError(f"there is no folder '{path}', and it is no Hub id either: check the path")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,17 +3,18 @@
 GPT-2's architecture: learned token and position embeddings, pre-LayerNorm blocks, causal multi-head attention, a
 tanh-GELU MLP of four times the width, a final LayerNorm and a linear head, tied to the token embedding or not.
 
-Everything around the arithmetic is transformers': attention kernels through its attention interface, masks through its
-mask functions, caches through its cache classes, losses through `loss_function`. There are no buffers, so nothing can be
-left uninitialised by `from_pretrained`, and the projections are plain `nn.Linear`, so adapters, quantizers and parallel
-plans apply without a special case.
+Everything around the arithmetic is transformers': attention kernels through its attention interface, masks through
+its mask functions, caches through its cache classes, losses through `loss_function`. There are no buffers, so nothing
+can be left uninitialised by `from_pretrained`, and the projections are plain `nn.Linear`, so adapters, quantizers and
+parallel plans apply without a special case.
 
-Shapes: B batch, T tokens of this call, S tokens attended to (cache included), C hidden size, H heads, D = C / H, V vocabulary.
+Shapes: B batch, T tokens of this call, S tokens attended to (cache included), C hidden size, H heads, D = C / H,
+V vocabulary.
 
 This file travels to the Hub with the weights, so it imports nothing but torch, transformers and the configuration.
 
-Sources: Vaswani et al., "Attention Is All You Need" (2017); Radford et al., "Language Models are Unsupervised Multitask
-Learners" (GPT-2, 2019); Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017, tied head).
+Sources: Vaswani et al., "Attention Is All You Need" (2017); Radford et al., "Language Models are Unsupervised
+Multitask Learners" (GPT-2, 2019); Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017).
 """
 
 import math
@@ -356,7 +357,7 @@ class HfGPTModel(HfGPTPreTrainedModel):
         # A mask that is not (B, S) was prepared by the caller and is final.
         if length == 1 or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
             return None
-        # While tracing, positions cannot be looked at, and a cache means that `generate` made them: one document a row.
+        # While tracing, positions cannot be looked at; with a cache they come from `generate`: one document a row.
         if tracing and past_key_values is not None:
             return None
         padding_mask = attention_mask if attention_mask is None else attention_mask[:, -length:]
@@ -451,9 +452,9 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         context = self.config.max_position_embeddings
         if generation_config.max_length > context:
             raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones "
-                f"exceed the context of {context}: set max_new_tokens to at most {max(0, context - input_ids_length)}, "
-                "or shorten the prompt"
+                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new "
+                f"ones exceed the context of {context}: set max_new_tokens to at most "
+                f"{max(0, context - input_ids_length)}, or shorten the prompt"
             )
 
 

@@ -1,7 +1,7 @@
 """Recipes: nested YAML <-> typed arguments, overrides, and errors that name the key and the line.
 
 jsonargparse checks and converts every value by the type of its dataclass field. It does not look at keys of sections
-that it does not know, nor at a section that is no mapping, nor at a null where none is allowed; these are checked here.
+that it does not know, nor at a section that is no mapping, nor at a null where none is allowed: that is done here.
 """
 
 import dataclasses
@@ -129,9 +129,7 @@ def _find_recipe(name: str) -> Path:
             raise InputError(f"there is no recipe file '{name}'")
         return path
     if name not in recipe_names():
-        raise InputError(
-            f"there is no recipe '{name}'{_nearest(name, recipe_names())}; name one of these or a .yaml file"
-        )
+        raise InputError(f"there is no recipe '{name}'{_nearest(name, recipe_names())}; or name a .yaml file")
     return recipe_folder() / f"{name}.yaml"
 
 
@@ -142,9 +140,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path.name} is not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start}"
-        ) from error
+        byte = error.object[error.start]
+        raise InputError(f"{path.name} is not UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
@@ -170,9 +167,8 @@ def _build_parser() -> ArgumentParser:
 
 def _check_tree(tree: dict[str, Any], lines: dict[str, int], path: Path):
     for section, content in tree.items():
-        for key in (
-            [str(section)] if not isinstance(content, dict) else [str(section), *(f"{section}.{k}" for k in content)]
-        ):
+        inner = content if isinstance(content, dict) else {}
+        for key in (str(section), *(f"{section}.{name}" for name in inner)):
             try:
                 _check_key(key)
             except InputError as error:
@@ -236,11 +232,11 @@ def _plain(value: Any) -> Any:
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
-    flat = {key: value for key, value in values.items() if key not in sections}
-    return flat | {
-        f"{section}.{key}": value for section, content in sections.items() for key, value in content.items()
-    }
+    flat = {}
+    for section, content in values.items():
+        keys = {f"{section}.{key}": value for key, value in content.items()} if section in SECTIONS else None
+        flat |= keys or {section: content}
+    return flat
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -65,12 +65,10 @@ def generate_texts(
         InputError: Prompt and continuation exceed the context, or the prompt holds characters the tokenizer lacks.
     """
     ids = tokenizer(prompt)["input_ids"]
-    if (
-        tokenizer.unk_token_id is not None
-        and tokenizer.unk_token_id in ids
-        and tokenizer.unk_token_id != tokenizer.eos_token_id
-    ):
-        unknown = next((c for c in prompt if tokenizer.unk_token_id in tokenizer(c)["input_ids"]), prompt)
+    unknown_id = tokenizer.unk_token_id
+    # GPT-2's unknown token is its end of text, which its byte-level vocabulary never needs.
+    if unknown_id is not None and unknown_id in ids and unknown_id != tokenizer.eos_token_id:
+        unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
         raise InputError(f"the prompt holds {unknown!r}, which the tokenizer does not know: leave it out")
     ids = ids or [tokenizer.eos_token_id]
     context = model.config.max_position_embeddings

@@ -9,12 +9,19 @@ from typing import Any
 
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    default_data_collator,
+    set_seed,
+)
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
-from hfgpt.data.blocks import BlockDataset, TokenStream, count_blocks, tokenize_documents
+from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import cache_folder, load_documents
+from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
@@ -107,6 +114,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
         processing_class=data.tokenizer,
         callbacks=[LogCallback(), progress, interrupt],
     )
+    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
     training_started = time.perf_counter()
     try:
         with interrupt:
@@ -217,8 +225,8 @@ def check_blocks(model: PreTrainedModel, data: PretrainingData):
     context = model.config.max_position_embeddings
     if data.train.block_size > context:
         raise InputError(
-            f"data.block_size is {data.train.block_size}, but the context of the model is {context}: lower it, or raise "
-            "model.max_position_embeddings"
+            f"data.block_size is {data.train.block_size}, but the context of the model is {context}: lower it, or "
+            "raise model.max_position_embeddings"
         )
     largest = max(data.train.stream.max_token_id, data.validation.stream.max_token_id)
     if largest >= model.config.vocab_size:
@@ -231,9 +239,7 @@ def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate)
     precision = "bfloat16 (mixed)" if arguments.bf16 else "float16 (mixed)" if arguments.fp16 else "float32"
     optimizer = f"{arguments.optim.value}, learning rate {arguments.learning_rate:g}"
     if arguments.muon_learning_rate is not None:
-        optimizer = (
-            f"Muon {arguments.muon_learning_rate:g} for the blocks, AdamW {arguments.learning_rate:g} for the rest"
-        )
+        optimizer = f"Muon {arguments.muon_learning_rate:g} in the blocks, AdamW {arguments.learning_rate:g} elsewhere"
     vocab_size = model.config.vocab_size
     return "\n".join(
         [

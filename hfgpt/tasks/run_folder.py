@@ -44,8 +44,8 @@ def check_run_folder(recipe: Recipe, resume: bool) -> Path | None:
     if not resume:
         if occupied:
             raise InputError(
-                f"training.output_dir '{folder}' already holds {_describe(folder)}: pass --resume to go on with it, or "
-                "name another with --training.output_dir"
+                f"training.output_dir '{folder}' already holds {_describe(folder)}: pass --resume to go on with it, "
+                "or name another with --training.output_dir"
             )
         return None
     if not (folder / RECIPE_FILE).is_file():

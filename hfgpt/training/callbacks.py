@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind while it trains: progress, log, curves, and an end on Ctrl-C that loses nothing."""
+"""What a run shows and leaves while it trains: progress, log, curves, and an end on Ctrl-C that loses nothing."""
 
 import json
 import math

@@ -99,18 +99,17 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
 def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, length: int) -> int:
     """Bytes kept for the backward pass of one micro-batch.
 
-    A block keeps about nine tensors of its width (inputs of the norms, projections, attention and residuals) and two of
-    the MLP's; written-out attention keeps two score matrices besides. The loss keeps the logits in float32, twice.
+    A block keeps about nine tensors of its width (inputs of the norms, projections, attention and residuals) and two
+    of the MLP's; written-out attention keeps two score matrices besides. The loss keeps the logits twice, in float32.
     """
     width = 2 if arguments.bf16 or arguments.fp16 else 4
     tokens = arguments.per_device_train_batch_size * length
     block = width * (9 * config.hidden_size + 2 * config.intermediate_size)
     if config._attn_implementation == "eager":
         block += 2 * width * config.num_attention_heads * length
-    layers = config.num_hidden_layers if not arguments.activation_checkpointing else 1
-    return tokens * (
-        layers * block + config.num_hidden_layers * width * config.hidden_size + 2 * 4 * config.vocab_size
-    )
+    residuals = config.num_hidden_layers * width * config.hidden_size
+    layers = 1 if arguments.activation_checkpointing else config.num_hidden_layers
+    return tokens * (layers * block + residuals + 2 * 4 * config.vocab_size)
 
 
 def probe_tokens_per_second(model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int) -> float:

@@ -11,7 +11,7 @@ from hfgpt.configuration_hfgpt import HfGPTConfig
 
 
 def count_matrix_parameters(config: HfGPTConfig) -> int:
-    """Weights that every token is multiplied by: the projections of all blocks and the head, not the look-up tables."""
+    """Weights that every token is multiplied by: the projections of all blocks and the head, not the embeddings."""
     attention = 4 * config.hidden_size**2
     mlp = 2 * config.hidden_size * config.intermediate_size
     return config.num_hidden_layers * (attention + mlp) + config.hidden_size * config.vocab_size

@@ -22,7 +22,7 @@ from hfgpt.training.optimizers import MuonFactory
 
 @dataclass
 class HfGPTTrainingArguments(TrainingArguments):
-    """The recipe's section `training`: the fields of `TrainingArguments`, with defaults for small GPTs, and a few more.
+    """The recipe's section `training`: the fields of `TrainingArguments`, with defaults for small GPTs, and more.
 
     Args:
         bf16: Mixed precision in bfloat16; None turns it on where the hardware has it, never where it is emulated.

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
-from hfgpt.data import blocks as blocks_module
-from hfgpt.data.blocks import BlockDataset, TokenStream, count_blocks, tokenize_documents
+from hfgpt.data import streams
+from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.report import DataReport
+from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 
 TEXTS = ["abc", "c\nba", "bbb", "a"]
@@ -135,15 +136,15 @@ def test_a_damaged_cache_entry_is_made_again(tmp_path, damage):
 
 def test_of_two_processes_that_race_both_get_the_stream(tmp_path, monkeypatch):
     # The other process publishes between our look into the cache and our own publishing.
-    publish = blocks_module._publish_stream
+    publish = streams._publish_stream
     others = []
 
     def publish_second(temporary, folder):
-        monkeypatch.setattr(blocks_module, "_publish_stream", publish)
+        monkeypatch.setattr(streams, "_publish_stream", publish)
         others.append(tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path))
         return publish(temporary, folder)
 
-    monkeypatch.setattr(blocks_module, "_publish_stream", publish_second)
+    monkeypatch.setattr(streams, "_publish_stream", publish_second)
     ours = tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path)
     assert ours.path == others[0].path
     assert ours.tokens.tolist() == others[0].tokens.tolist()
@@ -169,7 +170,7 @@ def test_two_real_processes_at_once(tmp_path):
 
 
 def test_several_processes_make_the_same_stream_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks_module, "BATCH_CHARACTERS", 20)
+    monkeypatch.setattr(streams, "BATCH_CHARACTERS", 20)
     texts = [TEXTS[i % 4] * (i % 7 + 1) for i in range(200)]
     one = tokenize_documents(documents(texts), char_tokenizer(), cache_dir=tmp_path / "one", num_proc=1)
     two = tokenize_documents(documents(texts), char_tokenizer(), cache_dir=tmp_path / "two", num_proc=2)
@@ -186,27 +187,27 @@ def test_several_processes_make_the_same_stream_as_one(tmp_path, monkeypatch):
 def test_a_long_document_is_tokenized_in_pieces_as_in_one(pieces):
     text = "".join(pieces)
     tokenizer = byte_level_tokenizer("ab\n\n\na ab\nab's a\r\n." * 9)
-    assert blocks_module._can_cut(tokenizer.backend_tokenizer)
+    assert streams._can_cut(tokenizer.backend_tokenizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks_module, "BATCH_CHARACTERS", 3)
-        parts = list(blocks_module._pieces(text, True))
+        patch.setattr(streams, "BATCH_CHARACTERS", 3)
+        parts = list(streams._pieces(text, True))
     assert "".join(parts) == text
     ids = [token for part in parts for token in tokenizer.encode(part)]
     assert ids == tokenizer.encode(text)
 
 
 def test_only_a_tokenizer_like_gpt2s_lets_a_document_be_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(blocks_module, "BATCH_CHARACTERS", 4)
+    monkeypatch.setattr(streams, "BATCH_CHARACTERS", 4)
     text = "ab\nab ab\nab\n\nab.\nab" * 5
     tokenizer = byte_level_tokenizer(text)
     stream = tokenize_documents(documents([text]), tokenizer, cache_dir=tmp_path)
     assert stream.tokens.tolist() == [*tokenizer.encode(text), tokenizer.eos_token_id]
     assert stream.offsets.tolist() == [0, len(stream)]
-    assert len(list(blocks_module._pieces(text, True))) > 5
+    assert len(list(streams._pieces(text, True))) > 5
     spaced = copy.deepcopy(tokenizer)
     spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     for other in (char_tokenizer(), spaced):
-        assert not blocks_module._can_cut(other.backend_tokenizer)
+        assert not streams._can_cut(other.backend_tokenizer)
 
 
 def test_a_full_disk_raises_and_leaves_nothing(tmp_path):
@@ -232,8 +233,8 @@ def test_an_interrupt_leaves_nothing_and_what_a_killed_run_left_goes_after_a_day
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(blocks_module, "_open_stream", interrupt)
-    monkeypatch.setattr(blocks_module, "_open_valid", lambda folder: None)
+    monkeypatch.setattr(streams, "_open_stream", interrupt)
+    monkeypatch.setattr(streams, "_open_valid", lambda folder: None)
     with pytest.raises(KeyboardInterrupt):
         tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".partial-new"]

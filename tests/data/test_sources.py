@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from hfgpt.data.files import find_files, read_rows
 from hfgpt.data.report import DataReport
-from hfgpt.data.sources import DataArguments, find_files, load_documents, read_rows
+from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError
 
 TEXTS = [
@@ -116,7 +117,7 @@ def test_one_document_keeps_its_line_ends_and_loses_only_the_byte_order_mark(loa
 
 
 def test_characters_across_chunk_borders_survive(load, tmp_path, monkeypatch):
-    monkeypatch.setattr("hfgpt.data.sources.CHUNK", 3)
+    monkeypatch.setattr("hfgpt.data.files.CHUNK", 3)
     text = "é€𝄞a\n" * 20
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     (tmp_path / "b.txt").write_bytes(text.encode() + b"\xff")

@@ -1,0 +1,287 @@
+"""Local files -> rows, with nothing in them changed; a file that is at fault is told with the byte or the line."""
+
+import codecs
+import csv
+import difflib
+import glob
+import hashlib
+import itertools
+import json
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from hfgpt.errors import InputError
+
+FAMILIES = {
+    ".txt": "text",
+    ".md": "text",
+    ".json": "JSON",
+    ".jsonl": "JSON",
+    ".csv": "table",
+    ".tsv": "table",
+    ".parquet": "Parquet",
+}
+DECOMPRESSORS = {
+    # wbits 31: a gzip header and trailer are expected and checked.
+    ".gz": lambda: zlib.decompressobj(wbits=31),
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+}
+SUFFIXES = f"{', '.join(FAMILIES)}, and .gz or .zst of the first six"
+CHUNK = 1 << 20
+
+
+def find_files(path: str) -> list[Path]:
+    """The usable files that a path names, sorted; hidden ones are left out.
+
+    Args:
+        path: A file, a folder (searched to any depth) or a glob.
+
+    Returns:
+        Files of one family (text, JSON, table or Parquet); empty if nothing local has this name.
+
+    Raises:
+        InputError: There are no usable files, or of several families.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        if family(place) is None:
+            raise InputError(f"data.path {path!r} has the suffix {place.suffix!r}: taken are {SUFFIXES}")
+        return [place]
+    if place.is_dir():
+        found = [item for item in place.rglob("*") if not any(p[0] == "." for p in item.relative_to(place).parts)]
+    elif glob.has_magic(path):
+        found = [Path(item) for item in glob.glob(str(place), recursive=True)]
+    else:
+        return []
+    files = sorted(item for item in found if item.is_file() and family(item))
+    if not files:
+        raise InputError(f"data.path {path!r} holds no usable file: taken are {SUFFIXES}")
+    kinds = {family(file): file.name for file in reversed(files)}
+    if len(kinds) > 1:
+        examples = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
+        raise InputError(
+            f"data.path {path!r} mixes kinds of files, {examples}: choose one with a glob such as '*.txt'"
+        )
+    return files
+
+
+def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Reads the rows of one local file, whatever its kind, with nothing in their values changed.
+
+    Args:
+        path: The file, of a kind that `find_files` returns.
+        sample_by: What one row of a text file is; its one column is `text`.
+        columns: Columns to read of a Parquet file. A .csv or .tsv file is taken to have no header line if they are all
+            numbers: its columns are then named 0, 1, 2, ...
+
+    Yields:
+        Column -> value.
+
+    Raises:
+        InputError: The file cannot be read, decoded or parsed; the message names the byte offset or the line.
+    """
+    suffix = _suffixes(path)[0]
+    if suffix in (".txt", ".md"):
+        return ({"text": text} for text in _read_documents(path, sample_by))
+    if suffix == ".json":
+        return _read_json(path)
+    if suffix == ".jsonl":
+        return _read_json_lines(path)
+    if suffix == ".parquet":
+        return _read_parquet(path, columns)
+    return _read_table(path, has_header=not (columns and all(name.isdigit() for name in columns)))
+
+
+def wrong_column(column: str, place: str | Path, row: Iterable[str]) -> InputError:
+    names = ", ".join(repr(name[:40]) for name in row)
+    return InputError(f"data.text_column {column!r} is not in {place}, which has: {names}")
+
+
+def looks_local(path: str) -> bool:
+    return path[0] in "./~" or path.count("/") > 1 or family(Path(path)) is not None
+
+
+def nearest(path: str) -> str:
+    """ " (nearest: NAME)" if the folder has something of a similar name, otherwise ""."""
+    place = Path(path).expanduser()
+    names = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
+    near = difflib.get_close_matches(place.name, names, n=1)
+    return f" (nearest: {place.parent / near[0]})" if near else ""
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """The suffix that tells the kind, and that of the compression or ""."""
+    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
+    return (suffixes[-2], suffixes[-1]) if suffixes[-1] in DECOMPRESSORS else (suffixes[-1], "")
+
+
+def family(path: Path) -> str | None:
+    suffix, compression = _suffixes(path)
+    # A Parquet file is compressed inside, and is read from its end: nothing may be wrapped around it.
+    return None if compression and suffix == ".parquet" else FAMILIES.get(suffix)
+
+
+def hash_files(files: list[Path]) -> str:
+    root = os.path.commonpath([file.parent for file in files])
+    lines = []
+    for file in files:
+        with _open(file) as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        lines.append(f"{digest}  {file.relative_to(root).as_posix()}\n")
+    return digest if len(files) == 1 else hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give yourself the right to read it") from error
+
+
+def _read_bytes(path: Path) -> Iterator[bytes]:
+    """The content in pieces, decompressed."""
+    compression = _suffixes(path)[1]
+    with _open(path) as file:
+        chunks = iter(lambda: file.read(CHUNK), b"")
+        if not compression:
+            yield from chunks
+            return
+        decoder, started = DECOMPRESSORS[compression](), False
+        try:
+            for chunk in chunks:
+                # A file may be several compressed ones put together: each takes up where the one before ended.
+                while chunk:
+                    yield decoder.decompress(chunk)
+                    started, chunk = not decoder.eof, decoder.unused_data
+                    if decoder.eof:
+                        decoder = DECOMPRESSORS[compression]()
+        except (zlib.error, zstandard.ZstdError) as error:
+            raise InputError(f"{path} is not valid {compression} ({error}): compress it again") from error
+        if started:
+            raise InputError(f"{path} ends in the middle of its {compression} data: copy or compress it again")
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    """The content in pieces of text, without a byte order mark; line ends stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, at_start = 0, True
+    for chunk in itertools.chain(_read_bytes(path), [b""]):
+        if b"\0" in chunk:
+            raise InputError(f"{path} is not text: byte {offset + chunk.index(0)} is NUL; convert it to UTF-8 text")
+        # Bytes of a character that the chunk before left unfinished: the decoder counts from them.
+        unfinished = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                f"{offset - unfinished + error.start}; convert it to UTF-8"
+            ) from error
+        offset += len(chunk)
+        if text:
+            yield text.removeprefix("\ufeff") if at_start else text
+            at_start = False
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    """Lines with their ends; only a line feed ends a line, as str.splitlines would also split at other characters."""
+    unfinished = []
+    for text in _read_text(path):
+        *lines, rest = text.split("\n")
+        for line in lines:
+            yield "".join([*unfinished, line, "\n"])
+            unfinished.clear()
+        unfinished.append(rest)
+    if last := "".join(unfinished):
+        yield last
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _read_documents(path: Path, sample_by: str) -> Iterator[str]:
+    if sample_by == "document":
+        yield "".join(_read_text(path))
+    elif sample_by == "line":
+        yield from map(_without_end, _read_lines(path))
+    else:
+        for is_blank, lines in itertools.groupby(_read_lines(path), key=str.isspace):
+            if not is_blank:
+                yield _without_end("".join(lines))
+
+
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    text = "".join(_read_text(path))
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        # A whole value and then more: JSON Lines under the name .json.
+        if error.msg == "Extra data":
+            return _read_json_lines(path)
+        raise InputError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+    rows = rows if isinstance(rows, list) else [rows]
+    return (_json_row(row, f"{path}: row {number}") for number, row in enumerate(rows, start=1))
+
+
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_read_lines(path), start=1):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error.msg} in line {number}, column {error.colno}") from error
+        yield _json_row(row, f"{path}: line {number}")
+
+
+def _json_row(row: Any, place: str) -> dict[str, Any]:
+    if isinstance(row, str):
+        return {"text": row}
+    if not isinstance(row, dict):
+        raise InputError(f"{place} is a {type(row).__name__}, it must be an object (or a text): correct the file")
+    return row
+
+
+def _read_table(path: Path, has_header: bool) -> Iterator[dict[str, Any]]:
+    lines = _read_lines(path)
+    if _suffixes(path)[0] == ".tsv":
+        # In a .tsv quotes are letters like others, and a tab or a line end always separates.
+        reader = (_without_end(line).split("\t") for line in lines if not line.isspace())
+    else:
+        # Process-wide; the limit of 131,072 characters a field is less than one long document.
+        csv.field_size_limit(sys.maxsize)
+        reader = (fields for fields in csv.reader(lines, strict=True) if fields)
+    header, number = None, 0
+    try:
+        for number, fields in enumerate(reader, start=1):
+            if header is None:
+                header = fields if has_header else [str(column) for column in range(len(fields))]
+                if has_header:
+                    continue
+            if len(fields) != len(header):
+                raise InputError(
+                    f"{path}: row {number} has {len(fields)} fields, the first row {len(header)}: correct or quote it"
+                )
+            yield dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path} is not a valid table: {error} in row {number + 1}: correct or quote it") from error
+
+
+def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+    try:
+        with _open(path) as stream, pq.ParquetFile(stream) as file:
+            if missing := [name for name in columns or [] if name not in file.schema_arrow.names]:
+                raise wrong_column(missing[0], path, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1000, columns=columns):
+                yield from batch.to_pylist()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is not a valid Parquet file ({error}): write it again") from error
