@@ -1,4 +1,4 @@
-"""The one exception that stands for something its user can mend."""
+"""The exceptions that the command line turns into one line."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that names the value, the limit and the remedy. The command line prints it on stderr and
     exits with status 2; every other exception is a bug and keeps its traceback.
     """
+
+
+class Interrupted(Exception):
+    """Ctrl-C ended a run after it had saved a checkpoint; the message says how to go on."""

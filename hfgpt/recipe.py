@@ -108,6 +108,32 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     return Recipe(path.stem, values.task, **sections, values=_resolved_values(values, parser))
 
 
+def parse_sections(overrides: list[str], sections: list[str]) -> dict[str, Any]:
+    """The arguments of some sections from the command line alone, for commands without a recipe.
+
+    Args:
+        overrides: `--section.key value` or `--section.key=value`.
+        sections: The sections they may name.
+
+    Returns:
+        Section name -> its arguments.
+
+    Raises:
+        InputError: An unknown key or section, or a wrong type.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    for section in sections:
+        parser.add_class_arguments(SECTIONS[section], section)
+    for override in overrides:
+        if override.startswith("--"):
+            _check_key(override[2:].partition("=")[0], sections)
+    try:
+        values = parser.parse_args(overrides)
+    except ArgumentError as error:
+        raise InputError(_explain(error)[1]) from error
+    return {section: SECTIONS[section](**vars(values[section])) for section in sections}
+
+
 def render_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to the same arguments."""
     return yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
@@ -183,10 +209,10 @@ def _check_tree(tree: dict[str, Any], lines: dict[str, int], path: Path):
                     raise InputError(f"{path.name}, line {lines[f'{section}.{key}']}: {section}.{key} cannot be empty")
 
 
-def _check_key(key: str):
+def _check_key(key: str, sections: tuple[str, ...] = ("task", *SECTIONS)):
     section, _, name = key.partition(".")
-    if section != "task" and section not in SECTIONS:
-        raise InputError(f"there is no section '{section}'{_nearest(section, ['task', *SECTIONS])}")
+    if section not in sections:
+        raise InputError(f"there is no section '{section}'{_nearest(section, list(sections))}")
     fields = [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []
     if name and name.partition(".")[0] not in fields:
         raise InputError(f"there is no key '{name}' in section '{section}'{_nearest(name, fields)}")

@@ -97,24 +97,7 @@ def load_documents(arguments: DataArguments, seed: int, report: DataReport) -> d
     Raises:
         InputError: The source is missing, unreadable, of a kind not taken, or holds too little text.
     """
-    _check_arguments(arguments)
-    folder = cache_folder(arguments.cache_dir)
-    report.source = arguments.path
-    contents = hashlib.sha256()
-    collected = {}
-    for name, values in _open_source(arguments, seed, report).items():
-        values = itertools.islice(values, arguments.max_documents)
-        collected[name] = _collect(values, folder, seed, report, contents)
-        if not len(collected[name].dataset):
-            dropped = ", ".join(f"{rows} {reason}" for reason, rows in report.dropped.items()) or "none"
-            raise InputError(
-                f"data.path {arguments.path!r} is empty: its {name} split has no text in {report.rows_read} rows read "
-                f"(dropped: {dropped}); add text, or name the column that holds it in data.text_column"
-            )
-    report.sha256 = report.sha256 or contents.hexdigest()
-    digests = np.concatenate([split.digests for split in collected.values()])
-    report.rows_kept += len(digests)
-    report.duplicated += len(digests) - len(np.unique(digests))
+    collected = _collect_splits(arguments, seed, report)
     if "validation" in collected:
         report.split_by = "given"
         report.leaked = int(np.isin(collected["validation"].digests, collected["train"].digests).sum())
@@ -124,6 +107,26 @@ def load_documents(arguments: DataArguments, seed: int, report: DataReport) -> d
     if len(collected["train"].dataset) == 1:
         return _divide_by_position(collected["train"].dataset[0]["text"], arguments, report)
     return _divide_by_documents(collected["train"], arguments, report)
+
+
+def load_all_documents(arguments: DataArguments, report: DataReport) -> datasets.Dataset:
+    """Reads a source to measure a model on: all of it, or `validation_split` where one is named.
+
+    Args:
+        arguments: What to read.
+        report: Filled in place; the sizes are those of the split `validation`.
+
+    Returns:
+        One column `text`.
+
+    Raises:
+        InputError: As `load_documents`.
+    """
+    collected = _collect_splits(arguments, 0, report)
+    chosen = [collected["validation"]] if arguments.validation_split else list(collected.values())
+    for split in chosen:
+        _count(report, "validation", split)
+    return datasets.concatenate_datasets([split.dataset for split in chosen])
 
 
 def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
@@ -148,6 +151,29 @@ def _check_arguments(arguments: DataArguments) -> None:
         raise InputError(f"data.max_documents is {arguments.max_documents}, the least is 1: unset it to read all")
     if arguments.sample_by not in ("document", "paragraph", "line"):
         raise InputError(f"data.sample_by is {arguments.sample_by!r}, it must be document, paragraph or line")
+
+
+def _collect_splits(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, _Collected]:
+    """Reads every split the source has: `train`, and `validation` if it is given."""
+    _check_arguments(arguments)
+    folder = cache_folder(arguments.cache_dir)
+    report.source = arguments.path
+    contents = hashlib.sha256()
+    collected = {}
+    for name, values in _open_source(arguments, seed, report).items():
+        values = itertools.islice(values, arguments.max_documents)
+        collected[name] = _collect(values, folder, seed, report, contents)
+        if not len(collected[name].dataset):
+            dropped = ", ".join(f"{rows} {reason}" for reason, rows in report.dropped.items()) or "none"
+            raise InputError(
+                f"data.path {arguments.path!r} is empty: its {name} split has no text in {report.rows_read} rows read "
+                f"(dropped: {dropped}); add text, or name the column that holds it in data.text_column"
+            )
+    report.sha256 = report.sha256 or contents.hexdigest()
+    digests = np.concatenate([split.digests for split in collected.values()])
+    report.rows_kept += len(digests)
+    report.duplicated += len(digests) - len(np.unique(digests))
+    return collected
 
 
 def _open_source(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, Iterator[Any]]:
@@ -343,6 +369,6 @@ def _divide_by_documents(collected: _Collected, arguments: DataArguments, report
 
 def _count(report: DataReport, name: str, collected: _Collected, rows: np.ndarray | slice = slice(None)) -> None:
     split = report.split(name)
-    split.documents = len(collected.digests[rows])
-    split.characters = int(collected.characters[rows].sum())
-    split.bytes = int(collected.bytes[rows].sum())
+    split.documents += len(collected.digests[rows])
+    split.characters += int(collected.characters[rows].sum())
+    split.bytes += int(collected.bytes[rows].sum())

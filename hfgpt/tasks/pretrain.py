@@ -20,12 +20,13 @@ from transformers import (
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.report import DataReport
-from hfgpt.data.sources import cache_folder, load_documents
+from hfgpt.data.sources import DataArguments, cache_folder, load_all_documents, load_documents
 from hfgpt.data.streams import TokenStream, tokenize_documents
-from hfgpt.errors import InputError
+from hfgpt.errors import InputError, Interrupted
+from hfgpt.evaluation import EvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
-from hfgpt.loading import build_model, load_model, load_model_config
+from hfgpt.loading import build_model, check_vocabulary, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.run_folder import (
     begin_run,
@@ -38,7 +39,7 @@ from hfgpt.tasks.run_folder import (
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, plot_loss, stderr_console
 from hfgpt.training.estimate import Estimate, plan_run
-from hfgpt.training.hardware import describe_device, peak_memory_bytes
+from hfgpt.training.hardware import describe_device, find_device, peak_memory_bytes
 from hfgpt.training.trainer import HfGPTTrainer
 
 
@@ -57,10 +58,6 @@ class PretrainingData:
     validation: BlockDataset
     tokenizer: PreTrainedTokenizerBase
     report: DataReport
-
-
-class Interrupted(Exception):
-    """Ctrl-C stopped a run after it had saved a checkpoint; the message says how to go on."""
 
 
 def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -136,7 +133,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
         (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
     plot_loss(folder, model.config.vocab_size)
     saved = load_model(str(folder)).to(recipe.training.device)
-    metrics = measure(saved, data, recipe)
+    metrics = measure(saved, data.tokenizer, data.validation, data.report, recipe.training.per_device_eval_batch_size)
     samples = sample(saved, data.tokenizer, recipe)
     write_json(folder / "metrics.json", metrics)
 
@@ -254,16 +251,69 @@ def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate)
     )
 
 
-def measure(model: PreTrainedModel, data: PretrainingData, recipe: Recipe) -> dict[str, Any]:
-    """Token-weighted metrics of a model on the whole validation split, under the names of `metrics.json`."""
-    loader = DataLoader(
-        data.validation, batch_size=recipe.training.per_device_eval_batch_size, collate_fn=default_data_collator
-    )
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: BlockDataset,
+    report: DataReport,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Token-weighted metrics of a model, under the names of `metrics.json`.
+
+    Args:
+        model: A causal language model.
+        tokenizer: What made the blocks.
+        blocks: The whole validation split, with its tail.
+        report: Holds the bytes of that split.
+        batch_size: Blocks at a time.
+    """
+    loader = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
     result: Perplexity = measure_perplexity(model, loader)
     # The first token is context only, so its bytes are not counted.
-    first = data.tokenizer.decode([int(data.validation.stream.tokens[0])], skip_special_tokens=True)
-    result.bytes = data.report.splits["validation"].bytes - len(first.encode())
+    first = tokenizer.decode([int(blocks.stream.tokens[0])], skip_special_tokens=True)
+    result.bytes = report.splits["validation"].bytes - len(first.encode())
     return result.to_dict()
+
+
+def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArguments) -> dict[str, Any]:
+    """Measures a saved language model on all text of a source.
+
+    Args:
+        path: A folder or Hub id.
+        data: The source; `validation_split`, if named, restricts it.
+        evaluation: Its `stride`.
+
+    Returns:
+        Metrics under the names of `metrics.json`.
+
+    Raises:
+        InputError: No model, no text, or a tokenizer that does not fit the model.
+    """
+    tokenizer = load_model_tokenizer(path)
+    model = load_model(path).to(find_device())
+    check_vocabulary(model, tokenizer)
+    report = DataReport()
+    documents = load_all_documents(data, report)
+    stream = tokenize_documents(
+        documents,
+        tokenizer,
+        cache_dir=cache_folder(data.cache_dir),
+        num_proc=data.num_proc,
+        append_eos=len(documents) > 1,
+    )
+    context = model.config.max_position_embeddings
+    block_size = data.block_size or context
+    if block_size > context:
+        raise InputError(f"data.block_size is {block_size}, but the context of the model is {context}: lower it")
+    blocks = BlockDataset(
+        stream,
+        block_size,
+        evaluation.stride,
+        document_boundaries=data.document_boundaries,
+        keep_tail=True,
+        name=f"the text of {data.path}",
+    )
+    return measure(model, tokenizer, blocks, report, batch_size=8)
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[str]:

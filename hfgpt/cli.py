@@ -1,0 +1,192 @@
+"""The command line: parse, call one function, print.
+
+Nothing heavy is imported before a command runs, so that every `--help` answers at once. What a user can mend is one
+line on stderr and exit status 2; anything else is a bug and keeps its traceback.
+"""
+
+import difflib
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from hfgpt.errors import InputError, Interrupted
+
+app = typer.Typer(
+    name="hfgpt",
+    help="A GPT from scratch, at home in the Hugging Face ecosystem.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+# An unknown command or option, a wrong type. typer exports only its kinds, from click or from a copy of it.
+UsageError = typer.BadParameter.__base__
+TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from recipes/, or the path of a YAML file.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def train(
+    context: typer.Context,
+    recipe: RecipeName,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+):
+    """Run a recipe; override any of its keys with --section.key value."""
+    from hfgpt.recipe import load_recipe
+    from hfgpt.tasks.pretrain import pretrain
+
+    pretrain(load_recipe(recipe, context.args), resume)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; '' starts a new document.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many; end of text stops earlier.")] = 100,
+    temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 more varied.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    num_samples: Annotated[int, typer.Option(help="Continuations of the prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+):
+    """Continue a prompt."""
+    from transformers import TextStreamer
+
+    from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+    from hfgpt.loading import load_model, load_model_tokenizer
+    from hfgpt.training.hardware import find_device
+
+    arguments = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, num_samples, seed)
+    tokenizer = load_model_tokenizer(model)
+    network = load_model(model).to(find_device())
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
+    texts = generate_texts(network, tokenizer, prompt, arguments, streamer)
+    if streamer is None:
+        print("\n\n".join(texts))
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    model: Model,
+    task: Annotated[str, typer.Option(help="What the model does: pretrain (next-token prediction).")] = "pretrain",
+    as_json: AsJson = False,
+):
+    """Measure a model on all text of --data.path: token-weighted loss, perplexity, bits a byte."""
+    from hfgpt.recipe import parse_sections
+    from hfgpt.tasks.pretrain import evaluate_model
+
+    if task != "pretrain":
+        raise InputError(f"--task is '{task}'; it must be pretrain")
+    metrics = evaluate_model(model, **parse_sections(context.args, ["data", "evaluation"]))
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        for name, value in metrics.items():
+            print(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
+
+
+@app.command(name="inspect", context_settings=TAKES_OVERRIDES)
+def inspect_data(
+    context: typer.Context,
+    recipe: RecipeName,
+    rows: Annotated[int, typer.Option(help="Blocks to show.")] = 3,
+):
+    """Show what a recipe's data becomes: rows kept and dropped, blocks, and which tokens are learned."""
+    from hfgpt.inspection import inspect_recipe
+    from hfgpt.recipe import load_recipe
+
+    inspect_recipe(load_recipe(recipe, context.args), rows)
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
+    """Say what a recipe will cost before it runs: parameters, memory, operations, time on this machine."""
+    from hfgpt.plan import plan_recipe, render_plan
+    from hfgpt.recipe import load_recipe
+
+    estimate = plan_recipe(load_recipe(recipe, context.args))
+    print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
+
+
+@app.command()
+def doctor(as_json: AsJson = False):
+    """Say what this machine has: versions, devices, the kernels that will be used, Hub login."""
+    from hfgpt.doctor import examine, render_examination
+
+    findings = examine()
+    print(json.dumps(findings) if as_json else render_examination(findings))
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path | None, typer.Option(help="The run folder; by default a new one below runs/.")] = None,
+):
+    """Take the tour: train a small story-teller on generated text, offline, in minutes."""
+    from hfgpt.tasks.demo import run_demo
+
+    run_demo(output_dir)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    # Before transformers and huggingface_hub are imported: they read these once.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        app(standalone_mode=False)
+        sys.exit(0)
+    except InputError as error:
+        _refuse(str(error))
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Interrupted as error:
+        _stop(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("stopped")
+    except BrokenPipeError:
+        # The reader of our output has gone, as with `| head`; Python would complain again when flushing.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        remedy = {
+            errno.ENOSPC: "free some space, or choose a folder on another disk",
+            errno.EACCES: "change its permissions, or choose another folder",
+            errno.EROFS: "choose a folder that can be written",
+        }.get(error.errno, "check the path")
+        _refuse(f"{error.strerror}: {error.filename or 'while writing'}; {remedy}")
+    except UsageError as error:
+        _refuse(_explain_usage(error))
+
+
+def _explain_usage(error: UsageError) -> str:
+    message = error.format_message().rstrip(".").replace("\n", " ")
+    words = message.split("'")
+    if "command" in message and len(words) > 1:
+        names = [command.name or command.callback.__name__ for command in app.registered_commands]
+        nearest = difflib.get_close_matches(words[1], names, n=1, cutoff=0.4)
+        return f"there is no command '{words[1]}'; " + (
+            f"did you mean '{nearest[0]}'?" if nearest else f"there are: {', '.join(names)}"
+        )
+    return f"{message}; see {error.ctx.command_path if error.ctx else 'hfgpt'} --help"
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"hfgpt: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _stop(message: str) -> NoReturn:
+    print(f"hfgpt: {message}", file=sys.stderr)
+    sys.exit(130)  # as shells report an end by Ctrl-C

@@ -1,0 +1,69 @@
+"""`hfgpt doctor`: what this machine has, and what hfgpt will make of it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from typing import Any
+
+import torch
+from huggingface_hub import constants, get_token
+from rich.console import Console
+from rich.table import Table
+
+import hfgpt
+from hfgpt.training.hardware import describe_device, find_device, has_native_bf16
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")
+
+
+def examine() -> dict[str, Any]:
+    """Looks at versions, device, kernels, disk and login; asks nothing of the network.
+
+    Returns:
+        Finding -> what was found, plain values.
+    """
+    device = find_device()
+    bf16 = has_native_bf16(device)
+    flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    cache = constants.HF_HOME
+    return {
+        "hfgpt": hfgpt.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "device": describe_device(device),
+        "threads": torch.get_num_threads(),
+        "precision": "bfloat16 (mixed)" if bf16 else "float32: bfloat16 would be emulated here",
+        "attention": "sdpa, eager, flex_attention" + (", flash_attention_2" if flash else ""),
+        "optimizers": "fused AdamW; Muon in " + ("bfloat16" if bf16 else "float32"),
+        "cache": cache,
+        "cache_free_gib": round(shutil.disk_usage(_existing(cache)).free / 1024**3, 1),
+        "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
+        "hub_offline": bool(constants.HF_HUB_OFFLINE),
+        "hub_login": "a token is stored" if get_token() else "none: hf auth login",
+    }
+
+
+def render_examination(findings: dict[str, Any]) -> str:
+    """The findings as a table for the terminal."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in findings.items():
+        table.add_row(name, str(value))
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table, highlight=False)
+    return capture.get().rstrip()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _existing(path: str) -> str:
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return path

@@ -1,0 +1,56 @@
+"""`hfgpt plan`: what a recipe will cost, before anything is spent."""
+
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from hfgpt.loading import build_model
+from hfgpt.recipe import Recipe
+from hfgpt.tasks.pretrain import check_blocks, load_pretraining_data
+from hfgpt.training.estimate import Estimate, plan_run
+
+
+def plan_recipe(recipe: Recipe) -> Estimate:
+    """Reads and tokenizes the data, builds the model, and probes this machine for two seconds; writes nothing.
+
+    Raises:
+        InputError: As the run itself would.
+    """
+    data = load_pretraining_data(recipe)
+    set_seed(recipe.training.seed)
+    model = build_model(recipe.model, data.tokenizer)
+    check_blocks(model, data)
+    return plan_run(model, recipe.training, data.train.block_size, len(data.train))
+
+
+def render_plan(estimate: Estimate) -> str:
+    """The estimate as a table for the terminal."""
+    mib = 1024**2
+    rows = [
+        ("parameters", f"{estimate.parameters:,}"),
+        ("memory: weights", f"{estimate.weights_bytes / mib:,.1f} MiB"),
+        ("memory: gradients", f"{estimate.gradients_bytes / mib:,.1f} MiB"),
+        ("memory: optimizer", f"{estimate.optimizer_bytes / mib:,.1f} MiB"),
+        ("memory: activations", f"{estimate.activations_bytes / mib:,.1f} MiB"),
+        ("memory: together", f"{estimate.memory_bytes / mib:,.1f} MiB, beside what the libraries take"),
+        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens"),
+        ("tokens", f"{estimate.tokens:,}"),
+        ("operations a token", f"{estimate.flops_per_token:.3g} FLOP, forward and backward"),
+        ("operations", f"{estimate.flops:.3g} FLOP"),
+        ("speed", f"{estimate.tokens_per_second:,.0f} tokens/s on {estimate.device}"),
+        ("time", f"{_duration(estimate.seconds)}, evaluations not counted"),
+    ]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table, highlight=False)
+    return capture.get().rstrip()
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} seconds"
