@@ -36,7 +36,7 @@ def __dir__():
 def _register_configuration():
     from transformers import AutoConfig
 
-    from .configuration_hfgpt import HfGPTConfig
+    from hfgpt.configuration_hfgpt import HfGPTConfig
 
     AutoConfig.register("hfgpt", HfGPTConfig)
 
@@ -44,8 +44,7 @@ def _register_configuration():
 def _register_models():
     from transformers.models.auto import modeling_auto
 
-    from . import modeling_hfgpt
-    from .configuration_hfgpt import HfGPTConfig
+    from hfgpt import modeling_hfgpt
 
     # From these tables of names, not from what is registered, transformers decides whether a class takes labels and
     # whether label smoothing has to shift them (Trainer.compute_loss): without the names it is silently wrong.
@@ -58,34 +57,38 @@ def _register_models():
             "HfGPTForSequenceClassification",
         ),
     ):
-        getattr(modeling_auto, auto_class).register(HfGPTConfig, getattr(modeling_hfgpt, model))
+        getattr(modeling_auto, auto_class).register(modeling_hfgpt.HfGPTConfig, getattr(modeling_hfgpt, model))
         getattr(modeling_auto, names)["hfgpt"] = model
 
 
-_REGISTRATIONS = {
-    "transformers.models.auto.configuration_auto": _register_configuration,
-    "transformers.models.auto.modeling_auto": _register_models,
+# The Auto classes bring in ours, and ours register themselves once they are whole: importing the model file imports
+# the Auto classes half-way, when there is nothing to register yet.
+_AFTER_IMPORT = {
+    "transformers.models.auto.configuration_auto": lambda: importlib.import_module("hfgpt.configuration_hfgpt"),
+    "transformers.models.auto.modeling_auto": lambda: importlib.import_module("hfgpt.modeling_hfgpt"),
+    "hfgpt.configuration_hfgpt": _register_configuration,
+    "hfgpt.modeling_hfgpt": _register_models,
 }
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder):
-    """Runs each registration once, right after the module it belongs to has been imported by somebody."""
+class _ImportHook(importlib.abc.MetaPathFinder):
+    """Calls what `_AFTER_IMPORT` holds for a module, once, right after somebody has imported it."""
 
     def find_spec(self, name, path, target=None):
-        if name not in _REGISTRATIONS:
+        if name not in _AFTER_IMPORT:
             return None
-        register = _REGISTRATIONS.pop(name)
+        call = _AFTER_IMPORT.pop(name)
         spec = importlib.util.find_spec(name)  # by the other finders: the name is no longer ours
         execute = spec.loader.exec_module
 
-        def execute_and_register(module):
+        def execute_and_call(module):
             execute(module)
-            register()
+            call()
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_call
         return spec
 
 
-for _name in [name for name in _REGISTRATIONS if name in sys.modules]:
-    _REGISTRATIONS.pop(_name)()
-sys.meta_path.insert(0, _RegisterAfterImport())
+sys.meta_path.insert(0, _ImportHook())
+for _name in [name for name in _AFTER_IMPORT if name in sys.modules]:
+    _AFTER_IMPORT.pop(_name)()

@@ -1,6 +1,7 @@
 """Models from a recipe's section `model`, and from folders and Hub ids, or a clear line why not."""
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
 from hfgpt.errors import InputError
@@ -154,9 +156,10 @@ def load_model(path: str, revision: str | None = None, **kwargs) -> PreTrainedMo
     """
     check_model_path(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision or "main", dtype=torch.float32, output_loading_info=True, **kwargs
-        )
+        with quiet_bars(Path(path).is_dir()):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path, revision=revision or "main", dtype=torch.float32, output_loading_info=True, **kwargs
+            )
     except (OSError, HfHubHTTPError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load a language model from '{path}': {_first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -165,6 +168,18 @@ def load_model(path: str, revision: str | None = None, **kwargs) -> PreTrainedMo
                 f"the weights in '{path}' do not fit the model: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]}"
             )
     return model.eval()
+
+
+@contextmanager
+def quiet_bars(quiet: bool = True):
+    """Switches off transformers' progress bars, which for a local file of some megabytes are noise."""
+    if quiet:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
 
 
 def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:

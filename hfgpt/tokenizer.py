@@ -33,8 +33,9 @@ UNKNOWN = "<|unk|>"
 SAVED_FILES = ("tokenizer.json", "tokenizer_config.json")
 GPT2_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 
-# Texts go to the trainer in pieces: it needs about 100 bytes a character of a piece, and holds 256 pieces at a time.
-PIECE_CHARACTERS = 65_536
+# Texts go to the trainer in pieces: its memory grows with the longest, and text without spaces (one word a piece)
+# takes time that grows with its square. 2048 costs nothing on ordinary text.
+PIECE_CHARACTERS = 2048
 
 
 @dataclass
@@ -274,9 +275,9 @@ def load_tokenizer(path: str | os.PathLike, pad_token: str | None = PADDING) -> 
             tokenizer = _build_gpt2(*models.BPE.read_file(*map(str, files)))
     # The Rust library reports a damaged file by a bare Exception.
     except Exception as error:
-        where = "as a file, a folder or a Hub id" if files is None else "; save it again or name another"
+        looked = "as a file, a folder or a Hub id" if files is None else "from its files: save it again"
         reason = " ".join(str(error).split())
-        raise InputError(f"tokenizer {str(path)!r} cannot be loaded {where}: {reason}") from error
+        raise InputError(f"tokenizer {str(path)!r} cannot be loaded {looked} ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"tokenizer {str(path)!r} is a {type(tokenizer).__name__}; only fast tokenizers can be used")
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
+from hfgpt.loading import quiet_bars
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
 from hfgpt.training.optimizers import MuonFactory
@@ -141,7 +142,8 @@ class HfGPTTrainer(Trainer):
         config = self.model.config
         config.use_cache, use_cache = True, config.use_cache
         try:
-            super()._save(output_dir, state_dict)
+            with quiet_bars():
+                super()._save(output_dir, state_dict)
         finally:
             config.use_cache = use_cache
 
