@@ -119,11 +119,7 @@ def train_tokenizer(
     first = next(pieces, None)
     if first is None:
         raise InputError("there is no text to train a tokenizer on: it needs at least 1 character; check the data")
-    try:
-        backend = _TRAINERS[kind](itertools.chain([first], pieces), vocab_size, specials)
-    except UnicodeEncodeError as error:
-        raise InputError(f"the text is not valid Unicode ({error}); clean or drop the document with it") from error
-
+    backend = _TRAINERS[kind](itertools.chain([first], pieces), vocab_size, specials)
     if kind == "bpe":
         model = json.loads(backend.to_str())["model"]
         return _build_gpt2(model["vocab"], [tuple(merge) for merge in model["merges"]], **names)
@@ -133,7 +129,7 @@ def train_tokenizer(
 def _split_into_pieces(texts: Iterable[str], max_characters: int) -> Iterator[str]:
     """The texts up to `max_characters`, long ones cut before a space so that no word is."""
     left = max_characters
-    for text in texts:
+    for number, text in enumerate(texts, start=1):
         text = text[:left]
         left -= len(text)
         start = 0
@@ -142,7 +138,12 @@ def _split_into_pieces(texts: Iterable[str], max_characters: int) -> Iterator[st
             if end < len(text):
                 space = text.rfind(" ", start + 1, end)
                 end = space if space > start else end
-            yield text[start:end]
+            piece = text[start:end]
+            try:
+                piece.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"document {number} is not valid Unicode: {error}; mend or drop it") from error
+            yield piece
             start = end
         if left == 0:
             return
