@@ -32,7 +32,8 @@ class HfGPTConfig(PreTrainedConfig):
         num_attention_heads: Heads of each attention; divides `hidden_size`.
         intermediate_size: Width inside the MLP; `None` means four times `hidden_size`.
         max_position_embeddings: The context length, in tokens.
-        hidden_act: Activation of the MLP, a name of `transformers.activations.ACT2FN`; `gelu_new` is the tanh GELU.
+        hidden_act: Activation of the MLP, a name of `transformers.activations.ACT2FN`. The tanh GELU is there twice:
+            `gelu_new`, which GPT-2 checkpoints name, written out, and `gelu_pytorch_tanh`, in one faster kernel.
         layer_norm_eps: Epsilon of the LayerNorms.
         initializer_range: Standard deviation of the initial weights (residual projections: over sqrt(2 * layers)).
         tie_word_embeddings: Whether the output head is the token embedding (GPT-2) or has its own weights (the book).
@@ -54,8 +55,8 @@ class HfGPTConfig(PreTrainedConfig):
     """
 
     model_type = "hfgpt"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads these as class attributes
-    attribute_map = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
@@ -65,7 +66,7 @@ class HfGPTConfig(PreTrainedConfig):
         "activation_function": "hidden_act",
         "layer_norm_epsilon": "layer_norm_eps",
     }
-    base_model_tp_plan = {  # noqa: RUF012
+    base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -73,7 +74,7 @@ class HfGPTConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan = {  # noqa: RUF012
+    base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
@@ -85,7 +86,7 @@ class HfGPTConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     intermediate_size: int | None = None
     max_position_embeddings: int = 1024
-    hidden_act: str = "gelu_new"
+    hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True

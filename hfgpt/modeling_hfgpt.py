@@ -177,14 +177,14 @@ class HfGPTPreTrainedModel(PreTrainedModel):
     config: HfGPTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["HfGPTBlock"]  # noqa: RUF012 - transformers reads these as class attributes
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["HfGPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": HfGPTBlock, "attentions": HfGPTAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": HfGPTBlock, "attentions": HfGPTAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -232,7 +232,7 @@ def find_packed_documents(position_ids: torch.Tensor, attention_mask: torch.Tens
     previous = nn.functional.pad(last_real, (1, -1), value=-1)
     expected = position_ids.gather(-1, previous.clamp(min=0)) + 1
     starts = real & (previous >= 0) & (position_ids != expected)
-    # A graph cannot branch on values: while tracing, the mask is always built.
+    # While tracing, when values cannot be looked at, the mask is always built.
     if not is_tracing(position_ids) and not starts.any():
         return None
     return starts.cumsum(-1)
@@ -283,22 +283,16 @@ class HfGPTModel(HfGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
 
-        documents = None
-        if position_ids is None:
-            position_ids = self._count_positions(inputs_embeds, attention_mask, past_key_values)  # (B or 1, T)
-        else:
-            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-            documents = self._check_positions(position_ids, attention_mask, past_key_values)
-        if documents is None:
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            same_document = None
-        else:
-            # One cache cannot be continued by several documents, so none is made.
-            use_cache = False
+        position_ids, documents = self._place_tokens(inputs_embeds, attention_mask, position_ids, past_key_values)
+        same_document = None
+        if documents is not None:
+            use_cache = False  # one cache cannot be continued by several documents
 
             def same_document(batch, head, query, key):
                 return documents[batch, query] == documents[batch, key]
+
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
 
         causal_mask = create_causal_mask(
             config=self.config,
@@ -325,73 +319,64 @@ class HfGPTModel(HfGPTPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
 
-    def _count_positions(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.Tensor:
-        """Positions (B or 1, T) of tokens that came without: the number of real tokens before each in its row."""
-        length = inputs_embeds.shape[1]
+    def _place_tokens(self, inputs_embeds, attention_mask, position_ids, past_key_values):
+        """Finds or checks the positions (B or 1, T), and the documents (B, T) of packed rows, None for others."""
+        batch_size, length = inputs_embeds.shape[:2]
+        context = self.config.max_position_embeddings
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         index = torch.arange(length, device=inputs_embeds.device) + seen  # (T)
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-            if not is_tracing(index):
-                self._check_context(int(seen) + length)
-            return index.unsqueeze(0)
-        counts = attention_mask.long().cumsum(-1) - 1  # (B, S)
-        if not is_tracing(index):
-            if attention_mask.shape[1] < int(seen) + length:
+        # A graph cannot branch on values, so while tracing nothing is refused.
+        tracing = is_tracing(index)
+        # Any other mask was prepared by the caller and says nothing of padding.
+        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        given = position_ids is not None
+        if given:
+            position_ids = position_ids.expand(batch_size, -1)
+        elif not is_padding_mask:
+            position_ids = index.unsqueeze(0)
+        else:
+            if not tracing and attention_mask.shape[1] < int(seen) + length:
                 raise ValueError(
                     f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache holds {int(seen)} and the "
                     f"input {length}: pass the mask of all {int(seen) + length}"
                 )
-            if attention_mask.shape[1] > self.config.max_position_embeddings:
-                self._check_context(int(counts.max()) + 1)
-        return counts.clamp(min=0).index_select(1, index)
-
-    def _check_positions(
-        self, position_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.Tensor | None:
-        """Checks given positions (B, T) against the context; returns the documents (B, T) of packed rows, or None."""
-        tracing, length = is_tracing(position_ids), position_ids.shape[1]
-        if not tracing:
-            self._check_context(int(position_ids.max()) + 1)
-        # A mask that is not (B, S) was prepared by the caller and is final.
-        if length == 1 or (attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2):
-            return None
-        # While tracing, positions cannot be looked at; with a cache they come from `generate`: one document a row.
-        if tracing and past_key_values is not None:
-            return None
-        padding_mask = attention_mask if attention_mask is None else attention_mask[:, -length:]
+            counted = attention_mask.long().cumsum(-1) - 1  # (B, S): real tokens before each
+            position_ids = counted.clamp(min=0).index_select(1, index)
+        # Looked at only where it can happen: reading values from an accelerator waits for it.
+        if not tracing and (given or int(seen) + length > context) and int(position_ids.max()) >= context:
+            raise ValueError(
+                f"the sequence has {int(position_ids.max()) + 1} tokens, but the context of this model ends at "
+                f"{context} (max_position_embeddings): shorten it"
+            )
+        # While tracing, positions beside a cache come from `generate`: one document a row.
+        if not given or length == 1 or (tracing and past_key_values is not None):
+            return position_ids, None
+        if attention_mask is not None and not is_padding_mask:
+            return position_ids, None
+        padding_mask = attention_mask[:, -length:] if is_padding_mask else None
         documents = find_packed_documents(position_ids, padding_mask)
-        if documents is None:
-            return None
-        if past_key_values is not None:
+        if documents is not None and past_key_values is not None:
             raise ValueError(
                 "position_ids restart, so these rows pack several documents, and one cache cannot hold them: "
                 "pass no past_key_values and use_cache=False"
             )
-        padded = padding_mask is not None and not padding_mask.bool().all()
-        if "flash" in self.config._attn_implementation and (len(position_ids) > 1 or padded):
+        # Flash attention finds the documents by itself, from the positions of an unpadded batch of one row.
+        one_row = batch_size == 1 and (padding_mask is None or padding_mask.bool().all())
+        if documents is not None and "flash" in self.config._attn_implementation and not one_row:
             raise ValueError(
                 "flash attention keeps packed documents apart only in a batch of one row without padding: "
                 "flatten the rows into one, or use attn_implementation='sdpa' or 'flex_attention'"
             )
-        return documents
-
-    def _check_context(self, length: int):
-        if length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"the sequence has {length} tokens, but the context of this model ends at "
-                f"{self.config.max_position_embeddings} (max_position_embeddings): shorten it"
-            )
+        return position_ids, documents
 
 
 class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
     """The language model: hidden states to logits over the next token."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: HfGPTConfig):
         super().__init__(config)
@@ -425,13 +410,7 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         The other arguments are those of `HfGPTModel.forward`.
         """
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
@@ -489,13 +468,7 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
             ValueError: A row that is all padding.
         """
         outputs: BaseModelOutputWithPast = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         hidden_states = outputs.last_hidden_state  # (B, T, C)
         batch_size, length = hidden_states.shape[:2]

@@ -1,0 +1,222 @@
+"""Muon is torch's Muon, it gets the matrices it is made for, and it survives a checkpoint bit for bit."""
+
+import io
+import re
+
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from hfgpt.training import optimizers
+from hfgpt.training.optimizers import Muon, MuonFactory, MuonWithAdamW, hidden_matrix_names, orthogonalize
+
+SHAPES = [(24, 8), (8, 24), (16, 16), (24, 8), (1, 12)]  # tall, wide, square, tall again (one batch), a single row
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+HIDDEN = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(up|down)_proj)\.weight")
+OPTIONS = [
+    {},
+    {"nesterov": False},
+    {"weight_decay": 0.0, "momentum": 0.5},
+    {"adjust_lr_fn": "original"},
+    {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
+]
+
+
+def step_both(options: dict, steps: int = 4) -> tuple[list[nn.Parameter], list[nn.Parameter], list[torch.Tensor]]:
+    """Parameters after some steps of our Muon and of torch's from the same start with the same gradients."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
+    optimizer = Muon(ours, lr=0.1, **options)
+    reference = torch.optim.Muon(theirs, lr=0.1, **options)
+    for step in range(steps):
+        for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            # A parameter without a gradient is left alone, as the last one is in the first step.
+            if step or index < len(SHAPES) - 1:
+                mine.grad = torch.randn(mine.shape, generator=generator)
+                other.grad = mine.grad.clone()
+        optimizer.step()
+        reference.step()
+    return ours, theirs, start
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_muon_does_torchs_update_in_float32(options, monkeypatch):
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: False)
+    # torch's own code, made to stay in float32; a copy, as the conversion to bfloat16 is.
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    ours, theirs, start = step_both(options)
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        assert (other - before).abs().max() > 0.05
+        # Same arithmetic in another order: 1e-7 a rounding, of which five iterations make at most some hundreds.
+        torch.testing.assert_close(mine, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_muon_is_close_to_torchs_bfloat16(options, monkeypatch):
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: False)
+    ours, theirs, start = step_both(options)
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        # bfloat16 rounds by 2^-9 = 0.2 %, and the iterations amplify that for the small singular values.
+        assert torch.linalg.norm(mine - other) < 0.05 * torch.linalg.norm(other - before)
+
+
+def test_muon_is_torchs_where_bfloat16_is_native(monkeypatch):
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: True)
+    for mine, other in zip(*step_both({})[:2], strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_muon_calls_the_closure_once(monkeypatch):
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: False)
+    weight = nn.Parameter(torch.eye(4))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert Muon([weight], lr=0.1).step(closure).item() == 4
+    assert len(calls) == 1
+    assert not torch.equal(weight, torch.eye(4))
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 8), (3, 8, 20), (3, 12, 12)], ids=["tall", "wide", "square"])
+def test_orthogonalize_keeps_directions_and_evens_out_singular_values(shape):
+    torch.manual_seed(0)
+    smaller = min(shape[1:])
+    left = torch.linalg.qr(torch.randn(shape[0], shape[1], smaller, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(shape[0], shape[2], smaller, dtype=torch.float64))[0]
+    values = torch.logspace(-1.5, 0.5, smaller, dtype=torch.float64)  # a hundredfold range
+    matrices = left * values @ right.mT
+    # In the directions of the singular vectors the result is diagonal, up to float64 rounding.
+    found = left.mT @ orthogonalize(matrices, COEFFICIENTS, 5, 1e-7) @ right
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(found, torch.diag_embed(diagonal), rtol=0, atol=1e-10)
+    # Jordan et al. tuned the coefficients so that values end between about 0.7 and 1.2.
+    assert diagonal.min() > 0.65
+    assert diagonal.max() < 1.25
+
+
+def test_orthogonalize_of_nothing_is_nothing():
+    assert torch.equal(orthogonalize(torch.zeros(1, 4, 4), COEFFICIENTS, 5, 1e-7), torch.zeros(1, 4, 4))
+
+
+def names_by_optimizer(model: nn.Module, optimizer: MuonWithAdamW) -> tuple[list[str], dict[str, float]]:
+    """Names of Muon's parameters, and of AdamW's with their weight decay; every one as often as it occurs."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    muon = [names[id(p)] for group in optimizer.muon.param_groups for p in group["params"]]
+    adamw = [(names[id(p)], group["weight_decay"]) for group in optimizer.adamw.param_groups for p in group["params"]]
+    assert len(adamw) == len(dict(adamw))
+    together = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(together) == sorted(muon + list(dict(adamw)))
+    return muon, dict(adamw)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_word_embeddings": False}, {"qkv_bias": False}], ids=["tied", "untied", "no qkv bias"]
+)
+def test_each_parameter_goes_to_its_optimizer_once(fields, make_model, make_trainer):
+    model = make_model(**fields)
+    optimizer = make_trainer(model, muon_learning_rate=0.02, weight_decay=0.1).create_optimizer()
+    muon, adamw = names_by_optimizer(model, getattr(optimizer, "optimizer", optimizer))
+    parameters = [name for name, _ in model.named_parameters()]
+    assert muon == [name for name in parameters if HIDDEN.fullmatch(name)]
+    assert len(muon) == 2 * 6
+    assert adamw.keys() == {name for name in parameters if not HIDDEN.fullmatch(name)}
+    assert ("lm_head.weight" in adamw) == (not model.config.tie_word_embeddings)
+    # As everywhere in transformers, embeddings and heads decay, biases and norms do not.
+    assert adamw == {name: 0.0 if "bias" in name or "norm" in name else 0.1 for name in adamw}
+
+
+def test_frozen_parameters_are_in_no_group(make_model, make_trainer):
+    model = make_model()
+    frozen = {"model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.bias"}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = make_trainer(model, muon_learning_rate=0.02).create_optimizer()
+    muon, adamw = names_by_optimizer(model, getattr(optimizer, "optimizer", optimizer))
+    assert {*muon, *adamw} == {name for name, _ in model.named_parameters()} - frozen
+    assert "model.layers.0.mlp.up_proj.weight" not in hidden_matrix_names(model)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    unchanged = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert unchanged == frozen
+
+
+def build_optimizer(model: nn.Module) -> MuonWithAdamW:
+    decay = {name for name, _ in model.named_parameters() if "norm" not in name}
+    return MuonFactory()(model, decay_names=decay, muon_learning_rate=0.05, weight_decay=0.1, lr=0.01, fused=True)
+
+
+def train_steps(model: nn.Module, optimizer: MuonWithAdamW, steps: range):
+    for step in steps:
+        ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(step))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_state_dict_goes_on_bit_for_bit(make_model):
+    straight, stopped = make_model(), make_model()
+    train_steps(straight, build_optimizer(straight), range(6))
+    optimizer = build_optimizer(stopped)
+    train_steps(stopped, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed = make_model()
+    resumed.load_state_dict(stopped.state_dict())
+    optimizer = build_optimizer(resumed)
+    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    train_steps(resumed, optimizer, range(3, 6))
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+    # The groups that a schedule writes to are those the two optimizers read, also after loading.
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+    train_steps(resumed, optimizer, range(6, 7))
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+class RatesSeen(TrainerCallback):
+    """The learning rates with which each step was taken, read from the two optimizers themselves."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.rates = {}
+
+    def on_optimizer_step(self, args, state, control, optimizer, **kwargs):
+        both = getattr(optimizer, "optimizer", optimizer)
+        (muon,) = {group["lr"] for group in both.muon.param_groups}
+        (adamw,) = {group["lr"] for group in both.adamw.param_groups}
+        self.rates[state.global_step] = (muon, adamw)
+
+
+def test_trainer_resumes_muon_and_schedules_both(make_model, make_blocks, make_trainer):
+    options = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "muon_learning_rate": 0.06,
+        "learning_rate": 0.006,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    seen = RatesSeen()
+    full = make_trainer(make_model(), make_blocks(200), callbacks=[seen], **options)
+    full.train()
+    # Linear from the full rate to zero, exact in floating point up to its rounding.
+    for step in range(6):
+        assert seen.rates[step] == pytest.approx((0.06 * (6 - step) / 6, 0.006 * (6 - step) / 6), rel=1e-12)
+    # Another start would show if the checkpoint were not what is gone on with.
+    resumed = make_trainer(make_model(initializer_range=0.1), make_blocks(200), callbacks=[seen], **options)
+    resumed.train(resume_from_checkpoint=f"{full.args.output_dir}/checkpoint-3")
+    assert seen.rates.keys() == {3, 4, 5}
+    assert seen.rates[5] == pytest.approx((0.01, 0.001), rel=1e-12)
+    for name, tensor in full.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
