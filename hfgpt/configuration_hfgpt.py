@@ -20,6 +20,14 @@ PRESETS = {
     "gpt2-xl": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
 }
 
+# Written into every saved config.json, so that each Auto class finds its model where hfgpt is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_hfgpt.HfGPTConfig",
+    "AutoModel": "modeling_hfgpt.HfGPTModel",
+    "AutoModelForCausalLM": "modeling_hfgpt.HfGPTForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hfgpt.HfGPTForSequenceClassification",
+}
+
 
 @strict
 class HfGPTConfig(PreTrainedConfig):
@@ -144,4 +152,4 @@ class HfGPTConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
 
-__all__ = ["PRESETS", "HfGPTConfig"]
+__all__ = ["AUTO_MAP", "PRESETS", "HfGPTConfig"]

@@ -41,37 +41,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_hfgpt import HfGPTConfig
-
-# Written into every saved config.json, so that each Auto class finds its model where hfgpt is not installed.
-AUTO_MAP = {
-    "AutoConfig": "configuration_hfgpt.HfGPTConfig",
-    "AutoModel": "modeling_hfgpt.HfGPTModel",
-    "AutoModelForCausalLM": "modeling_hfgpt.HfGPTForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_hfgpt.HfGPTForSequenceClassification",
-}
+from .configuration_hfgpt import AUTO_MAP, HfGPTConfig
 
 
 def eager_attention_forward(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: torch.Tensor,  # (B, H, T, D)
+    key: torch.Tensor,  # (B, H, S, D)
+    value: torch.Tensor,  # (B, H, S, D)
+    attention_mask: torch.Tensor | None,  # (B, 1, T, S), added to the scores; None: nothing to hide
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention written out: softmax(Q K^T / sqrt(D) + mask) V.
-
-    Args:
-        query: (B, H, T, D).
-        key, value: (B, H, S, D).
-        attention_mask: (B, 1, T, S), added to the scores; None where the mask function found nothing to hide.
-
-    Returns:
-        The mixed values (B, T, H, D) and the attention weights (B, H, T, S).
-    """
+    """softmax(Q K^T / sqrt(D) + mask) V, written out; returns it (B, T, H, D) and the weights (B, H, T, S)."""
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -115,15 +98,9 @@ class HfGPTAttention(nn.Module):
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        dropout = self.config.attn_pdrop if self.training else 0.0
         output, weights = attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attn_pdrop if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, C)
         return self.resid_dropout(self.o_proj(output)), weights
@@ -161,10 +138,7 @@ class HfGPTBlock(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attention_output, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
+            self.input_layernorm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -214,17 +188,10 @@ class HfGPTPreTrainedModel(PreTrainedModel):
 
 
 def find_packed_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Numbers the documents of rows that hold several, told apart by positions that restart.
+    """Numbers the document of each token (B, T) in rows that pack several; None if every row holds one.
 
-    A document starts at each real token whose position does not follow that of the real token before it; padding,
-    whatever positions it was given, starts none.
-
-    Args:
-        position_ids: (B, T).
-        attention_mask: (B, T), zero at padding; None: no padding.
-
-    Returns:
-        (B, T), the number of each token's document in its row, or None if every row holds one.
+    A document starts at each real token whose position (B, T) does not follow that of the real token before it.
+    Padding, zero in the mask (B, T), starts none, whatever positions it was given.
     """
     index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
     real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -294,26 +261,16 @@ class HfGPTModel(HfGPTPreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
+        # Without the positions: transformers' own detection misses packed rows beside a mask or a cache.
         causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            # Not passed on: transformers' own detection misses packed rows beside a mask or a cache (masking_utils).
-            position_ids=None,
-            and_mask_function=same_document,
+            self.config, inputs_embeds, attention_mask, past_key_values, and_mask_function=same_document
         )
 
         hidden_states = self.embd_dropout(inputs_embeds + self.embed_positions(position_ids))
         for block in self.layers:
+            # Flash attention finds packed documents by the positions.
             hidden_states = block(
-                hidden_states,
-                attention_mask=causal_mask,
-                past_key_values=past_key_values,
-                # Flash attention finds packed documents by them.
-                position_ids=position_ids,
-                use_cache=use_cache,
-                **kwargs,
+                hidden_states, causal_mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
@@ -472,18 +429,15 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state  # (B, T, C)
         batch_size, length = hidden_states.shape[:2]
+        real = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
         if attention_mask is not None:
             real = attention_mask[:, -length:].bool()
         elif input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
-        else:
-            real = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_states.device)
         if not is_tracing(real) and not real.any(-1).all():
             raise ValueError("a row holds nothing but padding: drop empty texts before classifying")
-        index = torch.arange(length, device=hidden_states.device)
-        last = torch.where(real.to(index.device), index, -1).amax(-1)  # (B)
-        pooled = hidden_states[torch.arange(batch_size, device=hidden_states.device), last]  # (B, C)
-        logits = self.score(pooled)  # (B, num_labels)
+        last = torch.where(real, torch.arange(length, device=real.device), -1).amax(-1).to(hidden_states.device)  # (B)
+        logits = self.score(hidden_states[torch.arange(batch_size, device=last.device), last])  # (B, num_labels)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)

@@ -42,6 +42,33 @@ class SamplingArguments:
             raise InputError(f"greedy gives one text, not {self.num_samples}: leave out greedy or num_samples")
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, context: int) -> list[int]:
+    """The token ids to continue.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: Any text; empty gives the end of text, after which a new document begins.
+        max_new_tokens: Room that must be left.
+        context: The model's, in tokens.
+
+    Raises:
+        InputError: Prompt and continuation exceed the context, or the prompt holds characters the tokenizer lacks.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    unknown_id = tokenizer.unk_token_id
+    # GPT-2's unknown token is its end of text, which its byte-level vocabulary never needs.
+    if unknown_id is not None and unknown_id in ids and unknown_id != tokenizer.eos_token_id:
+        unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
+        raise InputError(f"the prompt {prompt!r} holds {unknown!r}, which the tokenizer does not know: leave it out")
+    ids = ids or [tokenizer.eos_token_id]
+    if len(ids) + max_new_tokens > context:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for, but the context is "
+            f"{context}: ask for at most {max(context - len(ids), 0)} new tokens, or shorten the prompt"
+        )
+    return ids
+
+
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,21 +89,9 @@ def generate_texts(
         Prompt and continuation, one text a sample, special tokens left out.
 
     Raises:
-        InputError: Prompt and continuation exceed the context, or the prompt holds characters the tokenizer lacks.
+        InputError: As `encode_prompt`.
     """
-    ids = tokenizer(prompt)["input_ids"]
-    unknown_id = tokenizer.unk_token_id
-    # GPT-2's unknown token is its end of text, which its byte-level vocabulary never needs.
-    if unknown_id is not None and unknown_id in ids and unknown_id != tokenizer.eos_token_id:
-        unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
-        raise InputError(f"the prompt holds {unknown!r}, which the tokenizer does not know: leave it out")
-    ids = ids or [tokenizer.eos_token_id]
-    context = model.config.max_position_embeddings
-    if len(ids) + arguments.max_new_tokens > context:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens and {arguments.max_new_tokens} more were asked for, but the context is "
-            f"{context}: ask for at most {max(context - len(ids), 0)} new tokens, or shorten the prompt"
-        )
+    ids = encode_prompt(tokenizer, prompt, arguments.max_new_tokens, model.config.max_position_embeddings)
     sampling = {"do_sample": False}
     if not arguments.greedy:
         sampling = {

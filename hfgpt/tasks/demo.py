@@ -16,11 +16,12 @@ from hfgpt.training.callbacks import stderr_console
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")
 
 
-def run_demo(output_dir: Path | None = None, console: Console | None = None) -> dict:
+def run_demo(output_dir: Path | None = None, overrides: tuple[str, ...] = (), console: Console | None = None) -> dict:
     """Trains the recipe `demo` and tells stories with the model.
 
     Args:
         output_dir: The run folder; None: the first free of `runs/demo`, `runs/demo-2`, ...
+        overrides: Of the recipe, `--section.key value` as on the command line.
         console: Where to show the stories and the table; None: standard output.
 
     Returns:
@@ -33,7 +34,7 @@ def run_demo(output_dir: Path | None = None, console: Console | None = None) -> 
     progress = stderr_console()
     folder = output_dir or _free_folder(Path("runs"))
     progress.rule("1  Train a small GPT on generated stories")
-    metrics = pretrain(load_recipe("demo", ["--training.output_dir", str(folder)]), console=progress)
+    metrics = pretrain(load_recipe("demo", [*overrides, "--training.output_dir", str(folder)]), console=progress)
 
     progress.rule("2  Load it as any transformers model, and let it write")
     model, tokenizer = load_model(str(folder)), load_model_tokenizer(str(folder))

@@ -24,7 +24,7 @@ from hfgpt.data.sources import DataArguments, cache_folder, load_all_documents, 
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
-from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import build_model, check_vocabulary, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
@@ -92,6 +92,8 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     set_seed(recipe.training.seed)
     model = build_model(recipe.model, data.tokenizer)
     check_blocks(model, data)
+    for prompt in recipe.evaluation.prompts:
+        encode_prompt(data.tokenizer, prompt, recipe.evaluation.max_new_tokens, model.config.max_position_embeddings)
     data.tokenizer.model_max_length = model.config.max_position_embeddings
 
     # 4. What it will cost, and what was chosen.

@@ -1,0 +1,153 @@
+"""One prompt in, texts out: repeatable, greedy where asked, and refused where it cannot be done."""
+
+import math
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from hfgpt.errors import InputError
+from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM
+from hfgpt.tokenizer import train_tokenizer
+
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """id 0 ends a text, 1 pads, 2 is unknown; then the characters."""
+    return train_tokenizer(["the quick brown fox jumps over the lazy dog"], kind="char")
+
+
+@pytest.fixture(scope="module")
+def make_model(tokenizer, tiny_config):
+    def build(**fields) -> HfGPTForCausalLM:
+        torch.manual_seed(0)
+        config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, **fields)
+        assert (config.eos_token_id, config.bos_token_id) == (tokenizer.eos_token_id, tokenizer.bos_token_id)
+        model = HfGPTForCausalLM(config).eval()
+        # A model of random weights ends texts at once; here only characters are ever likely.
+        model.generation_config.suppress_tokens = [0, 1, 2]
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model()
+
+
+def continue_greedily(model, tokenizer, ids: list[int], new: int) -> str:
+    for _ in range(new):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        logits[[0, 1, 2]] = -math.inf
+        ids = [*ids, int(logits.argmax())]
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_greedy_takes_the_likeliest(model, tokenizer):
+    prompt = "the fox"
+    (text,) = generate_texts(model, tokenizer, prompt, SamplingArguments(max_new_tokens=20, greedy=True))
+    assert text == continue_greedily(model, tokenizer, tokenizer(prompt)["input_ids"], 20)
+    assert text.startswith(prompt)
+    assert len(text) == len(prompt) + 20
+    # One likeliest token to choose from, or a temperature that leaves nothing else, is the same.
+    for options in ({"top_k": 1}, {"top_p": 1e-6, "top_k": 0}, {"temperature": 1e-4}):
+        assert generate_texts(model, tokenizer, prompt, SamplingArguments(20, **options)) == [text]
+
+
+def test_the_seed_decides(model, tokenizer):
+    texts = [
+        generate_texts(model, tokenizer, "the ", SamplingArguments(20, temperature=1.5, top_k=0, seed=seed))[0]
+        for seed in (0, 0, 1, 2)
+    ]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+    # Whatever was drawn before.
+    torch.rand(7)
+    assert generate_texts(model, tokenizer, "the ", SamplingArguments(20, temperature=1.5, top_k=0))[0] == texts[0]
+
+
+def test_several_samples(model, tokenizer):
+    arguments = SamplingArguments(12, temperature=1.5, top_k=0, num_samples=4)
+    texts = generate_texts(model, tokenizer, "the ", arguments)
+    assert len(texts) == len(set(texts)) == 4
+    assert all(text.startswith("the ") and len(text) == 4 + 12 for text in texts)
+    assert generate_texts(model, tokenizer, "the ", arguments) == texts
+
+
+def test_an_empty_prompt_starts_a_document(model, tokenizer):
+    (text,) = generate_texts(model, tokenizer, "", SamplingArguments(10, greedy=True))
+    assert text == continue_greedily(model, tokenizer, [tokenizer.eos_token_id], 10)
+    assert len(text) == 10
+
+
+def test_end_of_text_ends_it(make_model, tokenizer):
+    model = make_model(tie_word_embeddings=False)
+    model.generation_config.suppress_tokens = None
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens alike: the first, end of text, is taken
+    assert generate_texts(model, tokenizer, "the", SamplingArguments(20, greedy=True)) == ["the"]
+
+
+def test_the_context_is_the_limit(model, tokenizer):
+    prompt = "the quick " * 2
+    fits = CONTEXT - len(prompt)
+    (text,) = generate_texts(model, tokenizer, prompt, SamplingArguments(fits, greedy=True))
+    assert len(text) == CONTEXT
+    with pytest.raises(InputError, match=rf"has 20 tokens and 13 more .* context is 32: ask for at most {fits} new"):
+        generate_texts(model, tokenizer, prompt, SamplingArguments(fits + 1))
+    with pytest.raises(InputError, match="at most 0 new tokens, or shorten the prompt"):
+        generate_texts(model, tokenizer, "the " * 9, SamplingArguments(1))
+    # An empty prompt has one token, the end of text before it.
+    assert len(generate_texts(model, tokenizer, "", SamplingArguments(CONTEXT - 1, greedy=True))[0]) == CONTEXT - 1
+    with pytest.raises(InputError, match="has 1 tokens and 32 more"):
+        generate_texts(model, tokenizer, "", SamplingArguments(CONTEXT))
+
+
+@pytest.mark.parametrize(("prompt", "named"), [("the Fox", "'F'"), ("the\nfox", r"'\\n'"), ("é", "'é'")])
+def test_unknown_characters_are_named(prompt, named, model, tokenizer):
+    with pytest.raises(InputError, match=f"the prompt holds {named}, which the tokenizer does not know"):
+        generate_texts(model, tokenizer, prompt, SamplingArguments(5))
+
+
+def test_every_text_is_known_to_bytes(tiny_config):
+    # As in GPT-2, the unknown token is the end of text, which may be typed in a prompt.
+    tokenizer = train_tokenizer(["the quick brown fox"], kind="bpe", vocab_size=270)
+    tokenizer.unk_token = tokenizer.eos_token
+    torch.manual_seed(0)
+    model = HfGPTForCausalLM(tiny_config(vocab_size=len(tokenizer))).eval()
+    (text,) = generate_texts(model, tokenizer, "é\N{FOX FACE}<|endoftext|>the", SamplingArguments(5, greedy=True))
+    assert text.startswith("é\N{FOX FACE}the")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
+        ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
+        ({"top_k": -1}, "top_k is -1; it must be at least 0"),
+        ({"temperature": 0.0}, r"temperature is 0.0; it must be above 0 .*greedy"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be above 0"),
+        ({"temperature": math.nan}, "temperature is nan; it must be above 0"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
+        ({"greedy": True, "num_samples": 2}, "greedy gives one text, not 2"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(InputError, match=message) as error:
+        SamplingArguments(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_the_streamer_gets_the_same_text(model, tokenizer, capsys):
+    arguments = SamplingArguments(12, temperature=1.5, top_k=0)
+    expected = generate_texts(model, tokenizer, "the ", arguments)
+    assert capsys.readouterr().out == ""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    assert generate_texts(model, tokenizer, "the ", arguments, streamer) == expected
+    assert capsys.readouterr().out == expected[0] + "\n"

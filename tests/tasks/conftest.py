@@ -1,0 +1,92 @@
+"""One recipe that trains in a second, and its finished run, which many tests only look at."""
+
+import io
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from rich.console import Console
+
+from hfgpt.recipe import Recipe, load_recipe
+from hfgpt.tasks.pretrain import pretrain
+from hfgpt.training import estimate
+from hfgpt.training.callbacks import ProgressCallback
+
+# Dropout, so that an exact resume needs the random state too; a validation split whose last block is short.
+RECIPE = """
+task: pretrain
+tokenizer: {{kind: char}}
+model:
+  hidden_size: 32
+  num_hidden_layers: 2
+  num_attention_heads: 2
+  max_position_embeddings: 32
+data: {{path: "synthetic:stories", max_documents: 4, validation_fraction: 0.25, num_proc: 1, cache_dir: {cache}}}
+training:
+  per_device_train_batch_size: 8
+  per_device_eval_batch_size: 4
+  num_train_epochs: 2
+  learning_rate: 0.01
+  lr_scheduler_type: linear
+  logging_steps: 1
+  eval_strategy: steps
+  eval_steps: 4
+  save_steps: 4
+  use_cpu: true
+  bf16: false
+evaluation: {{prompts: ["The", ""], max_new_tokens: 8}}
+"""
+
+
+class Run(NamedTuple):
+    recipe: Recipe
+    folder: Path
+    metrics: dict[str, Any]
+    shown: str
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE.format(cache=folder / "cache"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def load(recipe_file) -> Callable[..., Recipe]:
+    def load(folder: Path, *overrides: str, file: Path = recipe_file) -> Recipe:
+        """The recipe with its run in `folder`; overrides are written `section.key=value`."""
+        return load_recipe(
+            str(file), [f"--training.output_dir={folder}", *(f"--{override}" for override in overrides)]
+        )
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def train(load) -> Callable[..., Run]:
+    def train(folder: Path, *overrides: str, resume: bool = False, interrupt_at: int | None = None, **options) -> Run:
+        """Trains the recipe in `folder`, with Ctrl-C pressed during a step if asked for."""
+
+        def press_ctrl_c(self, args, state, control, **kwargs):
+            if state.global_step + 1 == interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+
+        recipe = load(folder, *overrides, **options)
+        console = Console(file=io.StringIO(), width=500)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(estimate, "PROBE_SECONDS", 0.02)
+            patch.setattr(ProgressCallback, "on_step_begin", press_ctrl_c)
+            metrics = pretrain(recipe, resume, console)
+        return Run(recipe, folder, metrics, console.file.getvalue())
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def finished(train, tmp_path_factory) -> Run:
+    """A finished run. Nothing may be changed in its folder."""
+    return train(tmp_path_factory.mktemp("finished") / "run")

@@ -1,0 +1,74 @@
+"""Every command and every piece of Python in the README runs."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hfgpt import cli
+from hfgpt.data.synthetic import generate_stories
+from hfgpt.tasks.demo import run_demo
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = ["--training.max_steps", "2", "--data.cache_dir", "cache"]
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the files that the README names, and the demo's model after two steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    text = "\n".join(generate_stories(100))
+    (folder / "my_text.txt").write_text(text)
+    (folder / "tinyshakespeare.txt").write_text(text)
+    (folder / "my-gpt.yaml").write_text(blocks("yaml")[0])
+    with contextlib.chdir(folder):
+        run_demo(Path("runs/demo"), (*SHORT, "--data.max_documents", "300", "--training.save_strategy", "no"))
+    return folder
+
+
+def test_readme_commands_run(workplace, monkeypatch, capsys):
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hfgpt ")]
+    assert len(commands) >= 6
+    for command in commands:
+        words = shlex.split(command)
+        if words[1] in ("train", "plan", "inspect"):
+            words += SHORT
+        monkeypatch.setattr("sys.argv", words)
+        with contextlib.chdir(workplace), pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def test_readme_python_runs(workplace):
+    (code,) = blocks("python")
+    assert len(code.splitlines()) <= 12
+    printed = io.StringIO()
+    with contextlib.chdir(workplace), contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue().startswith("Once upon a time")
+    assert "parameters" in printed.getvalue()
+
+
+def test_make_targets_in_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)$", "\n".join(blocks("bash")), re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(f"\n{target}: " in makefile for target in targets)
+
+
+def test_tree_names_files_that_exist():
+    (tree,) = re.findall(r"^```\n(hfgpt/\n.*?)^```", README, re.DOTALL | re.MULTILINE)
+    names = re.findall(r"^  ((?:[\w/]+(?:\.py|/) ?)+)", tree, re.MULTILINE)
+    assert len(names) >= 10
+    for name in " ".join(names).split():
+        assert (ROOT / "hfgpt" / name).exists(), name

@@ -1,0 +1,139 @@
+"""`import hfgpt` makes the Auto classes know hfgpt, whichever is imported first, and imports nothing heavy itself.
+
+What an import does shows only in a process that has imported nothing, hence the subprocesses. All checks are exact.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto import modeling_auto
+
+import hfgpt
+
+REGISTERED = {
+    AutoModel: "HfGPTModel",
+    AutoModelForCausalLM: "HfGPTForCausalLM",
+    AutoModelForSequenceClassification: "HfGPTForSequenceClassification",
+}
+
+
+def run_python(script: str, folder, *arguments: str) -> str:
+    """Runs a script in a process of its own, in `folder`, and returns its stdout."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_import_alone_imports_nothing_heavy(tmp_path):
+    script = "import sys; before = set(sys.modules); import hfgpt; dir(hfgpt); print(*(set(sys.modules) - before))"
+    imported = {name.split(".")[0] for name in run_python(script, tmp_path).split()}
+    assert "hfgpt" in imported
+    # Nothing but the standard library: in particular neither torch nor transformers, datasets, peft and matplotlib.
+    assert imported - {"hfgpt"} <= set(sys.stdlib_module_names)
+
+
+# What comes before the check in a process where neither hfgpt nor the Auto classes have been imported.
+ORDERS = {
+    "hfgpt, then Auto": "import hfgpt; from transformers import AutoModelForCausalLM",
+    "Auto, then hfgpt": "from transformers import AutoModelForCausalLM; import hfgpt",
+    "half of Auto, then hfgpt": "from transformers import AutoConfig; import hfgpt",
+    "half of Auto, then the model file": "from transformers import AutoConfig; import hfgpt.modeling_hfgpt",
+    "the configuration alone": "from hfgpt import HfGPTConfig",
+    "a model alone": "from hfgpt import HfGPTForCausalLM",
+}
+# Those processes are forks of one that has imported what they need besides: a cold start takes 6 s, 5 s of it torch.
+FORKS = """
+import json, os, sys
+import torch, torch._dynamo, torch.distributed.fsdp, transformers.cache_utils
+
+orders, unwanted = json.loads(sys.argv[1])
+CHECK = '''
+import sys
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto import modeling_auto
+config = AutoConfig.for_model("hfgpt", hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+with torch.device("meta"):
+    models = [
+        auto.from_config(config) for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
+    ]
+report = {
+    "classes": [type(config).__name__, *(type(model).__name__ for model in models)],
+    "tables": [modeling_auto.MODEL_MAPPING_NAMES.get("hfgpt"),
+               modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get("hfgpt"),
+               modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get("hfgpt")],
+    "unwanted": [name for name in unwanted if name in sys.modules],
+}
+'''
+for name, imports in orders.items():
+    loaded = [module for module in sys.modules if module.startswith(("hfgpt", "transformers.models.auto"))]
+    assert loaded == [], loaded
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            exec(imports)
+            exec(CHECK)
+            print(json.dumps({name: report}), flush=True)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, name
+"""
+
+
+def test_auto_classes_know_hfgpt_in_whatever_order_they_are_imported(tmp_path):
+    unwanted = ["datasets", "peft", "matplotlib", "evaluate", "jsonargparse", "typer"]
+    printed = run_python(FORKS, tmp_path, json.dumps([ORDERS, unwanted])).splitlines()
+    reports = {name: report for line in printed for name, report in json.loads(line).items()}
+    assert list(reports) == list(ORDERS)
+    for name, report in reports.items():
+        assert report["classes"] == ["HfGPTConfig", *REGISTERED.values()], name
+        assert report["tables"] == list(REGISTERED.values()), name
+        assert report["unwanted"] == [], name
+
+
+# In this process
+
+
+def test_auto_classes_build_ours(tiny_config):
+    config = AutoConfig.for_model("hfgpt", n_embd=24)
+    assert type(config) is hfgpt.HfGPTConfig
+    for auto_class, name in REGISTERED.items():
+        assert type(auto_class.from_config(tiny_config())) is getattr(hfgpt, name)
+
+
+def test_only_our_names_are_registered():
+    """A fourth table would send an hfgpt model to a class that does not exist, or that treats labels differently."""
+    tables = {name: table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")}
+    assert len(tables) > 40
+    assert {name: table["hfgpt"] for name, table in tables.items() if "hfgpt" in table} == {
+        "MODEL_MAPPING_NAMES": "HfGPTModel",
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "HfGPTForCausalLM",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "HfGPTForSequenceClassification",
+    }
+    mappings = {
+        name: mapping
+        for name, mapping in vars(modeling_auto).items()
+        if name.endswith("_MAPPING") and hfgpt.HfGPTConfig in mapping
+    }
+    assert {name: mapping[hfgpt.HfGPTConfig].__name__ for name, mapping in mappings.items()} == {
+        "MODEL_MAPPING": "HfGPTModel",
+        "MODEL_FOR_CAUSAL_LM_MAPPING": "HfGPTForCausalLM",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "HfGPTForSequenceClassification",
+    }
+
+
+def test_public_names_are_there_and_no_others():
+    for name in hfgpt.__all__:
+        assert getattr(hfgpt, name) is not None
+        assert name in dir(hfgpt)
+    with pytest.raises(AttributeError, match="'HfGPTForTokenClassification'"):
+        hfgpt.HfGPTForTokenClassification  # noqa: B018 - reading it is the test

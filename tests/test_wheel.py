@@ -1,0 +1,47 @@
+"""The installed wheel is complete: recipes inside, runnable from any folder, without the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, built and unpacked as pip does, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
+    name = subprocess.run([sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True, check=True)
+    with zipfile.ZipFile(folder / name.stdout.split()[-1]) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_wheel_holds_every_recipe_and_module(installed):
+    for pattern, source, target in (
+        ("*.yaml", ROOT / "recipes", installed / "hfgpt/recipes"),
+        ("**/*.py", ROOT / "hfgpt", installed / "hfgpt"),
+    ):
+        expected = {path.relative_to(source) for path in source.glob(pattern)}
+        assert expected
+        assert expected <= {path.relative_to(target) for path in target.glob(pattern)}
+    assert not (installed / "tests").exists()
+
+
+def test_train_runs_from_the_wheel_in_any_folder(installed, tmp_path):
+    text = tmp_path / "plays.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 200)
+    command = [sys.executable, "-m", "hfgpt", "train", "shakespeare-char", "--data.path", "plays.txt"]
+    command += ["--training.max_steps", "2", "--data.cache_dir", "cache"]
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "runs/shakespeare-char/model.safetensors").is_file()
+    where = [sys.executable, "-c", "import hfgpt; print(hfgpt.__file__)"]
+    printed = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert Path(printed.stdout.strip()).is_relative_to(installed)

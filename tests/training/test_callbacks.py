@@ -1,0 +1,183 @@
+"""Progress, log, curves and Ctrl-C, each by itself; `tests/tasks` sees them work together."""
+
+import io
+import json
+import math
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+from matplotlib import pyplot
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+
+from hfgpt.training.callbacks import (
+    LOG_FILE,
+    InterruptCallback,
+    LogCallback,
+    ProgressCallback,
+    plot_loss,
+    read_log,
+    stderr_console,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def state_at(step: int, max_steps: int = 10, **fields) -> TrainerState:
+    state = TrainerState(global_step=step, max_steps=max_steps, epoch=step / 4, **fields)
+    state.is_world_process_zero = fields.get("is_world_process_zero", True)
+    return state
+
+
+def text_console(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=200)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that `time.perf_counter` shows, to be set by hand."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
+    return now
+
+
+def test_log_has_one_object_a_logging_step(tmp_path):
+    callback, arguments = LogCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    assert read_log(tmp_path) == []
+    callback.on_train_begin(arguments, state_at(0), None)
+    callback.on_log(arguments, state_at(2), None, logs={"loss": 3.5, "learning_rate": 1e-3})
+    callback.on_log(arguments, state_at(4), None, logs={"eval_loss": 3.25})
+    callback.on_log(arguments, state_at(6), None, logs={})
+    callback.on_log(arguments, state_at(6, is_world_process_zero=False), None, logs={"loss": 9.0})
+    expected = [
+        {"step": 2, "epoch": 0.5, "loss": 3.5, "learning_rate": 1e-3},
+        {"step": 4, "epoch": 1.0, "eval_loss": 3.25},
+    ]
+    assert [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()] == expected
+    assert read_log(str(tmp_path)) == expected
+
+
+def test_log_of_a_resumed_run_drops_what_is_repeated(tmp_path):
+    arguments = SimpleNamespace(output_dir=str(tmp_path))
+    first = LogCallback()
+    first.on_train_begin(arguments, state_at(0), None)
+    for step in (1, 2, 3, 4):
+        first.on_log(arguments, state_at(step), None, logs={"loss": 5.0 - step})
+    resumed = LogCallback()
+    resumed.on_train_begin(arguments, state_at(2), None)
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
+    resumed.on_log(arguments, state_at(3), None, logs={"loss": 2.0})
+    assert [(entry["step"], entry["loss"]) for entry in read_log(tmp_path)] == [(1, 4.0), (2, 3.0), (3, 2.0)]
+    # A new run in the folder starts a new log.
+    LogCallback().on_train_begin(arguments, state_at(0), None)
+    assert (tmp_path / LOG_FILE).read_text() == ""
+
+
+def test_progress_away_from_a_terminal_is_a_line_a_logging_step(clock, capsys):
+    console = text_console()
+    callback = ProgressCallback(tokens_per_step=512, console=console)
+    callback.on_train_begin(None, state_at(0), None)
+    clock.seconds += 4
+    callback.on_step_end(None, state_at(1), None)
+    callback.on_log(None, state_at(2), None, logs={"loss": 3.14159, "learning_rate": 0.1})
+    # Evaluation takes no part in the speed of training: 6 more seconds pass, of which it takes 2.
+    clock.seconds += 6
+    callback.on_log(None, state_at(4), None, logs={"eval_loss": 2.71828, "eval_runtime": 2.0})
+    callback.on_log(None, state_at(4), None, logs={"train_runtime": 10.0})
+    callback.on_log(None, state_at(4, is_world_process_zero=False), None, logs={"loss": 9.0})
+    callback.on_train_end(None, state_at(4), None)
+    assert console.file.getvalue().splitlines() == [
+        "step 2/10  loss 3.142  256 tokens/s",
+        "step 4/10  loss 3.142  validation 2.718  256 tokens/s",
+    ]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_of_a_resumed_run_counts_its_own_steps(clock):
+    console = text_console()
+    callback = ProgressCallback(tokens_per_step=100, console=console)
+    callback.on_train_begin(None, state_at(6), None)
+    clock.seconds += 2
+    callback.on_log(None, state_at(8), None, logs={"loss": 1.0})
+    assert console.file.getvalue() == "step 8/10  loss 1.000  100 tokens/s\n"
+    callback.close()
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    console = text_console(terminal=True)
+    callback = ProgressCallback(tokens_per_step=100, console=console)
+    callback.on_train_begin(None, state_at(0), None)
+    callback.on_log(None, state_at(3), None, logs={"loss": 1.25})
+    callback.on_step_end(None, state_at(3), None)
+    callback.close()
+    assert callback.progress.finished is False
+    shown = console.file.getvalue()
+    assert "3/10" in shown
+    assert "loss 1.250" in shown
+    assert "step 3/10" not in shown
+
+
+def test_first_interrupt_saves_and_stops_the_second_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    console = text_console()
+    with InterruptCallback(console) as callback:
+        control = callback.on_step_end(None, state_at(3), TrainerControl())
+        assert (control.should_save, control.should_training_stop) == (False, False)
+        signal.raise_signal(signal.SIGINT)
+        assert callback.interrupted
+        assert "Ctrl-C again stops at once" in console.file.getvalue()
+        control = callback.on_step_end(None, state_at(4), TrainerControl())
+        assert (control.should_save, control.should_training_stop) == (True, True)
+        # After the last step there is nothing to stop.
+        control = callback.on_step_end(None, state_at(10), TrainerControl())
+        assert (control.should_save, control.should_training_stop) == (False, False)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupts_are_given_back_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(RuntimeError), InterruptCallback(text_console()):
+        raise RuntimeError
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def write_log(folder, *entries: dict):
+    (folder / LOG_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+
+
+def test_curves_show_the_log(tmp_path, monkeypatch):
+    write_log(
+        tmp_path,
+        {"step": 1, "loss": 4.0},
+        {"step": 2, "loss": 3.5},
+        {"step": 2, "eval_loss": 3.75},
+        {"step": 2, "train_loss": 3.75},
+    )
+    close, drawn = pyplot.close, []
+    monkeypatch.setattr(pyplot, "close", lambda figure: (drawn.append(figure), close(figure)))
+    plot_loss(tmp_path, vocab_size=61)
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert lines["training"] == [(1, 4.0), (2, 3.5)]
+    assert lines["validation"] == [(2, 3.75)]
+    assert {height for _, height in lines["uniform guess, ln 61"]} == {math.log(61)}
+    assert "nats" in axes.get_ylabel()
+    assert not pyplot.get_fignums()
+
+
+def test_curves_of_a_log_without_evaluation(tmp_path):
+    write_log(tmp_path, {"step": 1, "loss": 4.0})
+    plot_loss(str(tmp_path), vocab_size=61)
+    assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+
+
+def test_notices_go_to_standard_error(capsys):
+    stderr_console().print("a notice that must not be wrapped " * 9)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1

@@ -1,0 +1,219 @@
+"""Costs said before a run against what a run then has: weights, state, steps, operations; and the probe's manners."""
+
+import copy
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import set_seed
+
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM
+from hfgpt.training import estimate as module
+from hfgpt.training import hardware
+from hfgpt.training.estimate import estimate_run, plan_run, probe_tokens_per_second
+from hfgpt.training.flops import count_matrix_parameters, training_flops_per_token
+from hfgpt.training.trainer import HfGPTTrainingArguments
+
+
+@pytest.fixture
+def make_arguments(tmp_path):
+    def build(**arguments) -> HfGPTTrainingArguments:
+        defaults = {"output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False}
+        return HfGPTTrainingArguments(**{**defaults, **arguments})
+
+    return build
+
+
+def test_flops_are_the_published_convention():
+    # Six operations a weight that is no position embedding (123.65M), and attention: 0.855 GFLOP a token.
+    layers, width, length = 12, 768, 1024
+    convention = 6 * 123_653_376 + 12 * layers * width * length
+    assert convention == pytest.approx(0.855e9, rel=1e-3)
+    # The convention counts biases and norms too, which are added or multiplied once and are no matrices: 0.1 %.
+    vectors = layers * (3 * width + width + 4 * width + width + 4 * width) + 2 * width
+    config = HfGPTConfig()
+    assert 6 * vectors < 0.001 * convention
+    assert training_flops_per_token(config, length) + 6 * vectors == convention
+    with torch.device("meta"):
+        model = HfGPTForCausalLM(config)
+    assert model.num_parameters() == count_matrix_parameters(config) + vectors + 1024 * width
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False, "intermediate_size": 48}])
+def test_flops_are_those_pytorch_counts(fields, make_model):
+    # Written-out attention, because the fused kernels do some of their products twice in the backward pass.
+    model = make_model(attn_implementation="eager", **fields)
+    ids = torch.zeros(3, 20, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counter.get_total_flops() == ids.numel() * training_flops_per_token(model.config, 20)
+
+
+@pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_parameters_and_state_are_those_of_a_run(fields, muon, make_model, make_trainer, make_arguments):
+    model = make_model(**fields)
+    model.model.embed_positions.weight.requires_grad_(False)
+    estimate = estimate_run(model, make_arguments(muon_learning_rate=muon), 16, 100)
+    trainable = {id(p): p for p in model.parameters() if p.requires_grad}
+    assert estimate.parameters == sum(p.numel() for p in trainable.values())
+    optimizer = make_trainer(model, muon_learning_rate=muon).create_optimizer()
+    ids = torch.arange(16)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert estimate.weights_bytes == sum(p.nbytes for p in model.parameters())
+    assert estimate.gradients_bytes == sum(p.grad.nbytes for p in trainable.values())
+    parts = [optimizer.muon, optimizer.adamw] if muon else [optimizer]
+    averages = [
+        tensor
+        for part in parts
+        for state in part.state.values()
+        for name, tensor in state.items()
+        if name != "step"  # a single number a parameter
+    ]
+    assert estimate.optimizer_bytes == sum(tensor.nbytes for tensor in averages)
+
+
+@pytest.mark.parametrize("fields", [{}, {"attn_implementation": "eager"}, {"num_hidden_layers": 6}], ids=str)
+def test_activations_are_about_what_the_backward_pass_keeps(fields, make_model, make_arguments):
+    model = make_model(**fields)
+    estimate = estimate_run(model, make_arguments(per_device_train_batch_size=4), 32, 100)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.zeros(4, 32, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.requires_grad
+    # A rule of thumb for planning: within 30 %.
+    assert estimate.activations_bytes == pytest.approx(sum(kept.values()), rel=0.3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_train_epochs": 1},
+        {"num_train_epochs": 3, "per_device_train_batch_size": 4},
+        {"num_train_epochs": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"num_train_epochs": 2, "per_device_train_batch_size": 4, "dataloader_drop_last": True},
+        {"num_train_epochs": 1.5, "per_device_train_batch_size": 4},
+        {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "dataloader_drop_last": True,
+        },
+        {"per_device_train_batch_size": 64, "num_train_epochs": 2},
+        {"max_steps": 7},
+    ],
+    ids=str,
+)
+def test_steps_are_those_trainer_takes(options, make_model, make_blocks, make_trainer):
+    blocks = make_blocks(11 * 16 + 1)
+    assert len(blocks) == 11
+    trainer = make_trainer(make_model(), blocks, **options)
+    estimate = estimate_run(trainer.model, trainer.args, 16, len(blocks))
+    taken = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    assert estimate.steps == taken
+    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    assert estimate.tokens_per_step == rows * 16
+    assert estimate.tokens == taken * rows * 16
+
+
+def test_derived_numbers(make_model, make_arguments):
+    model, arguments = make_model(), make_arguments(max_steps=5, per_device_train_batch_size=2)
+    estimate = estimate_run(model, arguments, 16, 100)
+    assert estimate.seconds is None
+    assert estimate.device is None
+    assert estimate.flops_per_token == training_flops_per_token(model.config, 16)
+    assert estimate.flops == 5 * 2 * 16 * estimate.flops_per_token
+    estimate.tokens_per_second = 32.0
+    assert estimate.seconds == 5
+    parts = ("weights", "gradients", "optimizer", "activations")
+    written = estimate.to_dict()
+    assert written["memory_bytes"] == sum(written[f"{part}_bytes"] for part in parts)
+    assert (written["tokens"], written["seconds"], written["flops"]) == (160, 5, estimate.flops)
+
+
+@pytest.mark.parametrize("options", [{}, {"muon_learning_rate": 0.02}, {"eval_strategy": "steps"}], ids=str)
+def test_probe_changes_nothing(options, make_model, make_arguments, monkeypatch):
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.05)
+    model, arguments = make_model(embd_pdrop=0.1).eval(), make_arguments(max_steps=5, **options)
+    set_seed(3)
+    weights, before = copy.deepcopy(model.state_dict()), (model.config.to_dict(), arguments.to_dict())
+    random_states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    speed = probe_tokens_per_second(model, arguments, 16)
+    assert 0 < speed < math.inf
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+    assert (model.config.to_dict(), arguments.to_dict()) == before
+    found = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    unchanged = [state == other for state, other in zip(found, random_states, strict=True)]
+    assert dict(zip(("random", "numpy", "torch"), unchanged, strict=True)) == dict.fromkeys(
+        ("random", "numpy", "torch"), True
+    )
+    # Trainer makes the run folder as soon as it is built; a plan writes nothing.
+    assert not Path(arguments.output_dir).exists()
+
+
+def test_plan_with_and_without_a_probe(make_model, make_arguments, monkeypatch):
+    monkeypatch.setattr(module, "probe_tokens_per_second", lambda model, arguments, block_size: 100.0 * block_size)
+    model, arguments = make_model(), make_arguments(max_steps=5)
+    plan = plan_run(model, arguments, 16, 100)
+    assert plan.tokens_per_second == 1600
+    assert plan.device.startswith("CPU ")
+    without = plan_run(model, arguments, 16, 100, probe=False)
+    assert without == estimate_run(model, arguments, 16, 100)
+    assert without.tokens_per_second is None
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "native"),
+    [
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True, "avx512_bf16": False}, True),
+        ({"bf16": True}, True),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_native_bf16_of_a_processor(capabilities, native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert hardware.has_native_bf16(torch.device("cpu")) is native
+
+
+def test_native_bf16_of_other_devices(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.update(options) or True)
+    assert hardware.has_native_bf16(torch.device("cuda")) is True
+    assert asked == {"including_emulation": False}
+    assert hardware.has_native_bf16(torch.device("mps")) is False
+
+
+def test_devices_have_names(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC"})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert hardware.describe_device(torch.device("cpu")) == "CPU AMD EPYC, 2 threads"
+    assert hardware.describe_device(torch.device("mps")) == "mps"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert hardware.describe_device(torch.device("cuda")) == "NVIDIA H200"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux shows the same number elsewhere")
+def test_peak_memory_is_that_of_the_process():
+    found = hardware.peak_memory_bytes(torch.device("cpu"))
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    # The kernel adds up its counters a little late: within 1 %.
+    assert found == pytest.approx(int(status["VmHWM"].split()[0]) * 1024, rel=0.01)

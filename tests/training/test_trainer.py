@@ -1,0 +1,294 @@
+"""What Trainer computes is what it says: losses against a direct mean, checkpoints against what was trained."""
+
+import errno
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, default_data_collator
+
+from hfgpt.errors import InputError
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM
+from hfgpt.training import trainer as module
+from hfgpt.training.flops import training_flops_per_token
+from hfgpt.training.trainer import HfGPTTrainingArguments, find_last_checkpoint
+
+# Float32 sums over a few hundred tokens in another order.
+ROUNDING = {"rel": 2e-6}
+
+
+def token_losses(model: nn.Module, rows: list[dict[str, torch.Tensor]], smoothing: float = 0.0) -> torch.Tensor:
+    """The loss of every target of some rows, one after the other: cross-entropy with the smoothed distribution."""
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            position_ids = row["position_ids"][None] if "position_ids" in row else None
+            logits = model(row["input_ids"][None], position_ids=position_ids).logits[0].double()
+            for position, target in enumerate(row["shift_labels"].tolist()):
+                if target != -100:
+                    wanted = torch.full((logits.shape[-1],), smoothing / logits.shape[-1], dtype=torch.float64)
+                    wanted[target] += 1 - smoothing
+                    losses.append(-(wanted * logits[position].log_softmax(-1)).sum())
+    return torch.stack(losses)
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def collate_plain_labels(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows as any other collator makes them: labels that the model, or Trainer, has to shift."""
+    return default_data_collator([{key: row[key] for key in row if key != "shift_labels"} for row in rows])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_logged_loss_is_the_mean_over_tokens(smoothing, accumulation, make_model, make_blocks, make_trainer):
+    model, blocks = make_model(), make_blocks(200, document_length=11, document_boundaries=True)
+    rows = 3 * accumulation
+    expected = [
+        token_losses(model, [blocks[step * rows + row] for row in range(rows)], smoothing).mean().item()
+        for step in range(2)
+    ]
+    trainer = make_trainer(
+        model,
+        blocks,
+        learning_rate=0.0,
+        max_steps=2,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=accumulation,
+        label_smoothing_factor=smoothing,
+    )
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx(expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_plain_labels_are_shifted(smoothing, make_model, make_blocks, make_trainer):
+    model, blocks = make_model(), make_blocks(100)
+    rows = [dict(blocks[index]) for index in range(4)]
+    for row in rows:
+        row["shift_labels"] = torch.cat([row["labels"][1:], torch.tensor([-100])])
+    trainer = make_trainer(
+        model,
+        blocks,
+        data_collator=collate_plain_labels,
+        learning_rate=0.0,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        label_smoothing_factor=smoothing,
+    )
+    trainer.train()
+    assert logged(trainer, "loss") == pytest.approx([token_losses(model, rows, smoothing).mean().item()], **ROUNDING)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_accumulation_does_not_change_the_update(smoothing, make_model, make_blocks, make_trainer):
+    # Documents of eleven tokens: rows count 14 or 15 targets each, so means of means would differ.
+    blocks = make_blocks(300, document_length=11, document_boundaries=True)
+    updated = []
+    for batch_size in (8, 4, 1):
+        trainer = make_trainer(
+            make_model(),
+            blocks,
+            # A plain step shows the size of the gradient, which AdamW and clipping would hide.
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+            max_steps=2,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            label_smoothing_factor=smoothing,
+        )
+        trainer.train()
+        updated.append(trainer.model.state_dict())
+    start = make_model().state_dict()
+    for name, tensor in updated[0].items():
+        if "k_proj.bias" not in name:  # moves every score of a query alike: no gradient
+            assert (tensor - start[name]).abs().max() > 1e-3
+        for other in updated[1:]:
+            # Gradients of order one, summed in another order and multiplied by 0.5, twice.
+            torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=5e-6)
+
+
+def test_evaluation_weighs_tokens(make_model, make_blocks, make_trainer):
+    # The last block is moved back and predicts 3 tokens where the others predict 16.
+    model, blocks = make_model(embd_pdrop=0.5), make_blocks(4 * 16 + 1 + 3, keep_tail=True)
+    losses = token_losses(model.eval(), list(blocks))
+    assert len(losses) == 4 * 16 + 3
+    trainer = make_trainer(model, eval_dataset=blocks, per_device_eval_batch_size=2)
+    model.train()
+    metrics = trainer.evaluate()
+    assert model.training
+    assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), **ROUNDING)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-5)
+    assert metrics["eval_tokens"] == len(losses)
+    assert metrics["eval_runtime"] > 0
+    assert trainer.state.log_history[-1]["eval_loss"] == metrics["eval_loss"]
+    # Trainer's own mean of means would have been seen.
+    of_means = Trainer.evaluate(trainer)["eval_loss"]
+    assert abs(of_means - metrics["eval_loss"]) > 1e-3
+
+
+def test_saved_model_is_the_trained_one(make_model, make_blocks, make_trainer, tmp_path):
+    blocks = make_blocks(100, keep_tail=True)
+    options = {"per_device_train_batch_size": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(make_model(resid_pdrop=0.2), blocks, eval_dataset=blocks, **options)
+    trainer.train()
+    evaluated = trainer.evaluate()
+    trainer.save_model(tmp_path / "saved")
+    for folder in (tmp_path / "saved", Path(trainer.args.output_dir) / "checkpoint-3"):
+        fresh = HfGPTForCausalLM.from_pretrained(folder)
+        again = make_trainer(fresh, eval_dataset=blocks).evaluate()
+        # The same float32 weights through the same code: the very same number.
+        assert again["eval_loss"] == evaluated["eval_loss"]
+        # Trainer trains with use_cache off and would save it so.
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+    assert trainer.model.config.use_cache is False
+
+
+def test_operations_are_tokens_times_operations_per_token(make_model, make_blocks, make_trainer):
+    trainer = make_trainer(
+        make_model(), make_blocks(200), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    trainer.train()
+    assert trainer.state.total_flos == 3 * 2 * 2 * 16 * training_flops_per_token(trainer.model.config, 16)
+
+
+class SetWeights(TrainerCallback):
+    """Fills a weight before a step, as a diverging run would."""
+
+    def __init__(self, step: int, value: float):
+        self.step, self.value = step, value
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step + 1 == self.step:
+            model.model.norm.weight.data.fill_(self.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("saves", [True, False])
+def test_non_finite_loss_ends_the_run(value, saves, make_model, make_blocks, make_trainer):
+    trainer = make_trainer(
+        make_model(),
+        make_blocks(300),
+        callbacks=[SetWeights(4, value)],
+        max_steps=6,
+        per_device_train_batch_size=2,
+        logging_steps=100,
+        save_strategy="steps" if saves else "no",
+        save_steps=2,
+    )
+    with pytest.raises(InputError, match=r"^the loss is (nan|inf) at step 4; .*training\.learning_rate") as error:
+        trainer.train()
+    last = Path(trainer.args.output_dir) / "checkpoint-2"
+    assert (f"{last} " in str(error.value) and "--resume" in str(error.value)) == saves
+    assert last.is_dir() == saves
+    assert "\n" not in str(error.value)
+
+
+def test_non_finite_values_are_seen_when_logged(make_model, make_blocks, make_trainer):
+    # What happens on an accelerator, where the loss of each step is not read.
+    trainer = make_trainer(make_model(), make_blocks(100))
+    trainer.state.global_step = 5
+    trainer.log({"loss": 1.0, "grad_norm": 2.0})
+    trainer.state.global_step = 10
+    for name in ("loss", "grad_norm"):
+        with pytest.raises(InputError, match=rf"^the {name} is nan between steps 6 and 10; "):
+            trainer.log({"loss": 1.0, name: math.nan})
+
+
+def test_a_learning_rate_far_too_high_ends_the_run(make_model, make_blocks, make_trainer):
+    trainer = make_trainer(
+        make_model(), make_blocks(300), learning_rate=1e30, max_steps=9, per_device_train_batch_size=2
+    )
+    with pytest.raises(InputError, match=r"^the (loss|grad_norm) is (nan|inf) .* step"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_follows_the_hardware(native, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "has_native_bf16", lambda device: native)
+    asked = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert HfGPTTrainingArguments(**asked).bf16 is native
+    assert HfGPTTrainingArguments(bf16=False, **asked).bf16 is False
+    assert HfGPTTrainingArguments(bf16=True, **asked).bf16 is True
+    assert HfGPTTrainingArguments(fp16=True, **asked).bf16 is False
+
+
+def test_bf16_trains_on_a_cpu(make_model, make_blocks, make_trainer):
+    model, seen = make_model(), set()
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: seen.add(args[-1].dtype))
+    trainer = make_trainer(
+        model, make_blocks(100), eval_dataset=make_blocks(40, keep_tail=True), bf16=True, max_steps=2
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert seen == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_decay_all_parameters(muon, make_model, make_trainer):
+    model = make_model()
+    options = {"weight_decay": 0.1, "muon_learning_rate": muon}
+    decayed = {}
+    for everything in (False, True):
+        groups = make_trainer(model, decay_all_parameters=everything, **options).create_optimizer().param_groups
+        decayed[everything] = {id(p) for group in groups if group["weight_decay"] == 0.1 for p in group["params"]}
+    assert decayed[True] == {id(parameter) for parameter in model.parameters()}
+    assert decayed[False] == {
+        id(parameter) for name, parameter in model.named_parameters() if "bias" not in name and "norm" not in name
+    }
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_failed_checkpoint_leaves_no_part(failure, make_model, make_blocks, make_trainer, monkeypatch):
+    trainer = make_trainer(
+        make_model(),
+        make_blocks(200),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    save, output_dir = torch.save, Path(trainer.args.output_dir)
+
+    def save_until_full(content, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            assert (output_dir / "checkpoint-4" / "model.safetensors").is_file()
+            Path(path).write_bytes(b"half")
+            raise failure
+        return save(content, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+    with pytest.raises(type(failure)):
+        trainer.train()
+    assert [path.name for path in output_dir.iterdir()] == ["checkpoint-2"]
+    assert find_last_checkpoint(output_dir) == output_dir / "checkpoint-2"
+
+
+def test_find_last_checkpoint(tmp_path):
+    assert find_last_checkpoint(tmp_path) is None
+    assert find_last_checkpoint(tmp_path / "missing") is None
+    for name, files in {
+        "checkpoint-9": ["model.safetensors", "trainer_state.json"],
+        "checkpoint-10": ["model.safetensors", "trainer_state.json"],
+        "checkpoint-11": ["model.safetensors", "optimizer.pt"],
+        "other-12": ["trainer_state.json"],
+    }.items():
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).touch()
+    assert find_last_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-10"
+
+
+def test_only_the_newest_checkpoints_are_kept(make_model, make_blocks, make_trainer):
+    options = {"max_steps": 11, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    trainer = make_trainer(make_model(), make_blocks(300), per_device_train_batch_size=1, **options)
+    trainer.train()
+    assert {path.name for path in Path(trainer.args.output_dir).iterdir()} == {"checkpoint-10", "checkpoint-11"}
