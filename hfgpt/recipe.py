@@ -1,7 +1,8 @@
 """Recipes: nested YAML <-> typed arguments, overrides, and errors that name the key and the line.
 
 jsonargparse checks and converts every value by the type of its dataclass field. It does not look at keys of sections
-that it does not know, nor at a section that is no mapping, nor at a null where none is allowed: that is done here.
+that it does not know, nor at a section that is no mapping, nor at a null where none is allowed, and YAML takes the
+last of two equal keys: that is done here.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import difflib
 import re
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from hfgpt.data.files import nearest
 from hfgpt.data.sources import DataArguments
 from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
@@ -30,6 +33,16 @@ SECTIONS = {
     "data": DataArguments,
     "training": HfGPTTrainingArguments,
     "evaluation": EvaluationArguments,
+}
+# Types as the author of a recipe calls them.
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text (in quotes, if it looks like something else)",
+    "list": "a list like [a, b]",
+    "dict": "a mapping like {a: b}",
+    "NoneType": "null",
 }
 # Keys that may differ when a run is resumed: they change what is watched, not what is learned.
 RESUMABLE = ("evaluation.", "data.num_proc", "data.cache_dir", "training.logging_", "training.save_", "training.eval_")
@@ -84,17 +97,19 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     """
     path = _find_recipe(name)
     tree, lines = _read_yaml(path)
+
+    def where(key: str) -> str:
+        return f"{path.name}, line {lines.get(key) or lines.get(key.partition('.')[0], 1)}: "
+
+    for key, fault in _find_faults(tree):
+        raise InputError(where(key) + fault)
     parser = _build_parser()
-    _check_tree(tree, lines, path)
-    where = f"{path.name}, line {{}}: "
     try:
         values = parser.parse_object(tree)
     except ArgumentError as error:
         key, fact = _explain(error)
-        raise InputError(where.format(lines.get(key, 1)) + fact) from error
-    for override in overrides or []:
-        if override.startswith("--"):
-            _check_key(override[2:].partition("=")[0])
+        raise InputError(where(key) + fact) from error
+    _check_overrides(overrides or [])
     try:
         values = parser.parse_args(overrides or [], namespace=values)
     except ArgumentError as error:
@@ -104,7 +119,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     try:
         sections = {section: kind(**vars(values[section])) for section, kind in SECTIONS.items()}
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        raise InputError(f"{path.name}: {str(error).splitlines()[0]}") from error
+        key, value, fact = _explain_refusal(error, values.training)
+        written = key and tree.get("training", {}).get(key) == value
+        raise InputError((where(f"training.{key}") if written else "") + fact) from error
     return Recipe(path.stem, values.task, **sections, values=_resolved_values(values, parser))
 
 
@@ -124,9 +141,7 @@ def parse_sections(overrides: list[str], sections: list[str]) -> dict[str, Any]:
     parser = ArgumentParser(exit_on_error=False)
     for section in sections:
         parser.add_class_arguments(SECTIONS[section], section)
-    for override in overrides:
-        if override.startswith("--"):
-            _check_key(override[2:].partition("=")[0], sections)
+    _check_overrides(overrides, tuple(sections))
     try:
         values = parser.parse_args(overrides)
     except ArgumentError as error:
@@ -150,13 +165,15 @@ def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
 
 def _find_recipe(name: str) -> Path:
     path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise InputError(f"there is no recipe file '{name}'")
+    if path.is_file():
         return path
-    if name not in recipe_names():
-        raise InputError(f"there is no recipe '{name}'{_nearest(name, recipe_names())}; or name a .yaml file")
-    return recipe_folder() / f"{name}.yaml"
+    if name in recipe_names():
+        return recipe_folder() / f"{name}.yaml"
+    if path.is_dir():
+        raise InputError(f"recipe '{name}' is a folder: name a .yaml file in it")
+    if path.suffix in (".yaml", ".yml"):
+        raise InputError(f"there is no recipe file '{name}'{nearest(name)}: check the path")
+    raise InputError(f"there is no recipe or .yaml file '{name}'{_nearest(name, recipe_names())}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -170,16 +187,18 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise InputError(f"{path.name} is not UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise InputError(f"{path.name}, line {line}: this is no YAML: {getattr(error, 'problem', error)}") from error
+        place = f"{path.name}, line {mark.line + 1}" if mark else path.name
+        fact = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise InputError(f"{place}: this is no YAML: {fact}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path.name} holds no recipe: it must begin with 'task: pretrain' and sections below it")
     lines = {}
     for key, value in node.value:
-        lines[key.value] = key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            for inner, _ in value.value:
-                lines[f"{key.value}.{inner.value}"] = inner.start_mark.line + 1
+        inner = value.value if isinstance(value, yaml.MappingNode) else []
+        for name, mark in [(key.value, key.start_mark), *((f"{key.value}.{k.value}", k.start_mark) for k, _ in inner)]:
+            if name in lines:
+                raise InputError(f"{path.name}, line {mark.line + 1}: {name} is already in line {lines[name]}: drop one")
+            lines[name] = mark.line + 1
     return tree, lines
 
 
@@ -191,31 +210,43 @@ def _build_parser() -> ArgumentParser:
     return parser
 
 
-def _check_tree(tree: dict[str, Any], lines: dict[str, int], path: Path):
+def _find_faults(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What jsonargparse does not look at: keys and what is wrong with them."""
     for section, content in tree.items():
-        inner = content if isinstance(content, dict) else {}
-        for key in (str(section), *(f"{section}.{name}" for name in inner)):
-            try:
-                _check_key(key)
-            except InputError as error:
-                raise InputError(f"{path.name}, line {lines.get(key, 1)}: {error}") from None
-        if section in SECTIONS:
-            if not isinstance(content, dict):
-                raise InputError(
-                    f"{path.name}, line {lines[section]}: '{section}' is a section: indent its keys below it"
-                )
-            for key, value in content.items():
-                if value is None and not _allows_none(SECTIONS[section], key):
-                    raise InputError(f"{path.name}, line {lines[f'{section}.{key}']}: {section}.{key} cannot be empty")
+        if fault := _unknown_key(str(section)):
+            yield str(section), fault
+        elif section not in SECTIONS:
+            if content is None:
+                yield section, f"{section} cannot be empty"
+        elif not isinstance(content, dict):
+            yield section, f"'{section}' is a section: indent its keys below it"
+        else:
+            for name, value in content.items():
+                key = f"{section}.{name}"
+                if fault := _unknown_key(key):
+                    yield key, fault
+                elif value is None and not _allows_none(SECTIONS[section], name):
+                    yield key, f"{key} cannot be empty"
 
 
-def _check_key(key: str, sections: tuple[str, ...] = ("task", *SECTIONS)):
-    section, _, name = key.partition(".")
+def _check_overrides(overrides: list[str], sections: tuple[str, ...] = ("task", *SECTIONS)):
+    for override in overrides:
+        if override.startswith("--"):
+            key = override[2:].partition("=")[0]
+            if fault := _unknown_key(key, sections):
+                raise InputError(fault)
+            if key in SECTIONS:
+                raise InputError(f"--{key} is a section: name one of its keys, as in --{key}.key value")
+
+
+def _unknown_key(key: str, sections: tuple[str, ...] = ("task", *SECTIONS)) -> str | None:
+    section, dot, name = key.partition(".")
     if section not in sections:
-        raise InputError(f"there is no section '{section}'{_nearest(section, list(sections))}")
+        return f"there is no section '{section}'{_nearest(section, sections)}"
     fields = [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []
-    if name and name.partition(".")[0] not in fields:
-        raise InputError(f"there is no key '{name}' in section '{section}'{_nearest(name, fields)}")
+    if dot and name not in fields:
+        return f"there is no key '{name}' in section '{section}'{_nearest(name, fields)}"
+    return None
 
 
 def _allows_none(kind: type, name: str) -> bool:
@@ -233,10 +264,23 @@ def _explain(error: ArgumentError) -> tuple[str, str]:
         expected = re.findall(r"Expected an? (<class '(\w+)'>|typing\.Literal(\[.*?\]))", fact)
         value = re.search(r"(?:Got value|Given value): (.*)", fact)
         if expected and value:
-            wanted = " or ".join(dict.fromkeys(name or f"one of {choices[1:-1]}" for _, name, choices in expected))
+            names = [TYPES.get(name, name) if name else f"one of {choices[1:-1]}" for _, name, choices in expected]
+            wanted = " or ".join(dict.fromkeys(names))
             return key, f"{key} is {value.group(1).strip()!r}; it must be {wanted}"
         return key, f"{key}: {' '.join(fact.split())}"
-    return "", " ".join(text.split())
+    return "", f"{' '.join(text.split())}; an override is --section.key value"
+
+
+def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, str]:
+    """The key, the value and one line: transformers names a value that it does not take, but not its key."""
+    text = " ".join(str(error).split())
+    found = re.match(r"'?(.*?)'? is not a valid \w+, please select one of (.*)", text)
+    key = found and next((key for key, value in vars(arguments).items() if value == found[1]), None)
+    if not key:
+        return "", None, f"training: {text}"
+    choices = re.findall("'(.*?)'", found[2])
+    remedy = _nearest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
+    return key, found[1], f"training.{key} is '{found[1]}'{remedy}"
 
 
 def _resolved_values(values: Namespace, parser: ArgumentParser) -> dict[str, Any]:
@@ -247,7 +291,9 @@ def _resolved_values(values: Namespace, parser: ArgumentParser) -> dict[str, Any
         keep = vars(values[section])
         if section == "training":
             keep = {key: value for key, value in keep.items() if value != vars(defaults[section])[key]}
-        resolved[section] = {key: _plain(value) for key, value in keep.items() if value is not None}
+        # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
+        unset = [key for key, value in keep.items() if value is None and vars(defaults[section])[key] is None]
+        resolved[section] = {key: _plain(value) for key, value in keep.items() if key not in unset}
     return resolved
 
 
@@ -265,6 +311,6 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def _nearest(name: str, names: Sequence[str]) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) < 12 else ""

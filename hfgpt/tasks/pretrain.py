@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
@@ -75,7 +76,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
         InputError: Something in the recipe, the data or the run folder has to be mended first.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    console = console or stderr_console()
+    console = console or stderr_console(quiet=recipe.training.process_index > 0)
     started = time.perf_counter()
 
     # 1. The run folder: free, or that of the run to go on with.
@@ -83,7 +84,8 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     folder = Path(recipe.training.output_dir)
 
     # 2. Text to tokens to blocks.
-    data = load_pretraining_data(recipe, folder if resume else None)
+    with recipe.training.main_process_first():  # the others then find its tokens in the cache
+        data = load_pretraining_data(recipe, folder if resume else None)
     console.print(data.report.summary(), highlight=False)
     if data.train.stream.cached:
         console.print(f"  tokens re-used from {data.train.stream.path.parent}", highlight=False)
@@ -101,6 +103,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     console.print(describe_choices(model, recipe, estimate), highlight=False)
 
     # 5. Train.
+    PartialState().wait_for_everyone()  # all have seen the folder free
     if recipe.training.process_index == 0:
         begin_run(recipe, data.tokenizer, data.report)
     progress = ProgressCallback(estimate.tokens_per_step, console)

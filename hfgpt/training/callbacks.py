@@ -151,6 +151,6 @@ def plot_loss(output_dir: str | Path, vocab_size: int):
     pyplot.close(figure)
 
 
-def stderr_console() -> Console:
+def stderr_console(quiet: bool = False) -> Console:
     """The console of progress and notices: standard error, plain where it is not a terminal."""
-    return Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty())
+    return Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty(), quiet=quiet)

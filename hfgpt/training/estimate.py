@@ -108,7 +108,7 @@ def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, l
     if config._attn_implementation == "eager":
         block += 2 * width * config.num_attention_heads * length
     residuals = config.num_hidden_layers * width * config.hidden_size
-    layers = 1 if arguments.activation_checkpointing else config.num_hidden_layers
+    layers = 1 if arguments.gradient_checkpointing else config.num_hidden_layers
     return tokens * (layers * block + residuals + 2 * 4 * config.vocab_size)
 
 

@@ -3,6 +3,7 @@
 import platform
 import resource
 import sys
+from collections.abc import Mapping
 
 import torch
 
@@ -20,9 +21,9 @@ def has_native_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    # oneDNN has the kernels; without it (on macOS, say) the instructions alone are of no use.
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return any(_cpu_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 
@@ -31,9 +32,14 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+        name = _cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
         return f"CPU {name}, {torch.get_num_threads()} threads"
     return device.type
+
+
+def _cpu_capabilities() -> Mapping:
+    # torch before 2.12 cannot tell; nothing is then claimed.
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

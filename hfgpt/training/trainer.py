@@ -42,6 +42,8 @@ class HfGPTTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = True
     save_total_limit: int | None = 2
     dataloader_pin_memory: bool | None = None
+    # Every parameter has a gradient at every step; looking for those without costs a walk of the graph.
+    ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
         device = torch.device("cpu") if self.use_cpu else find_device()
