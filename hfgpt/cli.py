@@ -20,7 +20,7 @@ app = typer.Typer(
     name="hfgpt",
     help="A GPT from scratch, at home in the Hugging Face ecosystem.",
     add_completion=False,
-    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -42,7 +42,7 @@ def train(
     from hfgpt.recipe import load_recipe
     from hfgpt.tasks.pretrain import pretrain
 
-    pretrain(load_recipe(recipe, context.args), resume)
+    pretrain(load_recipe(recipe, _overrides(context)), resume)
 
 
 @app.command()
@@ -86,7 +86,7 @@ def evaluate(
 
     if task != "pretrain":
         raise InputError(f"--task is '{task}'; it must be pretrain")
-    metrics = evaluate_model(model, **parse_sections(context.args, ["data", "evaluation"]))
+    metrics = evaluate_model(model, **parse_sections(_overrides(context), ["data", "evaluation"]))
     if as_json:
         print(json.dumps(metrics))
     else:
@@ -104,7 +104,7 @@ def inspect_data(
     from hfgpt.inspection import inspect_recipe
     from hfgpt.recipe import load_recipe
 
-    inspect_recipe(load_recipe(recipe, context.args), rows)
+    inspect_recipe(load_recipe(recipe, _overrides(context)), rows)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -113,7 +113,7 @@ def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
     from hfgpt.plan import plan_recipe, render_plan
     from hfgpt.recipe import load_recipe
 
-    estimate = plan_recipe(load_recipe(recipe, context.args))
+    estimate = plan_recipe(load_recipe(recipe, _overrides(context)))
     print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
 
 
@@ -143,7 +143,7 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        app(standalone_mode=False)
+        app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.exit(0)
     except InputError as error:
         _refuse(str(error))
@@ -168,6 +168,16 @@ def main() -> NoReturn:
         _refuse(f"{error.strerror}: {error.filename or 'while writing'}; {remedy}")
     except UsageError as error:
         _refuse(_explain_usage(error))
+
+
+def _overrides(context: typer.Context) -> list[str]:
+    """What was left for the keys of the recipe; an option that is nearly one of the command's is told as such."""
+    options = [name for parameter in context.command.params for name in parameter.opts]
+    for argument in context.args:
+        nearest = difflib.get_close_matches(argument, options, n=1)
+        if argument.startswith("--") and "." not in argument and nearest:
+            raise InputError(f"there is no option '{argument}'; did you mean '{nearest[0]}'?")
+    return context.args
 
 
 def _explain_usage(error: UsageError) -> str:

@@ -39,7 +39,7 @@ TYPES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
-    "str": "a text (in quotes, if it looks like something else)",
+    "str": "text in quotes",
     "list": "a list like [a, b]",
     "dict": "a mapping like {a: b}",
     "NoneType": "null",
@@ -197,7 +197,9 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         inner = value.value if isinstance(value, yaml.MappingNode) else []
         for name, mark in [(key.value, key.start_mark), *((f"{key.value}.{k.value}", k.start_mark) for k, _ in inner)]:
             if name in lines:
-                raise InputError(f"{path.name}, line {mark.line + 1}: {name} is already in line {lines[name]}: drop one")
+                raise InputError(
+                    f"{path.name}, line {mark.line + 1}: {name} is already in line {lines[name]}: drop one"
+                )
             lines[name] = mark.line + 1
     return tree, lines
 

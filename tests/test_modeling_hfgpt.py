@@ -1,4 +1,4 @@
-"""The model: its arithmetic, its first weights, tied weights, files, outputs, loss, dropout and checkpointing.
+"""The model: its arithmetic, its first weights, its tied weights and its files.
 
 Tolerances: float32 sums taken in another order differ by a few 1e-7 where the summands are about 1, and logits of these
 models are about 5 at most: `CLOSE` leaves them a factor of ten. A wrong mask, position or scale moves logits by 0.01 and
@@ -33,18 +33,8 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 CLASSES = [HfGPTModel, HfGPTForCausalLM, HfGPTForSequenceClassification]
 
 
-@pytest.fixture
-def model(tiny_config):
-    torch.manual_seed(0)
-    return HfGPTForCausalLM(tiny_config()).eval()
-
-
 def make_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 # The arithmetic
@@ -82,7 +72,7 @@ def test_logits_are_those_of_transformers_gpt2(tiny_config):
             }.items(),
         ):
             parts = torch.cat([weights[f"model.layers.{layer}.{part}.{kind}"] for part in own])
-            renamed[f"transformer.h.{layer}.{name}.{kind}"] = parts.T  # nothing to transpose in a vector
+            renamed[f"transformer.h.{layer}.{name}.{kind}"] = parts.transpose(0, -1)  # a vector stays
     theirs.load_state_dict(renamed)
     ids = make_ids(2, 32)
     assert_close(ours(ids).logits, theirs(ids).logits, **CLOSE)

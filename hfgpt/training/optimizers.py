@@ -48,9 +48,9 @@ class Muon(torch.optim.Muon):
             updates.append(parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
         updates = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = parameters[0].shape
-        ratio = {"match_rms_adamw": 0.2 * max(rows, columns) ** 0.5}.get(
-            group["adjust_lr_fn"], max(1, rows / columns) ** 0.5
-        )
+        ratio = max(1, rows / columns) ** 0.5
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            ratio = 0.2 * max(rows, columns) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update, alpha=-group["lr"] * ratio)
@@ -110,6 +110,7 @@ class MuonFactory:
         *,
         decay_names: set[str],
         muon_learning_rate: float,
+        muon_momentum: float,
         weight_decay: float,
         **adamw_arguments,
     ) -> MuonWithAdamW:
@@ -118,14 +119,15 @@ class MuonFactory:
         Args:
             model: Its trainable parameters are optimized.
             decay_names: Parameters that decay, among those for AdamW; hidden matrices all do.
-            muon_learning_rate: Of the hidden matrices.
+            muon_learning_rate, muon_momentum: Of the hidden matrices.
             weight_decay: Of both optimizers.
             adamw_arguments: The others of `torch.optim.AdamW`, `lr` among them.
         """
         hidden = hidden_matrix_names(model)
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         rest = {name: parameter for name, parameter in trainable.items() if name not in hidden}
-        muon = Muon([trainable[name] for name in trainable if name in hidden], muon_learning_rate, weight_decay)
+        matrices = [trainable[name] for name in trainable if name in hidden]
+        muon = Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=muon_momentum)
         groups = [
             {"params": [p for name, p in rest.items() if name in decay_names], "weight_decay": weight_decay},
             {"params": [p for name, p in rest.items() if name not in decay_names], "weight_decay": 0.0},

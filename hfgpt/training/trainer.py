@@ -6,10 +6,12 @@ Each override says what Trainer 5.23 does instead. Everything else, from accumul
 import math
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
@@ -29,11 +31,13 @@ class HfGPTTrainingArguments(TrainingArguments):
         bf16: Mixed precision in bfloat16; None turns it on where the hardware has it, never where it is emulated.
         muon_learning_rate: When given, the matrices inside the blocks are trained by Muon at this rate, and the rest
             by AdamW at `learning_rate`; both follow the one schedule.
+        muon_momentum: Of Muon; below the usual 0.95 for runs of some hundred steps.
         decay_all_parameters: Whether biases and norms decay too, as in the book.
     """
 
     bf16: bool | None = None
     muon_learning_rate: float | None = None
+    muon_momentum: float = 0.95
     decay_all_parameters: bool = False
     logging_steps: float = 10
     # Trainer's default waits for the device at every micro-batch and hides what it filters.
@@ -68,6 +72,7 @@ class HfGPTTrainer(Trainer):
                 {
                     "decay_names": set(self.get_decay_parameter_names(self.model)),
                     "muon_learning_rate": self.args.muon_learning_rate,
+                    "muon_momentum": self.args.muon_momentum,
                     "weight_decay": self.args.weight_decay,
                     "lr": self.args.learning_rate,
                     "betas": (self.args.adam_beta1, self.args.adam_beta2),
@@ -153,10 +158,33 @@ class HfGPTTrainer(Trainer):
         """Trainer leaves the half of a checkpoint that still fit on the disk, and would resume from it."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
+            with explain_full_disk(folder):
+                super()._save_checkpoint(model, trial)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        with explain_full_disk(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
+
+@contextmanager
+def explain_full_disk(folder: str | Path):
+    """Turns the full disk that safetensors and torch.save report in words of their own into one line with a remedy.
+
+    Raises:
+        InputError: The disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+        if not any(sign in str(error) for sign in full):
+            raise
+        raise InputError(
+            f"no space left on the disk of '{folder}': free some, then go on from the last checkpoint with --resume"
+        ) from error
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:

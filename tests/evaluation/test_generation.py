@@ -109,7 +109,7 @@ def test_the_context_is_the_limit(model, tokenizer):
 
 @pytest.mark.parametrize(("prompt", "named"), [("the Fox", "'F'"), ("the\nfox", r"'\\n'"), ("é", "'é'")])
 def test_unknown_characters_are_named(prompt, named, model, tokenizer):
-    with pytest.raises(InputError, match=f"the prompt holds {named}, which the tokenizer does not know"):
+    with pytest.raises(InputError, match=f"holds {named}, which the tokenizer does not know"):
         generate_texts(model, tokenizer, prompt, SamplingArguments(5))
 
 

@@ -1,7 +1,6 @@
 """One recipe that trains in a second, and its finished run, which many tests only look at."""
 
 import io
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from hfgpt.recipe import Recipe, load_recipe
-from hfgpt.tasks.pretrain import pretrain
+from hfgpt.tasks import pretrain as task
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import ProgressCallback
 
@@ -23,16 +22,16 @@ model:
   num_hidden_layers: 2
   num_attention_heads: 2
   max_position_embeddings: 32
-data: {{path: "synthetic:stories", max_documents: 4, validation_fraction: 0.25, num_proc: 1, cache_dir: {cache}}}
+data: {{path: "synthetic:stories", max_documents: 8, validation_fraction: 0.25, num_proc: 1, cache_dir: {cache}}}
 training:
-  per_device_train_batch_size: 8
-  per_device_eval_batch_size: 4
+  per_device_train_batch_size: 16
+  per_device_eval_batch_size: 8
   num_train_epochs: 2
   learning_rate: 0.01
   lr_scheduler_type: linear
   logging_steps: 1
   eval_strategy: steps
-  eval_steps: 4
+  eval_steps: 8
   save_steps: 4
   use_cpu: true
   bf16: false
@@ -41,6 +40,8 @@ evaluation: {{prompts: ["The", ""], max_new_tokens: 8}}
 
 
 class Run(NamedTuple):
+    """A run and what it printed."""
+
     recipe: Recipe
     folder: Path
     metrics: dict[str, Any]
@@ -68,19 +69,30 @@ def load(recipe_file) -> Callable[..., Recipe]:
 
 @pytest.fixture(scope="session")
 def train(load) -> Callable[..., Run]:
-    def train(folder: Path, *overrides: str, resume: bool = False, interrupt_at: int | None = None, **options) -> Run:
-        """Trains the recipe in `folder`, with Ctrl-C pressed during a step if asked for."""
+    def train(
+        folder: Path,
+        *overrides: str,
+        resume: bool = False,
+        plot: bool = False,
+        during: Callable[[int], Any] = lambda step: None,
+        **options,
+    ) -> Run:
+        """Trains the recipe in `folder`; `during` is called with the number of each step, from 1, while it runs.
 
-        def press_ctrl_c(self, args, state, control, **kwargs):
-            if state.global_step + 1 == interrupt_at:
-                signal.raise_signal(signal.SIGINT)
+        The curves, a third of the time, are only drawn for `plot`.
+        """
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            during(state.global_step + 1)
 
         recipe = load(folder, *overrides, **options)
         console = Console(file=io.StringIO(), width=500)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(estimate, "PROBE_SECONDS", 0.02)
-            patch.setattr(ProgressCallback, "on_step_begin", press_ctrl_c)
-            metrics = pretrain(recipe, resume, console)
+            patch.setattr(ProgressCallback, "on_step_begin", on_step_begin)
+            if not plot:
+                patch.setattr(task, "plot_loss", lambda folder, vocab_size: None)
+            metrics = task.pretrain(recipe, resume, console)
         return Run(recipe, folder, metrics, console.file.getvalue())
 
     return train
@@ -89,4 +101,4 @@ def train(load) -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def finished(train, tmp_path_factory) -> Run:
     """A finished run. Nothing may be changed in its folder."""
-    return train(tmp_path_factory.mktemp("finished") / "run")
+    return train(tmp_path_factory.mktemp("finished") / "run", plot=True)

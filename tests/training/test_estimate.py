@@ -191,7 +191,11 @@ def test_plan_with_and_without_a_probe(make_model, make_arguments, monkeypatch):
 )
 def test_native_bf16_of_a_processor(capabilities, native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert hardware.has_native_bf16(torch.device("cpu")) is native
+    # Without oneDNN nothing uses the instructions.
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert hardware.has_native_bf16(torch.device("cpu")) is False
 
 
 def test_native_bf16_of_other_devices(monkeypatch):

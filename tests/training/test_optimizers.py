@@ -132,6 +132,24 @@ def test_each_parameter_goes_to_its_optimizer_once(fields, make_model, make_trai
     assert adamw == {name: 0.0 if "bias" in name or "norm" in name else 0.1 for name in adamw}
 
 
+def test_trainer_passes_the_arguments_on(make_model, make_trainer):
+    optimizer = make_trainer(
+        make_model(),
+        muon_learning_rate=0.03,
+        muon_momentum=0.8,
+        learning_rate=0.002,
+        weight_decay=0.3,
+        adam_beta1=0.7,
+        adam_beta2=0.6,
+        adam_epsilon=1e-3,
+    ).create_optimizer()
+    both = getattr(optimizer, "optimizer", optimizer)
+    (muon,) = both.muon.param_groups
+    assert (muon["lr"], muon["momentum"], muon["weight_decay"], muon["nesterov"]) == (0.03, 0.8, 0.3, True)
+    for group in both.adamw.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.002, (0.7, 0.6), 1e-3)
+
+
 def test_frozen_parameters_are_in_no_group(make_model, make_trainer):
     model = make_model()
     frozen = {"model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.bias"}
@@ -150,7 +168,8 @@ def test_frozen_parameters_are_in_no_group(make_model, make_trainer):
 
 def build_optimizer(model: nn.Module) -> MuonWithAdamW:
     decay = {name for name, _ in model.named_parameters() if "norm" not in name}
-    return MuonFactory()(model, decay_names=decay, muon_learning_rate=0.05, weight_decay=0.1, lr=0.01, fused=True)
+    rates = {"muon_learning_rate": 0.05, "muon_momentum": 0.9, "lr": 0.01}
+    return MuonFactory()(model, decay_names=decay, weight_decay=0.1, fused=True, **rates)
 
 
 def train_steps(model: nn.Module, optimizer: MuonWithAdamW, steps: range):

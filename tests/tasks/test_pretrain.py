@@ -1,0 +1,251 @@
+"""One recipe, one model: trained twice, watched, interrupted, crashed and resumed, to the last bit."""
+
+import hashlib
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hfgpt.data.report import DataReport
+from hfgpt.data.sources import DataArguments, load_documents
+from hfgpt.errors import InputError, Interrupted
+from hfgpt.evaluation import EvaluationArguments
+from hfgpt.tasks import pretrain as module
+from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data
+from hfgpt.training import estimate
+from hfgpt.training.callbacks import read_log
+
+MUON = "training.muon_learning_rate=0.02"
+
+
+def weights_hash(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def learned(folder: Path) -> list[dict]:
+    """The log without times: what was learned and measured at each step."""
+    entries = [entry for entry in read_log(folder) if "loss" in entry or "eval_loss" in entry]
+    return [{key: value for key, value in entry.items() if "runtime" not in key} for entry in entries]
+
+
+def press_ctrl_c_at(step: int):
+    return lambda running: signal.raise_signal(signal.SIGINT) if running == step else None
+
+
+def fail_at(step: int):
+    def fail(running: int):
+        if running == step:
+            raise OSError("the power went")
+
+    return fail
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished_muon(train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("finished") / "muon", MUON)
+
+
+def test_the_recipe_of_a_run_gives_the_same_weights(finished, load, train, tmp_path, monkeypatch):
+    file = finished.folder / "recipe.yaml"
+    assert load(finished.folder, file=file).values == finished.recipe.values
+    # Without a probe: it trains a copy of the model, which must leave no trace in the run.
+    probed = []
+    monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *arguments: probed.append(1) or 1000.0)
+    again = train(tmp_path / "again", file=file)
+    assert len(probed) == 1
+    assert weights_hash(again.folder) == weights_hash(finished.folder)
+    assert again.metrics == finished.metrics
+    assert learned(again.folder) == learned(finished.folder)
+    assert read_json(again.folder / "run.json")["plan"]["tokens_per_second"] == 1000.0
+
+
+def test_another_seed_gives_other_weights(finished, train, tmp_path):
+    other = train(tmp_path / "other", "training.seed=7", "training.max_steps=1")
+    assert weights_hash(other.folder) != weights_hash(finished.folder)
+    assert learned(other.folder)[0]["loss"] != learned(finished.folder)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("step", "muon"),
+    [(7, False), ("epoch", False), (15, False), (15, True)],
+    ids=["first epoch", "end of an epoch", "second epoch", "second epoch, Muon"],
+)
+def test_ctrl_c_and_resume_change_nothing(step, muon, finished, finished_muon, train, tmp_path, capfd):
+    reference = finished_muon if muon else finished
+    overrides = [MUON] if muon else []
+    steps = read_json(reference.folder / "run.json")["steps"]
+    step = steps // 2 if step == "epoch" else step
+    folder, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as stop:
+        train(folder, *overrides, during=press_ctrl_c_at(step))
+    assert signal.getsignal(signal.SIGINT) is handler
+    message = str(stop.value)
+    assert f"step {step} of {steps}" in message
+    assert str(folder) in message
+    assert "--resume" in message
+    assert "\n" not in message
+    assert (folder / f"checkpoint-{step}" / "trainer_state.json").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert not (folder / "metrics.json").exists()
+
+    resumed = train(folder, *overrides, resume=True)
+    assert weights_hash(folder) == weights_hash(reference.folder)
+    assert resumed.metrics == reference.metrics
+    assert learned(folder) == learned(reference.folder)
+    assert [entry["step"] for entry in learned(folder) if "loss" in entry] == list(range(1, steps + 1))
+    run = read_json(folder / "run.json")
+    assert run["resumed_from"] == f"checkpoint-{step}"
+    assert run["weights_sha256"] == read_json(reference.folder / "run.json")["weights_sha256"]
+    assert capfd.readouterr().out == ""
+
+
+def test_ctrl_c_in_the_last_step_lets_the_run_finish(finished, train, tmp_path):
+    steps = read_json(finished.folder / "run.json")["steps"]
+    run = train(tmp_path / "run", during=press_ctrl_c_at(steps))
+    assert weights_hash(run.folder) == weights_hash(finished.folder)
+    assert run.metrics == finished.metrics
+
+
+def test_ctrl_c_twice_stops_at_once(finished, train, tmp_path):
+    def press_twice(step: int):
+        if step == 6:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    folder, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, during=press_twice)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("step", [3, 6], ids=["before a checkpoint", "after a checkpoint"])
+def test_a_crashed_run_goes_on(step, finished, train, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(OSError, match="the power went"):
+        train(folder, during=fail_at(step))
+    assert {path.name for path in folder.glob("checkpoint-*")} == ({"checkpoint-4"} if step > 4 else set())
+    assert len(read_log(folder)) >= step - 1
+    train(folder, resume=True)
+    assert weights_hash(folder) == weights_hash(finished.folder)
+    # The repeated steps are in the log once.
+    assert learned(folder) == learned(finished.folder)
+
+
+def test_a_run_that_failed_after_training_goes_on(finished, train, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+
+    def fail(*arguments):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure", fail)
+        with pytest.raises(OSError, match="no space"):
+            train(folder)
+    assert not (folder / "metrics.json").exists()
+    trained = []
+    resumed = train(folder, resume=True, during=trained.append)
+    assert trained == []
+    assert resumed.metrics == finished.metrics
+    assert weights_hash(folder) == weights_hash(finished.folder)
+
+
+def test_metrics_are_the_definition(finished):
+    """Every token of the validation split but the first, once, in blocks of the context from left to right."""
+    model = AutoModelForCausalLM.from_pretrained(finished.folder)
+    tokens = torch.from_numpy(load_pretraining_data(finished.recipe).validation.stream.tokens.astype("int64"))
+    losses, predicted, size = [], 0, model.config.max_position_embeddings
+    while predicted < len(tokens) - 1:
+        end = min(predicted + size, len(tokens) - 1)
+        with torch.no_grad():
+            logits = model(tokens[None, end - size : end]).logits[0].double()
+        fresh = logits[size - (end - predicted) :].log_softmax(-1)
+        losses.append(-fresh.gather(-1, tokens[predicted + 1 : end + 1, None]).squeeze(-1))
+        predicted = end
+    losses = torch.cat(losses)
+    documents = load_documents(finished.recipe.data, finished.recipe.training.seed, DataReport())["validation"]
+    size_in_bytes = len("".join(documents["text"]).encode()) - 1  # the first character is context only
+    metrics = finished.metrics
+    assert metrics["eval_tokens"] == len(losses) == len(tokens) - 1
+    # Float32 logits of a batch and of a row alone differ in their last bits.
+    assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-5)
+    assert metrics["eval_bytes"] == size_in_bytes
+    assert metrics["eval_bits_per_byte"] == pytest.approx(losses.sum().item() / math.log(2) / size_in_bytes, rel=1e-6)
+
+
+def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
+    documents = load_documents(finished.recipe.data, finished.recipe.training.seed, DataReport())["validation"]
+    assert len(documents) > 1
+    file = tmp_path / "held-out.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in documents), encoding="utf-8")
+    data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
+    # The same weights, tokens and batches of eight: the very same numbers.
+    assert evaluate_model(str(finished.folder), data, EvaluationArguments()) == finished.metrics
+    strided = evaluate_model(str(finished.folder), data, EvaluationArguments(stride=4))
+    assert strided["eval_tokens"] == finished.metrics["eval_tokens"]
+    assert strided["eval_loss"] != finished.metrics["eval_loss"]
+    data.block_size = 33
+    with pytest.raises(InputError, match=r"data\.block_size is 33, but the context of the model is 32"):
+        evaluate_model(str(finished.folder), data, EvaluationArguments())
+
+
+def test_the_stride_of_the_evaluation_is_used(finished, train, tmp_path):
+    run = train(tmp_path / "run", "evaluation.stride=4", "training.max_steps=1", "training.save_strategy=no")
+    assert run.metrics["eval_tokens"] == finished.metrics["eval_tokens"]
+    blocks = read_json(run.folder / "data_report.json")["splits"]["validation"]["blocks"]
+    assert blocks > 7 * read_json(finished.folder / "data_report.json")["splits"]["validation"]["blocks"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=rows.jsonl", "data.text_column=words"], "words.*text"),
+        (["data.path=missing.txt"], "missing.txt"),
+        (["data.max_documents=2", "data.block_size=5000", "model.max_position_embeddings=5000"], "data.block_size"),
+        (["data.block_size=33"], "data.block_size is 33, but the context of the model is 32"),
+        (["model.num_attention_heads=5"], "num_attention_heads 5"),
+        (["model.vocab_size=9"], "model.vocab_size is 9"),
+        (["model.path=nowhere/at/all"], "nowhere/at/all"),
+        (["evaluation.max_new_tokens=40"], "ask for at most 29 new tokens"),
+        (["tokenizer.kind=bpe", "tokenizer.vocab_size=10"], "vocab_size"),
+    ],
+    ids=str,
+)
+def test_a_start_that_fails_leaves_nothing(overrides, message, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=message) as error:
+        train(tmp_path / "runs" / "new", *overrides)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(train, tmp_path, monkeypatch):
+    def fail(self, path):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(DataReport, "save", fail)
+    with pytest.raises(OSError, match="no space"):
+        train(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_shown(finished):
+    shown = finished.shown
+    parameters = read_json(finished.folder / "run.json")["plan"]["parameters"]
+    vocabulary = read_json(finished.folder / "config.json")["vocab_size"]
+    assert f"model: {parameters:,} parameters, context 32, vocabulary {vocabulary}" in shown
+    assert f"ln {vocabulary} = {math.log(vocabulary):.3f}" in shown
+    assert "float32; attention sdpa" in shown
+    assert f"validation loss {finished.metrics['eval_loss']:.4f} nats" in shown
+    assert shown.count("sample: ") == 2
+    assert f"hfgpt generate {finished.folder}" in shown

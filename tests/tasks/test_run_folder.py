@@ -1,0 +1,268 @@
+"""What a run leaves: exactly the files it should, with contents that agree; and which folders it refuses."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hfgpt import HfGPTForCausalLM
+from hfgpt.data.report import DataReport
+from hfgpt.errors import InputError
+from hfgpt.tasks.pretrain import load_pretraining_data
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, staged_files, write_json, write_text
+from hfgpt.tokenizer import tokenizer_hash
+
+FILES = {
+    *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("configuration_hfgpt.py", "modeling_hfgpt.py", "README.md", "recipe.yaml", "run.json", "metrics.json"),
+    *("data_report.json", "training_log.jsonl", "loss.png"),
+}
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_files_of_a_run(finished):
+    steps = read_json(finished.folder / "run.json")["steps"]
+    names = {path.name for path in finished.folder.iterdir()}
+    # Of the checkpoints the last two, by default.
+    assert names == FILES | {f"checkpoint-{steps}", f"checkpoint-{steps // 4 * 4 if steps % 4 else steps - 4}"}
+    assert not list(finished.folder.rglob(".*"))
+    package = Path(__file__).parents[2] / "hfgpt"
+    for name in ("configuration_hfgpt.py", "modeling_hfgpt.py"):
+        assert (finished.folder / name).read_text() == (package / name).read_text()
+    assert (finished.folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_the_model_loads_as_any_other(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished.folder)
+    assert type(model) is HfGPTForCausalLM
+    assert model.config.use_cache is True
+    assert model.num_parameters() == read_json(finished.folder / "run.json")["plan"]["parameters"]
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder)
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 32
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(model.config, name) == getattr(tokenizer, name) == getattr(model.generation_config, name)
+    assert tokenizer.decode(tokenizer("The village")["input_ids"]) == "The village"
+
+
+def test_checkpoints_are_models_too(finished):
+    checkpoints = sorted(finished.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert len(checkpoints) == 2
+    for folder in checkpoints:
+        assert read_json(folder / "config.json")["use_cache"] is True
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(os.listdir(folder))
+    assert read_json(checkpoints[-1] / "config.json") == read_json(finished.folder / "config.json")
+    last = AutoModelForCausalLM.from_pretrained(checkpoints[-1])
+    final = AutoModelForCausalLM.from_pretrained(finished.folder).state_dict()
+    assert all(torch.equal(tensor, final[name]) for name, tensor in last.state_dict().items())
+
+
+def test_the_code_beside_the_weights_is_named_in_the_config(finished):
+    auto_map = AutoConfig.from_pretrained(finished.folder).auto_map
+    assert auto_map["AutoConfig"] == "configuration_hfgpt.HfGPTConfig"
+    assert auto_map["AutoModelForCausalLM"] == "modeling_hfgpt.HfGPTForCausalLM"
+
+
+def test_run_json_says_what_happened(finished):
+    run, folder = read_json(finished.folder / "run.json"), finished.folder
+    data = load_pretraining_data(finished.recipe)
+    assert run["weights_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert run["tokenizer_sha256"] == tokenizer_hash(AutoTokenizer.from_pretrained(folder))
+    assert run["data_sha256"] == read_json(folder / "data_report.json")["sha256"] == data.report.sha256
+    assert (run["task"], run["recipe"], run["seed"]) == ("pretrain", "tiny", finished.recipe.training.seed)
+    assert (run["bf16"], run["attn_implementation"], run["processes"]) == (False, "sdpa", 1)
+    assert run["resumed_from"] is None
+    assert run["versions"]["torch"] == torch.__version__
+    # Planned and measured, beside each other.
+    plan, actual = run["plan"], run["actual"]
+    blocks_per_step = finished.recipe.training.per_device_train_batch_size
+    assert run["steps"] == plan["steps"] == 2 * -(-len(data.train) // blocks_per_step)
+    assert plan["tokens_per_step"] == blocks_per_step * 32
+    assert 0 < actual["training_seconds"] < actual["total_seconds"]
+    assert plan["seconds"] > 0
+    # Two epochs; the last step of each has fewer blocks than a full batch.
+    assert len(data.train) % blocks_per_step
+    assert run["tokens"] == 2 * len(data.train) * 32
+    assert actual["tokens_per_second"] == pytest.approx(run["tokens"] / actual["training_seconds"], rel=1e-9)
+    assert actual["peak_memory_bytes"] > plan["memory_bytes"]
+
+
+def test_reports_agree(finished):
+    assert read_json(finished.folder / "metrics.json") == finished.metrics
+    assert read_json(finished.folder / "data_report.json") == load_pretraining_data(finished.recipe).report.to_dict()
+    log = [json.loads(line) for line in (finished.folder / "training_log.jsonl").read_text().splitlines()]
+    steps = read_json(finished.folder / "run.json")["steps"]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, steps + 1))
+    assert {entry["step"] for entry in log if "eval_loss" in entry} == {*range(8, steps, 8), steps}
+    assert {"loss", "grad_norm", "learning_rate", "epoch"} <= log[0].keys()
+    assert log[-1]["step"] == steps
+
+
+def test_the_readme_says_what_was_measured(finished):
+    _, front, text = (finished.folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    metrics = finished.metrics
+    for number in (
+        f"{read_json(finished.folder / 'run.json')['plan']['parameters']:,} parameters",
+        f"{metrics['eval_tokens']:,} tokens",
+        f"loss {metrics['eval_loss']:.4f} nats",
+        f"{metrics['eval_perplexity']:.2f}",
+        f"{metrics['eval_bits_per_byte']:.3f} bits a byte",
+    ):
+        assert number in " ".join(text.split())
+    names = {}
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, names)
+    assert type(names["model"]) is HfGPTForCausalLM
+
+
+def test_an_occupied_folder_is_refused(finished, load, train, tmp_path):
+    before = content(finished.folder)
+    with pytest.raises(InputError, match=r"already holds a run \(finished\): pass --resume .* --training.output_dir"):
+        train(finished.folder)
+    assert content(finished.folder) == before
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(InputError, match=r"already holds other files \(thesis.txt, ...\)"):
+        train(tmp_path)
+    with pytest.raises(InputError, match=r"thesis\.txt' is a file: name a folder"):
+        train(tmp_path / "thesis.txt")
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    assert check_run_folder(load(tmp_path / "empty"), resume=False) is None
+
+
+@pytest.fixture
+def stopped(finished, load, tmp_path):
+    """A run that ended before its last steps; only what `check_run_folder` looks at."""
+    folder = tmp_path / "stopped"
+    (folder / "checkpoint-4").mkdir(parents=True)
+    (folder / "checkpoint-4" / "trainer_state.json").touch()
+    (folder / "checkpoint-8").mkdir()
+    values = {**finished.recipe.values, "training": {**finished.recipe.values["training"], "output_dir": str(folder)}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder
+
+
+def test_resume_takes_the_last_whole_checkpoint(stopped, load):
+    assert check_run_folder(load(stopped), resume=True) == stopped / "checkpoint-4"
+    with pytest.raises(InputError, match=r"already holds a run \(unfinished\): pass --resume"):
+        check_run_folder(load(stopped), resume=False)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["training.learning_rate=0.5", "training.num_train_epochs=3", "model.qkv_bias=false", "tokenizer.kind=bpe"],
+)
+def test_resume_of_another_recipe_names_the_key(override, stopped, load):
+    key = override.partition("=")[0]
+    with pytest.raises(InputError, match=f"has another {re.escape(key)} than this recipe"):
+        check_run_folder(load(stopped, override), resume=True)
+
+
+def test_resume_may_change_what_is_watched(stopped, load):
+    overrides = [
+        "evaluation.max_new_tokens=9",
+        "training.logging_steps=5",
+        "training.save_steps=2",
+        "training.eval_steps=3",
+        "data.num_proc=2",
+        "data.cache_dir=elsewhere",
+    ]
+    assert check_run_folder(load(stopped, *overrides), resume=True) == stopped / "checkpoint-4"
+
+
+def test_a_run_that_was_moved_can_be_resumed(stopped, load):
+    moved = stopped.rename(stopped.with_name("moved"))
+    assert check_run_folder(load(moved), resume=True) == moved / "checkpoint-4"
+
+
+def test_resume_of_nothing_is_refused(load, tmp_path):
+    for folder in (tmp_path / "missing", tmp_path):
+        with pytest.raises(InputError, match=r"there is no run to resume in .*: leave out --resume to start one"):
+            check_run_folder(load(folder), resume=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_resume_of_a_finished_run_is_refused(finished, load, train, tmp_path):
+    with pytest.raises(InputError, match="is finished: there is nothing to resume"):
+        check_run_folder(load(finished.folder), resume=True)
+    # Also where its checkpoints were deleted, or never made.
+    shutil.copytree(finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "recipe.yaml"))
+    recipe = load(tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe.values), encoding="utf-8")
+    with pytest.raises(InputError, match="is finished: there is nothing to resume"):
+        check_run_folder(recipe, resume=True)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(path, {"é": 1})
+    assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "\udc00")
+    with pytest.raises(TypeError):
+        write_json(path, {"folder": path})
+
+    def fail(*arguments):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_staged_files_appear_together(tmp_path):
+    def stage(fail: bool):
+        with staged_files(tmp_path) as staging:
+            assert staging.parent == tmp_path
+            (staging / "one").write_text("new")
+            (staging / "two").write_text("new")
+            assert content(tmp_path)["one"] == b"old"
+            if fail:
+                raise RuntimeError
+
+    (tmp_path / "one").write_text("old")
+    with pytest.raises(RuntimeError):
+        stage(fail=True)
+    assert content(tmp_path) == {"one": b"old"}
+    stage(fail=False)
+    assert content(tmp_path) == {"one": b"new", "two": b"new"}
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_run_begins_whole_or_not_at_all(existed, finished, load, tmp_path):
+    class Full(DataReport):
+        def save(self, path):
+            raise OSError("no space left on device")
+
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder)
+    recipe = load(tmp_path / "runs" / "new")
+    if existed:
+        (tmp_path / "runs" / "new").mkdir(parents=True)
+    with pytest.raises(OSError, match="no space"):
+        begin_run(recipe, tokenizer, Full())
+    assert (tmp_path / "runs" / "new").exists() == existed
+    assert content(tmp_path) == {}
+    begin_run(recipe, tokenizer, DataReport(source="here"))
+    assert content(tmp_path / "runs" / "new").keys() == {
+        "recipe.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "data_report.json",
+    }
