@@ -55,7 +55,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     num_samples: Annotated[int, typer.Option(help="Continuations of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
 ):
     """Continue a prompt."""
     from transformers import TextStreamer

@@ -1,14 +1,17 @@
 """Models from a recipe's section `model`, and from folders and Hub ids, or a clear line why not."""
 
+import difflib
 import re
+import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
@@ -71,6 +74,11 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     """
     if arguments.preset is not None and arguments.preset not in PRESETS:
         raise InputError(f"model.preset is '{arguments.preset}'; choose one of {', '.join(PRESETS)}")
+    if arguments.hidden_act not in (None, *ACT2FN):
+        near = difflib.get_close_matches(arguments.hidden_act, ACT2FN, n=1, cutoff=0.0)[0]
+        raise InputError(f"model.hidden_act is '{arguments.hidden_act}', which transformers lacks: try '{near}'")
+    if arguments.pad_vocab_to_multiple_of is not None and arguments.pad_vocab_to_multiple_of < 1:
+        raise InputError(f"model.pad_vocab_to_multiple_of is {arguments.pad_vocab_to_multiple_of}; the least is 1")
     given = {
         key: value for key, value in vars(arguments).items() if value is not None and key not in _NOT_ARCHITECTURE
     }
@@ -91,9 +99,7 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     try:
         return HfGPTConfig.from_preset(arguments.preset or "gpt2", **{**special, **given})
     except (StrictDataclassError, ValueError) as error:
-        # The last line holds the fact; those before name transformers' machinery.
-        fact = str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
-        raise InputError(f"model: {fact}") from error
+        raise InputError(f"model: {_fact(error)}") from error
 
 
 def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -116,7 +122,10 @@ def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
     if arguments.initialization not in ("gpt2", "torch"):
         raise InputError(f"model.initialization is '{arguments.initialization}'; choose 'gpt2' or 'torch'")
     config = build_config(arguments, tokenizer)
-    model = HfGPTForCausalLM._from_config(config)
+    try:
+        model = HfGPTForCausalLM._from_config(config)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"model.attn_implementation is '{arguments.attn_implementation}': {_fact(error)}") from error
     if arguments.initialization == "torch":
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
@@ -155,17 +164,17 @@ def load_model(path: str, revision: str | None = None, **kwargs) -> PreTrainedMo
         InputError: There is no model there, its weights are damaged, or some are missing or left over.
     """
     check_model_path(path)
-    try:
-        with quiet_bars(Path(path).is_dir()):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path, revision=revision or "main", dtype=torch.float32, output_loading_info=True, **kwargs
-            )
-    except (OSError, HfHubHTTPError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load a language model from '{path}': {_first_line(error)}") from error
+    kwargs |= {"revision": revision or "main", "trust_remote_code": False, "dtype": torch.float32}
+    with _explained("a language model", path), quiet_bars(Path(path).is_dir()):
+        # Weights of another shape are left out here, and told below.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info.get(kind) or ())):
             raise InputError(
-                f"the weights in '{path}' do not fit the model: {len(keys)} {kind.replace('_', ' ')}, first {keys[0]}"
+                f"the weights in '{path}' do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, first "
+                f"{keys[0]}; take both from the same model"
             )
     return model.eval()
 
@@ -189,10 +198,8 @@ def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTo
         InputError: There is none.
     """
     check_model_path(path)
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main")
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        raise InputError(f"cannot load a tokenizer from '{path}': {_first_line(error)}") from error
+    with _explained("a tokenizer", path):
+        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 
 
 def load_model_config(path: str, revision: str | None = None) -> HfGPTConfig:
@@ -202,10 +209,8 @@ def load_model_config(path: str, revision: str | None = None) -> HfGPTConfig:
         InputError: There is none.
     """
     check_model_path(path)
-    try:
-        return AutoConfig.from_pretrained(path, revision=revision or "main")
-    except (OSError, HfHubHTTPError, ValueError) as error:
-        raise InputError(f"cannot load a configuration from '{path}': {_first_line(error)}") from error
+    with _explained("a configuration", path):
+        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 
 
 def check_model_path(path: str):
@@ -224,5 +229,19 @@ def check_model_path(path: str):
         raise InputError(f"there is no folder '{path}', and it is no Hub id either: check the path")
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+@contextmanager
+def _explained(what: str, path: str):
+    """Turns what `from_pretrained` raises into one line."""
+    try:
+        yield
+    # Below it json, safetensors and tokenizers meet a damaged file, each with errors of its own, down to the bare one.
+    except Exception as error:
+        remedy = "save or copy it again" if Path(path).is_dir() else "check the name, the network and the login"
+        raise InputError(f"cannot load {what} from '{path}' ({_fact(error)}): {remedy}") from error
+
+
+def _fact(error: Exception) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, StrictDataclassError):  # its last line holds the fact, those before name the machinery
+        return str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+    return textwrap.shorten(str(error), 300, placeholder="...").rstrip(".") or type(error).__name__

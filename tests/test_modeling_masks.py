@@ -8,8 +8,9 @@ more (`test_the_tolerance_tells_right_from_wrong`). Gradients sum over all token
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import DynamicCache
 
-from hfgpt import HfGPTForCausalLM
+from hfgpt import HfGPTForCausalLM, modeling_hfgpt
 from hfgpt.modeling_hfgpt import find_packed_documents
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -224,13 +225,12 @@ def test_rows_of_one_document_are_cached_as_ever(model):
 
 def test_packed_documents_with_a_cache_are_refused(model, packed):
     _, ids, positions = packed
-    cache = model(ids[:, :4]).past_key_values
-    for length in (0, 4):
-        cache.crop(length)
-        mask = torch.ones(2, length + 20)
-        for attention_mask in (None, mask):
-            with pytest.raises(ValueError, match="pack several documents.*past_key_values.*use_cache=False"):
+    for cache in (DynamicCache(config=model.config), model(ids[:, :4]).past_key_values):
+        length = cache.get_seq_length()
+        for attention_mask in (None, torch.ones(2, length + 20)):
+            with pytest.raises(ValueError, match=r"pack several documents.*past_key_values.*use_cache=False"):
                 model(ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache)
+            assert cache.get_seq_length() == length
 
 
 def test_flash_attention_refuses_what_it_would_mix(tiny_config, packed):
@@ -243,6 +243,27 @@ def test_flash_attention_refuses_what_it_would_mix(tiny_config, packed):
         model(ids, position_ids=positions)
     with pytest.raises(ValueError, match=message):
         model(ids[:1], attention_mask=(torch.arange(20) < 18).unsqueeze(0), position_ids=positions[:1])
+
+
+def test_flash_attention_is_told_the_positions_of_one_packed_row(tiny_config, packed, monkeypatch):
+    """It finds the documents by them, if there is no mask: what transformers' kernel is given is looked at here."""
+    _, ids, positions = packed
+    model = HfGPTForCausalLM(tiny_config()).eval()
+    model.config._attn_implementation = "flash_attention_2"
+    given = []
+
+    def kernel(module, query, key, value, attention_mask, **kwargs):
+        given.append((attention_mask, kwargs["position_ids"]))
+        return value.transpose(1, 2), None
+
+    monkeypatch.setattr(modeling_hfgpt.ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: kernel)
+    for mask in (None, torch.ones(1, 20)):
+        given.clear()
+        model(ids[:1], attention_mask=mask, position_ids=positions[:1])
+        assert len(given) == 2
+        for attention_mask, position_ids in given:
+            assert attention_mask is None
+            assert torch.equal(position_ids, positions[:1])
 
 
 @pytest.mark.parametrize(

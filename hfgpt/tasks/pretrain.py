@@ -99,7 +99,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     data.tokenizer.model_max_length = model.config.max_position_embeddings
 
     # 4. What it will cost, and what was chosen.
-    estimate = plan_run(model, recipe.training, data.train.block_size, len(data.train))
+    estimate = plan_run(model, recipe.training, data.train.block_size, len(data.train), seconds=0.5)
     console.print(describe_choices(model, recipe, estimate), highlight=False)
 
     # 5. Train.
@@ -357,8 +357,8 @@ tags: [hfgpt]
 ---
 # {recipe.name}
 
-A GPT of {model.num_parameters():,} parameters, trained by [hfgpt](https://pypi.org/project/hfgpt) with the recipe in
-`recipe.yaml` on `{recipe.data.path}`.
+A GPT of {model.num_parameters():,} parameters, trained by hfgpt with the recipe in `recipe.yaml` on
+`{Path(recipe.data.path).name if Path(recipe.data.path).exists() else recipe.data.path}`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -18,8 +18,6 @@ from hfgpt.training.hardware import describe_device
 from hfgpt.training.optimizers import hidden_matrix_names
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
-PROBE_SECONDS = 2.0
-
 
 @dataclass
 class Estimate:
@@ -112,8 +110,10 @@ def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, l
     return tokens * (layers * block + residuals + 2 * 4 * config.vocab_size)
 
 
-def probe_tokens_per_second(model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int) -> float:
-    """Trains a copy of the model on random tokens for about two seconds; neither model nor random state is changed.
+def probe_tokens_per_second(
+    model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, seconds: float
+) -> float:
+    """Trains a copy of the model on random tokens for some seconds; neither model nor random state is changed.
 
     Rows are added up to the micro-batch as time allows, so a large model on a slow machine is measured on fewer.
 
@@ -129,7 +129,7 @@ def probe_tokens_per_second(model: PreTrainedModel, arguments: HfGPTTrainingArgu
         backward_seconds = optimizer_seconds = float("inf")
         start = time.perf_counter()
         # The first round of each size warms up; of the others the fastest counts.
-        while time.perf_counter() - start < PROBE_SECONDS or backward_seconds == float("inf"):
+        while time.perf_counter() - start < seconds or backward_seconds == float("inf"):
             ids = torch.randint(model.config.vocab_size, (rows, block_size), device=model.device)
             began = time.perf_counter()
             with trainer.accelerator.autocast():
@@ -142,7 +142,7 @@ def probe_tokens_per_second(model: PreTrainedModel, arguments: HfGPTTrainingArgu
             _synchronize(model.device)
             ended = time.perf_counter()
             per_row = (halfway - began) / rows
-            if rows < full and per_row * full * 3 < PROBE_SECONDS:
+            if rows < full and per_row * full * 3 < seconds:
                 rows = full
                 continue
             backward_seconds = min(backward_seconds, per_row)
@@ -157,11 +157,11 @@ def _synchronize(device: torch.device):
 
 
 def plan_run(
-    model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int, probe: bool = True
+    model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int, seconds: float = 2.0
 ) -> Estimate:
-    """`estimate_run`, with the speed of this machine measured by `probe_tokens_per_second`."""
+    """`estimate_run`, with the speed of this machine measured by a probe of so many seconds."""
     estimate = estimate_run(model, arguments, block_size, blocks)
-    if probe:
-        estimate.tokens_per_second = arguments.world_size * probe_tokens_per_second(model, arguments, block_size)
-        estimate.device = describe_device(arguments.device)
+    speed = probe_tokens_per_second(model, arguments, block_size, seconds)
+    estimate.tokens_per_second = arguments.world_size * speed
+    estimate.device = describe_device(arguments.device)
     return estimate

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
@@ -247,34 +248,32 @@ def test_decay_all_parameters(muon, make_model, make_trainer):
     }
 
 
-@pytest.mark.parametrize(
-    ("writer", "error"),
-    [
-        ("torch.save", InputError),
-        ("transformers.modeling_utils.safe_save_file", InputError),
-        (None, KeyboardInterrupt),
-    ],
-)
-def test_failed_checkpoint_leaves_no_part(writer, error, make_model, make_blocks, make_trainer, monkeypatch):
-    if writer and not Path("/dev/full").exists():
+@pytest.mark.parametrize("cause", ["weights", "optimizer", "Ctrl-C"])
+def test_failed_checkpoint_leaves_no_part(cause, make_model, make_blocks, make_trainer, monkeypatch, tmp_path):
+    if cause == "optimizer" and not Path("/dev/full").exists():
         pytest.skip("only Linux has a device that is always full")
     options = {"max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
     trainer = make_trainer(make_model(), make_blocks(200), **options)
-    output_dir, name = Path(trainer.args.output_dir), writer or "torch.save"
-    write = {"torch.save": torch.save, "transformers.modeling_utils.safe_save_file": save_file}[name]
+    output_dir = Path(trainer.args.output_dir)
+    name = "transformers.modeling_utils.safe_save_file" if cause == "weights" else "torch.save"
+    write = save_file if cause == "weights" else torch.save
 
     def write_until_full(content, path, *args, **kwargs):
         if "checkpoint-4" not in str(path):
             return write(content, path, *args, **kwargs)
         Path(path).write_bytes(b"half")
-        if not writer:
+        if cause == "weights":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        if cause == "Ctrl-C":
             raise KeyboardInterrupt
-        return write(content, "/dev/full", *args, **kwargs)
+        # Through a link, so that whatever happens to the file does not happen to the device.
+        (tmp_path / "full").symlink_to("/dev/full")
+        return write(content, tmp_path / "full", *args, **kwargs)
 
     monkeypatch.setattr(name, write_until_full)
-    with pytest.raises(error) as stop:
+    with pytest.raises(KeyboardInterrupt if cause == "Ctrl-C" else InputError) as stop:
         trainer.train()
-    if writer:
+    if cause != "Ctrl-C":
         assert re.search("no space left on the disk of .*checkpoint-4.*--resume", str(stop.value))
     assert [path.name for path in output_dir.iterdir()] == ["checkpoint-2"]
     assert find_last_checkpoint(output_dir) == output_dir / "checkpoint-2"
