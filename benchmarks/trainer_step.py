@@ -3,7 +3,7 @@
     python benchmarks/trainer_step.py
 
 Both train the same model with the same optimizer, schedule and clipping on the same blocks, in turn, several times
-over; what is printed is the median of the ratios, since machines drift. A step's time is that between two ends of steps.
+over; what is printed is the median of the ratios, since machines drift. A step lasts from one end of a step to the next.
 """
 
 import itertools

@@ -244,4 +244,6 @@ def _fact(error: Exception) -> str:
     """What an error says, in one line."""
     if isinstance(error, StrictDataclassError):  # its last line holds the fact, those before name the machinery
         return str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     return textwrap.shorten(str(error), 300, placeholder="...").rstrip(".") or type(error).__name__

@@ -88,7 +88,8 @@ def train(load) -> Callable[..., Run]:
         recipe = load(folder, *overrides, **options)
         console = Console(file=io.StringIO(), width=500)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(estimate, "PROBE_SECONDS", 0.02)
+            probe = estimate.probe_tokens_per_second
+            patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
             patch.setattr(ProgressCallback, "on_step_begin", on_step_begin)
             if not plot:
                 patch.setattr(task, "plot_loss", lambda folder, vocab_size: None)

@@ -58,7 +58,7 @@ def test_the_recipe_of_a_run_gives_the_same_weights(finished, load, train, tmp_p
     assert load(finished.folder, file=file).values == finished.recipe.values
     # Without a probe: it trains a copy of the model, which must leave no trace in the run.
     probed = []
-    monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *arguments: probed.append(1) or 1000.0)
+    monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *arguments, **options: probed.append(1) or 1000.0)
     again = train(tmp_path / "again", file=file)
     assert len(probed) == 1
     assert weights_hash(again.folder) == weights_hash(finished.folder)

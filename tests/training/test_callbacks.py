@@ -75,6 +75,11 @@ def test_log_of_a_resumed_run_drops_what_is_repeated(tmp_path):
     assert (tmp_path / LOG_FILE).read_text() == ""
 
 
+def test_log_cut_by_a_crash_is_read_up_to_there(tmp_path):
+    (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
+    assert read_log(tmp_path) == [{"step": 1, "loss": 4.0}]
+
+
 def test_progress_away_from_a_terminal_is_a_line_a_logging_step(clock, capsys):
     console = text_console()
     callback = ProgressCallback(tokens_per_step=512, console=console)
@@ -130,6 +135,8 @@ def test_first_interrupt_saves_and_stops_the_second_ends_at_once():
         assert "Ctrl-C again stops at once" in console.file.getvalue()
         control = callback.on_step_end(None, state_at(4), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (True, True)
+        # The loss since the last logging step would be lost: Trainer keeps it in no checkpoint.
+        assert control.should_log
         # After the last step there is nothing to stop.
         control = callback.on_step_end(None, state_at(10), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (False, False)

@@ -146,13 +146,12 @@ def test_derived_numbers(make_model, make_arguments):
 
 
 @pytest.mark.parametrize("options", [{}, {"muon_learning_rate": 0.02}, {"eval_strategy": "steps"}], ids=str)
-def test_probe_changes_nothing(options, make_model, make_arguments, monkeypatch):
-    monkeypatch.setattr(module, "PROBE_SECONDS", 0.05)
+def test_probe_changes_nothing(options, make_model, make_arguments):
     model, arguments = make_model(embd_pdrop=0.1).eval(), make_arguments(max_steps=5, **options)
     set_seed(3)
     weights, before = copy.deepcopy(model.state_dict()), (model.config.to_dict(), arguments.to_dict())
     random_states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    speed = probe_tokens_per_second(model, arguments, 16)
+    speed = probe_tokens_per_second(model, arguments, 16, seconds=0.05)
     assert 0 < speed < math.inf
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -167,15 +166,16 @@ def test_probe_changes_nothing(options, make_model, make_arguments, monkeypatch)
     assert not Path(arguments.output_dir).exists()
 
 
-def test_plan_with_and_without_a_probe(make_model, make_arguments, monkeypatch):
-    monkeypatch.setattr(module, "probe_tokens_per_second", lambda model, arguments, block_size: 100.0 * block_size)
+def test_a_plan_is_an_estimate_and_a_probe(make_model, make_arguments, monkeypatch):
+    given = []
+    monkeypatch.setattr(module, "probe_tokens_per_second", lambda *arguments: given.append(arguments) or 100.0)
     model, arguments = make_model(), make_arguments(max_steps=5)
-    plan = plan_run(model, arguments, 16, 100)
-    assert plan.tokens_per_second == 1600
-    assert plan.device.startswith("CPU ")
-    without = plan_run(model, arguments, 16, 100, probe=False)
-    assert without == estimate_run(model, arguments, 16, 100)
-    assert without.tokens_per_second is None
+    plan, estimate = plan_run(model, arguments, 16, 100, seconds=0.25), estimate_run(model, arguments, 16, 100)
+    assert given == [(model, arguments, 16, 0.25)]
+    assert plan.tokens_per_second == 100
+    assert plan.device == hardware.describe_device(torch.device("cpu"))
+    estimate.tokens_per_second, estimate.device = plan.tokens_per_second, plan.device
+    assert plan == estimate
 
 
 @pytest.mark.parametrize(
