@@ -143,6 +143,7 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
+        "".join(sys.argv).encode()  # bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes
         app(sys.argv[1:] or ["--help"], standalone_mode=False)
         sys.exit(0)
     except InputError as error:
@@ -166,6 +167,9 @@ def main() -> NoReturn:
             errno.EROFS: "choose a folder that can be written",
         }.get(error.errno, "check the path")
         _refuse(f"{error.strerror}: {error.filename or 'while writing'}; {remedy}")
+    except UnicodeEncodeError as error:
+        letters = error.object[error.start : error.end]
+        _refuse(f"{letters!r} cannot be written in {error.encoding}: use a terminal that is set to UTF-8")
     except UsageError as error:
         _refuse(_explain_usage(error))
 
@@ -193,7 +197,7 @@ def _explain_usage(error: UsageError) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"hfgpt: {message}", file=sys.stderr)
+    print(f"hfgpt: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -7,6 +7,7 @@ last of two equal keys: that is done here.
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -204,6 +205,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return tree, lines
 
 
+@functools.cache
 def _build_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--task", type=typing.Literal[TASKS], default="pretrain")

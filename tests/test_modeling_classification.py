@@ -105,9 +105,6 @@ def test_a_row_of_nothing_but_padding_is_refused(model):
 
 
 def test_a_cached_text_is_classified_by_its_new_end(model):
-    ids, mask = pad(make_rows(9, 4, 12), "left", 12)
-    cache = model(ids[:, :8], attention_mask=mask[:, :8].clone().index_fill_(1, torch.tensor([7]), 1)).past_key_values
-    assert cache.get_seq_length() == 8
     rows = torch.stack(make_rows(12, 12))
     cache = model(rows[:, :8]).past_key_values
     logits = model(rows[:, 8:], attention_mask=torch.ones(2, 12), past_key_values=cache).logits

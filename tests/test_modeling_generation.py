@@ -83,8 +83,9 @@ def test_a_cache_is_made_when_asked_for(model):
 def test_a_mask_that_does_not_cover_the_cache_is_refused(model):
     ids = make_ids(2, 8)
     cache = model(ids).past_key_values
-    with pytest.raises(ValueError, match=r"covers 3 tokens.*cache holds 8 and the input 3.*all 11"):
-        model(ids[:, :3], attention_mask=torch.ones(2, 3), past_key_values=cache)
+    for position_ids in (None, torch.arange(8, 11).unsqueeze(0)):
+        with pytest.raises(ValueError, match=r"covers 3 tokens.*cache holds 8 and the input 3.*all 11"):
+            model(ids[:, :3], attention_mask=torch.ones(2, 3), position_ids=position_ids, past_key_values=cache)
     with pytest.raises(ValueError, match=r"covers 7 tokens.*cache holds 0 and the input 8"):
         model(ids, attention_mask=torch.ones(2, 7))
     assert cache.get_seq_length() == 8

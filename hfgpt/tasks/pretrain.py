@@ -1,7 +1,6 @@
 """Stage 6, pre-training: from a recipe to a model that anyone can load, in labelled steps."""
 
 import hashlib
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, genera
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import build_model, check_vocabulary, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
+from hfgpt.tasks.messages import describe_choices, render_readme, render_summary
 from hfgpt.tasks.run_folder import (
     begin_run,
     check_run_folder,
@@ -38,7 +38,14 @@ from hfgpt.tasks.run_folder import (
     write_text,
 )
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
-from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, plot_loss, stderr_console
+from hfgpt.training.callbacks import (
+    InterruptCallback,
+    LogCallback,
+    ProgressCallback,
+    append_log,
+    plot_loss,
+    stderr_console,
+)
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.hardware import describe_device, find_device, peak_memory_bytes
 from hfgpt.training.trainer import HfGPTTrainer
@@ -120,30 +127,54 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     training_started = time.perf_counter()
     try:
         with interrupt:
-            output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
     training_seconds = time.perf_counter() - training_started
-    if interrupt.interrupted and output.global_step < trainer.state.max_steps:
+    if trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
-            f"stopped at step {output.global_step} of {trainer.state.max_steps}; the checkpoint is in {folder}: "
-            "go on with the same command and --resume"
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
+            f"{folder}: go on with the same command and --resume"
         )
     if not trainer.is_world_process_zero():
         return {}
+
+    clock = {"start": started, "training": training_seconds}
+    return finish_run(recipe, trainer, data, estimate, progress.first_step, clock, console)
+
+
+def finish_run(
+    recipe: Recipe,
+    trainer: HfGPTTrainer,
+    data: PretrainingData,
+    estimate: Estimate,
+    first_step: int,
+    clock: dict[str, float],
+    console: Console,
+) -> dict[str, Any]:
+    """Saves the trained model, measures it, and writes down what happened.
+
+    Args:
+        first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
+        clock: Seconds of `training`, and the `start` of the run by `time.perf_counter`.
+
+    The other arguments are those of the run. Returns the content of `metrics.json`.
+    """
+    folder = Path(recipe.training.output_dir)
 
     # 6. Save, then measure the weights as they were saved.
     with staged_files(folder) as staging:
         trainer.save_model(str(staging))
         (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
-    plot_loss(folder, model.config.vocab_size)
     saved = load_model(str(folder)).to(recipe.training.device)
     metrics = measure(saved, data.tokenizer, data.validation, data.report, recipe.training.per_device_eval_batch_size)
     samples = sample(saved, data.tokenizer, recipe)
     write_json(folder / "metrics.json", metrics)
+    steps = trainer.state.global_step
+    append_log(folder, {"step": steps, "epoch": trainer.state.epoch, **metrics})
+    plot_loss(folder, saved.config.vocab_size)
 
     # 7. What happened, for whoever repeats it or asks.
-    steps_here = output.global_step - trainer._initial_global_step
     write_json(
         folder / "run.json",
         {
@@ -156,22 +187,22 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
             "device": describe_device(recipe.training.device),
             "processes": recipe.training.world_size,
             "bf16": recipe.training.bf16,
-            "attn_implementation": model.config._attn_implementation,
-            "steps": output.global_step,
-            "tokens": output.global_step * estimate.tokens_per_step,
-            "resumed_from": checkpoint.name if checkpoint else None,
+            "attn_implementation": trainer.model.config._attn_implementation,
+            "steps": steps,
+            "tokens": steps * estimate.tokens_per_step,
+            "resumed_from_step": first_step,
             "plan": estimate.to_dict(),
             "actual": {
-                "training_seconds": training_seconds,
-                "total_seconds": time.perf_counter() - started,
-                "tokens_per_second": steps_here * estimate.tokens_per_step / training_seconds,
+                "training_seconds": clock["training"],
+                "total_seconds": time.perf_counter() - clock["start"],
+                "tokens_per_second": (steps - first_step) * estimate.tokens_per_step / clock["training"],
                 "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
             },
             **describe_environment(),
         },
     )
     write_text(folder / "README.md", render_readme(recipe, saved, metrics, samples))
-    console.print(render_summary(folder, metrics, samples, training_seconds, estimate), highlight=False)
+    console.print(render_summary(folder, metrics, samples, clock["training"], estimate), highlight=False)
     return metrics
 
 
@@ -233,27 +264,6 @@ def check_blocks(model: PreTrainedModel, data: PretrainingData):
     largest = max(data.train.stream.max_token_id, data.validation.stream.max_token_id)
     if largest >= model.config.vocab_size:
         raise InputError(f"the text has token id {largest}, but the model embeds only {model.config.vocab_size}")
-
-
-def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate) -> str:
-    """What this run will do, and with which kernels: the lines printed before it starts."""
-    arguments = recipe.training
-    precision = "bfloat16 (mixed)" if arguments.bf16 else "float16 (mixed)" if arguments.fp16 else "float32"
-    optimizer = f"{arguments.optim.value}, learning rate {arguments.learning_rate:g}"
-    if arguments.muon_learning_rate is not None:
-        optimizer = f"Muon {arguments.muon_learning_rate:g} in the blocks, AdamW {arguments.learning_rate:g} elsewhere"
-    vocab_size = model.config.vocab_size
-    return "\n".join(
-        [
-            f"model: {estimate.parameters:,} parameters, context {model.config.max_position_embeddings}, "
-            f"vocabulary {vocab_size:,}",
-            f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
-            f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
-            f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
-            f"{estimate.tokens_per_second:,.0f} tokens/s",
-            f"first loss of a model that guesses evenly: ln {vocab_size} = {math.log(vocab_size):.3f}",
-        ]
-    )
 
 
 def measure(
@@ -330,51 +340,6 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: R
         seed=recipe.training.seed,
     )
     return [generate_texts(model, tokenizer, prompt, arguments)[0] for prompt in recipe.evaluation.prompts]
-
-
-def render_summary(
-    folder: Path, metrics: dict[str, Any], samples: list[str], seconds: float, estimate: Estimate
-) -> str:
-    """The lines printed at the end of a run."""
-    lines = [
-        f"validation loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f}, "
-        f"{metrics['eval_bits_per_byte']:.3f} bits a byte over {metrics['eval_tokens']:,} tokens; "
-        f"{seconds:.0f} s of training (planned {estimate.seconds:.0f})",
-        *(f"sample: {text}" for text in samples),
-        f"saved to {folder}; go on with: hfgpt generate {folder} 'your prompt'",
-    ]
-    return "\n".join(lines)
-
-
-def render_readme(recipe: Recipe, model: PreTrainedModel, metrics: dict[str, Any], samples: list[str]) -> str:
-    """A short README.md for the run folder; every number in it was measured on these weights."""
-    quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
-    return (
-        f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [hfgpt]
----
-# {recipe.name}
-
-A GPT of {model.num_parameters():,} parameters, trained by hfgpt with the recipe in `recipe.yaml` on
-`{Path(recipe.data.path).name if Path(recipe.data.path).exists() else recipe.data.path}`.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-import hfgpt  # or: trust_remote_code=True below
-
-model = AutoModelForCausalLM.from_pretrained("{Path(recipe.training.output_dir).as_posix()}")
-tokenizer = AutoTokenizer.from_pretrained("{Path(recipe.training.output_dir).as_posix()}")
-```
-
-On the whole validation split, {metrics["eval_tokens"]:,} tokens: loss {metrics["eval_loss"]:.4f} nats, perplexity
-{metrics["eval_perplexity"]:.2f}, {metrics["eval_bits_per_byte"]:.3f} bits a byte.
-
-{quoted}
-""".rstrip()
-        + "\n"
-    )
 
 
 def _sha256(path: Path) -> str:

@@ -85,9 +85,7 @@ class LogCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            entry = {"step": state.global_step, "epoch": state.epoch, **logs}
-            with open(Path(args.output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_log(args.output_dir, {"step": state.global_step, "epoch": state.epoch, **logs})
 
 
 class InterruptCallback(TrainerCallback):
@@ -118,6 +116,12 @@ class InterruptCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+def append_log(output_dir: str | Path, entry: dict):
+    """Adds an entry, with its `step`, to a run's `training_log.jsonl`."""
+    with open(Path(output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def read_log(output_dir: str | Path) -> list[dict]:

@@ -96,7 +96,9 @@ def test_ctrl_c_and_resume_change_nothing(step, muon, finished, finished_muon, t
     assert not (folder / "model.safetensors").exists()
     assert not (folder / "metrics.json").exists()
 
-    resumed = train(folder, *overrides, resume=True)
+    trained = []
+    resumed = train(folder, *overrides, resume=True, during=trained.append)
+    assert trained == list(range(step + 1, steps + 1))
     assert weights_hash(folder) == weights_hash(reference.folder)
     assert resumed.metrics == reference.metrics
     assert learned(folder) == learned(reference.folder)
@@ -134,7 +136,9 @@ def test_a_crashed_run_goes_on(step, finished, train, tmp_path):
         train(folder, during=fail_at(step))
     assert {path.name for path in folder.glob("checkpoint-*")} == ({"checkpoint-4"} if step > 4 else set())
     assert len(read_log(folder)) >= step - 1
-    train(folder, resume=True)
+    trained = []
+    train(folder, resume=True, during=trained.append)
+    assert trained[0] == (5 if step > 4 else 1)
     assert weights_hash(folder) == weights_hash(finished.folder)
     # The repeated steps are in the log once.
     assert learned(folder) == learned(finished.folder)

@@ -1,5 +1,7 @@
 """A model of two small layers, blocks of random tokens, and a Trainer for them: a step takes milliseconds."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,9 @@ from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+
+# Accelerate collects garbage after every training; what is imported by now is never any.
+gc.freeze()
 
 
 @pytest.fixture

@@ -1,0 +1,255 @@
+"""What works because the model keeps transformers' contract: compilation, export, tensor parallelism, quantization.
+
+`CLOSE`: fused kernels, caches and sums over two processes take float32 sums in another order, which moves these logits,
+of about 5 at most, by up to 3e-6. What a tool leaves as it was is compared exactly.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.export import Dim, export
+from torch.testing import assert_close
+
+from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+@pytest.fixture
+def model(tiny_config):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = HfGPTForCausalLM(tiny_config(bos_token_id=None, eos_token_id=None)).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def make_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_mask(rows: int, length: int, *missing: int) -> torch.Tensor:
+    """All ones but for `missing` tokens of padding at the left of each row."""
+    mask = torch.ones(rows, length, dtype=torch.long)
+    for row, count in enumerate(missing):
+        mask[row, :count] = 0
+    return mask
+
+
+PACKED = torch.cat([torch.arange(11), torch.arange(9)]).expand(2, -1)
+
+
+# Compilation, in one graph; the plain backends run the very operations of the graph
+
+
+def test_compiled_training_step_of_packed_rows(model):
+    """aot_eager: the graphs of forward and backward. Two documents a row, padding in the first."""
+    ids = make_ids(2, 20)
+    arguments = {"attention_mask": make_mask(2, 20, 5), "position_ids": PACKED, "labels": ids, "use_cache": False}
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        output = function(ids, **arguments)
+        output.loss.backward()
+        results.append([output.loss, output.logits, *(weight.grad.clone() for weight in model.parameters())])
+    for expected, compiled in zip(*results):
+        assert_close(compiled, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_inductor_forward(model):
+    ids = make_ids(2, 20)
+    compiled = torch.compile(model, fullgraph=True)
+    assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, **CLOSE)
+
+
+def test_compiled_generation_with_a_static_cache(model):
+    """Of a left-padded batch; two graphs serve all 8 steps: one for the prompt, one for each token after it."""
+    ids, mask = make_ids(2, 10), make_mask(2, 10, 0, 6)
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
+    expected = model.generate(ids, **options)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert len(graphs) == 2
+
+
+# Export
+
+
+@torch.no_grad()
+def test_export_serves_every_batch_size_and_length(model):
+    names = {"use_cache": None} | {
+        name: {0: Dim("batch", max=8), 1: Dim("length", max=32)} for name in ("input_ids", "attention_mask")
+    }
+    arguments = {"attention_mask": make_mask(2, 20, 5), "use_cache": False}
+    exported = export(model, (make_ids(2, 20),), arguments, dynamic_shapes=names).module()
+    for rows, length in ((2, 20), (3, 13), (5, 32)):
+        ids, mask = make_ids(rows, length, seed=length), make_mask(rows, length, 0, 4)
+        expected = model(ids, attention_mask=mask).logits
+        logits = exported(ids, attention_mask=mask, use_cache=False).logits
+        assert_close(logits[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+@torch.no_grad()
+def test_export_of_packed_rows(model):
+    ids = make_ids(2, 20)
+    exported = export(model, (ids,), {"position_ids": PACKED, "use_cache": False}).module()
+    for position_ids in (PACKED, torch.arange(20).expand(2, -1)):
+        expected = model(ids, position_ids=position_ids).logits
+        assert_close(exported(ids, position_ids=position_ids, use_cache=False).logits, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_export_of_a_classifier(tiny_config):
+    torch.manual_seed(0)
+    model = HfGPTForSequenceClassification(tiny_config(num_labels=5, pad_token_id=0)).eval()
+    ids = make_ids(2, 20)
+    exported = export(model, (ids,), {"attention_mask": make_mask(2, 20, 5), "use_cache": False}).module()
+    mask = make_mask(2, 20, 0, 3).flip(1)  # padding on the other side
+    assert_close(
+        exported(ids, attention_mask=mask, use_cache=False).logits, model(ids, attention_mask=mask).logits, **CLOSE
+    )
+
+
+# Tensor parallelism
+
+PARALLEL = """
+import os, sys
+import torch
+import hfgpt
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+folder, port = sys.argv[1:]
+# What torchrun sets; two forks share one import of torch.
+child = os.fork()
+rank = "0" if child else "1"
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+status = 1
+try:
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
+    for block in model.model.layers:
+        shapes = {name: weight.to_local().shape for name, weight in block.named_parameters() if type(weight) is DTensor}
+        for name in ("q_proj", "k_proj", "v_proj"):
+            assert shapes[f"self_attn.{name}.weight"] == (16, 32), shapes
+            assert shapes[f"self_attn.{name}.bias"] == (16,), shapes
+        assert shapes["self_attn.o_proj.weight"] == (32, 16), shapes
+        assert shapes["mlp.up_proj.weight"] == (64, 32), shapes
+        assert shapes["mlp.down_proj.weight"] == (32, 64), shapes
+    recorded = load_file(f"{folder}/recorded.safetensors")
+    ids, mask = recorded["ids"], recorded["mask"]
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[mask.bool()], recorded["logits"][mask.bool()], atol=1e-5, rtol=1e-5)
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert torch.equal(generated, recorded["generated"])
+    torch.distributed.destroy_process_group()
+    status = 0
+finally:
+    if not child:
+        os._exit(status)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_two_processes_share_each_layer(model, tmp_path):
+    """As `torchrun --nproc-per-node 2` would start them, over gloo. About 8 s, of which 6 s are one import of torch."""
+    ids, mask = make_ids(2, 20), make_mask(2, 20, 5)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path)
+    recorded = {"ids": ids, "mask": mask, "logits": logits, "generated": generated}
+    save_file(recorded, tmp_path / "recorded.safetensors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run = subprocess.run(
+        [sys.executable, "-c", PARALLEL, str(tmp_path), port],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+# Quantization: run where the `quantization` extra is installed
+
+
+def check_quantized(model, loaded, dequantize, relative_error: float):
+    """The projections of the blocks, no more, and the logits are those of the weights they stand for."""
+    projections = {
+        f"{name}.weight" for name, module in model.model.layers.named_modules(prefix="model.layers") if "proj" in name
+    }
+    assert len(projections) == 12
+    plain = dict(model.named_parameters())
+    for name, weight in loaded.named_parameters():
+        if name not in projections:
+            assert torch.equal(weight, plain[name]), name
+            continue
+        assert type(weight) is not torch.nn.Parameter, name
+        meant = dequantize(weight)
+        error = (meant - plain[name]).abs().max() / plain[name].abs().max()
+        assert 0 < error < relative_error, name
+        plain[name].data = meant
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = make_ids(2, 20)
+    with torch.no_grad():
+        # Dequantized on the fly, in float32 here: the same numbers multiplied in another order.
+        assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 23)
+
+
+@pytest.fixture
+def saved(tiny_config, tmp_path):
+    """A model 64 wide, the least that 4-bit blocks hold, and where it is saved."""
+    torch.manual_seed(0)
+    model = HfGPTForCausalLM(tiny_config(hidden_size=64, pad_token_id=0)).eval()
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_torchao_int8_loads(saved):
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    model, folder = saved
+    quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    loaded = HfGPTForCausalLM.from_pretrained(folder, quantization_config=quantization).eval()
+    # Half a step of 255, and the rounding of the scale.
+    check_quantized(model, loaded, lambda weight: weight.dequantize(), 1 / 250)
+
+
+def test_bitsandbytes_4_bit_loads(saved):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    model, folder = saved
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    loaded = HfGPTForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map={"": "cpu"}).eval()
+    # Half the widest gap of nf4 is 0.152 of a block's largest weight.
+    check_quantized(
+        model,
+        loaded,
+        lambda weight: bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).view(
+            weight.quant_state.shape
+        ),
+        0.16,
+    )

@@ -1,0 +1,338 @@
+"""Recipes: those of the package run as their headers say, and every fault names its key, its line and a remedy.
+
+All comparisons are exact: values with their types, and messages to the letter where they are ours.
+"""
+
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hfgpt.errors import InputError
+from hfgpt.recipe import (
+    SECTIONS,
+    first_difference,
+    load_recipe,
+    parse_sections,
+    recipe_folder,
+    recipe_names,
+    render_recipe,
+)
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+NAMES = "demo, gpt2-124m, shakespeare-char, verdict-book"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes r.yaml into the current folder, which is empty otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str | bytes) -> str:
+        (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return "r.yaml"
+
+    return write
+
+
+def refusal(name: str, *overrides: str) -> str:
+    with pytest.raises(InputError) as error:
+        load_recipe(name, list(overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def arguments_of(recipe) -> dict:
+    """Every argument of every section, as plain values."""
+    values = {section: dict(vars(getattr(recipe, section))) for section in SECTIONS}
+    values["training"] = recipe.training.to_dict()
+    return values
+
+
+# The recipes of the package
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 4
+    assert [path.stem for path in RECIPES] == recipe_names()
+    assert recipe_folder() == RECIPES[0].parent
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_the_package_parses(path):
+    recipe = load_recipe(path.stem)
+    assert recipe.name == path.stem
+    assert recipe.training.output_dir == f"runs/{path.stem}"
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert recipe.task == written.pop("task")
+    for section, content in written.items():
+        for key, value in content.items():
+            got = getattr(getattr(recipe, section), key)
+            assert getattr(got, "value", got) == value, f"{section}.{key}"
+    assert arguments_of(load_recipe(str(path))) == arguments_of(recipe)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_header_names_the_purpose_the_command_and_the_hardware(path):
+    header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
+    assert re.match(r"# [A-Z].{30}", header), "the first line says what the recipe is for"
+    assert re.search(r"^# Hardware: .", header, re.MULTILINE)
+    assert "see recipes/README.md" in header or "Not yet run to its end" in header
+    # What follows two blanks explains the command.
+    commands = re.findall(r"^#   (?:accelerate .*?-m )?(hfgpt .*?)(?:  .*)?$", header, re.MULTILINE)
+    assert commands
+    for command in commands:
+        program, train, name, *overrides = shlex.split(command)
+        assert (program, train, name) == ("hfgpt", "train", path.stem)
+        recipe = load_recipe(name, overrides)
+        for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+            section, name = key.removeprefix("--").split(".")
+            assert getattr(getattr(recipe, section), name) == value
+
+
+# Values
+
+
+@pytest.mark.parametrize("text", ["task: pretrain\n", "data: {}\n"])
+def test_what_is_not_written_has_its_default(text, write):
+    recipe = load_recipe(write(text))
+    assert (recipe.name, recipe.task) == ("r", "pretrain")
+    for section, kind in SECTIONS.items():
+        if section != "training":
+            assert getattr(recipe, section) == kind()
+    assert recipe.training.to_dict() == SECTIONS["training"](output_dir="runs/r").to_dict()
+    # The parser is kept from recipe to recipe; its defaults must not be.
+    recipe.evaluation.prompts.append("kept by nobody")
+    assert load_recipe("r.yaml").evaluation.prompts == []
+
+
+OVERRIDES = [
+    (["--training.learning_rate", "6e-4"], 6e-4),
+    (["--training.adam_epsilon=1E-7"], 1e-7),
+    (["--training.weight_decay", "1"], 1.0),
+    (["--training.max_steps", "-1"], -1),
+    (["--training.seed=5", "--training.seed=6"], 6),
+    (["--training.output_dir", "here/there"], "here/there"),
+    (["--training.lr_scheduler_kwargs", "{min_lr_rate: 0.1}"], {"min_lr_rate": 0.1}),
+    (["--model.tie_word_embeddings", "false"], False),
+    (["--model.qkv_bias=true"], True),
+    (["--data.document_boundaries", "true"], True),
+    (["--data.block_size", "null"], None),
+    (["--tokenizer.pad_token", "null"], None),
+    (["--data.name", "1.0"], "1.0"),
+    (["--data.path=a=b c"], "a=b c"),
+    (["--data.text_column", "käse"], "käse"),
+    (["--evaluation.prompts", '["one, two", ""]'], ["one, two", ""]),
+]
+
+
+def test_overrides_win(write):
+    text = "data: {path: x, block_size: 8}\ntraining: {max_steps: 3, logging_steps: 7}\nevaluation: {prompts: [a]}\n"
+    plain = arguments_of(load_recipe(write(text)))
+    recipe = load_recipe("r.yaml", [word for words, _ in OVERRIDES for word in words])
+    arguments = arguments_of(recipe)
+    for override, value in OVERRIDES:
+        section, key = override[0].removeprefix("--").partition("=")[0].split(".")
+        got = getattr(getattr(recipe, section), key)
+        assert (got, type(got)) == (value, type(value)), override
+        del arguments[section][key], plain[section][key]
+    assert arguments == plain, "nothing else has changed"
+    assert plain["training"]["logging_steps"] == 7
+
+
+def test_floats_are_read_as_people_write_them(write):
+    """YAML 1.1 takes 6e-4 for a text."""
+    recipe = load_recipe(write("training: {learning_rate: 6e-4, adam_epsilon: 1E-7, weight_decay: 1}\n"))
+    assert (recipe.training.learning_rate, recipe.training.adam_epsilon, recipe.training.weight_decay) == (
+        6e-4,
+        1e-7,
+        1,
+    )
+
+
+def test_sections_without_a_recipe():
+    sections = parse_sections(["--data.path", "x", "--evaluation.stride=4"], ["data", "evaluation"])
+    assert sections == {"data": SECTIONS["data"](path="x"), "evaluation": SECTIONS["evaluation"](stride=4)}
+    for override, message in (
+        ("--training.seed=1", "there is no section 'training' (there are: data, evaluation)"),
+        ("--data.pth=1", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
+        ("--data.stride=x", "data.stride is 'x'; it must be a whole number or null"),
+    ):
+        with pytest.raises(InputError) as error:
+            parse_sections([override], ["data", "evaluation"])
+        assert str(error.value) == message
+
+
+# Back to YAML
+
+ODD = """
+tokenizer: {pad_token: null, kind: char}
+model: {preset: gpt2, qkv_bias: false, embd_pdrop: 0, layer_norm_eps: 1e-6}
+data: {path: "null", name: "1.0", train_split: "no", text_column: "täxt: {", block_size: 8}
+training:
+  save_strategy: "no"
+  save_total_limit: null
+  disable_tqdm: null
+  learning_rate: 1e-9
+  lr_scheduler_type: cosine_with_min_lr
+  lr_scheduler_kwargs: {min_lr_rate: 0.1}
+  optim: adamw_torch
+  report_to: [none]
+evaluation: {prompts: ["", "\\n a\\t", "# no comment", "äß€\U0001f600", "[x]"], top_k: 0}
+"""
+
+
+@pytest.mark.parametrize("name", [*recipe_names(), "odd"])
+def test_a_rendered_recipe_gives_the_same_run(name, write, tmp_path):
+    recipe = load_recipe(write(ODD) if name == "odd" else name)
+    assert arguments_of(recipe)["training"]["output_dir"] == f"runs/{'r' if name == 'odd' else name}"
+    rendered = render_recipe(recipe)
+    again = load_recipe(write(rendered))
+    assert arguments_of(again) == arguments_of(recipe)
+    assert again.values == recipe.values
+    assert render_recipe(again) == rendered
+    assert first_difference(recipe.values, again.values) is None
+
+
+def test_a_rendered_recipe_says_what_differs_and_our_own_defaults(write):
+    values = load_recipe(write("task: pretrain\ntraining: {seed: 42, max_steps: 2}\n")).values
+    assert list(values) == ["task", *SECTIONS]
+    assert values["training"] == {"output_dir": "runs/r", "max_steps": 2}
+    unset = {field.name for field in fields(SECTIONS["data"]) if field.default is None}
+    assert unset
+    assert set(values["data"]) == {field.name for field in fields(SECTIONS["data"])} - unset
+
+
+def test_a_run_goes_on_when_only_what_is_watched_differs(write):
+    old = load_recipe(write("data: {path: x}\n")).values
+    for key, value, differs in (
+        ("training.logging_steps", 3, False),
+        ("training.save_total_limit", None, False),
+        ("training.eval_strategy", "steps", False),
+        ("evaluation.prompts", ["x"], False),
+        ("evaluation.stride", 8, False),
+        ("data.num_proc", 2, False),
+        ("data.cache_dir", "there", False),
+        ("training.seed", 7, True),
+        ("training.max_steps", 7, True),
+        ("tokenizer.pad_token", None, True),
+        ("model.path", "x", True),
+        ("data.stride", 3, True),
+    ):
+        section, name = key.split(".")
+        new = {**old, section: {**old[section], name: value}}
+        assert first_difference(old, new) == first_difference(new, old) == (key if differs else None)
+    assert first_difference(old, {**old, "task": "classify"}) == "task"
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle:\n  path: x\n", "line 1: there is no section 'modle'; did you mean 'model'?"),
+        ("task: pretrain\n\nxyz: 1\n", f"line 3: there is no section 'xyz' (there are: task, {', '.join(SECTIONS)})"),
+        ("max_steps: 3\n", f"line 1: there is no section 'max_steps' (there are: task, {', '.join(SECTIONS)})"),
+        ("data:\n  path: x\n  strid: 1", "line 3: there is no key 'strid' in section 'data'; did you mean 'stride'?"),
+        ("data: {path: x,\n 1: 2}\n", "line 2: there is no key '1' in section 'data'"),
+        ("model:\n  preest: x", "line 2: there is no key 'preest' in section 'model'; did you mean 'preset'?"),
+        ("model: 3\n", "line 1: 'model' is a section: indent its keys below it"),
+        ("task: pretrain\nmodel:\npath: x\n", "line 2: 'model' is a section: indent its keys below it"),
+        ("data: [path, x]\n", "line 1: 'data' is a section: indent its keys below it"),
+        ("task:\n", "line 1: task cannot be empty"),
+        ("task: [pretrain]\n", "line 1: task is \"['pretrain']\"; it must be one of 'pretrain'"),
+        ("task: trian\n", "line 1: task is 'trian'; it must be one of 'pretrain'"),
+        ("data:\n  path: x\n  validation_fraction:\n", "line 3: data.validation_fraction cannot be empty"),
+        ("training: {seed: null}\n", "line 1: training.seed cannot be empty"),
+        ("data:\n  <<: {text_column: null}\n", "line 1: data.text_column cannot be empty"),
+        ("model:\n  hidden_size: wide\n", "line 2: model.hidden_size is 'wide'; it must be a whole number or null"),
+        ("data: {stride: 1.5}\n", "line 1: data.stride is '1.5'; it must be a whole number or null"),
+        ("data: {document_boundaries: 1}\n", "line 1: data.document_boundaries is '1'; it must be true or false"),
+        ("training:\n  learning_rate: 1.0.0\n", "line 2: training.learning_rate is '1.0.0'; it must be a number"),
+        ("training:\n  save_strategy: no\n", "line 2: training.save_strategy is 'False'; it must be text in quotes"),
+        ("data:\n  name: 1.0\n", "line 2: data.name is '1.0'; it must be text in quotes or null"),
+        ("evaluation:\n  prompts: One\n", "line 2: evaluation.prompts is 'One'; it must be a list like [a, b]"),
+        ("evaluation:\n  prompts: [One, 2]\n", "line 2: evaluation.prompts is '2'; it must be text in quotes"),
+        (
+            "data: {sample_by: row}",
+            "line 1: data.sample_by is 'row'; it must be one of 'document', 'paragraph', 'line'",
+        ),
+        ("data:\n  path: x\n\ndata:\n  path: y\n", "line 4: data is already in line 1: drop one"),
+        ("data:\n  path: x\n  name: z\n  path: y\n", "line 4: data.path is already in line 2: drop one"),
+        ("training:\n  eval_strategy: stpes\n", "line 2: training.eval_strategy is 'stpes'; did you mean 'steps'?"),
+        ("training: {optim: adamw_torhc}", "line 1: training.optim is 'adamw_torhc'; did you mean 'adamw_torch'?"),
+        ("data: [\n", "line 2: this is no YAML: expected the node content, but found '<stream end>'"),
+        ("data:\n\tpath: x\n", "line 2: this is no YAML: found character '\\t' that cannot start any token"),
+        ("data: {path: !run x}\n", "line 1: this is no YAML: could not determine a constructor for the tag '!run'"),
+        ("task: a\n---\ntask: b\n", "line 2: this is no YAML: but found another document"),
+    ],
+)
+def test_a_fault_names_the_line_the_key_and_a_remedy(text, message, write):
+    assert refusal(write(text)) == f"r.yaml, {message}"
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "pretrain\n", "- task\n"])
+def test_a_file_without_a_recipe(text, write):
+    assert refusal(write(text)) == "r.yaml holds no recipe: it must begin with 'task: pretrain' and sections below it"
+
+
+def test_a_file_that_is_no_text(write):
+    assert refusal(write(b"data:\n  path: caf\xe9\n")) == "r.yaml is not UTF-8: byte 0xe9 at offset 17"
+    message = refusal(write(b"data:\n  path: \0\n"))
+    assert message.startswith("r.yaml: this is no YAML: unacceptable character #x0000")
+
+
+def test_a_value_that_only_transformers_refuses(write):
+    message = refusal(write("training:\n  optim: adam_but_better_than_all\n"))
+    assert message.startswith(
+        "r.yaml, line 2: training.optim is 'adam_but_better_than_all'; it must be one of adamw_torch"
+    )
+    both = "training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: steps}\n"
+    message = refusal(write(both))
+    assert message.startswith("training: --load_best_model_at_end requires the save and eval strategy to match")
+    assert message.endswith("- Save strategy: SaveStrategy.STEPS")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--modle.path", "x"], "there is no section 'modle'; did you mean 'model'?"),
+        (["--model.hiden_size=3"], "there is no key 'hiden_size' in section 'model'; did you mean 'hidden_size'?"),
+        (["--data.path.x=3"], "there is no key 'path.x' in section 'data'; did you mean 'path'?"),
+        (["--data", "x"], "--data is a section: name one of its keys, as in --data.key value"),
+        (["--training.max_steps", "many"], "training.max_steps is 'many'; it must be a whole number"),
+        (["--training.learning_rate", "null"], "training.learning_rate is 'None'; it must be a number"),
+        (["--model.qkv_bias=maybe"], "model.qkv_bias is 'maybe'; it must be true or false or null"),
+        (["--task", "x"], "task is 'x'; it must be one of 'pretrain'"),
+        (["--training.eval_strategy=epohc"], "training.eval_strategy is 'epohc'; did you mean 'epoch'?"),
+        (["data.path=x"], "unrecognized arguments: data.path=x; an override is --section.key value"),
+        (["-x"], "unrecognized arguments: -x; an override is --section.key value"),
+        (["--data.path"], "argument --data.path: expected one argument; an override is --section.key value"),
+    ],
+)
+def test_a_wrong_override_is_named_without_a_line(overrides, message, write):
+    write("training:\n  eval_strategy: steps\n")
+    assert refusal("r.yaml", *overrides) == message
+
+
+def test_a_recipe_that_is_not_there(write, tmp_path):
+    write("task: pretrain\n")
+    (tmp_path / "folder.yaml").mkdir()
+    assert refusal("shakespear-char") == (
+        "there is no recipe or .yaml file 'shakespear-char'; did you mean 'shakespeare-char'?"
+    )
+    assert refusal("zzz") == f"there is no recipe or .yaml file 'zzz' (there are: {NAMES})"
+    assert refusal("rr.yaml") == "there is no recipe file 'rr.yaml' (nearest: r.yaml): check the path"
+    assert refusal("no/where.yaml") == "there is no recipe file 'no/where.yaml': check the path"
+    assert refusal("folder.yaml") == "recipe 'folder.yaml' is a folder: name a .yaml file in it"
+
+
+def test_a_folder_does_not_hide_a_recipe_of_its_name(write, tmp_path):
+    (tmp_path / "demo").mkdir()
+    assert load_recipe("demo").data.path == "synthetic:stories"
+    (tmp_path / "mine").write_text("data: {path: x}\n")
+    assert load_recipe("mine").training.output_dir == "runs/mine", "a file needs no suffix"
