@@ -144,12 +144,12 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         "".join(sys.argv).encode()  # bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes
-        app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if app(sys.argv[1:] or ["--help"], prog_name="hfgpt", standalone_mode=False) == 130:
+            raise KeyboardInterrupt  # typer has turned it into a status
+        sys.stdout.flush()
         sys.exit(0)
     except InputError as error:
         _refuse(str(error))
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except Interrupted as error:
         _stop(str(error))
     except (KeyboardInterrupt, typer.Abort):

@@ -28,7 +28,7 @@ class ModelArguments:
         revision: Branch, tag or commit of the Hub id.
         preset: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it. None is `gpt2`.
         initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults,
-            as in the book).
+            as in the book; a tied head's are the embedding's too).
         attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
         vocab_size: None: as many as the tokenizer has tokens.
         pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are

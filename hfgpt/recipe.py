@@ -112,7 +112,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         raise InputError(where(key) + fact) from error
     _check_overrides(overrides or [])
     try:
-        values = parser.parse_args(overrides or [], namespace=values)
+        values = parser.parse_args(overrides, namespace=values) if overrides else values
     except ArgumentError as error:
         raise InputError(_explain(error)[1]) from error
     if values.training.output_dir is None:

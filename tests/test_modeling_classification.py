@@ -1,7 +1,7 @@
 """The sequence classifier: which token it reads, and its losses.
 
-`CLOSE`: float32 sums over rows of another width are taken in another order, which moves these logits, of about 1, by up
-to 1e-6; the token beside the right one gives logits that are off by 0.01 and more.
+`CLOSE`: float32 sums over rows of another width are taken in another order, which moves these logits, of about 1, by
+up to 1e-6; the token beside the right one gives logits that are off by 0.01 and more.
 """
 
 import pytest
@@ -32,8 +32,12 @@ def make_rows(*lengths: int) -> list[torch.Tensor]:
 
 def pad(rows: list[torch.Tensor], side: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     missing = [(width - len(row), 0) if side == "left" else (0, width - len(row)) for row in rows]
-    ids = torch.stack([torch.nn.functional.pad(row, sides, value=PAD) for row, sides in zip(rows, missing)])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), sides) for row, sides in zip(rows, missing)])
+    ids = torch.stack(
+        [torch.nn.functional.pad(row, sides, value=PAD) for row, sides in zip(rows, missing, strict=True)]
+    )
+    mask = torch.stack(
+        [torch.nn.functional.pad(torch.ones_like(row), sides) for row, sides in zip(rows, missing, strict=True)]
+    )
     return ids, mask
 
 
@@ -74,9 +78,7 @@ def test_the_mask_decides_against_the_pad_token(model):
     row[-2:] = PAD
     ones = torch.ones(1, 9)
     states = model.model(row.unsqueeze(0)).last_hidden_state
-    assert_close(
-        model(row.unsqueeze(0), attention_mask=ones).logits, states[:, -1] @ model.score.weight.T, **CLOSE
-    )
+    assert_close(model(row.unsqueeze(0), attention_mask=ones).logits, states[:, -1] @ model.score.weight.T, **CLOSE)
 
 
 def test_without_a_mask_trailing_pad_tokens_are_padding(model):
@@ -153,7 +155,9 @@ def test_regression_loss(num_labels, tiny_config):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_loss_and_gradients_of_a_batch_are_those_of_its_rows(side, model):
     rows, labels = make_rows(9, 1, 4, 12), torch.tensor([4, 0, 2, 1])
-    sum(model(row.unsqueeze(0), labels=label.view(1)).loss / 4 for row, label in zip(rows, labels)).backward()
+    sum(
+        model(row.unsqueeze(0), labels=label.view(1)).loss / 4 for row, label in zip(rows, labels, strict=True)
+    ).backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()
     ids, mask = pad(rows, side, 14)

@@ -1,8 +1,8 @@
 """Caches, generation and the end of the context.
 
-`CLOSE`: a cache changes the order of float32 sums, which moves these logits, of about 5 at most, by up to 2e-6; a wrong
-position or one token too many moves them by 0.01 and more. Generated ids are compared exactly: the models' greedy
-choices are not that close to each other.
+`CLOSE`: a cache changes the order of float32 sums, which moves these logits, of about 5 at most, by up to 2e-6; a
+wrong position or one token too many moves them by 0.01 and more. Generated ids are compared exactly: the best two
+tokens are never that close to each other here.
 """
 
 import pytest
@@ -116,7 +116,7 @@ def test_a_left_padded_batch_generates_what_each_row_generates_alone(model):
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (10 - row.shape[1], 0)) for row in rows])
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
         generated = generate(model, ids, attention_mask=mask, **options)[:, 10:]
-        for row, tokens in zip(rows, generated):
+        for row, tokens in zip(rows, generated, strict=True):
             assert torch.equal(tokens, generate(model, row)[0, row.shape[1] :])
 
 
@@ -204,8 +204,10 @@ def test_padding_takes_no_room_in_the_context(model):
     rows = [make_ids(1, 32), make_ids(1, 5, seed=1)]
     for side in ("left", "right"):
         padding = [(40 - row.shape[1], 0) if side == "left" else (0, 40 - row.shape[1]) for row in rows]
-        ids = torch.cat([torch.nn.functional.pad(row, pad) for row, pad in zip(rows, padding)])
-        mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), pad) for row, pad in zip(rows, padding)])
+        ids = torch.cat([torch.nn.functional.pad(row, pad) for row, pad in zip(rows, padding, strict=True)])
+        mask = torch.cat(
+            [torch.nn.functional.pad(torch.ones_like(row), pad) for row, pad in zip(rows, padding, strict=True)]
+        )
         logits = model(ids, attention_mask=mask).logits[mask.bool()]
         assert_close(logits, torch.cat([model(row).logits[0] for row in rows]), **CLOSE)
         mask[0] = 1
@@ -221,7 +223,7 @@ def test_generation_ends_exactly_at_the_context(use_cache, model):
     for new_tokens in (3, 1000):
         with pytest.raises(ValueError, match=rf"prompt of 30 tokens and {new_tokens} new.*context of 32.*at most 2\b"):
             generate(model, ids, new_tokens, use_cache=use_cache)
-    with pytest.raises(ValueError, match="prompt of 30 tokens and 10 new.*context of 32"):
+    with pytest.raises(ValueError, match=r"prompt of 30 tokens and 10 new.*context of 32"):
         model.generate(ids, max_length=40)
     full = make_ids(2, 32)
     with pytest.raises(ValueError, match=r"prompt of 32 tokens and 1 new.*context of 32.*at most 0\b"):

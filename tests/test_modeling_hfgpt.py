@@ -1,8 +1,7 @@
 """The model: its arithmetic, its first weights, its tied weights and its files.
 
-Tolerances: float32 sums taken in another order differ by a few 1e-7 where the summands are about 1, and logits of these
-models are about 5 at most: `CLOSE` leaves them a factor of ten. A wrong mask, position or scale moves logits by 0.01 and
-more. What runs the same operations twice is compared exactly.
+`CLOSE`: float32 sums taken in another order move these logits, of about 5 at most, by up to 2e-6; a wrong scale,
+activation or transpose moves them by 0.01 and more. What runs the same operations twice is compared exactly.
 """
 
 import itertools
@@ -117,7 +116,9 @@ def test_every_parameter_starts_as_it_should(model_class, way, tiny_config):
     config = tiny_config(
         hidden_size=64, num_hidden_layers=3, initializer_range=0.05, num_labels=5, tie_word_embeddings=False
     )
-    auto_class = dict(zip(CLASSES, (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)))[model_class]
+    auto_class = dict(
+        zip(CLASSES, (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification), strict=True)
+    )[model_class]
     torch.manual_seed(1)
     if way == "class":
         model = model_class(config)
@@ -264,7 +265,7 @@ def test_saved_models_load_where_hfgpt_is_not_installed(tiny_config, tmp_path):
     """In a process that cannot import hfgpt, by the code saved beside the weights: exactly the same logits."""
     ids = make_ids(2, 12)
     recorded = {"ids": ids}
-    for name, model_class in zip(("base", "causal", "classifier"), CLASSES):
+    for name, model_class in zip(("base", "causal", "classifier"), CLASSES, strict=True):
         torch.manual_seed(5)
         model = model_class(tiny_config(pad_token_id=0)).eval()
         model.save_pretrained(tmp_path / name)

@@ -1,8 +1,9 @@
 """Who attends to whom: padding, packed documents, and that every attention implementation agrees.
 
-The measure is always a row, or a document, computed alone. `CLOSE`: float32 sums over rows of another width are taken in
-another order, which moves these logits, of about 5 at most, by up to 2e-6; one token too many moves them by 0.01 and
-more (`test_the_tolerance_tells_right_from_wrong`). Gradients sum over all tokens and are about 10: `CLOSE_GRADIENTS`.
+The measure is always a row, or a document, computed alone. `CLOSE`: float32 sums over rows of another width are taken
+in another order, which moves these logits, of about 5 at most, by up to 2e-6; one token too many moves them by 0.01
+and more (`test_the_tolerance_tells_right_from_wrong`). Gradients, sums over all tokens, are about 10 and
+`CLOSE_GRADIENTS` ten times as wide.
 """
 
 import pytest
@@ -121,7 +122,9 @@ def test_a_hole_in_the_mask_is_as_if_the_token_were_not_there(model):
     mask[0, [3, 4, 11]] = 0
     mask[1, [0, 7, 19]] = 0
     logits = model(torch.stack(rows), attention_mask=mask).logits
-    assert_close(logits[mask.bool()], alone(model, [row[m.bool()] for row, m in zip(rows, mask)]), **CLOSE)
+    assert_close(
+        logits[mask.bool()], alone(model, [row[m.bool()] for row, m in zip(rows, mask, strict=True)]), **CLOSE
+    )
 
 
 def test_a_mask_that_hides_nothing_changes_nothing(model):
@@ -153,7 +156,7 @@ BOUNDARIES = [(5, 1, 8, 1, 1, 4), (11, 9)]
 def packed():
     """Documents, ids (2, 20) and positions (2, 20) of two rows with different boundaries."""
     rows = [make_rows(*lengths, seed=number) for number, lengths in enumerate(BOUNDARIES)]
-    ids, positions = zip(*map(pack, rows))
+    ids, positions = zip(*map(pack, rows), strict=True)
     return [document for row in rows for document in row], torch.stack(ids), torch.stack(positions)
 
 

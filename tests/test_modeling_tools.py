@@ -1,7 +1,7 @@
 """What works because the model keeps transformers' contract: compilation, export, tensor parallelism, quantization.
 
-`CLOSE`: fused kernels, caches and sums over two processes take float32 sums in another order, which moves these logits,
-of about 5 at most, by up to 3e-6. What a tool leaves as it was is compared exactly.
+`CLOSE`: caches and sums over two processes take float32 sums in another order, which moves these logits, of about 5 at
+most, by up to 3e-6. What a tool leaves as it was is compared exactly.
 """
 
 import os
@@ -44,11 +44,11 @@ def make_mask(rows: int, length: int, *missing: int) -> torch.Tensor:
 PACKED = torch.cat([torch.arange(11), torch.arange(9)]).expand(2, -1)
 
 
-# Compilation, in one graph; the plain backends run the very operations of the graph
+# Compilation into one graph, run as it stands: what inductor would make of it is torch's affair, and takes 15 s
 
 
 def test_compiled_training_step_of_packed_rows(model):
-    """aot_eager: the graphs of forward and backward. Two documents a row, padding in the first."""
+    """Forward and backward, of two documents a row and padding in the first."""
     ids = make_ids(2, 20)
     arguments = {"attention_mask": make_mask(2, 20, 5), "position_ids": PACKED, "labels": ids, "use_cache": False}
     results = []
@@ -57,15 +57,8 @@ def test_compiled_training_step_of_packed_rows(model):
         output = function(ids, **arguments)
         output.loss.backward()
         results.append([output.loss, output.logits, *(weight.grad.clone() for weight in model.parameters())])
-    for expected, compiled in zip(*results):
+    for expected, compiled in zip(*results, strict=True):
         assert_close(compiled, expected, **CLOSE)
-
-
-@torch.no_grad()
-def test_inductor_forward(model):
-    ids = make_ids(2, 20)
-    compiled = torch.compile(model, fullgraph=True)
-    assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, **CLOSE)
 
 
 def test_compiled_generation_with_a_static_cache(model):
@@ -142,7 +135,8 @@ status = 1
 try:
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2)).eval()
     for block in model.model.layers:
-        shapes = {name: weight.to_local().shape for name, weight in block.named_parameters() if type(weight) is DTensor}
+        sharded = {name: weight for name, weight in block.named_parameters() if type(weight) is DTensor}
+        shapes = {name: weight.to_local().shape for name, weight in sharded.items()}
         for name in ("q_proj", "k_proj", "v_proj"):
             assert shapes[f"self_attn.{name}.weight"] == (16, 32), shapes
             assert shapes[f"self_attn.{name}.bias"] == (16,), shapes
@@ -166,7 +160,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_two_processes_share_each_layer(model, tmp_path):
-    """As `torchrun --nproc-per-node 2` would start them, over gloo. About 8 s, of which 6 s are one import of torch."""
+    """As `torchrun --nproc-per-node 2` would start them, over gloo. About 8 s, most of them one import of torch."""
     ids, mask = make_ids(2, 20), make_mask(2, 20, 5)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits

@@ -72,7 +72,6 @@ def test_a_recipe_of_the_package_parses(path):
         for key, value in content.items():
             got = getattr(getattr(recipe, section), key)
             assert getattr(got, "value", got) == value, f"{section}.{key}"
-    assert arguments_of(load_recipe(str(path))) == arguments_of(recipe)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -333,6 +332,6 @@ def test_a_recipe_that_is_not_there(write, tmp_path):
 
 def test_a_folder_does_not_hide_a_recipe_of_its_name(write, tmp_path):
     (tmp_path / "demo").mkdir()
-    assert load_recipe("demo").data.path == "synthetic:stories"
+    assert load_recipe("demo").values == load_recipe(str(RECIPES[0])).values
     (tmp_path / "mine").write_text("data: {path: x}\n")
     assert load_recipe("mine").training.output_dir == "runs/mine", "a file needs no suffix"

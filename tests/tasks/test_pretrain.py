@@ -104,7 +104,7 @@ def test_ctrl_c_and_resume_change_nothing(step, muon, finished, finished_muon, t
     assert learned(folder) == learned(reference.folder)
     assert [entry["step"] for entry in learned(folder) if "loss" in entry] == list(range(1, steps + 1))
     run = read_json(folder / "run.json")
-    assert run["resumed_from"] == f"checkpoint-{step}"
+    assert run["resumed_from_step"] == step
     assert run["weights_sha256"] == read_json(reference.folder / "run.json")["weights_sha256"]
     assert capfd.readouterr().out == ""
 

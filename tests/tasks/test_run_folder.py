@@ -85,7 +85,7 @@ def test_run_json_says_what_happened(finished):
     assert run["data_sha256"] == read_json(folder / "data_report.json")["sha256"] == data.report.sha256
     assert (run["task"], run["recipe"], run["seed"]) == ("pretrain", "tiny", finished.recipe.training.seed)
     assert (run["bf16"], run["attn_implementation"], run["processes"]) == (False, "sdpa", 1)
-    assert run["resumed_from"] is None
+    assert run["resumed_from_step"] == 0
     assert run["versions"]["torch"] == torch.__version__
     # Planned and measured, beside each other.
     plan, actual = run["plan"], run["actual"]
@@ -109,7 +109,7 @@ def test_reports_agree(finished):
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, steps + 1))
     assert {entry["step"] for entry in log if "eval_loss" in entry} == {*range(8, steps, 8), steps}
     assert {"loss", "grad_norm", "learning_rate", "epoch"} <= log[0].keys()
-    assert log[-1]["step"] == steps
+    assert log[-1] == {"step": steps, "epoch": 2.0, **finished.metrics}
 
 
 def test_the_readme_says_what_was_measured(finished):

@@ -1,0 +1,143 @@
+"""The rules of the house, read from the source: who may import whom, and how long things may be."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hfgpt"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# A file imports only from floors below its own; files of one folder may import each other.
+FLOORS = [
+    {"", "configuration_hfgpt", "errors"},  # "" is hfgpt/__init__.py
+    {"modeling_hfgpt"},
+    {"tokenizer", "data", "conversion", "adapters", "evaluation", "loading"},
+    {"training", "hub"},
+    {"recipe"},
+    {"tasks"},
+    {"plan", "bench", "doctor", "inspection"},
+    {"cli"},
+    {"__main__"},
+]
+TRAVELLING = ("configuration_hfgpt", "modeling_hfgpt")
+LINES = {"modeling_hfgpt.py": 450}  # the whole model is one file; any other: 400
+
+
+def module_of(path: Path) -> str:
+    """`hfgpt.data.blocks` of hfgpt/data/blocks.py."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it; `from hfgpt import x` is hfgpt.x where that is a module."""
+    modules = {module_of(file) for file in FILES}
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                folder = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*folder, *filter(None, [node.module])])
+            inner = {f"{base}.{alias.name}" for alias in node.names} & modules
+            found |= inner or {base}
+    return found
+
+
+def room_of(module: str) -> str:
+    """`data` of hfgpt.data.blocks, and "" of hfgpt itself."""
+    return module.partition(".")[2].partition(".")[0]
+
+
+def floor_of(module: str) -> int:
+    floors = [number for number, rooms in enumerate(FLOORS) if room_of(module) in rooms]
+    assert floors, f"{module} is on no floor: give it one in FLOORS"
+    return floors[0]
+
+
+def functions_of(path: Path) -> list[ast.FunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_there_is_something_to_read():
+    assert len(FILES) >= 30
+    assert sum(len(imports_of(path)) for path in FILES) > 200
+    assert sum(len(functions_of(path)) for path in FILES) > 200
+    # Each way to write an import is understood.
+    assert "hfgpt.configuration_hfgpt" in imports_of(PACKAGE / "modeling_hfgpt.py"), "from .configuration_hfgpt import"
+    assert "hfgpt.tasks.pretrain" in imports_of(PACKAGE / "cli.py"), "inside a function"
+    assert {"hfgpt", "torch"} <= imports_of(PACKAGE / "doctor.py"), "import hfgpt"
+    assert "hfgpt.modeling_hfgpt" in imports_of(PACKAGE / "__init__.py"), "from hfgpt import modeling_hfgpt"
+    assert "hfgpt.data.files" in imports_of(PACKAGE / "data" / "sources.py"), "from hfgpt.data.files import"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    module = module_of(path)
+    for imported in sorted(imports_of(path)):
+        if imported.partition(".")[0] != "hfgpt" or module == "hfgpt":
+            continue
+        siblings = room_of(imported) == room_of(module) and (PACKAGE / room_of(module)).is_dir()
+        allowed = siblings or floor_of(imported) < floor_of(module)
+        assert allowed, f"{module} (floor {floor_of(module)}) imports {imported} (floor {floor_of(imported)})"
+
+
+def test_the_package_itself_imports_only_what_it_registers():
+    ours = {name for name in imports_of(PACKAGE / "__init__.py") if name.partition(".")[0] == "hfgpt"}
+    assert ours == {f"hfgpt.{name}" for name in TRAVELLING}
+
+
+def test_data_knows_no_model():
+    files = sorted((PACKAGE / "data").glob("*.py"))
+    assert len(files) >= 6
+    for path in files:
+        rooms = {room_of(name) for name in imports_of(path) if name.partition(".")[0] == "hfgpt"}
+        assert rooms <= {"data", "errors"}, f"{path.name} imports {rooms}"
+
+
+@pytest.mark.parametrize("name", TRAVELLING)
+def test_a_file_that_travels_to_the_hub_imports_nothing_of_ours(name):
+    imported = imports_of(PACKAGE / f"{name}.py")
+    assert "transformers" in {module.partition(".")[0] for module in imported}
+    for module in imported - {f"hfgpt.{other}" for other in TRAVELLING}:
+        root = module.partition(".")[0]
+        assert root in {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names, module
+    # Beside the weights there is no package `hfgpt`, so each finds the other by a relative import only.
+    assert "from hfgpt" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+
+
+def test_only_adapters_import_peft():
+    assert [path.name for path in FILES if any(name.startswith("peft") for name in imports_of(path))] in (
+        [],
+        ["adapters.py"],
+    )
+
+
+def test_names_say_what_is_inside():
+    for path in FILES:
+        assert not {"utils", "helpers", "util", "helper", "common", "misc"} & set(path.stem.split("_")), path
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_sizes(path):
+    limit = LINES.get(path.name, 400)
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= limit, f"{path.name} has {lines} lines, the limit is {limit}: split it"
+    for function in functions_of(path):
+        where = f"{path.name}, line {function.lineno}: {function.name}"
+        length = function.end_lineno - function.lineno + 1
+        assert length <= 60, f"{where} has {length} lines, the limit is 60: split it"
+        if any(
+            isinstance(mark, ast.Call) and ast.unparse(mark.func) == "app.command" for mark in function.decorator_list
+        ):
+            continue  # its parameters are the command's arguments and options
+        arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        count = len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+        # transformers decides what a model's forward takes.
+        most = 8 if path.name == "modeling_hfgpt.py" and function.name == "forward" else 7
+        assert count <= most, f"{where} has {count} parameters, the limit is {most}: group them"

@@ -1,0 +1,399 @@
+"""The command line: what works prints its result, what a user can mend is one line on stderr and exit status 2.
+
+Commands run in this process (test_cli_processes.py has what needs another). Each has a Hub token in its environment,
+which must appear nowhere. All comparisons are exact.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from hfgpt import cli
+from hfgpt.data.synthetic import generate_stories
+
+TOKEN = "hf_SecretSecretSecret"
+COMMANDS = ["train", "generate", "evaluate", "inspect", "plan", "doctor", "demo"]
+RECIPE = """
+task: pretrain
+tokenizer: {{kind: char, pad_token: null}}
+model: {{num_hidden_layers: 2, num_attention_heads: 2, hidden_size: 32, max_position_embeddings: 32, embd_pdrop: 0.0}}
+data: {{path: stories.txt, num_proc: 1, cache_dir: {cache}}}
+training:
+  per_device_train_batch_size: 8
+  per_device_eval_batch_size: 16
+  max_steps: 20
+  learning_rate: 0.03
+  logging_steps: 5
+  eval_strategy: steps
+  eval_steps: 10
+  save_steps: 10
+  use_cpu: true
+evaluation: {{prompts: ["Once"], max_new_tokens: 8}}
+"""
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def hfgpt(*arguments, **environment: str) -> Result:
+    """Runs a command as the console script does; what is no orderly end, a traceback, fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        # What main() would set for the whole process.
+        for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+            patch.setenv(name, "1")
+        patch.setenv("TRANSFORMERS_VERBOSITY", "error")
+        for name, value in {"HF_TOKEN": TOKEN, **environment}.items():
+            patch.setenv(name, value)
+        patch.setattr("sys.argv", ["hfgpt", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert TOKEN not in out.getvalue() + err.getvalue()
+    return Result(stop.value.code, out.getvalue(), err.getvalue())
+
+
+def content_of(folder: Path) -> dict[str, str | None]:
+    """Every path below a folder with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def refusal(*arguments) -> str:
+    """The one line with which a command refuses its input."""
+    result = hfgpt(*arguments)
+    assert (result.status, result.out) == (2, "")
+    assert re.fullmatch(r"hfgpt: [^\n]+\n", result.err), result.err
+    return result.err.removeprefix("hfgpt: ").removesuffix("\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_in_a_process(tmp_path_factory):
+    """What main() settles before transformers is imported, which here it long is; no network; a short probe."""
+    import datasets
+    import huggingface_hub.constants
+    from transformers.utils import logging
+
+    from hfgpt.training import estimate
+
+    probe, verbosity = estimate.probe_tokens_per_second, logging.get_verbosity()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path_factory.mktemp("hf")))
+        logging.set_verbosity_error()
+        yield
+        logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with a text, a recipe, bad files of every kind, and the finished run of the recipe."""
+    folder = tmp_path_factory.mktemp("workplace")
+    text = "\n".join(generate_stories(10))
+    files = {
+        "stories.txt": text.encode(),
+        "tiny.yaml": RECIPE.format(cache=tmp_path_factory.mktemp("cache")).encode(),
+        "empty.txt": b"",
+        "blank.txt": b" \n\n",
+        "short.txt": b"too short",
+        "binary.txt": b"text\0text",
+        "latin.txt": "a naïve text".encode("latin-1"),
+        "table.csv": b"id,words\n1,some words\n2,other words\n",
+        "picture.png": b"png",
+        "wrong.yaml": b"model:\n  hiden_size: 3\n",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with contextlib.chdir(folder):
+        result = hfgpt("train", "tiny.yaml")
+        assert (result.status, result.out) == (0, ""), result.err
+        (folder / "shown.txt").write_text(result.err)
+        for name in ("weights", "tokenizer", "no-json"):
+            shutil.copytree("runs/tiny", f"damaged/{name}", ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = folder / "damaged" / "weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "damaged" / "tokenizer" / "tokenizer.json").write_text("{}")
+    (folder / "damaged" / "no-json" / "config.json").write_text("{'model_type': 'hfgpt'}")
+    return folder
+
+
+@pytest.fixture
+def here(workplace, monkeypatch) -> Path:
+    """The workplace as current folder. Nothing may be changed in it."""
+    monkeypatch.chdir(workplace)
+    before = content_of(workplace)
+    yield workplace
+    assert content_of(workplace) == before
+
+
+# What works
+
+
+def test_train_reports_on_stderr_and_leaves_a_model(here):
+    shown = (here / "shown.txt").read_text()
+    for line in (
+        r"stories.txt: 1 rows read, 1 kept",
+        r"steps: 20 of 256 tokens; about \d+ s at [\d,]+ tokens/s",
+        r"step 20/20  loss \d\.\d{3}  validation \d\.\d{3}  [\d,]+ tokens/s",
+        r"sample: Once.*",
+        r"saved to runs/tiny; go on with: hfgpt generate runs/tiny .*",
+    ):
+        assert re.search(f"^{line}", shown, re.MULTILINE), line
+    metrics = json.loads((here / "runs" / "tiny" / "metrics.json").read_text())
+    assert f"validation loss {metrics['eval_loss']:.4f} nats" in shown
+    for path in (here / "runs").rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_generate_greedily_is_deterministic(here):
+    texts = [hfgpt("generate", "runs/tiny", "Once", "--greedy", "--max-new-tokens", 20, "--seed", s) for s in (1, 2)]
+    assert texts[0] == texts[1]
+    assert texts[0].status == 0
+    assert texts[0].err == ""
+    assert texts[0].out.startswith("Once")
+    assert len(texts[0].out.removesuffix("\n")) == len("Once") + 20
+    from hfgpt.loading import load_model, load_model_tokenizer
+
+    model, tokenizer = load_model("runs/tiny"), load_model_tokenizer("runs/tiny")
+    ids = tokenizer("Once")["input_ids"]
+    with torch.no_grad():
+        for _ in range(20):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert texts[0].out == tokenizer.decode(ids) + "\n"
+
+
+def test_generate_samples_by_seed(here):
+    def sample(*options):
+        result = hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--top-k", 0, *options)
+        assert (result.status, result.err) == (0, "")
+        return result.out
+
+    assert sample("--seed", 1) == sample("--seed", 1) != sample("--seed", 2)
+    three = sample("--num-samples", 3).removesuffix("\n").split("\n\nOnce")
+    assert len(three) == 3
+    assert len(set(three)) == 3
+    # One token can be drawn: the likeliest.
+    greedy = hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--greedy").out
+    assert hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--top-k", 1).out == greedy
+    assert hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--top-p", 1e-9).out == greedy
+    assert hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--temperature", 1e-6).out == greedy
+    assert sample() != greedy
+
+
+def test_evaluate(here):
+    arguments = ("evaluate", "runs/tiny", "--data.path", "stories.txt", "--evaluation.stride=16")
+    result = hfgpt(*arguments, "--json")
+    assert (result.status, result.err) == (0, "")
+    metrics = json.loads(result.out)
+    assert result.out == json.dumps(metrics) + "\n", "one object and nothing else"
+    size = len((here / "stories.txt").read_text())
+    assert (metrics["eval_tokens"], metrics["eval_bytes"]) == (size - 1, size - 1)
+    people = hfgpt(*arguments)
+    assert people.err == ""
+    rows = dict(line.split() for line in people.out.splitlines())
+    assert rows.keys() == metrics.keys() == json.loads(Path("runs/tiny/metrics.json").read_text()).keys()
+    assert rows["eval_tokens"] == f"{size - 1:,}"
+    assert rows["eval_loss"] == f"{metrics['eval_loss']:.4f}"
+
+
+def test_inspect(here):
+    result = hfgpt("inspect", "tiny.yaml", "--rows", 2, "--data.block_size", 8, COLUMNS="200")
+    assert (result.status, result.err) == (0, "")
+    text = (here / "stories.txt").read_text()
+    head, *blocks = result.out.split("\nblock ")
+    assert head.startswith("stories.txt: 1 rows read, 1 kept\n")
+    # A block of 8 predictions shows 9 tokens, the first as context of the others.
+    for number, block in enumerate(blocks):
+        title, _, shown = block.partition(":\n")
+        assert title.startswith(f"{number} of ")
+        assert shown == text[8 * number : 8 * number + 9] + "\n"
+    assert len(blocks) == 2
+    assert len(hfgpt("inspect", "tiny.yaml", "--rows", 0).out.split("\nblock ")) == 1
+
+
+def test_plan(here):
+    result = hfgpt("plan", "tiny.yaml", "--json", "--training.output_dir", "planned")
+    assert (result.status, result.err) == (0, "")
+    plan = json.loads(result.out)
+    assert result.out == json.dumps(plan) + "\n"
+    run = json.loads(Path("runs/tiny/run.json").read_text())
+    probed = {"tokens_per_second", "seconds"}
+    assert {key: value for key, value in plan.items() if key not in probed} == {
+        key: value for key, value in run["plan"].items() if key not in probed
+    }
+    assert plan["seconds"] == plan["tokens"] / plan["tokens_per_second"]
+    people = hfgpt("plan", "tiny.yaml")
+    assert (people.status, people.err) == (0, "")
+    rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in people.out.splitlines())
+    assert rows["parameters"] == f"{plan['parameters']:,}"
+    assert rows["steps"] == "20 of 256 tokens"
+    assert rows["speed"].endswith(f" tokens/s on {plan['device']}")
+
+
+def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
+    result = hfgpt("doctor", "--json")
+    assert (result.status, result.err) == (0, "")
+    findings = json.loads(result.out)
+    assert result.out == json.dumps(findings) + "\n"
+    assert findings["hub_login"] == "a token is stored"
+    assert findings["torch"] == torch.__version__
+    people = hfgpt("doctor")
+    assert (people.status, people.err) == (0, "")
+    rows = dict(line.split(maxsplit=1) for line in people.out.splitlines())
+    assert {name: str(value) for name, value in findings.items()} == {k: v.strip() for k, v in rows.items()}
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/no/where")
+    assert json.loads(hfgpt("doctor", "--json", HF_TOKEN="").out)["hub_login"] == "none: hf auth login"
+
+
+def test_ctrl_c(here, tmp_path, monkeypatch):
+    from hfgpt.training.callbacks import ProgressCallback
+
+    steps = ["--training.output_dir", tmp_path / "run", "--training.save_steps", 5]
+
+    def press(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_begin", press)
+        result = hfgpt("train", "tiny.yaml", *steps)
+    assert (result.status, result.out) == (130, "")
+    last = f"hfgpt: stopped at step 7 of 20; the checkpoint is in {tmp_path / 'run'}: "
+    assert result.err.splitlines()[-1] == last + "go on with the same command and --resume"
+    assert hfgpt("train", "tiny.yaml", "--resume", *steps).status == 0
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hfgpt.loading.load_model", interrupt)
+    assert hfgpt("generate", "runs/tiny", "Once") == (130, "", "hfgpt: stopped\n")
+
+
+# What is refused
+
+TRAIN = "train tiny.yaml --training.output_dir new"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "there is no command 'trian'; did you mean 'train'?"),
+        ("xyz", f"there is no command 'xyz'; there are: {', '.join(COMMANDS)}"),
+        ("--verbose", "No such option: --verbose; see hfgpt --help"),
+        ("train", "Missing argument 'RECIPE'; see hfgpt train --help"),
+        ("generate runs/tiny Once upon", "Got unexpected extra argument(s) (upon); see hfgpt generate --help"),
+        ("generate runs/tiny Once --topk 3", "No such option: --topk"),
+        ("generate runs/tiny Once --top-k many", "Invalid value for '--top-k'"),
+        ("generate runs/tiny Once --seed -1", "Invalid value for '--seed'"),
+        ("train tiny.yaml --resum", "there is no option '--resum'; did you mean '--resume'?"),
+        ("plan tiny.yaml --jsno", "there is no option '--jsno'; did you mean '--json'?"),
+        ("train tiny.yaml extra", "unrecognized arguments: extra; an override is --section.key value"),
+        ("train tinny.yaml", "there is no recipe file 'tinny.yaml' (nearest: tiny.yaml): check the path"),
+        ("plan shakespere-char", "no recipe or .yaml file 'shakespere-char'; did you mean 'shakespeare-char'?"),
+        ("inspect wrong.yaml", "wrong.yaml, line 2: there is no key 'hiden_size' in section 'model'; did you mean"),
+        ("train tiny.yaml --data.pth x", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
+        ("train tiny.yaml --training.max_steps few", "training.max_steps is 'few'; it must be a whole number"),
+        ("train tiny.yaml", "training.output_dir 'runs/tiny' already holds a run (finished): pass --resume"),
+        ("train tiny.yaml --training.output_dir damaged", "'damaged' already holds other files (no-json, ...)"),
+        ("train tiny.yaml --training.output_dir tiny.yaml", "'tiny.yaml' is a file: name a folder"),
+        ("train tiny.yaml --resume", "the run in 'runs/tiny' is finished: there is nothing to resume"),
+        (f"{TRAIN} --resume", "there is no run to resume in 'new': leave out --resume to start one"),
+        ("evaluate runs/tiny", "data.path is not set: give a Hub id, a file, a folder or synthetic:stories"),
+        ("evaluate runs/tiny --task classify", "--task is 'classify'; it must be pretrain"),
+        ("evaluate runs/tiny --training.seed 1", "there is no section 'training' (there are: data, evaluation)"),
+        (
+            "evaluate runs/tiny --data.path stories.txt --data.block_size 33",
+            "the context of the model is 32: lower it",
+        ),
+        ("inspect tiny.yaml --rows -1", "--rows is -1; it must be at least 0"),
+        ("generate none Once", "cannot load a tokenizer from 'none' ("),
+        ("generate runs/none Once", "there is no folder 'runs/none', and it is no Hub id either: check the path"),
+        ("generate stories.txt Once", "'stories.txt' is a file; a model is a folder with config.json and weights"),
+        ("generate runs Once", "the folder 'runs' holds no config.json, so it is no model: name a finished run"),
+        ("generate damaged/weights Once", "cannot load a language model from 'damaged/weights' ("),
+        ("evaluate damaged/weights --data.path stories.txt", "file not fully covered): save or copy it again"),
+        ("evaluate damaged/tokenizer --data.path stories.txt", "cannot load a tokenizer from 'damaged/tokenizer' ("),
+        ("generate damaged/no-json Once", "is not a valid JSON file): save or copy it again"),
+        ("generate runs/tiny Once --max-new-tokens 29", "but the context is 32: ask for at most 28 new tokens, or"),
+        ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' holds '@', which the tokenizer does not"),
+        ("generate runs/tiny Once --temperature 0", "temperature is 0.0; it must be above 0"),
+        ("generate runs/tiny Once --num-samples 2 --greedy", "greedy gives one text, not 2: leave out greedy or"),
+        (f"{TRAIN} --model.num_attention_heads 3", "hidden_size 32 is not a multiple of num_attention_heads 3"),
+        (f"{TRAIN} --model.vocab_size 5", "model.vocab_size is 5, but the tokenizer has ids up to "),
+        (f"{TRAIN} --model.vocab_size 500", "leave it out, or set model.pad_vocab_to_multiple_of to round it up"),
+        (f"{TRAIN} --model.hidden_act gleu", "model.hidden_act is 'gleu', which transformers lacks: try 'gelu'"),
+        (f"{TRAIN} --model.attn_implementation flash", "model.attn_implementation is 'flash': "),
+        (f"{TRAIN} --model.path runs/tiny", "model.path brings its own architecture: leave out model.hidden_size"),
+        (f"{TRAIN} --data.block_size 33", "data.block_size is 33, but the context of the model is 32: lower it"),
+        (f"{TRAIN} --data.path storys.txt", "'storys.txt' does not exist (nearest: stories.txt): check the path"),
+        (f"{TRAIN} --data.path empty.txt", "data.path 'empty.txt' is empty: add text to it"),
+        (f"{TRAIN} --data.path blank.txt", "has no text in 1 rows read (dropped: 1 empty); add text"),
+        (f"{TRAIN} --data.path short.txt", "has 8 tokens, one block needs 33: lower data.block_size or add text"),
+        (f"{TRAIN} --data.path binary.txt", "binary.txt is not text: byte 4 is NUL; convert it to UTF-8 text"),
+        (f"{TRAIN} --data.path latin.txt", "latin.txt is not UTF-8: byte 0xef at offset 4; convert it to UTF-8"),
+        (f"{TRAIN} --data.path table.csv", "'text' is not in table.csv, which has: 'id', 'words'"),
+        (f"{TRAIN} --data.path picture.png", "data.path 'picture.png' has the suffix '.png': taken are .txt, "),
+        (f"{TRAIN} --data.path runs", "data.path 'runs' mixes kinds of files, "),
+        (f"{TRAIN} --data.validation_fraction 0", "is 0.0, it must be above 0 and below 1: try 0.1"),
+        (f"{TRAIN} --data.validation_fraction 1e-9", "the validation split of stories.txt has 1 tokens, one block"),
+        (f"{TRAIN} --data.validation_split dev", "data.validation_split is 'dev' but data.path 'stories.txt' is one"),
+        (f"{TRAIN} --tokenizer.kind bpe --tokenizer.vocab_size 9", "bpe needs at least 257 on this text"),
+    ],
+)
+def test_bad_input(arguments, message, here):
+    assert message in refusal(*arguments.split())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
+def test_a_text_that_may_not_be_read(here, tmp_path):
+    (tmp_path / "private.txt").write_text("secret")
+    (tmp_path / "private.txt").chmod(0)
+    assert "private.txt cannot be read (Permission denied)" in refusal(
+        *TRAIN.split(), "--data.path", tmp_path / "private.txt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "status", "remedy"),
+    [
+        ("hfgpt.tasks.run_folder.write_text", errno.ENOSPC, "free some space, or choose a folder on another disk"),
+        ("hfgpt.data.streams._write_stream", errno.ENOSPC, "free some space, or choose a folder on another disk"),
+        ("hfgpt.tasks.run_folder.write_text", errno.EROFS, "choose a folder that can be written"),
+        ("hfgpt.tasks.run_folder.write_text", errno.EACCES, "change its permissions, or choose another folder"),
+        ("hfgpt.tasks.run_folder.write_text", errno.EIO, "check the path"),
+    ],
+)
+def test_a_disk_that_cannot_be_written(place, status, remedy, here, tmp_path, monkeypatch):
+    def write(path, *rest):
+        raise OSError(status, os.strerror(status), str(path))
+
+    monkeypatch.setattr(place, write)
+    result = hfgpt(*TRAIN.split(), "--data.cache_dir", tmp_path)
+    assert (result.status, result.out) == (2, "")
+    assert re.fullmatch(rf"hfgpt: {os.strerror(status)}: [^\n]+; {remedy}", result.err.splitlines()[-1])
+    assert "Traceback" not in result.err
+    assert not Path("new").exists()
+    assert not list(tmp_path.iterdir()) or "run_folder" in place
+
+
+def test_messages_are_one_line_of_unicode(here):
+    assert refusal("train", "a\nb.yaml").startswith("there is no recipe file 'a b.yaml'")
+    assert refusal("generate", "runs/tiny", os.fsdecode(b"caf\xe9")).startswith("'\\udce9' cannot be written in utf-8")

@@ -1,0 +1,69 @@
+"""The command line as processes: --help is quick because it imports nothing heavy; output that nobody can take."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = ["train", "generate", "evaluate", "inspect", "plan", "doctor", "demo"]
+
+
+def test_help_imports_nothing_heavy():
+    script = f"""
+import contextlib, io, os, sys
+from hfgpt import cli
+for words in [[], ["-h"], ["--help"], *([name, option] for name in {COMMANDS} for option in ("-h", "--help"))]:
+    sys.argv, out = ["hfgpt", *words], io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert stop.code == 0, words
+    assert "Usage: hfgpt " + (words[0] if words[1:] else "[OPTIONS]") in out.getvalue(), out.getvalue()
+    assert all(name in out.getvalue() for name in ({COMMANDS} if not words[1:] else ["Options:"]))
+heavy = {{"torch", "transformers", "datasets", "numpy", "tokenizers", "huggingface_hub", "yaml"}} & set(sys.modules)
+print(heavy or "light", os.environ["TRANSFORMERS_VERBOSITY"], os.environ["HF_HUB_DISABLE_TELEMETRY"])
+"""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRANSFORMERS", "HF_"))}
+    words = [sys.executable, "-c", script]
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "light error 1\n", "")
+
+
+def test_help_is_quick():
+    """At most half the time of importing torch; medians of three runs each, one after the other."""
+    times = {"help": [], "torch": []}
+    for _ in range(3):
+        for name, words in (("help", ["-m", "hfgpt", "train", "--help"]), ("torch", ["-c", "import torch"])):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], capture_output=True, check=True)
+            times[name].append(time.perf_counter() - start)
+    assert statistics.median(times["help"]) <= statistics.median(times["torch"]) / 2
+
+
+# A result that is still in Python's buffer when the command is done.
+BUFFERED = "from hfgpt import cli; cli.app = lambda *words, **options: print('result'); cli.main()"
+
+
+@pytest.mark.parametrize("words", [["-m", "hfgpt", "--help"], ["-c", BUFFERED]])
+def test_a_reader_that_has_gone_is_no_error(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        result = subprocess.run([sys.executable, *words], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
+@pytest.mark.parametrize("words", [["-m", "hfgpt", "--help"], ["-c", BUFFERED]])
+def test_a_result_that_finds_no_room_is_told(words):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([sys.executable, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    remedy = "free some space, or choose a folder on another disk"
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"hfgpt: No space left on device: while writing; {remedy}\n",
+    )

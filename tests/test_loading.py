@@ -1,0 +1,399 @@
+"""Models from arguments, folders and Hub ids: built as asked for, loaded whole, or refused in one line.
+
+Weights are compared bit for bit. Only the spread of random weights has a tolerance, which is stated there.
+"""
+
+import builtins
+import contextlib
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from hfgpt import HfGPTConfig, HfGPTForCausalLM
+from hfgpt.errors import InputError
+from hfgpt.loading import (
+    ModelArguments,
+    build_config,
+    build_model,
+    check_model_path,
+    check_vocabulary,
+    load_model,
+    load_model_config,
+    load_model_tokenizer,
+    quiet_bars,
+)
+from hfgpt.tokenizer import train_tokenizer
+
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """26 letters and 3 special tokens."""
+    tokenizer = train_tokenizer(["abcdefghijklmnopqrstuvwxyz"], kind="char")
+    assert len(tokenizer) == 29
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory) -> Path:
+    """A saved model and its tokenizer. Nothing may be changed there."""
+    folder = tmp_path_factory.mktemp("saved")
+    build(tokenizer, seed=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def build(tokenizer, seed=0, **arguments):
+    torch.manual_seed(seed)
+    return build_model(ModelArguments(**{**SMALL, **arguments}), tokenizer)
+
+
+def refusal(call, *arguments, **options) -> str:
+    with pytest.raises(InputError) as error:
+        call(*arguments, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_same_weights(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# New models
+
+
+def test_every_field_reaches_the_configuration(tokenizer):
+    values = {
+        "vocab_size": 29,
+        "hidden_size": 36,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 77,
+        "max_position_embeddings": 5,
+        "hidden_act": "relu",
+        "layer_norm_eps": 1e-3,
+        "initializer_range": 0.5,
+        "tie_word_embeddings": False,
+        "qkv_bias": False,
+        "embd_pdrop": 0.25,
+        "resid_pdrop": 0.5,
+        "attn_pdrop": 0.75,
+    }
+    elsewhere = {"path", "revision", "preset", "initialization", "attn_implementation", "pad_vocab_to_multiple_of"}
+    assert values.keys() | elsewhere == {field.name for field in fields(ModelArguments)}
+    config = build_config(ModelArguments(**values), tokenizer)
+    assert {name: getattr(config, name) for name in values} == values
+    default = build_config(ModelArguments(), tokenizer)
+    for name in values.keys() - {"vocab_size"}:
+        assert getattr(default, name) == getattr(HfGPTConfig(), name) != values[name]
+
+
+def test_vocabulary_and_special_tokens_are_the_tokenizers(tokenizer):
+    config = build_config(ModelArguments(), tokenizer)
+    assert config.vocab_size == 29
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 1)
+    unpadded = train_tokenizer(["abc"], kind="char", pad_token=None)
+    assert build_config(ModelArguments(), unpadded).pad_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [
+        (None, (768, 12, 12)),
+        ("gpt2", (768, 12, 12)),
+        ("gpt2-medium", (1024, 24, 16)),
+        ("gpt2-large", (1280, 36, 20)),
+        ("gpt2-xl", (1600, 48, 25)),
+    ],
+)
+def test_presets(preset, sizes, tokenizer):
+    config = build_config(ModelArguments(preset=preset, qkv_bias=False), tokenizer)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == sizes
+    assert config.intermediate_size == 4 * sizes[0]
+    assert not config.qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "gpt3"}, "model.preset is 'gpt3'; choose one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+        ({"num_attention_heads": 5}, "model: hidden_size 32 is not a multiple of num_attention_heads 5"),
+        ({"hidden_size": 0}, "model: hidden_size is 0; it must be at least 1"),
+        ({"embd_pdrop": 1.0}, "model: embd_pdrop is 1.0; a dropout probability is in [0, 1)"),
+        ({"hidden_act": "gleu"}, "model.hidden_act is 'gleu', which transformers lacks: try 'gelu'"),
+        ({"initialization": "xavier"}, "model.initialization is 'xavier'; choose 'gpt2' or 'torch'"),
+        ({"pad_vocab_to_multiple_of": 0}, "model.pad_vocab_to_multiple_of is 0; the least is 1"),
+        (
+            {"vocab_size": 28},
+            "model.vocab_size is 28, but the tokenizer has ids up to 28: set it to 29, or leave it out",
+        ),
+        (
+            {"vocab_size": 30},
+            "model.vocab_size is 30, but the tokenizer has 29 tokens and ids beyond mean nothing: "
+            "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed",
+        ),
+        (
+            {"path": "nowhere", "qkv_bias": True},
+            "model.path brings its own architecture: leave out model.hidden_size",
+        ),
+    ],
+)
+def test_impossible_models_are_refused(arguments, message, tokenizer):
+    assert refusal(build, tokenizer, **arguments) == message
+
+
+def test_an_attention_that_is_not_there_is_refused(tokenizer):
+    message = refusal(build, tokenizer, attn_implementation="flash")
+    assert message.startswith("model.attn_implementation is 'flash': ")
+    assert "sdpa" in message
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_the_attention_asked_for_is_used(kind, tokenizer, saved):
+    assert build(tokenizer, attn_implementation=kind).config._attn_implementation == kind
+    loaded = build_model(ModelArguments(path=str(saved), attn_implementation=kind), tokenizer)
+    assert loaded.config._attn_implementation == kind
+
+
+def test_the_seed_decides_the_weights(tokenizer):
+    model = build(tokenizer, seed=3)
+    assert_same_weights(model, build(tokenizer, seed=3))
+    torch.manual_seed(3)
+    assert_same_weights(model, HfGPTForCausalLM(build_config(ModelArguments(**SMALL), tokenizer)))
+    assert not torch.equal(model.model.embed_tokens.weight, build(tokenizer, seed=4).model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_initialization_of_the_book(tied, tokenizer):
+    """PyTorch's defaults: N(0, 1) embeddings, linear layers uniform below 1 / sqrt(inputs), a tied head among them."""
+    model = build(tokenizer, initialization="torch", tie_word_embeddings=tied)
+    # The spread of 928 draws has a standard error of 2.3 %; five of them.
+    embedding = model.model.embed_tokens.weight
+    assert (model.lm_head.weight is embedding) == tied
+    if not tied:
+        assert embedding.std().item() == pytest.approx(1.0, rel=0.12)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert len(linear) == 2 * 6 + 1
+    for name, module in linear.items():
+        bound = module.in_features**-0.5
+        # Of 928 uniform draws or more the largest is below 0.95 of the bound once in 10^20 times.
+        assert 0.95 * bound < module.weight.abs().max().item() <= bound, name
+    assert torch.equal(model.model.norm.weight, torch.ones(32))
+    default = build(tokenizer, tie_word_embeddings=tied)
+    assert default.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.12)
+
+
+@pytest.mark.parametrize(("multiple", "rows"), [(None, 29), (1, 29), (29, 29), (8, 32), (64, 64)])
+def test_padded_rows_are_never_generated(multiple, rows, tokenizer, tmp_path):
+    model = build(tokenizer, pad_vocab_to_multiple_of=multiple, tie_word_embeddings=False)
+    assert model.config.vocab_size == rows == model.get_input_embeddings().num_embeddings
+    assert model.generation_config.suppress_tokens == (list(range(29, rows)) or None)
+    # Every row but the padding's would lose here.
+    with torch.no_grad():
+        model.lm_head.weight[:29] = 0.0
+    model.save_pretrained(tmp_path)
+    for loaded in (model, load_model(str(tmp_path))):
+        ids = loaded.generate(torch.tensor([[5]]), max_new_tokens=8, do_sample=True, top_k=0, pad_token_id=1)
+        assert int(ids.max()) < 29
+
+
+def test_a_model_to_go_on_from(saved, tokenizer):
+    model = build_model(ModelArguments(path=str(saved)), tokenizer)
+    assert_same_weights(model, build(tokenizer, seed=3))
+    larger = train_tokenizer(["abcdefghijklmnopqrstuvwxyzäöü"], kind="char")
+    message = "the tokenizer has 32 tokens, but the model embeds only 29: use the model's own"
+    assert refusal(build_model, ModelArguments(path=str(saved)), larger) == message
+    assert refusal(check_vocabulary, model, larger) == message
+    smaller = train_tokenizer(["abc"], kind="char")
+    assert check_vocabulary(model, smaller) is None
+
+
+# Models that are there
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_is_loaded_in_float32_to_be_used(dtype, tokenizer, tmp_path):
+    model = build(tokenizer, seed=5).to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert not loaded.training
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert_same_weights(loaded, model.float())
+    config, own = load_model_config(str(tmp_path)).to_dict(), loaded.config.to_dict()
+    assert config.pop("dtype") in (dtype, str(dtype).removeprefix("torch."))
+    del own["dtype"]
+    assert config == own
+
+
+def test_the_tokenizer_beside_the_model(saved, tokenizer):
+    loaded = load_model_tokenizer(str(saved))
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded("zebra")["input_ids"] == tokenizer("zebra")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "load"),
+    [(AutoModelForCausalLM, load_model), (AutoTokenizer, load_model_tokenizer), (AutoConfig, load_model_config)],
+)
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_a_hub_id_is_asked_for_once_and_never_runs_its_code(auto_class, load, revision, monkeypatch):
+    asked = []
+
+    def from_pretrained(path, **options):
+        asked.append((path, options["revision"], options["trust_remote_code"]))
+        raise OSError("there is no network\nand never was.")
+
+    monkeypatch.setattr(auto_class, "from_pretrained", from_pretrained)
+    message = refusal(load, "org/name", revision)
+    assert asked == [("org/name", revision or "main", False)]
+    assert message.startswith("cannot load a ")
+    assert message.endswith(
+        " from 'org/name' (there is no network and never was): check the name, the network and the login"
+    )
+
+
+def edit(name, change):
+    def damage(folder):
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def edit_config(**changes):
+    return edit("config.json", lambda data: json.dumps({**json.loads(data), **changes}).encode())
+
+
+def edit_weights(change):
+    def damage(folder):
+        weights = load_file(folder / WEIGHTS)
+        change(weights)
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "fact"),
+    [
+        (edit(WEIGHTS, lambda data: data[: len(data) // 2]), "incomplete metadata, file not fully covered"),
+        (edit(WEIGHTS, lambda data: data[:-1]), "incomplete metadata, file not fully covered"),
+        (edit(WEIGHTS, lambda data: b""), "header too small"),
+        (edit(WEIGHTS, lambda data: b"version https://git-lfs.github.com/spec/v1\n"), "header too large"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "no file named model.safetensors"),
+        (edit_weights(lambda weights: weights.pop("model.norm.bias")), "1 missing keys, first model.norm.bias"),
+        (
+            edit_weights(lambda weights: weights.update(more=torch.zeros(1))),
+            "do not fit its config.json: 1 unexpected keys, first more; take both from the same model",
+        ),
+        (edit_config(num_hidden_layers=3), "16 missing keys, first model.layers.2.input_layernorm.bias"),
+        (edit_config(num_hidden_layers=1), "16 unexpected keys, first model.layers.1.input_layernorm.bias"),
+        (
+            edit_config(max_position_embeddings=8),
+            "1 mismatched keys, first ('model.embed_positions.weight', torch.Size([16, 32]), torch.Size([8, 32]))",
+        ),
+        (edit_config(num_attention_heads=5), "hidden_size 32 is not a multiple of num_attention_heads 5"),
+        (edit_config(num_attention_heads="two"), "'num_attention_heads' expected int, got str"),
+        (edit_config(hidden_act="gleu"), "there is no 'gleu'"),
+        (edit_config(model_type="no-such-model", auto_map={}), "no-such-model"),
+        (edit("config.json", lambda data: data[:20]), "is not a valid JSON file"),
+        (edit("config.json", lambda data: b"\xff\xfe"), "is not a valid JSON file"),
+        (edit("config.json", lambda data: b"[]"), "Should have a `model_type` key in its config.json"),
+    ],
+)
+def test_a_damaged_model_is_refused(damage, fact, copy):
+    damage(copy)
+    message = refusal(load_model, str(copy))
+    assert f"'{copy}'" in message
+    assert fact in message
+    assert message.endswith(("save or copy it again", "take both from the same model"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        edit("tokenizer.json", lambda data: data[: len(data) // 2]),
+        edit("tokenizer.json", lambda data: b"{}"),
+        edit("tokenizer.json", lambda data: b'{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'),
+        edit("tokenizer_config.json", lambda data: b"{"),
+        lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(damage, copy):
+    damage(copy)
+    message = refusal(load_model_tokenizer, str(copy))
+    assert message.startswith(f"cannot load a tokenizer from '{copy}' (")
+    assert message.endswith("): save or copy it again")
+
+
+def test_code_of_the_folder_is_neither_run_nor_asked_for(copy, monkeypatch):
+    edit_config(model_type="other", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})(copy)
+    (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
+    message = refusal(load_model, str(copy))
+    assert "custom code" in message
+    assert not (copy / "ran").exists()
+
+
+# Paths
+
+
+def test_paths_that_are_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    (tmp_path / "file.txt").write_text("x")
+    cases = {
+        "file.txt": "'file.txt' is a file; a model is a folder with config.json and weights, or a Hub id",
+        "runs/empty": "the folder 'runs/empty' holds no config.json, so it is no model: name a finished run",
+    }
+    for path in ("runs/none", "/no/where", "./none", "../none", "a//b", "a/b/c", "a b", "org/na me"):
+        cases[path] = f"there is no folder '{path}', and it is no Hub id either: check the path"
+    for path, message in cases.items():
+        for call in (check_model_path, load_model, load_model_tokenizer, load_model_config):
+            assert refusal(call, path) == message
+
+
+@pytest.mark.parametrize("path", ["gpt2", "openai-community/gpt2", "a-b_c/d.e-f_1"])
+def test_hub_ids_are_not_refused(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert check_model_path(path) is None
+
+
+def test_progress_bars_come_back():
+    assert logging.is_progress_bar_enabled()
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), quiet_bars():
+            assert not logging.is_progress_bar_enabled()
+            if error:
+                raise error
+        assert logging.is_progress_bar_enabled()
+    with quiet_bars(False):
+        assert logging.is_progress_bar_enabled()
