@@ -46,7 +46,15 @@ TYPES = {
     "NoneType": "null",
 }
 # Keys that may differ when a run is resumed: they change what is watched, not what is learned.
-RESUMABLE = ("evaluation.", "data.num_proc", "data.cache_dir", "training.logging_", "training.save_", "training.eval_")
+RESUMABLE = (
+    "evaluation.",
+    "data.num_proc",
+    "data.cache_dir",
+    "training.output_dir",
+    "training.logging_",
+    "training.save_",
+    "training.eval_",
+)
 
 
 @dataclass

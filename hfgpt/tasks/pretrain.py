@@ -171,6 +171,8 @@ def finish_run(
     samples = sample(saved, data.tokenizer, recipe)
     write_json(folder / "metrics.json", metrics)
     steps = trainer.state.global_step
+    # Trainer sums the operations of the tokens it saw: the last step of an epoch may have fewer than the others.
+    tokens = round(trainer.state.total_flos / estimate.flops_per_token)
     append_log(folder, {"step": steps, "epoch": trainer.state.epoch, **metrics})
     plot_loss(folder, saved.config.vocab_size)
 
@@ -189,13 +191,13 @@ def finish_run(
             "bf16": recipe.training.bf16,
             "attn_implementation": trainer.model.config._attn_implementation,
             "steps": steps,
-            "tokens": steps * estimate.tokens_per_step,
+            "tokens": tokens,
             "resumed_from_step": first_step,
             "plan": estimate.to_dict(),
             "actual": {
                 "training_seconds": clock["training"],
                 "total_seconds": time.perf_counter() - clock["start"],
-                "tokens_per_second": (steps - first_step) * estimate.tokens_per_step / clock["training"],
+                "tokens_per_second": tokens * (1 - first_step / steps) / clock["training"],
                 "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
             },
             **describe_environment(),
@@ -292,6 +294,8 @@ def measure(
 
 def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArguments) -> dict[str, Any]:
     """Measures a saved language model on all text of a source.
+
+    Documents are ended as in training; a single one is taken for a part, as of a text cut by position, and is not.
 
     Args:
         path: A folder or Hub id.

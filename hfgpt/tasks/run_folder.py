@@ -56,10 +56,9 @@ def check_run_folder(recipe: Recipe, resume: bool) -> Path | None:
             f"the run in '{folder}' has another {key} than this recipe, so going on would train neither: use the same "
             "recipe and overrides, or another --training.output_dir"
         )
-    checkpoint = find_last_checkpoint(folder)
-    if checkpoint is None and (folder / "model.safetensors").is_file():
+    if (folder / "README.md").is_file():  # written last
         raise InputError(f"the run in '{folder}' is finished: there is nothing to resume")
-    return checkpoint
+    return find_last_checkpoint(folder)
 
 
 def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport):

@@ -113,7 +113,7 @@ class InterruptCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.interrupted and state.global_step < state.max_steps:
-            control.should_save = True
+            control.should_log = control.should_save = True
             control.should_training_stop = True
         return control
 
@@ -129,7 +129,9 @@ def read_log(output_dir: str | Path) -> list[dict]:
     path = Path(output_dir) / LOG_FILE
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    # A crash while writing leaves a line without its end.
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plot_loss(output_dir: str | Path, vocab_size: int):

@@ -5,9 +5,14 @@ Korthikanti et al., "Reducing Activation Recomputation" (2022), section 4, for t
 """
 
 import copy
+import math
+import random
+import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
@@ -81,7 +86,12 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
     # AdamW keeps two float32 averages a weight, Muon one.
     optimizer_bytes = sum(size * (4 if name in muon else 8) for name, size in trainable.items())
     rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    steps_per_epoch = max(blocks // rows if arguments.dataloader_drop_last else -(-blocks // rows), 1)
+    batch = arguments.per_device_train_batch_size * arguments.world_size
+    batches = blocks // batch if arguments.dataloader_drop_last else -(-blocks // batch)
+    steps_per_epoch = max(-(-batches // arguments.gradient_accumulation_steps), 1)
+    steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
+    if arguments.max_steps > 0:
+        steps = arguments.max_steps
     return Estimate(
         parameters=parameters,
         weights_bytes=4 * model.num_parameters(),
@@ -89,7 +99,7 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
         optimizer_bytes=optimizer_bytes,
         activations_bytes=_activations_bytes(model.config, arguments, block_size),
         tokens_per_step=rows * block_size,
-        steps=arguments.max_steps if arguments.max_steps > 0 else round(arguments.num_train_epochs * steps_per_epoch),
+        steps=steps,
         flops_per_token=training_flops_per_token(model.config, block_size),
     )
 
@@ -122,7 +132,8 @@ def probe_tokens_per_second(
     """
     arguments = copy.copy(arguments)
     arguments.eval_strategy = IntervalStrategy.NO  # Trainer refuses to evaluate without data, even if never asked
-    with torch.random.fork_rng():
+    with _unchanged_random_state(), tempfile.TemporaryDirectory() as folder:
+        arguments.output_dir = folder  # Trainer makes it
         trainer = HfGPTTrainer(model=copy.deepcopy(model), args=arguments)
         model, optimizer = trainer.model.train(), trainer.create_optimizer()
         rows, full = 1, arguments.per_device_train_batch_size
@@ -149,6 +160,16 @@ def probe_tokens_per_second(
             optimizer_seconds = min(optimizer_seconds, ended - halfway)
     rows_per_step = full * arguments.gradient_accumulation_steps
     return rows_per_step * block_size / (rows_per_step * backward_seconds + optimizer_seconds)
+
+
+@contextmanager
+def _unchanged_random_state():
+    """Trainer seeds all three generators when it is built."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 def _synchronize(device: torch.device):

@@ -9,6 +9,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from hfgpt.errors import InputError
 from hfgpt.training.hardware import has_native_bf16
 
 
@@ -127,6 +128,10 @@ class MuonFactory:
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         rest = {name: parameter for name, parameter in trainable.items() if name not in hidden}
         matrices = [trainable[name] for name in trainable if name in hidden]
+        if not matrices:
+            raise InputError(
+                "training.muon_learning_rate is set, but no matrix of the blocks is trained: leave it out"
+            )
         muon = Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=muon_momentum)
         groups = [
             {"params": [p for name, p in rest.items() if name in decay_names], "weight_decay": weight_decay},

@@ -114,9 +114,10 @@ class HfGPTTrainer(Trainer):
         if math.isfinite(value):
             return
         last = find_last_checkpoint(self.args.output_dir)
-        remedy = f"go on from {last} with --resume" if last else "start again"
+        remedy = f", from the last checkpoint with --model.path {last}" if last else ""
         raise InputError(
-            f"the {name} is {value} {where}; {remedy} and a lower training.learning_rate or training.max_grad_norm"
+            f"the {name} is {value} {where}: start another run with a lower training.learning_rate or "
+            f"training.max_grad_norm{remedy}"
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -157,11 +158,14 @@ class HfGPTTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Trainer leaves the half of a checkpoint that still fit on the disk, and would resume from it."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "weights")
         try:
             with explain_full_disk(folder):
                 super()._save_checkpoint(model, trial)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / "trainer_state.json").exists():  # written last
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
@@ -189,5 +193,6 @@ def explain_full_disk(folder: str | Path):
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run folder; None if it holds none. Its state file is written last."""
-    checkpoints = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
+    checkpoints = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdecimal()]
     return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
