@@ -6,6 +6,7 @@ line on stderr and exit status 2; anything else is a bug and keeps its traceback
 
 import difflib
 import errno
+import io
 import json
 import os
 import sys
@@ -155,12 +156,13 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _stop("stopped")
     except BrokenPipeError:
-        # The reader of our output has gone, as with `| head`; Python would complain again when flushing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = io.StringIO()  # the reader has gone, as with `| head`; Python would flush, and complain, again
         sys.exit(1)
     except OSError as error:
         if error.errno is None:
             raise
+        if error.filename is None:
+            sys.stdout = io.StringIO()  # it may be what cannot be written
         remedy = {
             errno.ENOSPC: "free some space, or choose a folder on another disk",
             errno.EACCES: "change its permissions, or choose another folder",

@@ -113,8 +113,11 @@ class HfGPTConfig(PreTrainedConfig):
             # Anything else is kept as transformers does; a near miss would silently leave the default in place.
             if nearest := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
                 raise ValueError(f"HfGPTConfig has no '{key}'; did you mean '{nearest[0]}'?")
+        # By transformers GPT-2's names (`n_embd`) would be set without the checks of a field's type.
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         super().__post_init__(**kwargs)
-        # After super(): GPT-2's names (`n_embd`) only arrive there.
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 

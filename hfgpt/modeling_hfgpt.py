@@ -78,6 +78,7 @@ class HfGPTAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj.ends_residual_branch = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -114,6 +115,7 @@ class HfGPTMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj.ends_residual_branch = True
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -162,15 +164,13 @@ class HfGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        # transformers visits children before parents, and its `init` functions, unlike in-place writes, leave weights
-        # alone that `from_pretrained` has loaded.
+        # transformers' `init` functions, unlike in-place writes, leave alone what `from_pretrained` has loaded.
         super()._init_weights(module)
         # GPT-2, section 2.3: scale the weights of residual layers by 1/sqrt(N), N residual layers (two a block).
-        residual_std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, HfGPTAttention):
-            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, HfGPTMLP):
-            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+        # Marked on the layer itself: outside its own package, transformers skips modules without weights of their own.
+        if getattr(module, "ends_residual_branch", False):
+            std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """Saves as transformers does, always with our names of weights, and with the code beside them.
@@ -286,17 +286,17 @@ class HfGPTModel(HfGPTPreTrainedModel):
         tracing = is_tracing(index)
         # Any other mask was prepared by the caller and says nothing of padding.
         is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if is_padding_mask and not tracing and attention_mask.shape[1] < int(seen) + length:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache holds {int(seen)} and the "
+                f"input {length}: pass the mask of all {int(seen) + length}"
+            )
         given = position_ids is not None
         if given:
             position_ids = position_ids.expand(batch_size, -1)
         elif not is_padding_mask:
             position_ids = index.unsqueeze(0)
         else:
-            if not tracing and attention_mask.shape[1] < int(seen) + length:
-                raise ValueError(
-                    f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache holds {int(seen)} and the "
-                    f"input {length}: pass the mask of all {int(seen) + length}"
-                )
             counted = attention_mask.long().cumsum(-1) - 1  # (B, S): real tokens before each
             position_ids = counted.clamp(min=0).index_select(1, index)
         # Looked at only where it can happen: reading values from an accelerator waits for it.
@@ -305,10 +305,9 @@ class HfGPTModel(HfGPTPreTrainedModel):
                 f"the sequence has {int(position_ids.max()) + 1} tokens, but the context of this model ends at "
                 f"{context} (max_position_embeddings): shorten it"
             )
+        prepared = attention_mask is not None and not is_padding_mask
         # While tracing, positions beside a cache come from `generate`: one document a row.
-        if not given or length == 1 or (tracing and past_key_values is not None):
-            return position_ids, None
-        if attention_mask is not None and not is_padding_mask:
+        if not given or length == 1 or prepared or (tracing and past_key_values is not None):
             return position_ids, None
         padding_mask = attention_mask[:, -length:] if is_padding_mask else None
         documents = find_packed_documents(position_ids, padding_mask)
@@ -338,7 +337,6 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: HfGPTConfig):
         super().__init__(config)
         self.model = HfGPTModel(config)
-        self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -388,9 +386,8 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         context = self.config.max_position_embeddings
         if generation_config.max_length > context:
             raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new "
-                f"ones exceed the context of {context}: set max_new_tokens to at most "
-                f"{max(0, context - input_ids_length)}, or shorten the prompt"
+                f"a prompt of {input_ids_length} tokens and its continuation, {generation_config.max_length} together, "
+                f"exceed the context of {context}: lower max_new_tokens to at most {context - input_ids_length}"
             )
 
 

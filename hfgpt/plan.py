@@ -2,11 +2,9 @@
 
 from rich.console import Console
 from rich.table import Table
-from transformers import set_seed
 
-from hfgpt.loading import build_model
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.pretrain import check_blocks, load_pretraining_data
+from hfgpt.tasks.pretrain import build_pretraining_model, load_pretraining_data
 from hfgpt.training.estimate import Estimate, plan_run
 
 
@@ -17,9 +15,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
         InputError: As the run itself would.
     """
     data = load_pretraining_data(recipe)
-    set_seed(recipe.training.seed)
-    model = build_model(recipe.model, data.tokenizer)
-    check_blocks(model, data)
+    model = build_pretraining_model(recipe, data)
     return plan_run(model, recipe.training, data.train.block_size, len(data.train))
 
 

@@ -48,22 +48,25 @@ def test_help_is_quick():
 BUFFERED = "from hfgpt import cli; cli.app = lambda *words, **options: print('result'); cli.main()"
 
 
+def run_into(stdout, words: list[str]) -> tuple[int, str]:
+    """The exit status and what is on stderr."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    words = [sys.executable, *words]
+    result = subprocess.run(words, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    return result.returncode, result.stderr
+
+
 @pytest.mark.parametrize("words", [["-m", "hfgpt", "--help"], ["-c", BUFFERED]])
 def test_a_reader_that_has_gone_is_no_error(words):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe:
-        result = subprocess.run([sys.executable, *words], stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
-    assert (result.returncode, result.stderr) == (1, "")
+        assert run_into(pipe, words) == (1, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
 @pytest.mark.parametrize("words", [["-m", "hfgpt", "--help"], ["-c", BUFFERED]])
 def test_a_result_that_finds_no_room_is_told(words):
+    message = "hfgpt: No space left on device: while writing; free some space, or choose a folder on another disk\n"
     with open("/dev/full", "w") as full:
-        result = subprocess.run([sys.executable, *words], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    remedy = "free some space, or choose a folder on another disk"
-    assert (result.returncode, result.stderr) == (
-        2,
-        f"hfgpt: No space left on device: while writing; {remedy}\n",
-    )
+        assert run_into(full, words) == (2, message)

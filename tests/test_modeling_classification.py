@@ -107,10 +107,10 @@ def test_a_row_of_nothing_but_padding_is_refused(model):
 
 
 def test_a_cached_text_is_classified_by_its_new_end(model):
-    rows = torch.stack(make_rows(12, 12))
-    cache = model(rows[:, :8]).past_key_values
-    logits = model(rows[:, 8:], attention_mask=torch.ones(2, 12), past_key_values=cache).logits
-    assert_close(logits, model(rows).logits, **CLOSE)
+    ids, mask = pad(make_rows(12, 7), "left", 12)
+    cache = model(ids[:, :8], attention_mask=mask[:, :8]).past_key_values
+    logits = model(ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
+    assert_close(logits, model(ids, attention_mask=mask).logits, **CLOSE)
 
 
 # Losses

@@ -153,6 +153,9 @@ def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_els
         "model.layers.1.self_attn.k_proj.weight",
         "model.layers.1.self_attn.o_proj.weight",
         "model.layers.1.mlp.down_proj.weight",
+        # Of these two the weight is there.
+        "model.layers.0.self_attn.o_proj.bias",
+        "model.layers.0.mlp.up_proj.bias",
     ]
     kept = {name: torch.full_like(weight, 0.3) for name, weight in weights.items() if name not in missing}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -166,6 +169,8 @@ def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_els
     check_is_normal(missing[3], loaded[missing[3]], 0.05)
     check_is_normal(missing[4], loaded[missing[4]], 0.05 / 2)  # sqrt(2 * 2 layers)
     check_is_normal(missing[5], loaded[missing[5]], 0.05 / 2)
+    assert (loaded[missing[6]] == 0).all()
+    assert (loaded[missing[7]] == 0).all()
 
 
 @pytest.mark.parametrize("model_class", [HfGPTForCausalLM, HfGPTForSequenceClassification])
@@ -304,6 +309,19 @@ def test_saved_folder_holds_the_code_and_says_where(model_class, tiny_config, tm
     loaded = model_class.from_pretrained(folder)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+
+
+def test_what_was_loaded_under_other_names_is_saved_under_ours(tiny_config, tmp_path):
+    """transformers would write the names it read, which nobody could load without the same mapping."""
+    model = HfGPTForCausalLM(tiny_config())
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    other = {name.replace("model.", "decoder."): weight for name, weight in weights.items()}
+    save_file(other, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = HfGPTForCausalLM.from_pretrained(tmp_path, key_mapping={r"^decoder\.": "model."})
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == weights.keys()
 
 
 def test_only_the_main_process_writes(tiny_config, tmp_path):

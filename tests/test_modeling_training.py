@@ -123,6 +123,7 @@ def dropped(model, implementation: str) -> dict[str, torch.Tensor]:
     output = model(make_ids(8, 32), output_attentions=implementation == "eager")
     for hook in hooks:
         hook.remove()
+    assert len(seen) == 3
     if implementation == "eager":
         lower = torch.ones(32, 32, dtype=torch.bool).tril()
         seen["attn"] = output.attentions[0][..., lower]

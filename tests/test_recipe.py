@@ -209,7 +209,7 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
     old = load_recipe(write("data: {path: x}\n")).values
     for key, value, differs in (
         ("training.logging_steps", 3, False),
-        ("training.save_total_limit", None, False),
+        ("training.save_total_limit", 5, False),
         ("training.eval_strategy", "steps", False),
         ("evaluation.prompts", ["x"], False),
         ("evaluation.stride", 8, False),

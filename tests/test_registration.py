@@ -43,7 +43,8 @@ def test_import_alone_imports_nothing_heavy(tmp_path):
 ORDERS = {
     "hfgpt, then Auto": "import hfgpt; from transformers import AutoModelForCausalLM",
     "Auto, then hfgpt": "from transformers import AutoModelForCausalLM; import hfgpt",
-    "half of Auto, then hfgpt": "from transformers import AutoConfig; import hfgpt",
+    "hfgpt, then half of Auto": "import hfgpt; from transformers import AutoConfig; AutoConfig.for_model('hfgpt')",
+    "half of Auto, then hfgpt": "from transformers import AutoConfig; import hfgpt; AutoConfig.for_model('hfgpt')",
     "half of Auto, then the model file": "from transformers import AutoConfig; import hfgpt.modeling_hfgpt",
     "the configuration alone": "from hfgpt import HfGPTConfig",
     "a model alone": "from hfgpt import HfGPTForCausalLM",

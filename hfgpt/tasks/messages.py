@@ -6,9 +6,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hfgpt.data.report import DataReport
+from hfgpt.data.streams import TokenStream
 from hfgpt.recipe import Recipe
 from hfgpt.training.estimate import Estimate
 from hfgpt.training.hardware import describe_device
+
+
+def describe_data(report: DataReport, stream: TokenStream) -> str:
+    """What became of the text, and whether its tokens were there already."""
+    reused = f"\n  tokens re-used from {stream.path.parent}" if stream.cached else ""
+    return report.summary() + reused
 
 
 def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate) -> str:

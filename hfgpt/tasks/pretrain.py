@@ -13,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -28,7 +29,7 @@ from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, genera
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import build_model, check_vocabulary, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.messages import describe_choices, render_readme, render_summary
+from hfgpt.tasks.messages import describe_choices, describe_data, render_readme, render_summary
 from hfgpt.tasks.run_folder import (
     begin_run,
     check_run_folder,
@@ -93,20 +94,13 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     # 2. Text to tokens to blocks.
     with recipe.training.main_process_first():  # the others then find its tokens in the cache
         data = load_pretraining_data(recipe, folder if resume else None)
-    console.print(data.report.summary(), highlight=False)
-    if data.train.stream.cached:
-        console.print(f"  tokens re-used from {data.train.stream.path.parent}", highlight=False)
 
     # 3. The model, its weights drawn from the seed.
-    set_seed(recipe.training.seed)
-    model = build_model(recipe.model, data.tokenizer)
-    check_blocks(model, data)
-    for prompt in recipe.evaluation.prompts:
-        encode_prompt(data.tokenizer, prompt, recipe.evaluation.max_new_tokens, model.config.max_position_embeddings)
-    data.tokenizer.model_max_length = model.config.max_position_embeddings
+    model = build_pretraining_model(recipe, data)
 
     # 4. What it will cost, and what was chosen.
     estimate = plan_run(model, recipe.training, data.train.block_size, len(data.train), seconds=0.5)
+    console.print(describe_data(data.report, data.train.stream), highlight=False)
     console.print(describe_choices(model, recipe, estimate), highlight=False)
 
     # 5. Train.
@@ -115,15 +109,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
         begin_run(recipe, data.tokenizer, data.report)
     progress = ProgressCallback(estimate.tokens_per_step, console)
     interrupt = InterruptCallback(console)
-    trainer = HfGPTTrainer(
-        model=model,
-        args=recipe.training,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=data.tokenizer,
-        callbacks=[LogCallback(), progress, interrupt],
-    )
-    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
+    trainer = build_trainer(recipe, model, data, [LogCallback(), progress, interrupt])
     training_started = time.perf_counter()
     try:
         with interrupt:
@@ -141,6 +127,38 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
 
     clock = {"start": started, "training": training_seconds}
     return finish_run(recipe, trainer, data, estimate, progress.first_step, clock, console)
+
+
+def build_pretraining_model(recipe: Recipe, data: PretrainingData) -> PreTrainedModel:
+    """The model to train, checked against the blocks and the prompts it will be given.
+
+    Raises:
+        InputError: The architecture is impossible, or the data or a prompt does not fit it.
+    """
+    set_seed(recipe.training.seed)
+    model = build_model(recipe.model, data.tokenizer)
+    check_blocks(model, data)
+    context = model.config.max_position_embeddings
+    for prompt in recipe.evaluation.prompts:
+        encode_prompt(data.tokenizer, prompt, recipe.evaluation.max_new_tokens, context)
+    data.tokenizer.model_max_length = context
+    return model
+
+
+def build_trainer(
+    recipe: Recipe, model: PreTrainedModel, data: PretrainingData, callbacks: list[TrainerCallback]
+) -> HfGPTTrainer:
+    """Trainer over the blocks, with our progress in place of its own."""
+    trainer = HfGPTTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
+    return trainer
 
 
 def finish_run(
