@@ -385,9 +385,10 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         context = self.config.max_position_embeddings
         if generation_config.max_length > context:
+            new = generation_config.max_length - input_ids_length
             raise ValueError(
-                f"a prompt of {input_ids_length} tokens and its continuation, {generation_config.max_length} together, "
-                f"exceed the context of {context}: lower max_new_tokens to at most {context - input_ids_length}"
+                f"a prompt of {input_ids_length} tokens and {new} new ones exceed the context of {context}: set "
+                f"max_new_tokens to at most {max(0, context - input_ids_length)}, or shorten the prompt"
             )
 
 
@@ -396,7 +397,6 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
 
     def __init__(self, config: HfGPTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.model = HfGPTModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()

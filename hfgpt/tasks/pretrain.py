@@ -188,42 +188,52 @@ def finish_run(
     metrics = measure(saved, data.tokenizer, data.validation, data.report, recipe.training.per_device_eval_batch_size)
     samples = sample(saved, data.tokenizer, recipe)
     write_json(folder / "metrics.json", metrics)
-    steps = trainer.state.global_step
-    # Trainer sums the operations of the tokens it saw: the last step of an epoch may have fewer than the others.
-    tokens = round(trainer.state.total_flos / estimate.flops_per_token)
-    append_log(folder, {"step": steps, "epoch": trainer.state.epoch, **metrics})
+    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **metrics})
     plot_loss(folder, saved.config.vocab_size)
 
     # 7. What happened, for whoever repeats it or asks.
-    write_json(
-        folder / "run.json",
-        {
-            "task": recipe.task,
-            "recipe": recipe.name,
-            "seed": recipe.training.seed,
-            "data_sha256": data.report.sha256,
-            "tokenizer_sha256": tokenizer_hash(data.tokenizer),
-            "weights_sha256": _sha256(folder / "model.safetensors"),
-            "device": describe_device(recipe.training.device),
-            "processes": recipe.training.world_size,
-            "bf16": recipe.training.bf16,
-            "attn_implementation": trainer.model.config._attn_implementation,
-            "steps": steps,
-            "tokens": tokens,
-            "resumed_from_step": first_step,
-            "plan": estimate.to_dict(),
-            "actual": {
-                "training_seconds": clock["training"],
-                "total_seconds": time.perf_counter() - clock["start"],
-                "tokens_per_second": tokens * (1 - first_step / steps) / clock["training"],
-                "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
-            },
-            **describe_environment(),
-        },
-    )
+    write_json(folder / "run.json", describe_run(recipe, trainer, data, estimate, first_step, clock))
     write_text(folder / "README.md", render_readme(recipe, saved, metrics, samples))
     console.print(render_summary(folder, metrics, samples, clock["training"], estimate), highlight=False)
     return metrics
+
+
+def describe_run(
+    recipe: Recipe,
+    trainer: HfGPTTrainer,
+    data: PretrainingData,
+    estimate: Estimate,
+    first_step: int,
+    clock: dict[str, float],
+) -> dict[str, Any]:
+    """The content of `run.json`: plan and actual side by side, and all that the weights depend on."""
+    folder = Path(recipe.training.output_dir)
+    steps = trainer.state.global_step
+    # Trainer sums the operations of the tokens it saw: the last step of an epoch may have fewer than the others.
+    tokens = round(trainer.state.total_flos / estimate.flops_per_token)
+    return {
+        "task": recipe.task,
+        "recipe": recipe.name,
+        "seed": recipe.training.seed,
+        "data_sha256": data.report.sha256,
+        "tokenizer_sha256": tokenizer_hash(data.tokenizer),
+        "weights_sha256": _sha256(folder / "model.safetensors"),
+        "device": describe_device(recipe.training.device),
+        "processes": recipe.training.world_size,
+        "bf16": recipe.training.bf16,
+        "attn_implementation": trainer.model.config._attn_implementation,
+        "steps": steps,
+        "tokens": tokens,
+        "resumed_from_step": first_step,
+        "plan": estimate.to_dict(),
+        "actual": {
+            "training_seconds": clock["training"],
+            "total_seconds": time.perf_counter() - clock["start"],
+            "tokens_per_second": tokens * (1 - first_step / steps) / clock["training"],
+            "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
+        },
+        **describe_environment(),
+    }
 
 
 def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) -> PretrainingData:
