@@ -108,7 +108,7 @@ class HfGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        names = [*type(self).__dataclass_fields__, *self.attribute_map]
+        names = [*type(self).__dataclass_fields__, *self.attribute_map, "num_labels"]
         for key in kwargs.keys() - set(names):
             # Anything else is kept as transformers does; a near miss would silently leave the default in place.
             if nearest := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
@@ -131,6 +131,10 @@ class HfGPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
+        from transformers.activations import ACT2FN  # here: it imports torch
+
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is '{self.hidden_act}', which transformers.activations.ACT2FN does not have")
         for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a dropout probability is in [0, 1)")

@@ -252,8 +252,7 @@ class HfGPTModel(HfGPTPreTrainedModel):
 
         position_ids, documents = self._place_tokens(inputs_embeds, attention_mask, position_ids, past_key_values)
         same_document = None
-        if documents is not None:
-            use_cache = False  # one cache cannot be continued by several documents
+        if documents is not None:  # and no cache is made: several documents could not continue it
 
             def same_document(batch, head, query, key):
                 return documents[batch, query] == documents[batch, key]
