@@ -3,7 +3,8 @@
     python benchmarks/trainer_step.py
 
 Both train the same model with the same optimizer, schedule and clipping on the same blocks, in turn, several times
-over; what is printed is the median of the ratios, since machines drift. A step lasts from one end of a step to the next.
+over; what is printed is the median of the ratios, since machines drift. A step lasts from the end of one to the end of
+the next.
 """
 
 import itertools
