@@ -50,7 +50,9 @@ def train(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; '' starts a new document.")],
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many; end of text stops earlier.")] = 100,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="At most so many; by default 100, or as many as the context leaves.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 more varied.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,

@@ -289,7 +289,7 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, 
     found = re.match(r"'?(.*?)'? is not a valid \w+, please select one of (.*)", text)
     key = found and next((key for key, value in vars(arguments).items() if value == found[1]), None)
     if not key:
-        return "", None, f"training: {text}"
+        return "", None, text if isinstance(error, InputError) else f"training: {text}"
     choices = re.findall("'(.*?)'", found[2])
     remedy = _nearest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
     return key, found[1], f"training.{key} is '{found[1]}'{remedy}"

@@ -322,7 +322,7 @@ def edit_weights(change):
         ),
         (edit_config(num_attention_heads=5), "hidden_size 32 is not a multiple of num_attention_heads 5"),
         (edit_config(num_attention_heads="two"), "'num_attention_heads' expected int, got str"),
-        (edit_config(hidden_act="gleu"), "there is no 'gleu'"),
+        (edit_config(hidden_act="gleu"), "hidden_act is 'gleu'"),
         (edit_config(model_type="no-such-model", auto_map={}), "no-such-model"),
         (edit("config.json", lambda data: data[:20]), "is not a valid JSON file"),
         (edit("config.json", lambda data: b"\xff\xfe"), "is not a valid JSON file"),

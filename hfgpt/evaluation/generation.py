@@ -13,7 +13,7 @@ class SamplingArguments:
     """How to choose each next token.
 
     Args:
-        max_new_tokens: At most so many; end of text stops earlier.
+        max_new_tokens: At most so many; end of text stops earlier. None: 100, or as many as the context leaves.
         temperature: Divides the logits; below 1 sharper, above 1 more varied.
         top_k: Sample among the k likeliest tokens only; 0: all.
         top_p: Sample among the likeliest tokens that together have this probability; 1: all.
@@ -22,7 +22,7 @@ class SamplingArguments:
         seed: Of the sampling; the same seed gives the same text on the same machine.
     """
 
-    max_new_tokens: int = 100
+    max_new_tokens: int | None = None
     temperature: float = 0.8
     top_k: int = 50
     top_p: float = 1.0
@@ -32,7 +32,7 @@ class SamplingArguments:
 
     def __post_init__(self):
         for name, smallest in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0)):
-            if getattr(self, name) < smallest:
+            if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}; it must be above 0 (or take the likeliest: greedy)")
@@ -91,7 +91,8 @@ def generate_texts(
     Raises:
         InputError: As `encode_prompt`.
     """
-    ids = encode_prompt(tokenizer, prompt, arguments.max_new_tokens, model.config.max_position_embeddings)
+    context = model.config.max_position_embeddings
+    ids = encode_prompt(tokenizer, prompt, arguments.max_new_tokens or 1, context)
     sampling = {"do_sample": False}
     if not arguments.greedy:
         sampling = {
@@ -105,7 +106,7 @@ def generate_texts(
     generated = model.generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=arguments.max_new_tokens or min(100, context - len(ids)),
         num_return_sequences=arguments.num_samples,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         streamer=streamer,

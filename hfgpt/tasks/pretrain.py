@@ -139,6 +139,7 @@ def build_pretraining_model(recipe: Recipe, data: PretrainingData) -> PreTrained
     model = build_model(recipe.model, data.tokenizer)
     check_blocks(model, data)
     context = model.config.max_position_embeddings
+    sampling_arguments(recipe)
     for prompt in recipe.evaluation.prompts:
         encode_prompt(data.tokenizer, prompt, recipe.evaluation.max_new_tokens, context)
     data.tokenizer.model_max_length = context
@@ -249,7 +250,7 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
         tokenizer = load_tokenizer(str(tokenizer_folder), pad_token=recipe.tokenizer.pad_token)
     else:
         tokenizer = build_tokenizer(recipe.tokenizer, (row["text"] for row in documents["train"]))
-    block_size = recipe.data.block_size or context_length(recipe)
+    block_size = context_length(recipe) if recipe.data.block_size is None else recipe.data.block_size
     blocks = {}
     for split, texts in documents.items():
         stream: TokenStream = tokenize_documents(
@@ -349,7 +350,7 @@ def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArgumen
         append_eos=len(documents) > 1,
     )
     context = model.config.max_position_embeddings
-    block_size = data.block_size or context
+    block_size = context if data.block_size is None else data.block_size
     if block_size > context:
         raise InputError(f"data.block_size is {block_size}, but the context of the model is {context}: lower it")
     blocks = BlockDataset(
@@ -365,13 +366,18 @@ def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArgumen
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[str]:
     """One continuation of each of the recipe's prompts."""
-    arguments = SamplingArguments(
+    arguments = sampling_arguments(recipe)
+    return [generate_texts(model, tokenizer, prompt, arguments)[0] for prompt in recipe.evaluation.prompts]
+
+
+def sampling_arguments(recipe: Recipe) -> SamplingArguments:
+    """How the recipe's prompts are continued."""
+    return SamplingArguments(
         max_new_tokens=recipe.evaluation.max_new_tokens,
         temperature=recipe.evaluation.temperature,
         top_k=recipe.evaluation.top_k,
         seed=recipe.training.seed,
     )
-    return [generate_texts(model, tokenizer, prompt, arguments)[0] for prompt in recipe.evaluation.prompts]
 
 
 def _sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe, first_difference, render_recipe
-from hfgpt.training.trainer import find_last_checkpoint
+from hfgpt.training.trainer import explain_full_disk, find_last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
@@ -67,7 +67,7 @@ def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataRe
     existed = folder.is_dir()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with staged_files(folder) as staging:
+        with explain_full_disk(folder), staged_files(folder) as staging:
             write_text(staging / RECIPE_FILE, render_recipe(recipe))
             tokenizer.save_pretrained(staging)
             report.save(staging / "data_report.json")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.errors import InputError
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import describe_device
 from hfgpt.training.optimizers import hidden_matrix_names
@@ -134,8 +135,13 @@ def probe_tokens_per_second(
     arguments.eval_strategy = IntervalStrategy.NO  # Trainer refuses to evaluate without data, even if never asked
     with _unchanged_random_state(), tempfile.TemporaryDirectory() as folder:
         arguments.output_dir = folder  # Trainer makes it
-        trainer = HfGPTTrainer(model=copy.deepcopy(model), args=arguments)
-        model, optimizer = trainer.model.train(), trainer.create_optimizer()
+        try:
+            trainer = HfGPTTrainer(model=copy.deepcopy(model), args=arguments)
+            model, optimizer = trainer.model.train(), trainer.create_optimizer()
+            trainer.create_scheduler(num_training_steps=1)
+        # Whatever Trainer cannot be built from, before anything is written.
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:
+            raise InputError(f"training: {' '.join(str(error).split())}") from error
         rows, full = 1, arguments.per_device_train_batch_size
         backward_seconds = optimizer_seconds = float("inf")
         start = time.perf_counter()

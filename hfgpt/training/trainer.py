@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
@@ -50,6 +49,12 @@ class HfGPTTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"training.seed is {self.seed}; it must be at least 0 and below {2**32}")
         device = torch.device("cpu") if self.use_cpu else find_device()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_native_bf16(device)
@@ -182,8 +187,9 @@ def explain_full_disk(folder: str | Path):
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+    # tokenizers raises a bare Exception; whatever does not speak of a full disk goes on.
+    except Exception as error:
+        full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
         if not any(sign in str(error) for sign in full):
             raise
         raise InputError(
