@@ -187,6 +187,8 @@ def explain_full_disk(folder: str | Path):
     """
     try:
         yield
+    except OSError:
+        raise  # names the file itself
     # tokenizers raises a bare Exception; whatever does not speak of a full disk goes on.
     except Exception as error:
         full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
