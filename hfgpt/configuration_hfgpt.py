@@ -52,7 +52,7 @@ class HfGPTConfig(PreTrainedConfig):
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: A wrong type or an impossible architecture; names the field.
-        ValueError: A keyword that is nearly, but not quite, the name of a field.
+        ValueError: A keyword that is nearly, but not quite, the name of a field, or one field given by two names.
 
     Example:
 
@@ -113,10 +113,13 @@ class HfGPTConfig(PreTrainedConfig):
             # Anything else is kept as transformers does; a near miss would silently leave the default in place.
             if nearest := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
                 raise ValueError(f"HfGPTConfig has no '{key}'; did you mean '{nearest[0]}'?")
-        # By transformers GPT-2's names (`n_embd`) would be set without the checks of a field's type.
+        # By transformers GPT-2's names (`n_embd`) would be set without a field's checks, the last one winning.
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
-                setattr(self, name, kwargs.pop(alias))
+                value, present = kwargs.pop(alias), getattr(self, name)
+                if present not in (value, type(self).__dataclass_fields__[name].default):
+                    raise ValueError(f"{alias} is {value!r}, but {name}, which is the same, is {present!r}; give one")
+                setattr(self, name, value)
         super().__post_init__(**kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size

@@ -161,7 +161,7 @@ def load_model(path: str, revision: str | None = None, **kwargs) -> PreTrainedMo
         The model in float32, in evaluation mode.
 
     Raises:
-        InputError: There is no model there, its weights are damaged, or some are missing or left over.
+        InputError: There is no model there, its weights are damaged or not finite, or some are missing or left over.
     """
     check_model_path(path)
     kwargs |= {"revision": revision or "main", "trust_remote_code": False, "dtype": torch.float32}
@@ -176,6 +176,9 @@ def load_model(path: str, revision: str | None = None, **kwargs) -> PreTrainedMo
                 f"the weights in '{path}' do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, first "
                 f"{keys[0]}; take both from the same model"
             )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise InputError(f"the weights in '{path}' are damaged: {name} holds NaN or infinity; take another copy")
     return model.eval()
 
 

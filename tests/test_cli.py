@@ -213,6 +213,14 @@ def test_evaluate(here):
     assert rows["eval_loss"] == f"{metrics['eval_loss']:.4f}"
 
 
+def test_text_that_the_tokenizer_cannot_express_is_counted_not_measured_in_bytes(here, tmp_path):
+    (tmp_path / "other.txt").write_text((here / "stories.txt").read_text()[:300] + "@@ @")
+    result = hfgpt("evaluate", "runs/tiny", "--data.path", tmp_path / "other.txt", "--json")
+    metrics = json.loads(result.out)
+    assert (metrics["eval_tokens"], metrics["eval_unknown_tokens"]) == (303, 3)
+    assert not metrics.keys() & {"eval_bytes", "eval_bits_per_byte"}
+
+
 def test_inspect(here):
     result = hfgpt("inspect", "tiny.yaml", "--rows", 2, "--data.block_size", 8, COLUMNS="200")
     assert (result.status, result.err) == (0, "")
@@ -342,6 +350,11 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         (f"{TRAIN} --model.hidden_act gleu", "model.hidden_act is 'gleu', which transformers lacks: try 'gelu'"),
         (f"{TRAIN} --model.attn_implementation flash", "model.attn_implementation is 'flash': "),
         (f"{TRAIN} --model.path runs/tiny", "model.path brings its own architecture: leave out model.hidden_size"),
+        (
+            f"{TRAIN} --training.max_steps -1 --training.num_train_epochs 0",
+            "num_train_epochs is 0.0; it must be above 0",
+        ),
+        (f"{TRAIN} --evaluation.stride 0", "evaluation.stride is 0, the least is 1"),
         (f"{TRAIN} --data.block_size 33", "data.block_size is 33, but the context of the model is 32: lower it"),
         (f"{TRAIN} --data.path storys.txt", "'storys.txt' does not exist (nearest: stories.txt): check the path"),
         (f"{TRAIN} --data.path empty.txt", "data.path 'empty.txt' is empty: add text to it"),

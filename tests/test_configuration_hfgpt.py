@@ -198,14 +198,23 @@ def test_misspelt_keyword_is_refused_with_the_nearest_name(misspelt, nearest):
         HfGPTConfig(**{misspelt: 1})
 
 
+@pytest.mark.parametrize("pair", [{"n_positions": 64, "n_ctx": 128}, {"hidden_size": 64, "n_embd": 128}])
+def test_one_field_by_two_names_with_two_values_is_refused(pair):
+    with pytest.raises(ValueError, match="which is the same, is 64; give one"):
+        HfGPTConfig(**pair)
+    same = HfGPTConfig(**dict.fromkeys(pair, 192))
+    assert getattr(same, next(iter(pair))) == 192
+
+
 # Names
 
 
 @pytest.mark.parametrize("gpt2_name", GPT2_NAMES)
 def test_gpt2_names_read_and_write_the_standard_fields(gpt2_name):
     name, value = GPT2_NAMES[gpt2_name]
-    # 48 wide, so that 6 heads divide it.
-    config = HfGPTConfig(**{"hidden_size": 48, "num_attention_heads": 4, gpt2_name: value})
+    sizes = {"hidden_size": 48, "num_attention_heads": 4}  # 48 wide, so that 6 heads divide it
+    sizes.pop(name, None)
+    config = HfGPTConfig(**sizes, **{gpt2_name: value})
     assert getattr(config, name) == getattr(config, gpt2_name) == value
     config = HfGPTConfig()
     setattr(config, gpt2_name, value)

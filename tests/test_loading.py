@@ -314,6 +314,10 @@ def edit_weights(change):
             edit_weights(lambda weights: weights.update(more=torch.zeros(1))),
             "do not fit its config.json: 1 unexpected keys, first more; take both from the same model",
         ),
+        (
+            edit_weights(lambda weights: weights["model.norm.bias"].fill_(float("nan"))),
+            "are damaged: model.norm.bias holds NaN or infinity; take another copy",
+        ),
         (edit_config(num_hidden_layers=3), "16 missing keys, first model.layers.2.input_layernorm.bias"),
         (edit_config(num_hidden_layers=1), "16 unexpected keys, first model.layers.1.input_layernorm.bias"),
         (
@@ -334,7 +338,7 @@ def test_a_damaged_model_is_refused(damage, fact, copy):
     message = refusal(load_model, str(copy))
     assert f"'{copy}'" in message
     assert fact in message
-    assert message.endswith(("save or copy it again", "take both from the same model"))
+    assert message.endswith(("save or copy it again", "take both from the same model", "take another copy"))
 
 
 @pytest.mark.parametrize(

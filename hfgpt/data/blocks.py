@@ -47,13 +47,14 @@ class BlockDataset(torch.utils.data.Dataset):
         name: str = "data",
     ):
         stride = block_size if stride is None else stride
-        for key, value in (("block_size", block_size), ("stride", stride)):
+        stride_key = "evaluation.stride" if keep_tail else "data.stride"
+        for key, value in (("data.block_size", block_size), (stride_key, stride)):
             if value < 1:
-                raise InputError(f"data.{key} is {value}, the least is 1: unset it to use the model's context length")
+                raise InputError(f"{key} is {value}, the least is 1: unset it to use the model's context length")
         if keep_tail and stride > block_size:
             raise InputError(
                 f"a stride of {stride} tokens leaves tokens out between blocks of {block_size}, so not every token is "
-                f"predicted: lower data.stride to at most {block_size}"
+                f"predicted: lower {stride_key} to at most {block_size}"
             )
         needed = 2 if keep_tail else block_size + 1
         if len(stream) < needed:
@@ -112,16 +113,19 @@ class BlockDataset(torch.utils.data.Dataset):
         return total - int(np.maximum(last - first + 1, 0).sum())
 
 
-def count_blocks(blocks: BlockDataset, report: DataReport, split: str) -> None:
+def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataReport, split: str) -> None:
     """Writes the sizes of a split's stream and blocks into the report.
 
     Args:
         blocks: The blocks an epoch goes through.
+        unknown_id: The tokenizer's id for what it cannot express; None if there is nothing such.
         report: Filled in place.
         split: The split's name, such as `train`.
     """
     sizes = report.split(split)
     sizes.tokens = len(blocks.stream)
+    if unknown_id is not None:
+        sizes.unknown_tokens = int(np.count_nonzero(blocks.stream.tokens == unknown_id))
     sizes.blocks = len(blocks)
     sizes.predicted_tokens = blocks.predicted_tokens
     sizes.tail_tokens = blocks.tail_tokens

@@ -21,6 +21,7 @@ class SplitReport:
         characters: Unicode characters of their text.
         bytes: Bytes of their text in UTF-8.
         tokens: Tokens of the whole stream.
+        unknown_tokens: Those among them that stand for text the tokenizer cannot express.
         blocks: Blocks an epoch goes through.
         predicted_tokens: Tokens an epoch predicts: the targets that are not ignored, overlaps counted each time.
         tail_tokens: Tokens at the end of the stream that no block predicts.
@@ -30,6 +31,7 @@ class SplitReport:
     characters: int = 0
     bytes: int = 0
     tokens: int = 0
+    unknown_tokens: int = 0
     blocks: int = 0
     predicted_tokens: int = 0
     tail_tokens: int = 0

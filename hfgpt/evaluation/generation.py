@@ -42,6 +42,14 @@ class SamplingArguments:
             raise InputError(f"greedy gives one text, not {self.num_samples}: leave out greedy or num_samples")
 
 
+def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that stands for text the tokenizer cannot express; None if it can express any.
+
+    A byte-level tokenizer can. GPT-2's names its end of text the unknown token, too, which it never needs.
+    """
+    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, context: int) -> list[int]:
     """The token ids to continue.
 
@@ -55,9 +63,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
         InputError: Prompt and continuation exceed the context, or the prompt holds characters the tokenizer lacks.
     """
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    unknown_id = tokenizer.unk_token_id
-    # GPT-2's unknown token is its end of text, which its byte-level vocabulary never needs.
-    if unknown_id is not None and unknown_id in ids and unknown_id != tokenizer.eos_token_id:
+    unknown_id = unknown_token_id(tokenizer)
+    if unknown_id in ids:
         unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
         raise InputError(f"the prompt {prompt!r} holds {unknown!r}, which the tokenizer does not know: leave it out")
     ids = ids or [tokenizer.eos_token_id]

@@ -40,14 +40,22 @@ def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate)
     )
 
 
+def describe_metrics(metrics: dict[str, Any]) -> str:
+    """What was measured on the validation split, in one line."""
+    unknown = metrics.get("eval_unknown_tokens")
+    measured = f"{unknown:,} of them unknown" if unknown else f"{metrics['eval_bits_per_byte']:.3f} bits a byte"
+    return (
+        f"loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f} over "
+        f"{metrics['eval_tokens']:,} tokens, {measured}"
+    )
+
+
 def render_summary(
     folder: Path, metrics: dict[str, Any], samples: list[str], seconds: float, estimate: Estimate
 ) -> str:
     """The lines printed at the end of a run."""
     lines = [
-        f"validation loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f}, "
-        f"{metrics['eval_bits_per_byte']:.3f} bits a byte over {metrics['eval_tokens']:,} tokens; "
-        f"{seconds:.0f} s of training (planned {estimate.seconds:.0f})",
+        f"validation {describe_metrics(metrics)}; {seconds:.0f} s of training (planned {estimate.seconds:.0f})",
         *(f"sample: {text}" for text in samples),
         f"saved to {folder}; go on with: hfgpt generate {folder} 'your prompt'",
     ]
@@ -76,8 +84,7 @@ model = AutoModelForCausalLM.from_pretrained("{Path(recipe.training.output_dir).
 tokenizer = AutoTokenizer.from_pretrained("{Path(recipe.training.output_dir).as_posix()}")
 ```
 
-On the whole validation split, {metrics["eval_tokens"]:,} tokens: loss {metrics["eval_loss"]:.4f} nats, perplexity
-{metrics["eval_perplexity"]:.2f}, {metrics["eval_bits_per_byte"]:.3f} bits a byte.
+On the whole validation split: {describe_metrics(metrics)}.
 
 {quoted}
 """.rstrip()

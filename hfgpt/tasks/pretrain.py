@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
@@ -25,7 +26,7 @@ from hfgpt.data.sources import DataArguments, cache_folder, load_all_documents, 
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
-from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts
+from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts, unknown_token_id
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import build_model, check_vocabulary, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
@@ -258,8 +259,7 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
             tokenizer,
             cache_dir=cache_folder(recipe.data.cache_dir),
             num_proc=recipe.data.num_proc,
-            # A part of one long document does not end it.
-            append_eos=report.split_by != "position",
+            append_eos=ends_documents(texts),
         )
         blocks[split] = BlockDataset(
             stream,
@@ -269,8 +269,13 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
             keep_tail=split == "validation",
             name=f"the {split} split of {recipe.data.path}",
         )
-        count_blocks(blocks[split], report, split)
+        count_blocks(blocks[split], unknown_token_id(tokenizer), report, split)
     return PretrainingData(blocks["train"], blocks["validation"], tokenizer, report)
+
+
+def ends_documents(texts: Dataset) -> bool:
+    """Whether an end-of-text token follows each text: a single one may be a part, cut by position, and not end."""
+    return len(texts) > 1
 
 
 def context_length(recipe: Recipe) -> int:
@@ -310,21 +315,23 @@ def measure(
         model: A causal language model.
         tokenizer: What made the blocks.
         blocks: The whole validation split, with its tail.
-        report: Holds the bytes of that split.
+        report: Holds the sizes of that split. Where it has unknown tokens they are counted, and there are no bits per
+            byte, since the bytes they stand for were not predicted.
         batch_size: Blocks at a time.
     """
     loader = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
     result: Perplexity = measure_perplexity(model, loader)
+    sizes = report.splits["validation"]
+    if sizes.unknown_tokens:
+        return result.to_dict() | {"eval_unknown_tokens": sizes.unknown_tokens}
     # The first token is context only, so its bytes are not counted.
     first = tokenizer.decode([int(blocks.stream.tokens[0])], skip_special_tokens=True)
-    result.bytes = report.splits["validation"].bytes - len(first.encode())
+    result.bytes = sizes.bytes - len(first.encode())
     return result.to_dict()
 
 
 def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArguments) -> dict[str, Any]:
     """Measures a saved language model on all text of a source.
-
-    Documents are ended as in training; a single one is taken for a part, as of a text cut by position, and is not.
 
     Args:
         path: A folder or Hub id.
@@ -347,7 +354,7 @@ def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArgumen
         tokenizer,
         cache_dir=cache_folder(data.cache_dir),
         num_proc=data.num_proc,
-        append_eos=len(documents) > 1,
+        append_eos=ends_documents(documents),
     )
     context = model.config.max_position_embeddings
     block_size = context if data.block_size is None else data.block_size
@@ -361,6 +368,7 @@ def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArgumen
         keep_tail=True,
         name=f"the text of {data.path}",
     )
+    count_blocks(blocks, unknown_token_id(tokenizer), report, "validation")
     return measure(model, tokenizer, blocks, report, batch_size=8)
 
 

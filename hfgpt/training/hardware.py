@@ -1,9 +1,11 @@
 """What this machine computes with: the device, bfloat16 in hardware or not, memory."""
 
 import platform
+import re
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -46,5 +48,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: by tensors on an accelerator, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    if sys.platform == "linux":  # where ru_maxrss can be that of the process which started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on other systems
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -360,7 +360,8 @@ def test_blocks_are_batched_by_transformers_and_travel_to_workers(tmp_path):
         (1, {"block_size": 64, "keep_tail": True}, "validation has 1 tokens, one block needs 2: add text"),
         (9, {"block_size": 0}, "data.block_size is 0, the least is 1"),
         (9, {"block_size": 3, "stride": 0}, "data.stride is 0, the least is 1"),
-        (9, {"block_size": 3, "stride": 4, "keep_tail": True}, "lower data.stride to at most 3"),
+        (9, {"block_size": 3, "stride": 0, "keep_tail": True}, "evaluation.stride is 0, the least is 1"),
+        (9, {"block_size": 3, "stride": 4, "keep_tail": True}, "lower evaluation.stride to at most 3"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(tokens, arguments, message):
@@ -370,12 +371,13 @@ def test_sizes_that_cannot_be_are_refused(tokens, arguments, message):
 
 def test_the_report_holds_the_sizes_of_the_blocks():
     report = DataReport()
-    count_blocks(BlockDataset(stream_of(4612), 256), report, "train")
+    count_blocks(BlockDataset(stream_of(4612), 256), 7, report, "train")
     assert json.loads(json.dumps(report.to_dict()))["splits"]["train"] == {
         "documents": 0,
         "characters": 0,
         "bytes": 0,
         "tokens": 4612,
+        "unknown_tokens": 1,
         "blocks": 18,
         "predicted_tokens": 4608,
         "tail_tokens": 3,

@@ -28,7 +28,7 @@ model:
   num_hidden_layers: 2
   num_attention_heads: 2
   max_position_embeddings: 32
-data: {{path: "synthetic:stories", max_documents: 8, validation_fraction: 0.25, num_proc: 1, cache_dir: {cache}}}
+data: {{path: "synthetic:stories", max_documents: 9, validation_fraction: 0.25, num_proc: 1, cache_dir: {cache}}}
 training:
   per_device_train_batch_size: 16
   per_device_eval_batch_size: 8
