@@ -1,8 +1,9 @@
 """hfgpt: a GPT written from scratch, a first-class citizen of the Hugging Face ecosystem.
 
 Importing this package makes transformers' Auto classes know hfgpt, whichever of the two is imported first, and imports
-neither torch nor transformers itself: the registration happens when the Auto classes are loaded. So `hfgpt --help`
-answers at once, and `import hfgpt` costs nothing beside the Auto classes.
+neither torch nor transformers itself: the names are written into transformers' tables when those are loaded, and the
+classes behind them imported when one is asked for. So `hfgpt --help` answers at once, and `import hfgpt` costs nothing
+beside the Auto classes.
 """
 
 import importlib
@@ -33,41 +34,37 @@ def __dir__():
     return sorted([*globals(), *_LAZY])
 
 
-def _register_configuration():
-    from transformers import AutoConfig
+def _name_configuration():
+    from transformers.models.auto import configuration_auto
 
-    from hfgpt.configuration_hfgpt import HfGPTConfig
+    # Where transformers looks for the classes of a model type, when one is asked for.
+    sys.modules["transformers.models.hfgpt"] = sys.modules[__name__]
+    configuration_auto.CONFIG_MAPPING_NAMES["hfgpt"] = "HfGPTConfig"
 
-    AutoConfig.register("hfgpt", HfGPTConfig)
 
-
-def _register_models():
+def _name_models():
     from transformers.models.auto import modeling_auto
 
-    from hfgpt import modeling_hfgpt
-
-    # From these tables of names, not from what is registered, transformers decides whether a class takes labels and
-    # whether label smoothing has to shift them (Trainer.compute_loss): without the names it is silently wrong.
-    for auto_class, names, model in (
-        ("AutoModel", "MODEL_MAPPING_NAMES", "HfGPTModel"),
-        ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "HfGPTForCausalLM"),
-        (
-            "AutoModelForSequenceClassification",
-            "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-            "HfGPTForSequenceClassification",
-        ),
+    # The public register() wants the classes themselves, and importing those takes seconds that somebody who loads
+    # another model need not wait. From these names transformers also decides whether a class takes labels and whether
+    # label smoothing has to shift them (Trainer.compute_loss): without them it is silently wrong.
+    for names, model in (
+        ("MODEL_MAPPING", "HfGPTModel"),
+        ("MODEL_FOR_CAUSAL_LM_MAPPING", "HfGPTForCausalLM"),
+        ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "HfGPTForSequenceClassification"),
     ):
-        getattr(modeling_auto, auto_class).register(modeling_hfgpt.HfGPTConfig, getattr(modeling_hfgpt, model))
-        getattr(modeling_auto, names)["hfgpt"] = model
+        getattr(modeling_auto, f"{names}_NAMES")["hfgpt"] = model
+        getattr(modeling_auto, names)._reverse_config_mapping["HfGPTConfig"] = "hfgpt"
 
 
-# The Auto classes bring in ours, and ours register themselves once they are whole: importing the model file imports
-# the Auto classes half-way, when there is nothing to register yet.
+def _read_gpt2():
+    importlib.import_module("hfgpt.conversion.gpt2").register_loading()
+
+
 _AFTER_IMPORT = {
-    "transformers.models.auto.configuration_auto": lambda: importlib.import_module("hfgpt.configuration_hfgpt"),
-    "transformers.models.auto.modeling_auto": lambda: importlib.import_module("hfgpt.modeling_hfgpt"),
-    "hfgpt.configuration_hfgpt": _register_configuration,
-    "hfgpt.modeling_hfgpt": _register_models,
+    "transformers.models.auto.configuration_auto": _name_configuration,
+    "transformers.models.auto.modeling_auto": _name_models,
+    "hfgpt.modeling_hfgpt": _read_gpt2,
 }
 
 

@@ -97,6 +97,54 @@ def evaluate(
             print(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
 
 
+@app.command(name="import")
+def import_weights(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A GPT-2 (Hub id, folder), or a file of nanoGPT's or the book's model."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    checkpoint_format: Annotated[
+        str, typer.Option("--format", help="auto, gpt2, nanogpt or book; auto finds it from the keys.")
+    ] = "auto",
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads, where the file does not say.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A Hub id, a folder, or nanoGPT's meta.pkl; by default what lies beside it.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Rows of the embedding to keep; by default those that have a token.")
+    ] = None,
+    lora_scale: Annotated[
+        float | None, typer.Option(help="Of the book's LoRA layers: alpha, or alpha / rank in its later code.")
+    ] = None,
+    hidden_act: Annotated[str | None, typer.Option(help="The activation, if not the format's usual one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+):
+    """Make a checkpoint of GPT-2, nanoGPT or the book a model that every Auto class loads, and prove it the same."""
+    from hfgpt.conversion.sources import ImportArguments
+    from hfgpt.tasks.convert import import_checkpoint
+
+    arguments = ImportArguments(checkpoint_format, num_heads, tokenizer, vocab_size, lora_scale, hidden_act, revision)
+    import_checkpoint(source, out, arguments)
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    export_format: Annotated[str, typer.Option("--format", help="gpt2.")] = "gpt2",
+    merge_adapter: Annotated[
+        bool, typer.Option("--merge-adapter", help="MODEL is an adapter: merge it into its base model.")
+    ] = False,
+):
+    """Write a model as a native GPT-2, which needs no code of ours, and prove it the same."""
+    from hfgpt.tasks.convert import export_model
+
+    if export_format != "gpt2":
+        raise InputError(f"--format is '{export_format}'; it must be gpt2")
+    export_model(model, out, merge_adapter)
+
+
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)
 def inspect_data(
     context: typer.Context,

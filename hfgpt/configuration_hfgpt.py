@@ -20,6 +20,14 @@ PRESETS = {
     "gpt2-xl": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
 }
 
+# Options of GPT-2's configuration that this model has in one way only, and that way.
+GPT2_OPTIONS = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
+
 # Written into every saved config.json, so that each Auto class finds its model where hfgpt is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_hfgpt.HfGPTConfig",
@@ -52,7 +60,8 @@ class HfGPTConfig(PreTrainedConfig):
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: A wrong type or an impossible architecture; names the field.
-        ValueError: A keyword that is nearly, but not quite, the name of a field, or one field given by two names.
+        ValueError: A keyword that is nearly, but not quite, the name of a field, one field given by two names, or an
+            option of GPT-2 that this model has not.
 
     Example:
 
@@ -108,6 +117,12 @@ class HfGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
+        # A GPT-2 checkpoint's config.json: its name for itself is not ours, and its options may not be.
+        kwargs.pop("model_type", None)
+        for name, value in GPT2_OPTIONS.items():
+            if (given := kwargs.pop(name, value)) != value:
+                raise ValueError(f"{name} is {given}, and this model has only {value}: load it as the GPT-2 it is")
+        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("summary_")}
         names = [*type(self).__dataclass_fields__, *self.attribute_map, "num_labels"]
         for key in kwargs.keys() - set(names):
             # Anything else is kept as transformers does; a near miss would silently leave the default in place.

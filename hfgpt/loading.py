@@ -10,13 +10,27 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
 from hfgpt.errors import InputError
-from hfgpt.modeling_hfgpt import HfGPTForCausalLM
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+
+# Our classes for a GPT-2 checkpoint, which the Auto classes would load as transformers' own.
+OF_GPT2 = {
+    AutoModelForCausalLM: HfGPTForCausalLM,
+    AutoModelForSequenceClassification: HfGPTForSequenceClassification,
+}
 
 
 @dataclass
@@ -149,25 +163,29 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def load_model(path: str, revision: str | None = None, **kwargs) -> PreTrainedModel:
-    """Loads a causal language model, whole or not at all.
+def load_model(path: str, revision: str | None = None, auto_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
+    """Loads a model, whole or not at all. A GPT-2 checkpoint becomes a model of ours.
 
     Args:
         path: A folder that `save_pretrained` wrote, or a Hub id.
         revision: Branch, tag or commit on the Hub.
+        auto_class: `AutoModelForCausalLM`, or `AutoModelForSequenceClassification` for a classifier.
         kwargs: Passed on to `from_pretrained`.
 
     Returns:
-        The model in float32, in evaluation mode.
+        The model in float32, unless `dtype` is given, in evaluation mode.
 
     Raises:
         InputError: There is no model there, its weights are damaged or not finite, or some are missing or left over.
     """
-    check_model_path(path)
-    kwargs |= {"revision": revision or "main", "trust_remote_code": False, "dtype": torch.float32}
-    with _explained("a language model", path), quiet_bars(Path(path).is_dir()):
+    config = load_model_config(path, revision)
+    model_class = OF_GPT2[auto_class] if config.model_type == "gpt2" else auto_class
+    kwargs = {"dtype": torch.float32, **kwargs, "revision": revision or "main"}
+    if model_class is auto_class:
+        kwargs["trust_remote_code"] = False
+    with explained("a model", path), quiet_bars(Path(path).is_dir()):
         # Weights of another shape are left out here, and told below.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -201,18 +219,23 @@ def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTo
         InputError: There is none.
     """
     check_model_path(path)
-    with _explained("a tokenizer", path):
+    with explained("a tokenizer", path):
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 
 
-def load_model_config(path: str, revision: str | None = None) -> HfGPTConfig:
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a saved configuration is that of a sequence classifier."""
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """Loads the configuration of a model, without its weights.
 
     Raises:
         InputError: There is none.
     """
     check_model_path(path)
-    with _explained("a configuration", path):
+    with explained("a configuration", path):
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 
 
@@ -233,7 +256,7 @@ def check_model_path(path: str):
 
 
 @contextmanager
-def _explained(what: str, path: str):
+def explained(what: str, path: str):
     """Turns what `from_pretrained` raises into one line."""
     try:
         yield

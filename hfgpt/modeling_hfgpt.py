@@ -160,6 +160,7 @@ class HfGPTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.(masked_)?bias$"]  # GPT-2's causal masks
     _can_record_outputs = {"hidden_states": HfGPTBlock, "attentions": HfGPTAttention}
 
     @torch.no_grad()
@@ -171,6 +172,15 @@ class HfGPTPreTrainedModel(PreTrainedModel):
         if getattr(module, "ends_residual_branch", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Loads as transformers does, but refuses (ValueError) what it would leave random or out; heads may differ."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind, heads in (("missing", {"score.weight"}), ("unexpected", {"lm_head.weight", "score.weight"})):
+            if not output_loading_info and (keys := sorted(set(info[f"{kind}_keys"]) - heads)):
+                raise ValueError(f"'{model.name_or_path}': {len(keys)} {kind} weights, like {keys[0]}; take another")
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """Saves as transformers does, always with our names of weights, and with the code beside them.
@@ -371,13 +381,7 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         # transformers generates on and lets the position embedding fail at the first token past the context.
@@ -438,11 +442,7 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )
 
 

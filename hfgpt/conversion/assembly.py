@@ -1,0 +1,161 @@
+"""Weights under our names -> a whole model: its architecture from their shapes, and what had to be filled or cut."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
+from hfgpt.conversion.book import fold_head_bias
+from hfgpt.conversion.gpt2 import QKV
+from hfgpt.errors import InputError
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+
+
+@dataclass
+class Parts:
+    """What a model is assembled from.
+
+    Args:
+        weights: Our names -> tensors, which may still be views of a file.
+        num_heads: Attention heads; None if the file does not say.
+        hidden_act: The activation of the source's MLP.
+        dropout: Of the source; None leaves the default.
+        tokens: Ids that mean something; rows of the embedding past them are cut. None keeps all.
+        special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+        notes: What was done, for the report.
+    """
+
+    weights: dict[str, torch.Tensor]
+    num_heads: int | None
+    hidden_act: str
+    dropout: float | None = None
+    tokens: int | None = None
+    special: dict[str, int | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def complete_weights(parts: Parts) -> HfGPTConfig:
+    """Finds the architecture, and turns the weights into exactly those it has.
+
+    Args:
+        parts: Its `weights` and `notes` are changed in place.
+
+    Raises:
+        InputError: A weight is missing, or shapes do not belong together; names them.
+    """
+    weights = parts.weights
+    for name in ("model.embed_tokens.weight", "model.embed_positions.weight", "model.layers.0.mlp.up_proj.weight"):
+        if name not in weights or weights[name].ndim != 2:
+            raise InputError(f"the checkpoint has no matrix for {name}: it is not the whole of a GPT")
+    labels = _take_classifier(parts)
+    _cut_vocabulary(parts)
+    embedding, head = weights["model.embed_tokens.weight"], weights.get("lm_head.weight")
+    tied = labels is not None or head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
+    if tied and weights.pop("lm_head.weight", None) is not None:
+        parts.notes.append("tied: the output head is equal to the token embedding")
+    numbers = [int(match[1]) for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    arguments = {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": embedding.shape[1],
+        "num_hidden_layers": max(numbers) + 1,
+        "num_attention_heads": _check_heads(parts.num_heads, embedding.shape[1]),
+        "intermediate_size": weights["model.layers.0.mlp.up_proj.weight"].shape[0],
+        "max_position_embeddings": weights["model.embed_positions.weight"].shape[0],
+        "hidden_act": parts.hidden_act,
+        "tie_word_embeddings": tied,
+        "qkv_bias": f"{QKV[0]}.bias".replace("*", "0") in weights,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        **parts.special,
+    }
+    if parts.dropout is not None:
+        arguments |= dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), parts.dropout)
+    if labels is not None:
+        arguments["num_labels"] = labels
+    config = HfGPTConfig(**arguments)
+    config.architectures = ["HfGPTForCausalLM" if labels is None else "HfGPTForSequenceClassification"]
+    _fit(parts, build_on_meta(config))
+    return config
+
+
+def build_on_meta(config: HfGPTConfig) -> PreTrainedModel:
+    """The model that a configuration names, without memory for its weights."""
+    is_classifier = config.architectures == ["HfGPTForSequenceClassification"]
+    with torch.device("meta"):
+        return (HfGPTForSequenceClassification if is_classifier else HfGPTForCausalLM)(config)
+
+
+def load_whole(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+    """Puts weights into a model on the meta device; none may be missing or left over, a tied head aside.
+
+    The tensors become the model's, without a copy.
+    """
+    tied = model._tied_weights_keys if model.config.tie_word_embeddings else None
+    weights = {**weights, **{name: weights[source] for name, source in (tied or {}).items()}}
+    model.load_state_dict(weights, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _check_heads(num_heads: int | None, width: int) -> int:
+    known = next((size["num_attention_heads"] for size in PRESETS.values() if size["hidden_size"] == width), None)
+    hint = f" (GPT-2 has {known} at this width)" if known else ""
+    if num_heads is None:
+        raise InputError(f"the file does not say how many heads share its width of {width}: pass --num-heads{hint}")
+    if num_heads < 1 or width % num_heads:
+        raise InputError(f"{num_heads} heads cannot share a width of {width}: pass --num-heads that divide it{hint}")
+    return num_heads
+
+
+def _take_classifier(parts: Parts) -> int | None:
+    """Makes an output head with other rows than the vocabulary the classifier that it is; returns its labels."""
+    weights = parts.weights
+    bias = weights.pop("lm_head.bias", None)
+    head = weights.get("lm_head.weight")
+    # A language model's head has a row for each token; a classifier of the book's takes its place, and its name.
+    if "score.weight" not in weights and head is not None and len(head) != len(weights["model.embed_tokens.weight"]):
+        weights["score.weight"] = weights.pop("lm_head.weight")
+    score = weights.get("score.weight")
+    if bias is not None and score is None:
+        raise InputError("the output head over the vocabulary has a bias, which this model's has not")
+    if score is None:
+        return None
+    weights.pop("lm_head.weight", None)
+    if bias is not None:
+        weights["model.norm.bias"] = fold_head_bias(weights["model.norm.bias"], score, bias)
+        parts.notes.append("folded: the classifier's bias into that of the final norm, which gives the same logits")
+    return score.shape[0]
+
+
+def _cut_vocabulary(parts: Parts):
+    rows = len(parts.weights["model.embed_tokens.weight"])
+    if parts.tokens is None or parts.tokens == rows:
+        return
+    if parts.tokens > rows:
+        raise InputError(f"{parts.tokens} tokens are wanted, but the checkpoint embeds {rows}: name its own tokenizer")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in parts.weights:
+            parts.weights[name] = parts.weights[name][: parts.tokens]
+    parts.notes.append(f"cut: rows {parts.tokens} to {rows - 1} of the token embedding, which no token has")
+
+
+def _fit(parts: Parts, model: PreTrainedModel):
+    """Fills missing biases with zeros; refuses what is missing otherwise, left over, or of another shape."""
+    weights, wanted = parts.weights, dict(model.named_parameters())
+    dtype = weights["model.embed_tokens.weight"].dtype
+    filled = [name for name in wanted if name not in weights and name.endswith(".bias")]
+    for name in filled:
+        weights[name] = torch.zeros(wanted[name].shape, dtype=dtype)
+    if filled:
+        parts.notes.append(f"filled with zeros: {len(filled)} biases that the checkpoint has not, such as {filled[0]}")
+    for kind, names in (("has no", wanted.keys() - weights.keys()), ("has a strange", weights.keys() - wanted.keys())):
+        if names:
+            raise InputError(f"the checkpoint {kind} {sorted(names)[0]} ({len(names)} such): save the whole model")
+    for name, parameter in wanted.items():
+        if weights[name].shape != parameter.shape:
+            shapes = f"{tuple(weights[name].shape)}, and the others need {tuple(parameter.shape)}"
+            raise InputError(f"the shapes of the checkpoint do not belong together: {name} has {shapes}")
+        if not weights[name].is_floating_point():
+            raise InputError(f"{name} is stored as {weights[name].dtype}: save the model in float32")

@@ -1,0 +1,88 @@
+"""The layout of the book's model: its own LayerNorm, query, key and value apart, an output head of its own.
+
+Source: Raschka, *Build a Large Language Model (From Scratch)*, chapters 3 to 6 and appendix E.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from hfgpt.conversion.layouts import Layout
+from hfgpt.errors import InputError
+
+LAYOUT = Layout(
+    "book",
+    {
+        "tok_emb": ("model.embed_tokens",),
+        "pos_emb": ("model.embed_positions",),
+        "trf_blocks.*.norm1": ("model.layers.*.input_layernorm",),
+        "trf_blocks.*.att.W_query": ("model.layers.*.self_attn.q_proj",),
+        "trf_blocks.*.att.W_key": ("model.layers.*.self_attn.k_proj",),
+        "trf_blocks.*.att.W_value": ("model.layers.*.self_attn.v_proj",),
+        "trf_blocks.*.att.out_proj": ("model.layers.*.self_attn.o_proj",),
+        "trf_blocks.*.norm2": ("model.layers.*.post_attention_layernorm",),
+        "trf_blocks.*.ff.layers.0": ("model.layers.*.mlp.up_proj",),
+        "trf_blocks.*.ff.layers.2": ("model.layers.*.mlp.down_proj",),
+        "final_norm": ("model.norm",),
+        "out_head": ("lm_head",),
+    },
+    parameters={"weight": "weight", "bias": "bias", "scale": "weight", "shift": "bias"},
+    ignored=r"\.att\.(mask|cache_k|cache_v)$",
+)
+HIDDEN_ACT = "gelu_pytorch_tanh"
+
+
+def merge_lora(weights: Mapping[str, torch.Tensor], scale: float | None) -> tuple[dict[str, torch.Tensor], int]:
+    """Adds the low-rank updates of appendix E to the matrices they belong to.
+
+    Args:
+        weights: A state dict, in which a layer with an update has `.linear.weight`, `.lora.A` (in, r) and
+            `.lora.B` (r, out).
+        scale: What its code multiplies the update by: `alpha` in the printed book, `alpha / rank` in later versions.
+
+    Returns:
+        The weights of an ordinary model, and how many matrices were merged.
+
+    Raises:
+        InputError: There are updates and no scale, or a part of one is missing or of another shape.
+    """
+    names = sorted({key.rsplit(".lora.", 1)[0] for key in weights if ".lora." in key})
+    if not names:
+        return dict(weights), 0
+    if scale is None:
+        rank = weights.get(f"{names[0]}.lora.A", torch.empty(0, 0)).shape[-1]
+        raise InputError(
+            f"the file has {len(names)} LoRA layers of rank {rank} and does not say their scale: pass --lora-scale, "
+            "alpha by the printed book's code, alpha / rank by later versions of it"
+        )
+    merged = {key.replace(".linear.", "."): tensor for key, tensor in weights.items() if ".lora." not in key}
+    for name in names:
+        parts = [weights.get(f"{name}.{part}") for part in ("linear.weight", "lora.A", "lora.B")]
+        if any(part is None or part.ndim != 2 for part in parts):
+            raise InputError(f"the LoRA layer {name} is not whole: it needs linear.weight, lora.A and lora.B")
+        matrix, down, up = parts
+        if (up.shape[1], down.shape[0]) != tuple(matrix.shape) or down.shape[1] != up.shape[0]:
+            raise InputError(f"the LoRA layer {name} has shapes {[tuple(part.shape) for part in parts]}")
+        # In double precision: the sum is then rounded once.
+        merged[f"{name}.weight"] = (matrix.double() + scale * (down.double() @ up.double()).T).to(matrix.dtype)
+    return merged, len(names)
+
+
+def fold_head_bias(norm_bias: torch.Tensor, head: torch.Tensor, head_bias: torch.Tensor) -> torch.Tensor:
+    """The bias of the final norm that makes a head without a bias compute what this one does.
+
+    The classifier of chapter 6 has a bias, ours, as GPT-2's, has none: head @ (norm_bias + d) is head @ norm_bias +
+    head_bias for the shortest such d.
+
+    Args:
+        norm_bias: (C).
+        head: (labels, C).
+        head_bias: (labels).
+
+    Raises:
+        InputError: The rows of the head depend on each other, so that there is no such bias.
+    """
+    shift = torch.linalg.lstsq(head.double(), head_bias.double()[:, None], driver="gelsd").solution[:, 0]
+    if not torch.allclose(head.double() @ shift, head_bias.double(), rtol=0, atol=1e-9 * (1 + head_bias.abs().max())):
+        raise InputError("the classifier has a bias that no final norm can take over: its rows are not independent")
+    return (norm_bias.double() + shift).to(norm_bias.dtype)

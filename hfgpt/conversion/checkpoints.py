@@ -1,0 +1,81 @@
+"""Reading checkpoint files that others wrote: only tensors and plain values, never code."""
+
+import pickle
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from hfgpt.errors import InputError
+
+SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+# Where a state dict is inside what was saved: nanoGPT's, the book's, and other trainers' names.
+WRAPPED_AS = ("model", "model_state_dict", "state_dict")
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds.
+
+    Args:
+        weights: Name -> tensor, mapped from the file where its format allows, so not yet in memory.
+        model_args: The arguments of nanoGPT's model; empty elsewhere.
+        settings: The settings of nanoGPT's training; empty elsewhere.
+    """
+
+    weights: dict[str, torch.Tensor]
+    model_args: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads a `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors` file.
+
+    Raises:
+        InputError: The file is damaged, wants to run code, or holds something other than a state dict of finite,
+            dense, floating-point weights.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"'{path}' has the suffix '{path.suffix}': taken are {', '.join(SUFFIXES)}")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"(?:GLOBAL |Unsupported (?:class|global|operand)[: ]+)([\w.]+)", str(error))
+        what = f"wants to run {wanted[1]}" if wanted else "is not a plain state dict"
+        raise InputError(f"'{path}' {what}, so it is not read: save model.state_dict() alone") from error
+    # A damaged file raises whatever its bytes happen to spell.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"'{path}' is damaged or no checkpoint ({reason}): copy or save it again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}' holds a {type(content).__name__}, not a state dict: save model.state_dict()")
+    wrapped = next((content[name] for name in WRAPPED_AS if isinstance(content.get(name), dict)), content)
+    _check_weights(path, wrapped)
+    plain = {name: content.get(name) for name in ("model_args", "config")}
+    model_args, settings = (value if isinstance(value, dict) else {} for value in plain.values())
+    return Checkpoint(dict(wrapped), model_args, settings)
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # a file from before torch 1.6
+
+
+def _check_weights(path: Path, weights: dict[Any, Any]):
+    if not weights:
+        raise InputError(f"'{path}' holds no weights: save model.state_dict()")
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise InputError(f"'{path}' is no state dict: {name!r} is a {kind}, not a tensor; save model.state_dict()")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise InputError(f"'{path}': {name} is not a dense tensor of real numbers: save the model in float32")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"'{path}': {name} holds NaN or infinity: take an earlier checkpoint")

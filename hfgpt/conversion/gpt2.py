@@ -1,0 +1,107 @@
+"""GPT-2's layout: linear layers stored (in, out), and query, key and value in one matrix.
+
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); the names are transformers'.
+"""
+
+import torch
+from transformers import GPT2Config, PreTrainedModel
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
+
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.conversion.layouts import Layout
+from hfgpt.errors import InputError
+
+QKV = tuple(f"model.layers.*.self_attn.{letter}_proj" for letter in "qkv")
+MODULES = {
+    "wte": ("model.embed_tokens",),
+    "wpe": ("model.embed_positions",),
+    "h.*.ln_1": ("model.layers.*.input_layernorm",),
+    "h.*.attn.c_attn": QKV,
+    "h.*.attn.c_proj": ("model.layers.*.self_attn.o_proj",),
+    "h.*.ln_2": ("model.layers.*.post_attention_layernorm",),
+    "h.*.mlp.c_fc": ("model.layers.*.mlp.up_proj",),
+    "h.*.mlp.c_proj": ("model.layers.*.mlp.down_proj",),
+    "ln_f": ("model.norm",),
+    "lm_head": ("lm_head",),
+    "score": ("score",),
+}
+LAYOUT = Layout("gpt2", MODULES, transposed=True, ignored=r"\.attn\.(masked_)?bias$")
+
+
+def register_loading():
+    """Teaches `from_pretrained` of our classes to read GPT-2 checkpoints, by transformers' declarative conversion."""
+    renamings = [WeightRenaming(r"^transformer\.", "model."), WeightRenaming(r"(?<!\w)h\.", "layers.")]
+    converters = []
+    for theirs, ours in MODULES.items():
+        # The base model alone is saved without a prefix; transformers puts its own before these names where needed.
+        theirs, *ours = [name.removeprefix("model.").split("*.")[-1] for name in (theirs, *ours)]
+        is_matrix = ".c_" in theirs
+        if len(ours) > 1:
+            for parameter, operations in (("weight", [Transpose(0, 1), Chunk(0)]), ("bias", [Chunk(0)])):
+                targets = [f"{name}.{parameter}" for name in ours]
+                converters.append(WeightConverter(f"{theirs}.{parameter}", targets, operations))
+        elif is_matrix:
+            converters.append(WeightConverter(f"{theirs}.weight", f"{ours[0]}.weight", [Transpose(0, 1)]))
+            renamings.append(WeightRenaming(rf"(?<!\w){theirs}.bias", f"{ours[0]}.bias"))
+        elif theirs != ours[0]:
+            renamings.append(WeightRenaming(rf"(?<!\w){theirs}\.", f"{ours[0]}."))
+    register_checkpoint_conversion_mapping("hfgpt", [*renamings, *converters], overwrite=True)
+
+
+def gpt2_config(config: HfGPTConfig) -> GPT2Config:
+    """The configuration of the native GPT-2 that computes what a model of ours computes.
+
+    Args:
+        config: Of our model, with its `architectures` as saved.
+    """
+    architecture = (config.architectures or ["HfGPTForCausalLM"])[0]
+    fields = ("vocab_size", "initializer_range", "embd_pdrop", "resid_pdrop", "attn_pdrop", "use_cache")
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype")
+    labels = ("id2label", "label2id", "problem_type")
+    return GPT2Config(
+        n_embd=config.hidden_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_positions=config.max_position_embeddings,
+        n_inner=config.intermediate_size,
+        activation_function=config.hidden_act,
+        layer_norm_epsilon=config.layer_norm_eps,
+        architectures=[architecture.replace("HfGPTForCausalLM", "GPT2LMHeadModel").replace("HfGPT", "GPT2")],
+        **{name: getattr(config, name) for name in (*fields, *kept, *labels)},
+    )
+
+
+def gpt2_weights(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights of a model of ours as transformers' GPT-2 classes name and store them.
+
+    Returns:
+        The weights, and which of them were filled with zeros because the model has no such bias.
+
+    Raises:
+        InputError: A weight is quantized, or belongs to something that GPT-2 has not, such as an adapter.
+    """
+    config = model.config
+    weights = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or type(tensor) is not torch.Tensor:
+            raise InputError(
+                f"{name} is quantized ({tensor.dtype}), as no GPT-2 is: export the model it was made from"
+            )
+    filled = []
+    for name in [] if config.qkv_bias else QKV:
+        for number in range(config.num_hidden_layers):
+            filled.append(f"{name}.bias".replace("*", str(number)))
+            weights[filled[-1]] = torch.zeros(config.hidden_size, dtype=model.dtype)
+    theirs = LAYOUT.from_hfgpt(weights, config.num_hidden_layers)
+    known = LAYOUT.to_hfgpt(theirs).keys()
+    if strangers := sorted(weights.keys() - known):
+        raise InputError(f"GPT-2 has no place for {strangers[0]} ({len(strangers)} such weights): merge or remove it")
+    return {with_prefix(key): value for key, value in theirs.items()}, filled
+
+
+def with_prefix(key: str) -> str:
+    """A weight's name in a GPT-2 with a head, from that in the base model alone."""
+    return key if key.startswith(("lm_head.", "score.")) else f"transformer.{key}"

@@ -1,0 +1,120 @@
+"""Where our weights are in somebody else's checkpoint: a table of names for each layout, and what reads the tables.
+
+In a table, their module is on the left, ours on the right, and `*` is the number of the block. Everything below works
+on views: nothing is copied until `copy_weights` does it, one tensor at a time.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from hfgpt.errors import InputError
+
+# What wrappers put before every name: torch.compile, DistributedDataParallel, and the attribute that holds the body.
+WRAPPERS = re.compile(r"^((_orig_mod|module|transformer)\.)+")
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one family of checkpoints names and stores the weights of a GPT.
+
+    Args:
+        name: What `--format` calls it.
+        modules: Their module -> ours; several of ours lie in theirs one after the other, along the outputs.
+        transposed: Whether the matrices of the blocks are stored (in, out), as GPT-2's are, and not (out, in).
+        parameters: Their name of a module's parameter -> ours.
+        ignored: Matches keys that are no weights, such as causal masks.
+    """
+
+    name: str
+    modules: dict[str, tuple[str, ...]]
+    transposed: bool = False
+    parameters: dict[str, str] = field(default_factory=lambda: {"weight": "weight", "bias": "bias"})
+    ignored: str = r"(?!)"
+
+    def find(self, key: str) -> tuple[str, ...]:
+        """The names of our weights that the tensor `key` holds; none if this layout has no such key."""
+        module, _, parameter = key.rpartition(".")
+        number = NUMBER.search(key)
+        ours = self.modules.get(NUMBER.sub("*", f"{module}.", count=1)[:-1], ())
+        if parameter not in self.parameters:
+            return ()
+        return tuple(f"{name.replace('*', number[0] if number else '')}.{self.parameters[parameter]}" for name in ours)
+
+    def misfits(self, keys: Iterable[str]) -> list[str]:
+        """The keys that are neither weights of this layout nor known to be none."""
+        return [key for key in keys if not self.find(key) and not re.search(self.ignored, key)]
+
+    def to_hfgpt(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Views of their weights under our names, in our orientation; what is no weight is left out.
+
+        Raises:
+            InputError: A tensor cannot be divided among ours.
+        """
+        ours = {}
+        for key, tensor in weights.items():
+            names = self.find(key)
+            if self.transposed and NUMBER.search(key) and tensor.ndim == 2:
+                tensor = tensor.T
+            if names and (tensor.ndim == 0 or tensor.shape[0] % len(names)):
+                raise InputError(f"{key} has shape {tuple(tensor.shape)}, which does not hold {' and '.join(names)}")
+            ours |= zip(names, tensor.chunk(len(names)) if names else (), strict=True)
+        return ours
+
+    def from_hfgpt(self, weights: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+        """Our weights under their names, in their orientation; modules of theirs that ours has not are left out."""
+        theirs = {}
+        for module, names in self.modules.items():
+            for number in range(num_layers) if "*" in module else [0]:
+                for parameter, our_parameter in self.parameters.items():
+                    parts = [f"{name}.{our_parameter}".replace("*", str(number)) for name in names]
+                    if not all(part in weights for part in parts):
+                        continue
+                    tensor = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
+                    if self.transposed and "*" in module and tensor.ndim == 2:
+                        tensor = tensor.T
+                    theirs[f"{module}.{parameter}".replace("*", str(number))] = tensor.contiguous()
+        return theirs
+
+
+def strip_wrappers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights without what wrappers put before their names.
+
+    Raises:
+        InputError: Two names become one.
+    """
+    stripped = {WRAPPERS.sub("", key): tensor for key, tensor in weights.items()}
+    if len(stripped) < len(weights):
+        raise InputError("the file holds some weights twice, with and without a wrapper's prefix: save one model")
+    return stripped
+
+
+def find_layout(layouts: list[Layout], keys: Iterable[str]) -> Layout:
+    """The layout that explains the keys of a checkpoint, its wrappers stripped.
+
+    Raises:
+        InputError: None does; names the nearest and the keys that do not fit it.
+    """
+    keys = list(keys)
+    nearest = min(layouts, key=lambda layout: len(layout.misfits(keys)))
+    check_layout(nearest, keys)
+    return nearest
+
+
+def check_layout(layout: Layout, keys: Iterable[str]):
+    """Refuses keys that a layout does not have.
+
+    Raises:
+        InputError: Names some of them.
+    """
+    keys = list(keys)
+    misfits = layout.misfits(keys)
+    if misfits or not any(layout.find(key) for key in keys):
+        shown = ", ".join(misfits[:3]) + (", ..." if len(misfits) > 3 else "")
+        raise InputError(
+            f"these are the weights of another model: the nearest format is {layout.name}, and {len(misfits)} of "
+            f"{len(keys)} keys do not fit it ({shown or 'there are none'})"
+        )

@@ -1,0 +1,55 @@
+"""OpenAI's original GPT-2 release: a TensorFlow checkpoint folder, read into transformers' names for GPT-2.
+
+Source: openai/gpt-2, download_model.py and src/model.py.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfgpt.errors import InputError
+
+# Their variable, `model/` removed -> GPT-2's name in transformers.
+SCOPES = (
+    (r"^h(\d+)/", r"h.\1/"),
+    ("/[wg]$", "/weight"),
+    ("/b$", "/bias"),
+    (r"^(wte|wpe)$", r"\1/weight"),
+)
+
+
+def is_tensorflow_folder(folder: Path) -> bool:
+    """Whether a folder holds such a checkpoint."""
+    return (folder / "hparams.json").is_file() and any(folder.glob("*.index"))
+
+
+def read_tensorflow(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights under transformers' names, and the model's `hparams.json`.
+
+    Raises:
+        InputError: TensorFlow is not installed, or the files are damaged.
+    """
+    try:
+        from tensorflow.train import latest_checkpoint, load_checkpoint
+    except ImportError as error:
+        raise InputError(
+            f"'{folder}' is a TensorFlow checkpoint, and TensorFlow is not installed: pip install 'hfgpt[tf]'"
+        ) from error
+    try:
+        hparams = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
+        reader = load_checkpoint(latest_checkpoint(str(folder)) or str(next(folder.glob("*.index")).with_suffix("")))
+        weights = {}
+        for variable in sorted(reader.get_variable_to_shape_map()):
+            name = variable.removeprefix("model/")
+            for pattern, replacement in SCOPES:
+                name = re.sub(pattern, replacement, name)
+            # Their one-dimensional convolutions have a leading axis of one.
+            tensor = torch.from_numpy(reader.get_tensor(variable))
+            weights[name.replace("/", ".")] = tensor.squeeze(0) if tensor.ndim == 3 else tensor
+    # TensorFlow's errors have no common class below Exception.
+    except Exception as error:
+        raise InputError(f"the TensorFlow checkpoint in '{folder}' cannot be read ({error}): copy it again") from error
+    return weights, hparams

@@ -1,0 +1,168 @@
+"""A checkpoint's tensors -> a model of ours, and a function that computes what the checkpoint computes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
+
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.conversion import book, gpt2, nanogpt
+from hfgpt.conversion.assembly import Parts, build_on_meta, complete_weights, load_whole
+from hfgpt.conversion.checkpoints import Checkpoint
+from hfgpt.conversion.layouts import Layout, check_layout, find_layout, strip_wrappers
+from hfgpt.conversion.parity import ComputeLogits, compute_with
+from hfgpt.conversion.reference import book_logits, nanogpt_logits, read_as
+from hfgpt.errors import InputError
+
+LAYOUTS = {layout.name: layout for layout in (gpt2.LAYOUT, nanogpt.LAYOUT, book.LAYOUT)}
+ACTIVATIONS = {"gpt2": "gelu_new", "nanogpt": nanogpt.HIDDEN_ACT, "book": book.HIDDEN_ACT}
+
+
+@dataclass
+class ImportArguments:
+    """What `hfgpt import` cannot find in the checkpoint, or is to do otherwise.
+
+    Args:
+        format: `gpt2`, `nanogpt`, `book`, or `auto` to find it from the keys.
+        num_heads: Attention heads, where the file does not say.
+        tokenizer: What `load_tokenizer` takes, or nanoGPT's meta.pkl; None looks beside the weights.
+        vocab_size: Rows of the embedding to keep; None keeps those that have a token.
+        lora_scale: By which the book's code multiplies its LoRA updates.
+        hidden_act: The activation, where it is not the format's usual one.
+        revision: Branch, tag or commit of a Hub id.
+    """
+
+    format: str = "auto"
+    num_heads: int | None = None
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    lora_scale: float | None = None
+    hidden_act: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self):
+        if self.format not in ("auto", *LAYOUTS):
+            raise InputError(f"--format is '{self.format}'; choose one of auto, {', '.join(LAYOUTS)}")
+
+
+@dataclass
+class Source:
+    """A checkpoint that is ready to be converted.
+
+    Args:
+        format: The layout of its weights.
+        config: Of the model it becomes, or a GPT-2's own.
+        parameters: Of the source, tied ones once.
+        reference: Computes the logits of the source, by its own code or by one written over its own names.
+        load: Gives the model it becomes.
+        notes: What was filled, dropped, tied, cut or merged.
+    """
+
+    format: str
+    config: PreTrainedConfig
+    parameters: int
+    reference: ComputeLogits
+    load: Callable[[], PreTrainedModel]
+    notes: list[str] = field(default_factory=list)
+
+
+def open_weights(
+    checkpoint: Checkpoint, arguments: ImportArguments, tokens: int | None, special: dict[str, int | None]
+) -> Source:
+    """Prepares the conversion of a state dict.
+
+    Args:
+        checkpoint: The file's content.
+        arguments: What the user said.
+        tokens: Size of the tokenizer's vocabulary; None if there is no tokenizer.
+        special: The tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`.
+
+    Raises:
+        InputError: The weights are another model's, not whole, or do not fit the tokenizer.
+    """
+    weights = strip_wrappers(checkpoint.weights)
+    layout = choose_layout(weights, arguments.format)
+    merged, adapted = book.merge_lora(weights, arguments.lora_scale) if layout is book.LAYOUT else (weights, 0)
+    check_layout(layout, merged)
+    dropped = [key for key in merged if not layout.find(key)]
+    parts = Parts(
+        layout.to_hfgpt(merged),
+        arguments.num_heads or nanogpt.num_heads_of(checkpoint.model_args),
+        arguments.hidden_act or ACTIVATIONS[layout.name],
+        checkpoint.model_args.get("dropout"),
+        arguments.vocab_size or tokens,
+        special,
+    )
+    parameters = sum(tensor.numel() for tensor in parts.weights.values())
+    head = parts.weights.get("lm_head.weight")
+    if adapted:
+        parts.notes.append(f"merged: {adapted} LoRA layers, scaled by {arguments.lora_scale:g}")
+    if dropped:
+        parts.notes.append(f"dropped: {len(dropped)} buffers that hold no weights, such as {dropped[0]}")
+    if layout is not gpt2.LAYOUT:
+        parts.notes.append(f"assumed: the activation {parts.hidden_act}, which the file does not name (--hidden-act)")
+    config = complete_weights(parts)
+    if head is not None and config.tie_word_embeddings and "score.weight" not in parts.weights:
+        parameters -= head.numel()
+
+    def load() -> PreTrainedModel:
+        model = build_on_meta(config)
+        # Copies, one at a time: the tensors so far are views of the file, several of one of its tensors.
+        dtype = parts.weights["model.embed_tokens.weight"].dtype
+        state = {name: tensor.to(dtype).clone().contiguous() for name, tensor in parts.weights.items()}
+        return load_whole(model, state)
+
+    reference = _reference(layout, weights, config, arguments.lora_scale)
+    return Source(layout.name, config, parameters, reference, load, parts.notes)
+
+
+def choose_layout(weights: Mapping[str, torch.Tensor], name: str) -> Layout:
+    """The layout that the user named, or that the keys and shapes show.
+
+    Raises:
+        InputError: The keys are of no layout.
+    """
+    if name != "auto":
+        return LAYOUTS[name]
+    plain = [key.replace(".linear.", ".") for key in weights if ".lora." not in key]
+    layout = find_layout([book.LAYOUT, nanogpt.LAYOUT, gpt2.LAYOUT], plain)
+    if layout is nanogpt.LAYOUT:  # GPT-2's names, too: which way its matrices lie tells them apart
+        fused = next((tensor for key, tensor in weights.items() if key.endswith("attn.c_attn.weight")), None)
+        if fused is not None and fused.ndim == 2 and fused.shape[1] == 3 * fused.shape[0]:
+            return gpt2.LAYOUT
+    return layout
+
+
+def _reference(
+    layout: Layout, weights: Mapping[str, torch.Tensor], config: HfGPTConfig, lora_scale: float | None
+) -> ComputeLogits:
+    """What the checkpoint computes: (B, V) for the tokens that are kept, (B, labels) for a classifier."""
+    is_classifier = config.architectures == ["HfGPTForSequenceClassification"]
+    if layout is gpt2.LAYOUT:
+        return _cut(compute_with(_native_gpt2(weights, config)), config, is_classifier)
+
+    def compute(input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        get = read_as(weights, dtype)
+        if layout is book.LAYOUT:
+            logits = book_logits(get, input_ids, config, lora_scale)
+        else:
+            logits = nanogpt_logits(get, input_ids, config)
+        return logits[:, -1] if is_classifier else logits
+
+    return _cut(compute, config, is_classifier)
+
+
+def _cut(compute: ComputeLogits, config: HfGPTConfig, is_classifier: bool) -> ComputeLogits:
+    size = config.num_labels if is_classifier else config.vocab_size
+    return lambda input_ids, dtype: compute(input_ids, dtype)[..., :size]
+
+
+def _native_gpt2(weights: Mapping[str, torch.Tensor], config: HfGPTConfig) -> PreTrainedModel:
+    """transformers' own GPT-2 over the tensors as they were read."""
+    native_config = gpt2.gpt2_config(config)
+    native_config.vocab_size = len(weights["wte.weight"])
+    is_classifier = "score.weight" in weights
+    with torch.device("meta"):
+        native = (GPT2ForSequenceClassification if is_classifier else GPT2LMHeadModel)(native_config)
+    return load_whole(native, {gpt2.with_prefix(key): weights[key] for key in weights if gpt2.LAYOUT.find(key)})

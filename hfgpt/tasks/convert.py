@@ -1,0 +1,277 @@
+"""Stage 6, loading weights: others' checkpoints in, native GPT-2 out, each with proof that it computes the same."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hfgpt.adapters import load_merged
+from hfgpt.conversion import gpt2, nanogpt, openai
+from hfgpt.conversion.assembly import load_whole
+from hfgpt.conversion.checkpoints import Checkpoint, read_checkpoint
+from hfgpt.conversion.parity import Parity, compare, compute_with, record
+from hfgpt.conversion.sources import ImportArguments, Source, open_weights
+from hfgpt.data.synthetic import generate_stories
+from hfgpt.errors import InputError
+from hfgpt.loading import check_vocabulary, explained, is_classifier, load_model, load_model_config, quiet_bars
+from hfgpt.tasks.run_folder import write_json
+from hfgpt.tokenizer import GPT2_FILES, SAVED_FILES, build_char_tokenizer, load_tokenizer
+from hfgpt.training.callbacks import stderr_console
+from hfgpt.training.trainer import explain_full_disk
+
+GREEDY_TOKENS = 16
+PARITY_TOKENS = 64
+
+
+def import_checkpoint(
+    source: str, out: Path, arguments: ImportArguments | None = None, console: Console | None = None
+) -> Parity:
+    """Turns a checkpoint of GPT-2, nanoGPT or the book into a folder that every Auto class loads.
+
+    Args:
+        source: GPT-2's Hub id or folder, OpenAI's TensorFlow folder, a folder with nanoGPT's `ckpt.pt`, or a file.
+        out: The folder to make.
+        arguments: What the checkpoint does not say.
+        console: Where to report; None: standard error.
+
+    Returns:
+        The parity report, which is also in `out/conversion.json`.
+
+    Raises:
+        InputError: The source cannot be read or is no such model, `out` exists, or the result computes something else.
+    """
+    arguments = arguments or ImportArguments()
+    _check_free(out)
+    opened, tokenizer = open_source(source, arguments)
+    rows = parity_rows(opened.config, tokenizer)
+    greedy_tokens = 0 if is_classifier(opened.config) else GREEDY_TOKENS
+    expected = record(opened.reference, rows, greedy_tokens)
+    opened.reference = None  # before ours is loaded: one copy of the weights at a time
+    with _appearing(out) as staging:
+        model = opened.load()
+        if tokenizer is None:
+            opened.notes.append("no tokenizer: none lies beside the weights, and none was named (--tokenizer)")
+        else:
+            check_vocabulary(model, tokenizer)
+            tokenizer.model_max_length = model.config.max_position_embeddings
+            tokenizer.save_pretrained(staging)
+            if len(tokenizer) < model.config.vocab_size and model.can_generate():
+                model.generation_config.suppress_tokens = list(range(len(tokenizer), model.config.vocab_size))
+        with quiet_bars():
+            model.save_pretrained(staging)
+        parameters = model.num_parameters()
+        del model
+        saved = load_model(str(staging), auto_class=_auto_class(opened.config), dtype="auto")
+        differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
+        report = Parity(source, opened.format, parameters, opened.parameters, differences, greedy_equal, opened.notes)
+        _finish(report, staging, console)
+    return report
+
+
+def export_model(model_path: str, out: Path, merge_adapter: bool = False, console: Console | None = None) -> Parity:
+    """Writes a model as the GPT-2 that transformers and every GPT-2 tool load without our code.
+
+    Args:
+        model_path: A folder or Hub id of a model of ours.
+        out: The folder to make.
+        merge_adapter: Whether `model_path` is a PEFT adapter, to be merged into its base model.
+        console: Where to report; None: standard error.
+
+    Returns:
+        The parity report, which is also in `out/conversion.json`.
+
+    Raises:
+        InputError: There is no model of ours, GPT-2 cannot express it, `out` exists, or the result computes something
+            else.
+    """
+    _check_free(out)
+    model, tokenizer = _load_to_export(model_path, merge_adapter)
+    rows = parity_rows(model.config, tokenizer)
+    greedy_tokens = 0 if is_classifier(model.config) else GREEDY_TOKENS
+    expected = record(compute_with(model), rows, greedy_tokens)
+    weights, filled = gpt2.gpt2_weights(model)
+    notes = [f"filled with zeros: {len(filled)} biases that the model has not, such as {filled[0]}"] if filled else []
+    native_class = GPT2ForSequenceClassification if is_classifier(model.config) else GPT2LMHeadModel
+    with _appearing(out) as staging:
+        with torch.device("meta"):
+            native = native_class(gpt2.gpt2_config(model.config))
+        load_whole(native, weights)
+        if native.can_generate():
+            native.generation_config = model.generation_config
+        parameters = model.num_parameters()
+        del model
+        with quiet_bars():
+            native.save_pretrained(staging)
+            _save_gpt2_tokenizer(tokenizer, staging)
+            saved = native_class.from_pretrained(staging, dtype="auto").eval()
+        differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
+        report = Parity(model_path, "to gpt2", saved.num_parameters(), parameters, differences, greedy_equal, notes)
+        _finish(report, staging, console)
+    return report
+
+
+def open_source(source: str, arguments: ImportArguments) -> tuple[Source, PreTrainedTokenizerBase | None]:
+    """Prepares the conversion of whatever a user named, and finds its tokenizer.
+
+    Args:
+        source: As `import_checkpoint` takes it.
+        arguments: What the checkpoint does not say.
+
+    Raises:
+        InputError: There is no checkpoint, or none that can be converted.
+    """
+    path = Path(source)
+    file = path / "ckpt.pt" if path.is_dir() and not (path / "config.json").is_file() else path
+    if path.is_dir() and openai.is_tensorflow_folder(path):
+        weights, hparams = openai.read_tensorflow(path)
+        checkpoint = Checkpoint(weights, {"n_head": hparams.get("n_head")})
+    elif file.is_file():
+        checkpoint = read_checkpoint(file)
+    else:
+        return _open_transformers(source, arguments)
+    tokenizer = find_tokenizer(path, arguments, checkpoint)
+    special = {}
+    if tokenizer is not None:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        special = {name: getattr(tokenizer, name) for name in names}
+    return open_weights(checkpoint, arguments, len(tokenizer) if tokenizer else None, special), tokenizer
+
+
+def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source, PreTrainedTokenizerBase | None]:
+    """A GPT-2 in transformers' own format, from a folder or the Hub."""
+    config = load_model_config(source, arguments.revision)
+    if config.model_type != "gpt2":
+        raise InputError(
+            f"'{source}' is a model of type {config.model_type}; what is converted is gpt2, and files of nanoGPT and "
+            "the book"
+        )
+    if arguments.format not in ("auto", "gpt2"):
+        raise InputError(f"'{source}' is in the format gpt2, not {arguments.format}: leave out --format")
+    for name in ("num_heads", "vocab_size", "lora_scale", "hidden_act"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} is not needed: the config.json of '{source}' has it")
+    auto_class = _auto_class(config)
+
+    def load() -> PreTrainedModel:
+        return load_model(source, arguments.revision, auto_class, dtype="auto")
+
+    load_checked = load()  # refuses what does not fit, before a silently random GPT-2 can be the measure
+    del load_checked
+    native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
+    with explained("a model", source), quiet_bars(Path(source).is_dir()):
+        native = native_class.from_pretrained(source, revision=arguments.revision or "main", dtype="auto").eval()
+    tokenizer = find_tokenizer(Path(source), arguments)
+    return Source("gpt2", config, native.num_parameters(), compute_with(native), load), tokenizer
+
+
+def find_tokenizer(
+    source: Path, arguments: ImportArguments, checkpoint: Checkpoint | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that the user named, or the one beside the weights; None if there is none.
+
+    Raises:
+        InputError: It is there and cannot be read.
+    """
+    if arguments.tokenizer is not None:
+        if arguments.tokenizer.endswith(".pkl"):
+            return build_char_tokenizer(nanogpt.read_meta(Path(arguments.tokenizer)))
+        return load_tokenizer(arguments.tokenizer, pad_token=None)
+    if checkpoint is not None and (meta := nanogpt.find_meta(source, checkpoint.settings)):
+        return build_char_tokenizer(nanogpt.read_meta(meta))
+    folder = source if source.is_dir() else source.parent
+    if not source.exists():
+        return load_tokenizer(str(source), pad_token=None)  # beside the weights on the Hub
+    if any((folder / name).is_file() for name in (*SAVED_FILES, *GPT2_FILES)):
+        return load_tokenizer(folder, pad_token=None)
+    return None
+
+
+def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
+    """Rows of token ids to compare models on: random ones, and (with a tokenizer) those of a story, each (B, T)."""
+    size, length = config.vocab_size, min(PARITY_TOKENS, config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    rows = {"random": torch.randint(size, (2, length), generator=generator)}
+    if tokenizer is not None:
+        text = next(generate_stories(1))
+        try:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+        except Exception:  # the Rust library's bare one, of a character table that lacks a letter of the story
+            ids = [number for letter in text if (number := tokenizer.get_vocab().get(letter)) is not None][:length]
+        if len(ids) > 1 and max(ids) < size:
+            rows["story"] = torch.tensor([ids])
+    if (padding := config.pad_token_id) is not None:  # a classifier reads the last token that is none
+        rows = {name: ids.where(ids != padding, (padding + 1) % size) for name, ids in rows.items()}
+    return rows
+
+
+def _auto_class(config: PreTrainedConfig):
+    return AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
+
+
+def _load_to_export(model_path: str, merge_adapter: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    is_adapter = (Path(model_path) / "adapter_config.json").is_file()
+    if is_adapter != merge_adapter:
+        raise InputError(
+            f"'{model_path}' is an adapter: pass --merge-adapter to export it with its base model"
+            if is_adapter
+            else f"'{model_path}' is no adapter: leave out --merge-adapter"
+        )
+    if is_adapter:
+        model = load_merged(model_path)
+    else:
+        config = load_model_config(model_path)
+        if config.model_type not in ("hfgpt", "gpt2"):
+            raise InputError(f"'{model_path}' is a model of type {config.model_type}; only hfgpt models are exported")
+        model = load_model(model_path, auto_class=_auto_class(config), dtype="auto")
+    tokenizer = find_tokenizer(Path(model_path), ImportArguments())
+    return model, tokenizer
+
+
+def _save_gpt2_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path):
+    """Saves a tokenizer, a byte-level one also as the two files that older GPT-2 tools read."""
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    if isinstance(tokenizer, GPT2Tokenizer):
+        tokenizer.backend_tokenizer.model.save(str(folder))
+
+
+def _check_free(out: Path):
+    if out.exists():
+        raise InputError(f"'{out}' exists: name a folder that does not")
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when all went well, and is gone when not."""
+    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    try:
+        with explain_full_disk(parent):
+            yield staging
+            staging.chmod(0o755)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _finish(report: Parity, staging: Path, console: Console | None):
+    (console or stderr_console()).print(report.render(), highlight=False)
+    if not report.passed:
+        raise InputError("the converted model computes something else than its source, so nothing was written")
+    write_json(staging / "conversion.json", report.to_dict())
