@@ -219,6 +219,9 @@ def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTo
         InputError: There is none.
     """
     check_model_path(path)
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in files):
+        raise InputError(f"the folder '{path}' holds no tokenizer: save the model's own beside it")
     with explained("a tokenizer", path):
         return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 

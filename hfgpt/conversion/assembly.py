@@ -13,6 +13,9 @@ from hfgpt.conversion.gpt2 import QKV
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 
+# GPT-2's vocabulary, whose last token is its end of text, and what nanoGPT rounds it up to.
+GPT2_TOKENS, PADDED_GPT2_TOKENS = 50257, 50304
+
 
 @dataclass
 class Parts:
@@ -26,6 +29,7 @@ class Parts:
         tokens: Ids that mean something; rows of the embedding past them are cut. None keeps all.
         special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
         notes: What was done, for the report.
+        recomputed: Whether weights were computed anew, and so rounded, and not only moved.
     """
 
     weights: dict[str, torch.Tensor]
@@ -35,6 +39,7 @@ class Parts:
     tokens: int | None = None
     special: dict[str, int | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    recomputed: bool = False
 
 
 def complete_weights(parts: Parts) -> HfGPTConfig:
@@ -125,13 +130,17 @@ def _take_classifier(parts: Parts) -> int | None:
     weights.pop("lm_head.weight", None)
     if bias is not None:
         weights["model.norm.bias"] = fold_head_bias(weights["model.norm.bias"], score, bias)
+        parts.recomputed = True
         parts.notes.append("folded: the classifier's bias into that of the final norm, which gives the same logits")
     return score.shape[0]
 
 
 def _cut_vocabulary(parts: Parts):
     rows = len(parts.weights["model.embed_tokens.weight"])
-    if parts.tokens is None or parts.tokens == rows:
+    if parts.tokens is None and rows in (GPT2_TOKENS, PADDED_GPT2_TOKENS):
+        parts.tokens = GPT2_TOKENS
+        parts.special = {"bos_token_id": GPT2_TOKENS - 1, "eos_token_id": GPT2_TOKENS - 1}
+    if parts.tokens in (None, rows):
         return
     if parts.tokens > rows:
         raise InputError(f"{parts.tokens} tokens are wanted, but the checkpoint embeds {rows}: name its own tokenizer")

@@ -43,12 +43,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"(?:GLOBAL |Unsupported (?:class|global|operand)[: ]+)([\w.]+)", str(error))
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"wants to run {wanted[1]}" if wanted else "is not a plain state dict"
         raise InputError(f"'{path}' {what}, so it is not read: save model.state_dict() alone") from error
     # A damaged file raises whatever its bytes happen to spell.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        said = " ".join(str(error).split()).split(". ")[0]
+        reason = said if " " in said else type(error).__name__
         raise InputError(f"'{path}' is damaged or no checkpoint ({reason}): copy or save it again") from error
     if not isinstance(content, dict):
         raise InputError(f"'{path}' holds a {type(content).__name__}, not a state dict: save model.state_dict()")

@@ -4,7 +4,7 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2
 """
 
 import torch
-from transformers import GPT2Config, PreTrainedModel
+from transformers import GPT2Config
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
@@ -72,17 +72,19 @@ def gpt2_config(config: HfGPTConfig) -> GPT2Config:
     )
 
 
-def gpt2_weights(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[str]]:
+def gpt2_weights(weights: dict[str, torch.Tensor], config: HfGPTConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights of a model of ours as transformers' GPT-2 classes name and store them.
 
+    Args:
+        weights: The model's state dict; emptied, so that no second copy is held.
+        config: The model's.
+
     Returns:
-        The weights, and which of them were filled with zeros because the model has no such bias.
+        The weights, and which of ours were filled with zeros because the model has no such bias.
 
     Raises:
         InputError: A weight is quantized, or belongs to something that GPT-2 has not, such as an adapter.
     """
-    config = model.config
-    weights = dict(model.state_dict())
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     for name, tensor in weights.items():
@@ -93,12 +95,12 @@ def gpt2_weights(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[
     filled = []
     for name in [] if config.qkv_bias else QKV:
         for number in range(config.num_hidden_layers):
+            matrix = weights[f"{name}.weight".replace("*", str(number))]
             filled.append(f"{name}.bias".replace("*", str(number)))
-            weights[filled[-1]] = torch.zeros(config.hidden_size, dtype=model.dtype)
+            weights[filled[-1]] = torch.zeros(len(matrix), dtype=matrix.dtype)
     theirs = LAYOUT.from_hfgpt(weights, config.num_hidden_layers)
-    known = LAYOUT.to_hfgpt(theirs).keys()
-    if strangers := sorted(weights.keys() - known):
-        raise InputError(f"GPT-2 has no place for {strangers[0]} ({len(strangers)} such weights): merge or remove it")
+    if weights:
+        raise InputError(f"GPT-2 has no place for {min(weights)} ({len(weights)} such weights): merge or remove them")
     return {with_prefix(key): value for key, value in theirs.items()}, filled
 
 

@@ -64,8 +64,13 @@ class Layout:
             ours |= zip(names, tensor.chunk(len(names)) if names else (), strict=True)
         return ours
 
-    def from_hfgpt(self, weights: Mapping[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
-        """Our weights under their names, in their orientation; modules of theirs that ours has not are left out."""
+    def from_hfgpt(self, weights: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
+        """Our weights under their names, in their orientation; modules of theirs that ours has not are left out.
+
+        Args:
+            weights: What is converted is taken out of it, so that no second copy is held; what is left has no place.
+            num_layers: Blocks of the model.
+        """
         theirs = {}
         for module, names in self.modules.items():
             for number in range(num_layers) if "*" in module else [0]:
@@ -73,7 +78,8 @@ class Layout:
                     parts = [f"{name}.{our_parameter}".replace("*", str(number)) for name in names]
                     if not all(part in weights for part in parts):
                         continue
-                    tensor = torch.cat([weights[part] for part in parts]) if len(parts) > 1 else weights[parts[0]]
+                    tensors = [weights.pop(part) for part in parts]
+                    tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
                     if self.transposed and "*" in module and tensor.ndim == 2:
                         tensor = tensor.T
                     theirs[f"{module}.{parameter}".replace("*", str(number))] = tensor.contiguous()
@@ -115,6 +121,6 @@ def check_layout(layout: Layout, keys: Iterable[str]):
     if misfits or not any(layout.find(key) for key in keys):
         shown = ", ".join(misfits[:3]) + (", ..." if len(misfits) > 3 else "")
         raise InputError(
-            f"these are the weights of another model: the nearest format is {layout.name}, and {len(misfits)} of "
-            f"{len(keys)} keys do not fit it ({shown or 'there are none'})"
+            f"these are not the weights of a {layout.name} model, though of the formats read here that is the nearest "
+            f"or the one named: {len(misfits)} of {len(keys)} keys do not fit it ({shown or 'there are none'})"
         )

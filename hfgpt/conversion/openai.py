@@ -4,6 +4,7 @@ Source: openai/gpt-2, download_model.py and src/model.py.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def read_tensorflow(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     Raises:
         InputError: TensorFlow is not installed, or the files are damaged.
     """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it reports the GPUs it does not find
     try:
         from tensorflow.train import latest_checkpoint, load_checkpoint
     except ImportError as error:

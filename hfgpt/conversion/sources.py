@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from rich.progress import track
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
@@ -16,6 +17,7 @@ from hfgpt.conversion.reference import book_logits, nanogpt_logits, read_as
 from hfgpt.errors import InputError
 
 LAYOUTS = {layout.name: layout for layout in (gpt2.LAYOUT, nanogpt.LAYOUT, book.LAYOUT)}
+LARGE = 100_000_000  # parameters; what is smaller is there at once, and needs no progress bar
 ACTIVATIONS = {"gpt2": "gelu_new", "nanogpt": nanogpt.HIDDEN_ACT, "book": book.HIDDEN_ACT}
 
 
@@ -57,6 +59,7 @@ class Source:
         reference: Computes the logits of the source, by its own code or by one written over its own names.
         load: Gives the model it becomes.
         notes: What was filled, dropped, tied, cut or merged.
+        recomputed: Whether weights were computed anew, and so rounded, and not only moved.
     """
 
     format: str
@@ -65,6 +68,7 @@ class Source:
     reference: ComputeLogits
     load: Callable[[], PreTrainedModel]
     notes: list[str] = field(default_factory=list)
+    recomputed: bool = False
 
 
 def open_weights(
@@ -97,6 +101,7 @@ def open_weights(
     parameters = sum(tensor.numel() for tensor in parts.weights.values())
     head = parts.weights.get("lm_head.weight")
     if adapted:
+        parts.recomputed = True
         parts.notes.append(f"merged: {adapted} LoRA layers, scaled by {arguments.lora_scale:g}")
     if dropped:
         parts.notes.append(f"dropped: {len(dropped)} buffers that hold no weights, such as {dropped[0]}")
@@ -108,13 +113,13 @@ def open_weights(
 
     def load() -> PreTrainedModel:
         model = build_on_meta(config)
-        # Copies, one at a time: the tensors so far are views of the file, several of one of its tensors.
         dtype = parts.weights["model.embed_tokens.weight"].dtype
-        state = {name: tensor.to(dtype).clone().contiguous() for name, tensor in parts.weights.items()}
-        return load_whole(model, state)
+        tensors = track(parts.weights.items(), "copying weights", disable=parameters < LARGE, transient=True)
+        # Copies, one at a time: the tensors so far are views of the file, several of one of its tensors.
+        return load_whole(model, {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors})
 
     reference = _reference(layout, weights, config, arguments.lora_scale)
-    return Source(layout.name, config, parameters, reference, load, parts.notes)
+    return Source(layout.name, config, parameters, reference, load, parts.notes, parts.recomputed)
 
 
 def choose_layout(weights: Mapping[str, torch.Tensor], name: str) -> Layout:

@@ -22,12 +22,20 @@ from transformers import (
 from hfgpt.adapters import load_merged
 from hfgpt.conversion import gpt2, nanogpt, openai
 from hfgpt.conversion.assembly import load_whole
-from hfgpt.conversion.checkpoints import Checkpoint, read_checkpoint
+from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, read_checkpoint
 from hfgpt.conversion.parity import Parity, compare, compute_with, record
-from hfgpt.conversion.sources import ImportArguments, Source, open_weights
+from hfgpt.conversion.sources import LARGE, ImportArguments, Source, open_weights
 from hfgpt.data.synthetic import generate_stories
 from hfgpt.errors import InputError
-from hfgpt.loading import check_vocabulary, explained, is_classifier, load_model, load_model_config, quiet_bars
+from hfgpt.loading import (
+    check_vocabulary,
+    explained,
+    is_classifier,
+    load_model,
+    load_model_config,
+    load_model_tokenizer,
+    quiet_bars,
+)
 from hfgpt.tasks.run_folder import write_json
 from hfgpt.tokenizer import GPT2_FILES, SAVED_FILES, build_char_tokenizer, load_tokenizer
 from hfgpt.training.callbacks import stderr_console
@@ -71,12 +79,14 @@ def import_checkpoint(
             tokenizer.save_pretrained(staging)
             if len(tokenizer) < model.config.vocab_size and model.can_generate():
                 model.generation_config.suppress_tokens = list(range(len(tokenizer), model.config.vocab_size))
-        with quiet_bars():
-            model.save_pretrained(staging)
         parameters = model.num_parameters()
+        with quiet_bars(parameters < LARGE):
+            model.save_pretrained(staging)
         del model
         saved = load_model(str(staging), auto_class=_auto_class(opened.config), dtype="auto")
-        differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
+        differences, greedy_equal = compare(
+            expected, record(compute_with(saved), rows, greedy_tokens), opened.recomputed
+        )
         report = Parity(source, opened.format, parameters, opened.parameters, differences, greedy_equal, opened.notes)
         _finish(report, staging, console)
     return report
@@ -103,19 +113,23 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
     rows = parity_rows(model.config, tokenizer)
     greedy_tokens = 0 if is_classifier(model.config) else GREEDY_TOKENS
     expected = record(compute_with(model), rows, greedy_tokens)
-    weights, filled = gpt2.gpt2_weights(model)
+    config, parameters = model.config, model.num_parameters()
+    generation_config = model.generation_config if model.can_generate() else None
+    weights = dict(model.state_dict())
+    del model  # the weights are taken out of the dictionary one by one: one copy of them at a time
+    weights, filled = gpt2.gpt2_weights(weights, config)
     notes = [f"filled with zeros: {len(filled)} biases that the model has not, such as {filled[0]}"] if filled else []
-    native_class = GPT2ForSequenceClassification if is_classifier(model.config) else GPT2LMHeadModel
+    native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
     with _appearing(out) as staging:
         with torch.device("meta"):
-            native = native_class(gpt2.gpt2_config(model.config))
+            native = native_class(gpt2.gpt2_config(config))
         load_whole(native, weights)
         if native.can_generate():
-            native.generation_config = model.generation_config
-        parameters = model.num_parameters()
-        del model
-        with quiet_bars():
+            native.generation_config = generation_config
+        del weights
+        with quiet_bars(parameters < LARGE):
             native.save_pretrained(staging)
+            del native
             _save_gpt2_tokenizer(tokenizer, staging)
             saved = native_class.from_pretrained(staging, dtype="auto").eval()
         differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
@@ -135,15 +149,15 @@ def open_source(source: str, arguments: ImportArguments) -> tuple[Source, PreTra
         InputError: There is no checkpoint, or none that can be converted.
     """
     path = Path(source)
-    file = path / "ckpt.pt" if path.is_dir() and not (path / "config.json").is_file() else path
-    if path.is_dir() and openai.is_tensorflow_folder(path):
+    file = path / "ckpt.pt" if (path / "ckpt.pt").is_file() else path  # nanoGPT's folder
+    if openai.is_tensorflow_folder(path):
         weights, hparams = openai.read_tensorflow(path)
         checkpoint = Checkpoint(weights, {"n_head": hparams.get("n_head")})
     elif file.is_file():
         checkpoint = read_checkpoint(file)
     else:
         return _open_transformers(source, arguments)
-    tokenizer = find_tokenizer(path, arguments, checkpoint)
+    tokenizer = find_tokenizer(file, arguments, checkpoint)
     special = {}
     if tokenizer is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -153,6 +167,8 @@ def open_source(source: str, arguments: ImportArguments) -> tuple[Source, PreTra
 
 def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source, PreTrainedTokenizerBase | None]:
     """A GPT-2 in transformers' own format, from a folder or the Hub."""
+    if Path(source).suffix in SUFFIXES and not Path(source).exists():
+        raise InputError(f"there is no file '{source}': check the path")
     config = load_model_config(source, arguments.revision)
     if config.model_type != "gpt2":
         raise InputError(
@@ -190,11 +206,11 @@ def find_tokenizer(
         if arguments.tokenizer.endswith(".pkl"):
             return build_char_tokenizer(nanogpt.read_meta(Path(arguments.tokenizer)))
         return load_tokenizer(arguments.tokenizer, pad_token=None)
-    if checkpoint is not None and (meta := nanogpt.find_meta(source, checkpoint.settings)):
+    if checkpoint is not None and checkpoint.model_args and (meta := nanogpt.find_meta(source, checkpoint.settings)):
         return build_char_tokenizer(nanogpt.read_meta(meta))
     folder = source if source.is_dir() else source.parent
     if not source.exists():
-        return load_tokenizer(str(source), pad_token=None)  # beside the weights on the Hub
+        return load_model_tokenizer(str(source), arguments.revision)  # beside the weights on the Hub
     if any((folder / name).is_file() for name in (*SAVED_FILES, *GPT2_FILES)):
         return load_tokenizer(folder, pad_token=None)
     return None
