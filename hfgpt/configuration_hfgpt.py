@@ -139,6 +139,14 @@ class HfGPTConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+        # transformers warns of another model's configuration; that of a GPT-2 checkpoint is meant to be read as ours.
+        config, kwargs = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == "gpt2":
+            config["model_type"] = cls.model_type
+        return config, kwargs
+
     def validate_architecture(self):
         """Refuses what cannot be built; called by `@strict` at initialisation and before saving."""
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
@@ -79,7 +80,10 @@ def complete_weights(parts: Parts) -> HfGPTConfig:
         arguments |= dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), parts.dropout)
     if labels is not None:
         arguments["num_labels"] = labels
-    config = HfGPTConfig(**arguments)
+    try:
+        config = HfGPTConfig(**arguments)
+    except (StrictDataclassError, ValueError) as error:
+        raise InputError(f"the checkpoint's architecture cannot be: {str(error).splitlines()[-1].strip()}") from error
     config.architectures = ["HfGPTForCausalLM" if labels is None else "HfGPTForSequenceClassification"]
     _fit(parts, build_on_meta(config))
     return config

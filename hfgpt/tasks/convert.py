@@ -224,7 +224,7 @@ def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
     if tokenizer is not None:
         text = next(generate_stories(1))
         try:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+            ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids[:length]
         except Exception:  # the Rust library's bare one, of a character table that lacks a letter of the story
             ids = [number for letter in text if (number := tokenizer.get_vocab().get(letter)) is not None][:length]
         if len(ids) > 1 and max(ids) < size:

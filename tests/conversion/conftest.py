@@ -1,0 +1,11 @@
+"""What the tests of conversion share."""
+
+import pytest
+import torch
+from makers import CONTEXT, VOCAB
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Two rows of tokens, none of them the padding."""
+    return torch.randint(3, VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(5))

@@ -1,0 +1,214 @@
+"""Files that are damaged, hostile or something else: one line, nothing run, nothing left behind. Checks are exact."""
+
+import io
+import os
+import pickle
+import random
+import zipfile
+
+import pytest
+import torch
+from makers import HEADS, VOCAB, make_book_weights, make_gpt2, save_nanogpt
+from rich.console import Console
+from safetensors.torch import save_file
+
+from hfgpt import InputError
+from hfgpt.conversion.checkpoints import read_checkpoint
+from hfgpt.conversion.nanogpt import read_meta
+from hfgpt.conversion.sources import ImportArguments
+from hfgpt.tasks.convert import import_checkpoint
+
+QUIET = Console(file=io.StringIO())
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def refusal(source, folder, **arguments) -> str:
+    """The message of a refused import, after which the folder is as it was."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(InputError) as error:
+        import_checkpoint(str(source), folder / "out", ImportArguments(**{"num_heads": HEADS, **arguments}), QUIET)
+    assert sorted(folder.rglob("*")) == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def changed(change):
+    weights = make_book_weights()
+    change(weights)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"x": 1}, "is no state dict: 'x' is a int, not a tensor; save model.state_dict()"),
+        ({"model": {0: torch.ones(1)}}, "is no state dict: 0 is a Tensor"),
+        ({}, "holds no weights"),
+        ([torch.ones(1)], "holds a list, not a state dict"),
+        (torch.nn.Linear(2, 2), "wants to run torch.nn.modules.linear.Linear, so it is not read"),
+        (changed(lambda w: w.pop("final_norm.scale")), "the checkpoint has no model.norm.weight (1 such)"),
+        (changed(lambda w: w.pop("tok_emb.weight")), "has no matrix for model.embed_tokens.weight"),
+        (changed(lambda w: w.update({"more.weight": torch.ones(1)})), "1 of 34 keys do not fit it (more.weight)"),
+        (changed(lambda w: w["pos_emb.weight"].fill_(torch.nan)), "pos_emb.weight holds NaN or infinity"),
+        (changed(lambda w: w.update({"final_norm.scale": torch.ones(47)})), "model.norm.weight has (47,), and the"),
+        (changed(lambda w: w.update({"out_head.weight": torch.ones(VOCAB, 47)})), "lm_head.weight has (90, 47), and"),
+        (
+            changed(lambda w: w.update({"final_norm.scale": torch.ones(48).to_sparse()})),
+            "is not a dense tensor",
+        ),
+        (changed(lambda w: w.update({"final_norm.scale": torch.ones(48).long()})), "is stored as torch.int64"),
+        (changed(lambda w: w.update({"_orig_mod.tok_emb.weight": torch.ones(1)})), "some weights twice"),
+        (
+            changed(lambda w: w.update({"out_head.bias": torch.ones(VOCAB)})),
+            "head over the vocabulary has a bias",
+        ),
+        (
+            {"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2), "model.norm.weight": torch.ones(2)},
+            "2 of 2 keys do not fit it (model.layers.0.self_attn.q_proj.weight, model.norm.weight)",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint_of_a_gpt(content, message, tmp_path):
+    torch.save(content, tmp_path / "model.pt")
+    assert message in refusal(tmp_path / "model.pt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.bin", "model.ckpt"])
+def test_code_in_a_pickle_is_named_and_not_run(name, tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"model": {"wte.weight": Hostile(trap)}}, tmp_path / name)
+    assert "wants to run posix.mkdir, so it is not read" in refusal(tmp_path / name, tmp_path)
+    (tmp_path / name).write_bytes(pickle.dumps(Hostile(trap)))
+    assert f"'{tmp_path / name}'" in refusal(tmp_path / name, tmp_path)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04",
+        pickle.dumps(Hostile("trap")),
+        pickle.dumps({"stoi": {"a": 0}}),
+        pickle.dumps({"stoi": {"a": 0, "b": 2}, "itos": {0: "a", 2: "b"}}),
+        pickle.dumps({"stoi": {"a": 0, "b": 1}, "itos": {0: "b", 1: "a"}}),
+        pickle.dumps({"stoi": {"ab": 0}, "itos": {0: "ab"}}),
+        pickle.dumps([1, 2]),
+    ],
+)
+def test_a_table_of_characters_that_is_none(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_nanogpt(tmp_path / "ckpt.pt")
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(InputError, match="is no character table of nanoGPT"):
+        read_meta(tmp_path / "meta.pkl")
+    assert "is no character table of nanoGPT" in refusal(tmp_path, tmp_path)
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": None}, "does not say how many heads share its width of 48: pass --num-heads"),
+        ({"num_heads": 5}, "5 heads cannot share a width of 48"),
+        ({"num_heads": -2}, "-2 heads cannot share a width of 48"),
+        ({"format": "nanogpt"}, "these are not the weights of a nanogpt model"),
+        ({"vocab_size": VOCAB + 1}, "91 tokens are wanted, but the checkpoint embeds 90"),
+        ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),
+        ({"hidden_act": "gleu"}, "hidden_act is 'gleu'"),
+    ],
+)
+def test_what_the_user_says_must_fit(arguments, message, tmp_path):
+    torch.save(make_book_weights(), tmp_path / "model.pth")
+    assert message in refusal(tmp_path / "model.pth", tmp_path, **arguments)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_weights(tmp_path):
+    from hfgpt.tokenizer import train_tokenizer
+
+    make_gpt2(vocab_size=10).save_pretrained(tmp_path / "gpt2")
+    train_tokenizer(["more letters than ten"], "char").save_pretrained(tmp_path / "gpt2")
+    assert "tokens, but the model embeds only 10" in refusal(tmp_path / "gpt2", tmp_path, num_heads=None)
+
+
+def test_sources_that_are_not_there(tiny_config, tmp_path, monkeypatch):
+    from hfgpt import HfGPTForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    assert refusal("none.pt", tmp_path) == "there is no file 'none.pt': check the path"
+    (tmp_path / "empty").mkdir()
+    assert "holds no config.json" in refusal("./empty", tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    assert "has the suffix '.txt': taken are .pt, .pth" in refusal("a.txt", tmp_path)
+    HfGPTForCausalLM(tiny_config()).save_pretrained(tmp_path / "ours")
+    assert "is a model of type hfgpt; what is converted is gpt2" in refusal("ours", tmp_path)
+    make_gpt2().save_pretrained(tmp_path / "gpt2")
+    assert "in the format gpt2, not book" in refusal("gpt2", tmp_path, format="book")
+    assert "--num-heads is not needed" in refusal("gpt2", tmp_path)
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path):
+    torch.save(make_book_weights(), tmp_path / "model.pth")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "exists: name a folder that does not" in refusal(tmp_path / "model.pth", tmp_path)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_a_file_from_before_torch_1_6_is_read(tmp_path):
+    torch.save(make_book_weights(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(tmp_path / "old.pth")
+    weights = read_checkpoint(tmp_path / "old.pth").weights
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in make_book_weights().items())
+
+
+@pytest.mark.parametrize("kind", ["nanogpt.pt", "book.pth", "old.pth", "book.safetensors", "meta.pkl", "gpt2"])
+def test_damaged_files_give_a_line_or_a_model(kind, tmp_path):
+    """40 files a kind, cut, or with some bytes changed, many of them in the header: no traceback, nothing left."""
+    generator = random.Random(kind)
+    source = tmp_path / ("model.pt" if kind in ("nanogpt.pt", "meta.pkl") else kind)
+    damaged = source
+    if kind in ("nanogpt.pt", "meta.pkl"):
+        save_nanogpt(source, vocab_size=3)
+        if kind == "meta.pkl":
+            damaged = tmp_path / "meta.pkl"
+            damaged.write_bytes(pickle.dumps({"stoi": {"a": 0, "b": 1, "c": 2}, "itos": {0: "a", 1: "b", 2: "c"}}))
+    elif kind == "book.safetensors":
+        save_file(make_book_weights(), source)
+    elif kind == "gpt2":
+        make_gpt2().save_pretrained(source)
+        damaged = source / "model.safetensors"
+    else:
+        torch.save(make_book_weights(), source, _use_new_zipfile_serialization=kind != "old.pth")
+    content = damaged.read_bytes()
+    messages = []
+    for attempt in range(40):
+        mutated = bytearray(content)
+        if attempt % 2:
+            mutated = mutated[: generator.randrange(len(content))]
+        else:
+            for _ in range(generator.choice([1, 4, 30])):
+                reach = generator.choice([len(content), min(len(content), 600)])
+                mutated[generator.randrange(reach)] = generator.randrange(256)
+        damaged.write_bytes(mutated)
+        before = sorted(tmp_path.iterdir())
+        heads = None if kind == "gpt2" else HEADS
+        try:
+            import_checkpoint(str(source), tmp_path / "out", ImportArguments(num_heads=heads), QUIET)
+            for path in (tmp_path / "out").iterdir():
+                path.unlink()
+            (tmp_path / "out").rmdir()
+        except InputError as error:
+            messages.append(str(error))
+        assert sorted(tmp_path.iterdir()) == before
+    assert len(messages) >= 20, "half of them are cut"
+    assert not [message for message in messages if "\n" in message]
