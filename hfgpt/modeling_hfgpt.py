@@ -177,8 +177,9 @@ class HfGPTPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """Loads as transformers does, but refuses (ValueError) what it would leave random or out; heads may differ."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        asked = output_loading_info or "state_dict" in kwargs  # the caller looks, or has chosen the weights
         for kind, heads in (("missing", {"score.weight"}), ("unexpected", {"lm_head.weight", "score.weight"})):
-            if not output_loading_info and (keys := sorted(set(info[f"{kind}_keys"]) - heads)):
+            if not asked and (keys := sorted(set(info[f"{kind}_keys"]) - heads)):
                 raise ValueError(f"'{model.name_or_path}': {len(keys)} {kind} weights, like {keys[0]}; take another")
         return (model, info) if output_loading_info else model
 

@@ -6,7 +6,7 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2
 import torch
 from transformers import GPT2Config
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, PrefixChange, Transpose, WeightConverter, WeightRenaming
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.conversion.layouts import Layout
@@ -16,13 +16,13 @@ QKV = tuple(f"model.layers.*.self_attn.{letter}_proj" for letter in "qkv")
 MODULES = {
     "wte": ("model.embed_tokens",),
     "wpe": ("model.embed_positions",),
+    "ln_f": ("model.norm",),  # before the blocks': read backwards, `norm.` must not be found in `input_layernorm.`
     "h.*.ln_1": ("model.layers.*.input_layernorm",),
     "h.*.attn.c_attn": QKV,
     "h.*.attn.c_proj": ("model.layers.*.self_attn.o_proj",),
     "h.*.ln_2": ("model.layers.*.post_attention_layernorm",),
     "h.*.mlp.c_fc": ("model.layers.*.mlp.up_proj",),
     "h.*.mlp.c_proj": ("model.layers.*.mlp.down_proj",),
-    "ln_f": ("model.norm",),
     "lm_head": ("lm_head",),
     "score": ("score",),
 }
@@ -31,22 +31,25 @@ LAYOUT = Layout("gpt2", MODULES, transposed=True, ignored=r"\.attn\.(masked_)?bi
 
 def register_loading():
     """Teaches `from_pretrained` of our classes to read GPT-2 checkpoints, by transformers' declarative conversion."""
-    renamings = [WeightRenaming(r"^transformer\.", "model."), WeightRenaming(r"(?<!\w)h\.", "layers.")]
-    converters = []
+    renamings, converters = [WeightRenaming(r"(?<!\w)h\.", "layers.")], []
     for theirs, ours in MODULES.items():
-        # The base model alone is saved without a prefix; transformers puts its own before these names where needed.
+        # transformers puts the prefix of the base model before these names where it is needed.
         theirs, *ours = [name.removeprefix("model.").split("*.")[-1] for name in (theirs, *ours)]
-        is_matrix = ".c_" in theirs
         if len(ours) > 1:
             for parameter, operations in (("weight", [Transpose(0, 1), Chunk(0)]), ("bias", [Chunk(0)])):
                 targets = [f"{name}.{parameter}" for name in ours]
                 converters.append(WeightConverter(f"{theirs}.{parameter}", targets, operations))
-        elif is_matrix:
+        elif ".c_" in theirs:
             converters.append(WeightConverter(f"{theirs}.weight", f"{ours[0]}.weight", [Transpose(0, 1)]))
             renamings.append(WeightRenaming(rf"(?<!\w){theirs}.bias", f"{ours[0]}.bias"))
         elif theirs != ours[0]:
             renamings.append(WeightRenaming(rf"(?<!\w){theirs}\.", f"{ours[0]}."))
-    register_checkpoint_conversion_mapping("hfgpt", [*renamings, *converters], overwrite=True)
+    for name in ("HfGPTModel", "HfGPTForCausalLM", "HfGPTForSequenceClassification"):
+        has_head = name != "HfGPTModel"
+        prefix = (
+            WeightRenaming(r"^transformer\.", "model.") if has_head else PrefixChange(prefix_to_remove="transformer")
+        )
+        register_checkpoint_conversion_mapping(name, [prefix, *renamings, *converters], overwrite=True)
 
 
 def gpt2_config(config: HfGPTConfig) -> GPT2Config:
