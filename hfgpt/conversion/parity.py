@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 # Of the largest logit, or of 1 if that is smaller.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -108,8 +109,7 @@ def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens:
     text = text[:, : max(1, text.shape[1] - greedy_tokens)]
     start = text.shape[1]
     for _ in range(greedy_tokens):
-        # In double precision: roundings cannot choose between two tokens that are equally likely.
-        text = torch.cat([text, compute(text, torch.float64)[:, -1:].argmax(-1)], dim=-1)
+        text = torch.cat([text, compute(text, torch.float32)[:, -1:].argmax(-1)], dim=-1)
     return Recording(logits, text[0, start:].tolist())
 
 
@@ -135,13 +135,14 @@ def compare(reference: Recording, ours: Recording, recomputed: bool = False) -> 
     return differences, greedy_equal
 
 
-def compute_with(model: nn.Module) -> ComputeLogits:
+def compute_with(model: PreTrainedModel) -> ComputeLogits:
     """The logits of a transformers model, in any precision without a second copy of its weights."""
 
     def compute(input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         with _layers_in(model, dtype):
             # Row by row: GPT-2's classifier takes several only with a padding token.
-            return torch.cat([model(input_ids=row, use_cache=False).logits for row in input_ids[:, None]])
+            parts = [input_ids] if model.can_generate() else input_ids.split(1)
+            return torch.cat([model(input_ids=part, use_cache=False).logits for part in parts])
 
     return compute
 

@@ -183,10 +183,9 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
     auto_class = _auto_class(config)
 
     def load() -> PreTrainedModel:
+        # Refuses what does not fit, so that a GPT-2 which is silently random cannot be the measure.
         return load_model(source, arguments.revision, auto_class, dtype="auto")
 
-    load_checked = load()  # refuses what does not fit, before a silently random GPT-2 can be the measure
-    del load_checked
     native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
     with explained("a model", source), quiet_bars(Path(source).is_dir()):
         native = native_class.from_pretrained(source, revision=arguments.revision or "main", dtype="auto").eval()
