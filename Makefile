@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# The book's own model, which the importer is tested against, without TensorFlow, JupyterLab and the old NumPy it asks for.
+BOOK := llms-from-scratch==1.0.19
 INSTALLED := $(VENV)/installed
 
 .PHONY: demo test clean
@@ -18,6 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hfgpt needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(BOOK)
 	touch $@
 
 clean:

@@ -7,8 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from hfgpt import cli
+from hfgpt.conversion import book, nanogpt
 from hfgpt.data.synthetic import generate_stories
 from hfgpt.tasks.demo import run_demo
 
@@ -33,7 +36,19 @@ def workplace(tmp_path_factory):
     (folder / "my-gpt.yaml").write_text(blocks("yaml")[0])
     with contextlib.chdir(folder):
         run_demo(Path("runs/demo"), (*SHORT, "--data.max_documents", "300", "--training.save_strategy", "no"))
+        save_as_others_do(AutoModelForCausalLM.from_pretrained("runs/demo"), folder)
     return folder
+
+
+def save_as_others_do(model, folder):
+    """The demo's model as nanoGPT and the book would have saved it."""
+    config = model.config
+    nano = nanogpt.LAYOUT.from_hfgpt(dict(model.state_dict()), config.num_hidden_layers)
+    (folder / "out-shakespeare-char").mkdir()
+    arguments = {"n_head": config.num_attention_heads, "dropout": 0.0}
+    torch.save({"model": nano, "model_args": arguments}, folder / "out-shakespeare-char" / "ckpt.pt")
+    chapter = book.LAYOUT.from_hfgpt(dict(model.state_dict()), config.num_hidden_layers)
+    torch.save(chapter, folder / "model.pth")
 
 
 def test_readme_commands_run(workplace, monkeypatch, capsys):

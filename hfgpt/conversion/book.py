@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from hfgpt.conversion.gpt2 import QKV
 from hfgpt.conversion.layouts import Layout
 from hfgpt.errors import InputError
 
@@ -20,6 +21,8 @@ LAYOUT = Layout(
         "trf_blocks.*.att.W_key": ("model.layers.*.self_attn.k_proj",),
         "trf_blocks.*.att.W_value": ("model.layers.*.self_attn.v_proj",),
         "trf_blocks.*.att.out_proj": ("model.layers.*.self_attn.o_proj",),
+        "trf_blocks.*.att.qkv": QKV,  # this and the next in the faster variant, whose norms are PyTorch's
+        "trf_blocks.*.att.proj": ("model.layers.*.self_attn.o_proj",),
         "trf_blocks.*.norm2": ("model.layers.*.post_attention_layernorm",),
         "trf_blocks.*.ff.layers.0": ("model.layers.*.mlp.up_proj",),
         "trf_blocks.*.ff.layers.2": ("model.layers.*.mlp.down_proj",),

@@ -56,6 +56,8 @@ def book_logits(
         return linear(x, get(f"{name}.linear.weight"), get(f"{name}.linear.bias")) + lora_scale * adapted
 
     def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        if get(f"{name}.scale") is None:  # the faster variant
+            return layer_norm(x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"))
         centered = x - x.mean(-1, keepdim=True)
         variance = x.var(-1, keepdim=True, unbiased=False)
         return get(f"{name}.scale") * centered / torch.sqrt(variance + 1e-5) + get(f"{name}.shift")
@@ -64,8 +66,13 @@ def book_logits(
     for number in range(config.num_hidden_layers):
         block = f"trf_blocks.{number}"
         normed = norm(f"{block}.norm1", hidden)
-        parts = [project(f"{block}.att.W_{part}", normed) for part in ("query", "key", "value")]
-        hidden = hidden + project(f"{block}.att.out_proj", _attend(*parts, config.num_attention_heads))
+        if get(f"{block}.att.qkv.weight") is None:
+            parts = [project(f"{block}.att.W_{part}", normed) for part in ("query", "key", "value")]
+            output = f"{block}.att.out_proj"
+        else:
+            parts = project(f"{block}.att.qkv", normed).chunk(3, dim=-1)
+            output = f"{block}.att.proj"
+        hidden = hidden + project(output, _attend(*parts, config.num_attention_heads))
         inner = project(f"{block}.ff.layers.0", norm(f"{block}.norm2", hidden))
         hidden = hidden + project(f"{block}.ff.layers.2", ACT2FN[config.hidden_act](inner))
     return project("out_head", norm("final_norm", hidden))

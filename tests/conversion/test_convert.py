@@ -10,7 +10,18 @@ import pickle
 
 import pytest
 import torch
-from makers import CONTEXT, HEADS, LAYERS, VOCAB, WIDTH, add_lora, make_book_weights, make_gpt2, save_nanogpt
+from makers import (
+    CONTEXT,
+    HEADS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    add_lora,
+    make_book_weights,
+    make_gpt2,
+    randomize,
+    save_nanogpt,
+)
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -206,6 +217,17 @@ def test_the_books_own_model(qkv_bias, tied, masks, ids, tmp_path):
     assert (model.config.qkv_bias, model.config.tie_word_embeddings) == (qkv_bias, tied)
     with torch.no_grad():
         assert_close(logits_of(model, ids), source(ids))
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_the_books_faster_variant(qkv_bias, ids, tmp_path):
+    chapter = pytest.importorskip("llms_from_scratch.ch04", reason="pip install --no-deps llms-from-scratch")
+    sizes = {"vocab_size": VOCAB, "context_length": CONTEXT, "emb_dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS}
+    source = randomize(chapter.GPTModelFast({**sizes, "drop_rate": 0.1, "qkv_bias": qkv_bias}))
+    torch.save(source.state_dict(), tmp_path / "model.pth")
+    assert convert(tmp_path / "model.pth", tmp_path / "out", num_heads=HEADS).format == "book"
+    with torch.no_grad():
+        assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids), source(ids))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -4,13 +4,15 @@ Tolerance: 1e-5 of logits of about 10. Both models do the same operations in the
 """
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from makers import LAYERS, make_gpt2
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, GPT2Model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, GPT2Model
 
 from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification, HfGPTModel
 from hfgpt.configuration_hfgpt import PRESETS
@@ -190,3 +192,25 @@ def test_peft_trains_saves_reloads_and_merges(ids, tmp_path):
     merged = reloaded.merge_and_unload(safe_merge=True)
     # The updates are now part of the matrices: other roundings, of logits of about 10.
     torch.testing.assert_close(merged(ids).logits, trained, **TOLERANCE)
+
+
+@pytest.mark.skipif(
+    not {"HFGPT_GPT2", "HFGPT_VERDICT"} <= os.environ.keys(),
+    reason="needs GPT-2's weights and the-verdict.txt: set HFGPT_GPT2 to `gpt2` or a folder, HFGPT_VERDICT to the text",
+)
+def test_gpt2s_loss_on_the_books_text_is_the_books():
+    """Chapter 5: 9 batches of 2 x 256 tokens of the first nine tenths, one of the rest; 3.7547 and 3.5596 nats."""
+    model = HfGPTForCausalLM.from_pretrained(os.environ["HFGPT_GPT2"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(os.environ["HFGPT_GPT2"])
+    text = Path(os.environ["HFGPT_VERDICT"]).read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    losses = []
+    for part, blocks in ((text[:cut], 18), (text[cut:], 2)):
+        tokens = torch.tensor(tokenizer(part)["input_ids"])
+        rows = tokens[: blocks * 256 + 1].unfold(0, 257, 256)
+        assert len(rows) == blocks
+        with torch.no_grad():
+            logits = model(rows[:, :-1]).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item())
+    # To the four digits that the book prints.
+    assert losses == pytest.approx([3.7547, 3.5596], abs=1e-4)
