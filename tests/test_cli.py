@@ -347,11 +347,11 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("import none.pt new", "there is no file 'none.pt': check the path"),
         (
             "import stories.txt new",
-            "'stories.txt' has the suffix '.txt': taken are .pt, .pth, .bin, .ckpt, .safetensors",
+            "'stories.txt' has the suffix '.txt': taken are .pt, .pth, .bin, .ckpt",
         ),
         (
             "import runs/tiny new",
-            "'runs/tiny' is a model of type hfgpt; what is converted is gpt2, and files of nanoGPT",
+            "'runs/tiny' is a model of type hfgpt; what is converted is gpt2, and",
         ),
         ("import none.pt runs", "'runs' exists: name a folder that does not"),
         ("import none.pt new --format onnx", "--format is 'onnx'; choose one of auto, gpt2, nanogpt, book"),

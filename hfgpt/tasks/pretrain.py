@@ -239,7 +239,7 @@ def describe_run(
 
 
 def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) -> PretrainingData:
-    """Reads the text, trains or loads the tokenizer, and cuts both splits into blocks.
+    """Reads the text, trains or loads the tokenizer (with a model its own), and cuts both splits into blocks.
 
     Args:
         recipe: Its sections `data`, `tokenizer` and `model`.
@@ -249,6 +249,8 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     documents = load_documents(recipe.data, recipe.training.seed, report)
     if tokenizer_folder and (tokenizer_folder / "tokenizer.json").is_file():
         tokenizer = load_tokenizer(str(tokenizer_folder), pad_token=recipe.tokenizer.pad_token)
+    elif recipe.model.path and recipe.tokenizer.path is None:
+        tokenizer = load_model_tokenizer(recipe.model.path, recipe.model.revision)  # the one its weights know
     else:
         tokenizer = build_tokenizer(recipe.tokenizer, (row["text"] for row in documents["train"]))
     block_size = context_length(recipe) if recipe.data.block_size is None else recipe.data.block_size

@@ -196,7 +196,7 @@ def test_peft_trains_saves_reloads_and_merges(ids, tmp_path):
 
 @pytest.mark.skipif(
     not {"HFGPT_GPT2", "HFGPT_VERDICT"} <= os.environ.keys(),
-    reason="needs GPT-2's weights and the-verdict.txt: set HFGPT_GPT2 to `gpt2` or a folder, HFGPT_VERDICT to the text",
+    reason="needs GPT-2's weights and the-verdict.txt: set HFGPT_GPT2 to gpt2 or a folder, HFGPT_VERDICT to the text",
 )
 def test_gpt2s_loss_on_the_books_text_is_the_books():
     """Chapter 5: 9 batches of 2 x 256 tokens of the first nine tenths, one of the rest; 3.7547 and 3.5596 nats."""

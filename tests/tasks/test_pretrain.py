@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
+from hfgpt.recipe import load_recipe
 from hfgpt.tasks import pretrain as module
 from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data
+from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
 
@@ -253,3 +255,20 @@ def test_what_is_shown(finished):
     assert f"validation loss {finished.metrics['eval_loss']:.4f} nats" in shown
     assert shown.count("sample: ") == 2
     assert f"hfgpt generate {finished.folder}" in shown
+
+
+def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path):
+    """A tokenizer trained anew would give every id another meaning."""
+    path = tmp_path / "more.yaml"
+    data = f"{{path: 'synthetic:stories', max_documents: 4, cache_dir: {tmp_path}}}"
+    settings = f"model: {{path: {finished.folder}}}\ndata: {data}\n"
+    path.write_text(settings + f"training: {{output_dir: {tmp_path / 'run'}, use_cpu: true}}\n")
+    recipe = load_recipe(str(path))
+    data = load_pretraining_data(recipe)
+    assert tokenizer_hash(data.tokenizer) == tokenizer_hash(AutoTokenizer.from_pretrained(finished.folder))
+    model = module.build_pretraining_model(recipe, data)
+    assert weights_of(model) == weights_of(AutoModelForCausalLM.from_pretrained(finished.folder))
+
+
+def weights_of(model) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
