@@ -348,7 +348,6 @@ def test_a_damaged_model_is_refused(damage, fact, copy):
         edit("tokenizer.json", lambda data: b"{}"),
         edit("tokenizer.json", lambda data: b'{"version": "1.0", "added_tokens": [], "model": {"type": "X"}}'),
         edit("tokenizer_config.json", lambda data: b"{"),
-        lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
     ],
 )
 def test_a_damaged_tokenizer_is_refused(damage, copy):
@@ -356,6 +355,13 @@ def test_a_damaged_tokenizer_is_refused(damage, copy):
     message = refusal(load_model_tokenizer, str(copy))
     assert message.startswith(f"cannot load a tokenizer from '{copy}' (")
     assert message.endswith("): save or copy it again")
+
+
+def test_a_model_without_a_tokenizer(copy):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    message = refusal(load_model_tokenizer, str(copy))
+    assert message == f"the folder '{copy}' holds no tokenizer: save the model's own beside it"
 
 
 def test_code_of_the_folder_is_neither_run_nor_asked_for(copy, monkeypatch):
