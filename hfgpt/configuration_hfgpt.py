@@ -129,11 +129,13 @@ class HfGPTConfig(PreTrainedConfig):
             if nearest := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
                 raise ValueError(f"HfGPTConfig has no '{key}'; did you mean '{nearest[0]}'?")
         # By transformers GPT-2's names (`n_embd`) would be set without a field's checks, the last one winning.
+        given = {}
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
-                value, present = kwargs.pop(alias), getattr(self, name)
-                if present not in (value, type(self).__dataclass_fields__[name].default):
+                value, present = kwargs.pop(alias), given.get(name, getattr(self, name))
+                if present != value and (name in given or present != type(self).__dataclass_fields__[name].default):
                     raise ValueError(f"{alias} is {value!r}, but {name}, which is the same, is {present!r}; give one")
+                given[name] = value
                 setattr(self, name, value)
         super().__post_init__(**kwargs)
         if self.intermediate_size is None:
@@ -144,6 +146,8 @@ class HfGPTConfig(PreTrainedConfig):
         # transformers warns of another model's configuration; that of a GPT-2 checkpoint is meant to be read as ours.
         config, kwargs = super().get_config_dict(*args, **kwargs)
         if config.get("model_type") == "gpt2":
+            leftovers = ("n_ctx", "_num_labels")  # of old files; transformers does not read them either
+            config = {key: value for key, value in config.items() if key not in leftovers}
             config["model_type"] = cls.model_type
         return config, kwargs
 

@@ -203,6 +203,7 @@ def load_model(path: str, revision: str | None = None, auto_class=AutoModelForCa
 @contextmanager
 def quiet_bars(quiet: bool = True):
     """Switches off transformers' progress bars, which for a local file of some megabytes are noise."""
+    quiet = quiet and logging.is_progress_bar_enabled()
     if quiet:
         logging.disable_progress_bar()
     try:
@@ -223,7 +224,10 @@ def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTo
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in files):
         raise InputError(f"the folder '{path}' holds no tokenizer: save the model's own beside it")
     with explained("a tokenizer", path):
-        return AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+        raise InputError(f"the tokenizer of '{path}' has no tokens but special ones: its files are not there")
+    return tokenizer
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
@@ -273,6 +277,8 @@ def _fact(error: Exception) -> str:
     """What an error says, in one line."""
     if isinstance(error, StrictDataclassError):  # its last line holds the fact, those before name the machinery
         return str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
+    if "weights_only" in str(error):  # torch's advice is to run it all the same
+        return "its pickle wants to run code or is damaged, so it is not read; safetensors files cannot hold any"
     if isinstance(error, KeyError):
         return f"there is no {error}"
     return textwrap.shorten(str(error), 300, placeholder="...").rstrip(".") or type(error).__name__

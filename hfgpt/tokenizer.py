@@ -261,7 +261,9 @@ def build_char_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)
 
 
-def load_tokenizer(path: str | os.PathLike, pad_token: str | None = PADDING) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path: str | os.PathLike, pad_token: str | None = PADDING, add_eos: bool = True
+) -> PreTrainedTokenizerFast:
     """Load a tokenizer from the Hub, a folder, or GPT-2's two vocabulary files.
 
     Anything that exists, starts with `.`, `/` or `~`, ends in `.json` or has two slashes is local and never looked for
@@ -273,9 +275,11 @@ def load_tokenizer(path: str | os.PathLike, pad_token: str | None = PADDING) -> 
         pad_token: Padding token for a tokenizer that has none, or that pads with its end of text (which the loss could
             then not learn). One that is new to the vocabulary gets the id `len(tokenizer)`: the model's embeddings
             have to grow by one. None leaves the padding as it was saved.
+        add_eos: Whether a tokenizer without an end-of-text token gets `<|endoftext|>`; the embeddings have to grow for
+            that, too.
 
     Returns:
-        The tokenizer, with an end-of-text token (`<|endoftext|>` is added where it has none).
+        The tokenizer.
 
     Raises:
         InputError: Nothing is found at `path`, it cannot be read, it is not a fast tokenizer, or `pad_token` is its
@@ -299,7 +303,10 @@ def load_tokenizer(path: str | os.PathLike, pad_token: str | None = PADDING) -> 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise InputError(f"tokenizer {str(path)!r} is a {type(tokenizer).__name__}; only fast tokenizers can be used")
 
-    if tokenizer.eos_token is None:
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+        raise InputError(f"tokenizer {str(path)!r} has no tokens but special ones: its files are not there")
+
+    if add_eos and tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
     if pad_token is not None and tokenizer.pad_token in (None, tokenizer.eos_token):
         if pad_token == tokenizer.eos_token:

@@ -16,6 +16,8 @@ from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassificatio
 
 # GPT-2's vocabulary, whose last token is its end of text, and what nanoGPT rounds it up to.
 GPT2_TOKENS, PADDED_GPT2_TOKENS = 50257, 50304
+# Vocabularies are rounded up to a multiple of this at most.
+MOST_PADDING = 128
 
 
 @dataclass
@@ -28,6 +30,9 @@ class Parts:
         hidden_act: The activation of the source's MLP.
         dropout: Of the source; None leaves the default.
         tokens: Ids that mean something; rows of the embedding past them are cut. None keeps all.
+        tokens_named: Whether the user named them; a tokenizer that merely lies there explains only padding.
+        may_classify: Whether the format puts classifiers in the place of its output head.
+        may_lack_biases: Whether the format has models without biases.
         special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
         notes: What was done, for the report.
         recomputed: Whether weights were computed anew, and so rounded, and not only moved.
@@ -38,6 +43,9 @@ class Parts:
     hidden_act: str
     dropout: float | None = None
     tokens: int | None = None
+    tokens_named: bool = True
+    may_classify: bool = False
+    may_lack_biases: bool = False
     special: dict[str, int | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     recomputed: bool = False
@@ -62,11 +70,13 @@ def complete_weights(parts: Parts) -> HfGPTConfig:
     tied = labels is not None or head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
     if tied and weights.pop("lm_head.weight", None) is not None:
         parts.notes.append("tied: the output head is equal to the token embedding")
-    numbers = [int(match[1]) for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))]
+    numbers = {int(match[1]) for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if numbers != set(range(len(numbers))):
+        raise InputError(f"the blocks of the checkpoint are not numbered from 0 without a gap: {sorted(numbers)[:9]}")
     arguments = {
         "vocab_size": embedding.shape[0],
         "hidden_size": embedding.shape[1],
-        "num_hidden_layers": max(numbers) + 1,
+        "num_hidden_layers": len(numbers),
         "num_attention_heads": _check_heads(parts.num_heads, embedding.shape[1]),
         "intermediate_size": weights["model.layers.0.mlp.up_proj.weight"].shape[0],
         "max_position_embeddings": weights["model.embed_positions.weight"].shape[0],
@@ -123,8 +133,9 @@ def _take_classifier(parts: Parts) -> int | None:
     weights = parts.weights
     bias = weights.pop("lm_head.bias", None)
     head = weights.get("lm_head.weight")
+    rows, width = weights["model.embed_tokens.weight"].shape
     # A language model's head has a row for each token; a classifier of the book's takes its place, and its name.
-    if "score.weight" not in weights and head is not None and len(head) != len(weights["model.embed_tokens.weight"]):
+    if parts.may_classify and head is not None and head.shape[:1] != (rows,):
         weights["score.weight"] = weights.pop("lm_head.weight")
     score = weights.get("score.weight")
     if bias is not None and score is None:
@@ -132,6 +143,10 @@ def _take_classifier(parts: Parts) -> int | None:
     if score is None:
         return None
     weights.pop("lm_head.weight", None)
+    norm_bias = weights.get("model.norm.bias", torch.empty(0))
+    shapes = [tuple(tensor.shape) for tensor in (score, *([] if bias is None else [bias, norm_bias]))]
+    if shapes not in ([(len(score), width)], [(len(score), width), (len(score),), (width,)]):
+        raise InputError(f"the shapes of the classifier, its bias and the final norm do not belong together: {shapes}")
     if bias is not None:
         weights["model.norm.bias"] = fold_head_bias(weights["model.norm.bias"], score, bias)
         parts.recomputed = True
@@ -141,13 +156,19 @@ def _take_classifier(parts: Parts) -> int | None:
 
 def _cut_vocabulary(parts: Parts):
     rows = len(parts.weights["model.embed_tokens.weight"])
-    if parts.tokens is None and rows in (GPT2_TOKENS, PADDED_GPT2_TOKENS):
+    if parts.tokens is None and rows == PADDED_GPT2_TOKENS:
         parts.tokens = GPT2_TOKENS
+    if (parts.tokens or rows) == GPT2_TOKENS and not parts.special:
         parts.special = {"bos_token_id": GPT2_TOKENS - 1, "eos_token_id": GPT2_TOKENS - 1}
     if parts.tokens in (None, rows):
         return
     if parts.tokens > rows:
         raise InputError(f"{parts.tokens} tokens are wanted, but the checkpoint embeds {rows}: name its own tokenizer")
+    if not parts.tokens_named and rows - parts.tokens >= MOST_PADDING:
+        raise InputError(
+            f"the tokenizer beside the weights has {parts.tokens} tokens, but they embed {rows}: name the right one "
+            "with --tokenizer, or how many to keep with --vocab-size"
+        )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in parts.weights:
             parts.weights[name] = parts.weights[name][: parts.tokens]
@@ -158,7 +179,15 @@ def _fit(parts: Parts, model: PreTrainedModel):
     """Fills missing biases with zeros; refuses what is missing otherwise, left over, or of another shape."""
     weights, wanted = parts.weights, dict(model.named_parameters())
     dtype = weights["model.embed_tokens.weight"].dtype
-    filled = [name for name in wanted if name not in weights and name.endswith(".bias")]
+    # A model without biases lacks those of every block; one that lacks a single one is damaged.
+    kinds = {re.sub(r"\d+", "*", name) for name in weights}
+    norms_have = "model.layers.*.input_layernorm.bias" in kinds
+    filled = [
+        name
+        for name in (wanted if parts.may_lack_biases else ())
+        if name not in weights and name.endswith(".bias") and re.sub(r"\d+", "*", name) not in kinds
+        if not (norms_have and name == "model.norm.bias")
+    ]
     for name in filled:
         weights[name] = torch.zeros(wanted[name].shape, dtype=dtype)
     if filled:

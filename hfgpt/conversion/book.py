@@ -52,22 +52,22 @@ def merge_lora(weights: Mapping[str, torch.Tensor], scale: float | None) -> tupl
     names = sorted({key.rsplit(".lora.", 1)[0] for key in weights if ".lora." in key})
     if not names:
         return dict(weights), 0
-    if scale is None:
-        rank = weights.get(f"{names[0]}.lora.A", torch.empty(0, 0)).shape[-1]
-        raise InputError(
-            f"the file has {len(names)} LoRA layers of rank {rank} and does not say their scale: pass --lora-scale, "
-            "alpha by the printed book's code, alpha / rank by later versions of it"
-        )
     merged = {key.replace(".linear.", "."): tensor for key, tensor in weights.items() if ".lora." not in key}
     for name in names:
         parts = [weights.get(f"{name}.{part}") for part in ("linear.weight", "lora.A", "lora.B")]
         if any(part is None or part.ndim != 2 for part in parts):
             raise InputError(f"the LoRA layer {name} is not whole: it needs linear.weight, lora.A and lora.B")
         matrix, down, up = parts
+        if scale is None:
+            raise InputError(
+                f"the file has {len(names)} LoRA layers of rank {len(up)} and does not say their scale: pass "
+                "--lora-scale, alpha by the printed book's code, alpha / rank by later versions of it"
+            )
         if (up.shape[1], down.shape[0]) != tuple(matrix.shape) or down.shape[1] != up.shape[0]:
             raise InputError(f"the LoRA layer {name} has shapes {[tuple(part.shape) for part in parts]}")
-        # In double precision: the sum is then rounded once.
-        merged[f"{name}.weight"] = (matrix.double() + scale * (down.double() @ up.double()).T).to(matrix.dtype)
+        # In double precision: the sum is then rounded once, to single precision at least.
+        total = matrix.double() + scale * (down.double() @ up.double()).T
+        merged[f"{name}.weight"] = total.to(torch.promote_types(matrix.dtype, torch.float32))
     return merged, len(names)
 
 
@@ -88,4 +88,4 @@ def fold_head_bias(norm_bias: torch.Tensor, head: torch.Tensor, head_bias: torch
     shift = torch.linalg.lstsq(head.double(), head_bias.double()[:, None], driver="gelsd").solution[:, 0]
     if not torch.allclose(head.double() @ shift, head_bias.double(), rtol=0, atol=1e-9 * (1 + head_bias.abs().max())):
         raise InputError("the classifier has a bias that no final norm can take over: its rows are not independent")
-    return (norm_bias.double() + shift).to(norm_bias.dtype)
+    return (norm_bias.double() + shift).to(torch.promote_types(norm_bias.dtype, torch.float32))

@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(content, dict):
         raise InputError(f"'{path}' holds a {type(content).__name__}, not a state dict: save model.state_dict()")
     wrapped = next((content[name] for name in WRAPPED_AS if isinstance(content.get(name), dict)), content)
-    _check_weights(path, wrapped)
+    check_weights(path, wrapped)
     plain = {name: content.get(name) for name in ("model_args", "config")}
     model_args, settings = (value if isinstance(value, dict) else {} for value in plain.values())
     return Checkpoint(dict(wrapped), model_args, settings)
@@ -69,14 +69,23 @@ def _load_pickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)  # a file from before torch 1.6
 
 
-def _check_weights(path: Path, weights: dict[Any, Any]):
+def check_weights(path: Path, weights: dict[Any, Any]):
+    """Refuses what is no state dict of finite, dense tensors.
+
+    Raises:
+        InputError: Names the first thing that is not.
+    """
     if not weights:
         raise InputError(f"'{path}' holds no weights: save model.state_dict()")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
             raise InputError(f"'{path}' is no state dict: {name!r} is a {kind}, not a tensor; save model.state_dict()")
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+        dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
+        # A file of a few bytes can claim a tensor of any size, all its elements one number.
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"'{path}': {name} is not a dense tensor of real numbers: save the model in float32")
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise InputError(f"'{path}': {name} is stored as {tensor.dtype}: save the model in float32")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"'{path}': {name} holds NaN or infinity: take an earlier checkpoint")

@@ -12,7 +12,7 @@ from hfgpt.conversion.gpt2 import MODULES
 from hfgpt.conversion.layouts import Layout
 from hfgpt.errors import InputError
 
-LAYOUT = Layout("nanogpt", MODULES, ignored=r"\.attn\.bias$")
+LAYOUT = Layout("nanogpt", {name: ours for name, ours in MODULES.items() if name != "score"}, ignored=r"\.attn\.bias$")
 # Its MLP has used the exact GELU since June 2023, whatever the weights were started from.
 HIDDEN_ACT = "gelu"
 
@@ -32,8 +32,11 @@ def find_meta(checkpoint: Path, settings: Mapping[str, Any]) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers, and refuses everything that names a class or a function."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, strings and containers, and refuses everything that names a class or a function.
+
+    Written in Python: the one in C sets memory aside for whatever index a file names, gigabytes for ten bytes.
+    """
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}")

@@ -42,6 +42,8 @@ def read_tensorflow(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         ) from error
     try:
         hparams = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
+        if not isinstance(hparams, dict):
+            raise ValueError("hparams.json holds no settings")
         reader = load_checkpoint(latest_checkpoint(str(folder)) or str(next(folder.glob("*.index")).with_suffix("")))
         weights = {}
         for variable in sorted(reader.get_variable_to_shape_map()):

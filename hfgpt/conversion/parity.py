@@ -94,18 +94,19 @@ class Parity:
 
 
 @torch.no_grad()
-def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens: int) -> Recording:
+def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens: int | None) -> Recording:
     """Runs a model over rows of tokens.
 
     Args:
         compute: The model.
         rows: Name -> (B, T) token ids.
-        greedy_tokens: How far to continue the first half of the last rows' first, token by token; 0 for a classifier.
+        greedy_tokens: How many tokens at the end of the last row to replace, one by one, with the likeliest; None for
+            a classifier.
     """
     logits = {(name, dtype): compute(ids, dtype) for name, ids in rows.items() for dtype in TOLERANCES}
-    if not greedy_tokens:
+    if greedy_tokens is None:
         return Recording(logits)
-    text = list(rows.values())[-1][:1]
+    text = list(rows.values())[-1][-1:]
     text = text[:, : max(1, text.shape[1] - greedy_tokens)]
     start = text.shape[1]
     for _ in range(greedy_tokens):
@@ -149,20 +150,21 @@ def compute_with(model: PreTrainedModel) -> ComputeLogits:
 
 @contextmanager
 def _layers_in(model: nn.Module, dtype: torch.dtype):
-    """Converts each layer when it is called, and back: widening and narrowing again changes no weight."""
-    stored = next(model.parameters()).dtype
+    """Converts each layer when it is called, and gives it back its own weights afterwards."""
+    kept = {}
 
-    def convert_to(target):
-        def convert(module, *_):
-            module.to(target)
+    def convert(module, *_):
+        kept[module] = [(parameter, parameter.data) for parameter in module.parameters(recurse=False)]
+        module.to(dtype)
 
-        return convert
+    def restore(module, *_):
+        for parameter, data in kept.pop(module):
+            parameter.data = data
 
     handles = []
     for module in model.modules():
         if next(module.parameters(recurse=False), None) is not None:
-            handles.append(module.register_forward_pre_hook(convert_to(dtype)))
-            handles.append(module.register_forward_hook(convert_to(stored)))
+            handles += [module.register_forward_pre_hook(convert), module.register_forward_hook(restore)]
     try:
         yield
     finally:

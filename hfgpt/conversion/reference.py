@@ -38,7 +38,9 @@ def nanogpt_logits(get: Weights, input_ids: torch.Tensor, config: HfGPTConfig) -
         normed = layer_norm(hidden, (width,), get(block + "ln_2.weight"), get(block + "ln_2.bias"))
         inner = linear(normed, get(block + "mlp.c_fc.weight"), get(block + "mlp.c_fc.bias"))
         hidden = hidden + linear(activation(inner), get(block + "mlp.c_proj.weight"), get(block + "mlp.c_proj.bias"))
-    return linear(layer_norm(hidden, (width,), get("ln_f.weight"), get("ln_f.bias")), get("lm_head.weight"))
+    normed = layer_norm(hidden, (width,), get("ln_f.weight"), get("ln_f.bias"))
+    head = get("lm_head.weight")
+    return linear(normed, get("wte.weight") if head is None else head)
 
 
 def book_logits(
@@ -75,7 +77,10 @@ def book_logits(
         hidden = hidden + project(output, _attend(*parts, config.num_attention_heads))
         inner = project(f"{block}.ff.layers.0", norm(f"{block}.norm2", hidden))
         hidden = hidden + project(f"{block}.ff.layers.2", ACT2FN[config.hidden_act](inner))
-    return project("out_head", norm("final_norm", hidden))
+    normed = norm("final_norm", hidden)
+    if get("out_head.weight") is None and get("out_head.linear.weight") is None:  # tied, and saved once
+        return linear(normed, get("tok_emb.weight"))
+    return project("out_head", normed)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:

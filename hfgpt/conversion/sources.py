@@ -1,5 +1,7 @@
 """A checkpoint's tensors -> a model of ours, and a function that computes what the checkpoint computes."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -46,6 +48,10 @@ class ImportArguments:
     def __post_init__(self):
         if self.format not in ("auto", *LAYOUTS):
             raise InputError(f"--format is '{self.format}'; choose one of auto, {', '.join(LAYOUTS)}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise InputError(f"--vocab-size is {self.vocab_size}; it must be at least 1")
+        if self.lora_scale is not None and not math.isfinite(self.lora_scale):
+            raise InputError(f"--lora-scale is {self.lora_scale}; it must be a number")
 
 
 @dataclass
@@ -89,14 +95,19 @@ def open_weights(
     layout = choose_layout(weights, arguments.format)
     merged, adapted = book.merge_lora(weights, arguments.lora_scale) if layout is book.LAYOUT else (weights, 0)
     check_layout(layout, merged)
+    if arguments.lora_scale is not None and not adapted:
+        raise InputError("the checkpoint has no LoRA layers: leave out --lora-scale")
     dropped = [key for key in merged if not layout.find(key)]
     parts = Parts(
         layout.to_hfgpt(merged),
-        arguments.num_heads or nanogpt.num_heads_of(checkpoint.model_args),
+        nanogpt.num_heads_of(checkpoint.model_args) if arguments.num_heads is None else arguments.num_heads,
         arguments.hidden_act or ACTIVATIONS[layout.name],
         checkpoint.model_args.get("dropout"),
-        arguments.vocab_size or tokens,
-        special,
+        tokens if arguments.vocab_size is None else arguments.vocab_size,
+        arguments.vocab_size is not None or arguments.tokenizer is not None,
+        may_classify=layout is book.LAYOUT,
+        may_lack_biases=layout is nanogpt.LAYOUT,
+        special=special,
     )
     parameters = sum(tensor.numel() for tensor in parts.weights.values())
     head = parts.weights.get("lm_head.weight")
@@ -105,18 +116,22 @@ def open_weights(
         parts.notes.append(f"merged: {adapted} LoRA layers, scaled by {arguments.lora_scale:g}")
     if dropped:
         parts.notes.append(f"dropped: {len(dropped)} buffers that hold no weights, such as {dropped[0]}")
-    if layout is not gpt2.LAYOUT:
-        parts.notes.append(f"assumed: the activation {parts.hidden_act}, which the file does not name (--hidden-act)")
+    parts.notes.append(
+        f"assumed, as the file does not say: activation {parts.hidden_act} (--hidden-act), epsilon of the norms 1e-5"
+    )
     config = complete_weights(parts)
     if head is not None and config.tie_word_embeddings and "score.weight" not in parts.weights:
         parameters -= head.numel()
 
     def load() -> PreTrainedModel:
         model = build_on_meta(config)
-        dtype = parts.weights["model.embed_tokens.weight"].dtype
+        # The widest precision of the file; what was computed anew is kept in single precision at least.
+        dtypes = {tensor.dtype for tensor in parts.weights.values()} | ({torch.float32} if parts.recomputed else set())
+        dtype = functools.reduce(torch.promote_types, dtypes)
         tensors = track(parts.weights.items(), "copying weights", disable=parameters < LARGE, transient=True)
         # Copies, one at a time: the tensors so far are views of the file, several of one of its tensors.
-        return load_whole(model, {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors})
+        copied = {name: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
+        return load_whole(model, copied)
 
     reference = _reference(layout, weights, config, arguments.lora_scale)
     return Source(layout.name, config, parameters, reference, load, parts.notes, parts.recomputed)

@@ -208,7 +208,13 @@ class _Encoder:
         self.eos = [] if eos_token_id is None else [eos_token_id]
 
     def __call__(self, batch: list[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
-        encodings = self.backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        try:
+            encodings = self.backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        # The Rust library's bare one: a vocabulary without a token for what it does not know.
+        except Exception as error:
+            raise InputError(
+                f"the tokenizer does not know all of the text ({error}): train or name another"
+            ) from error
         tokens, ends, size = [], [], 0
         for encoding, (_, ends_document) in zip(encodings, batch, strict=True):
             ids = np.array(encoding.ids + (self.eos if ends_document else []), dtype=np.uint32)

@@ -1,7 +1,8 @@
 """Stage 6, loading weights: others' checkpoints in, native GPT-2 out, each with proof that it computes the same."""
 
+import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
-from hfgpt.adapters import load_merged
+from hfgpt.adapters import merge_into, read_adapter
 from hfgpt.conversion import gpt2, nanogpt, openai
 from hfgpt.conversion.assembly import load_whole
 from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, read_checkpoint
@@ -37,7 +39,7 @@ from hfgpt.loading import (
     quiet_bars,
 )
 from hfgpt.tasks.run_folder import write_json
-from hfgpt.tokenizer import GPT2_FILES, SAVED_FILES, build_char_tokenizer, load_tokenizer
+from hfgpt.tokenizer import GPT2_FILES, build_char_tokenizer, load_tokenizer
 from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.trainer import explain_full_disk
 
@@ -63,10 +65,10 @@ def import_checkpoint(
         InputError: The source cannot be read or is no such model, `out` exists, or the result computes something else.
     """
     arguments = arguments or ImportArguments()
-    _check_free(out)
+    out = check_free(out)
     opened, tokenizer = open_source(source, arguments)
     rows = parity_rows(opened.config, tokenizer)
-    greedy_tokens = 0 if is_classifier(opened.config) else GREEDY_TOKENS
+    greedy_tokens = count_greedy_tokens(opened.config)
     expected = record(opened.reference, rows, greedy_tokens)
     opened.reference = None  # before ours is loaded: one copy of the weights at a time
     with _appearing(out) as staging:
@@ -74,6 +76,7 @@ def import_checkpoint(
         if tokenizer is None:
             opened.notes.append("no tokenizer: none lies beside the weights, and none was named (--tokenizer)")
         else:
+            opened.notes.append(f"tokenizer: {len(tokenizer):,} tokens, {arguments.tokenizer or 'beside the weights'}")
             check_vocabulary(model, tokenizer)
             tokenizer.model_max_length = model.config.max_position_embeddings
             tokenizer.save_pretrained(staging)
@@ -108,10 +111,12 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
         InputError: There is no model of ours, GPT-2 cannot express it, `out` exists, or the result computes something
             else.
     """
-    _check_free(out)
+    out = check_free(out)
     model, tokenizer = _load_to_export(model_path, merge_adapter)
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
     rows = parity_rows(model.config, tokenizer)
-    greedy_tokens = 0 if is_classifier(model.config) else GREEDY_TOKENS
+    greedy_tokens = count_greedy_tokens(model.config)
     expected = record(compute_with(model), rows, greedy_tokens)
     config, parameters = model.config, model.num_parameters()
     generation_config = model.generation_config if model.can_generate() else None
@@ -162,7 +167,10 @@ def open_source(source: str, arguments: ImportArguments) -> tuple[Source, PreTra
     if tokenizer is not None:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         special = {name: getattr(tokenizer, name) for name in names}
-    return open_weights(checkpoint, arguments, len(tokenizer) if tokenizer else None, special), tokenizer
+    opened = open_weights(checkpoint, arguments, None if tokenizer is None else len(tokenizer), special)
+    if opened.format == "gpt2" and file.is_file() and (file.parent / "config.json").is_file():
+        raise InputError(f"beside '{file}' lies its config.json: name the folder '{file.parent}', which has all of it")
+    return opened, tokenizer
 
 
 def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source, PreTrainedTokenizerBase | None]:
@@ -188,7 +196,9 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
 
     native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
     with explained("a model", source), quiet_bars(Path(source).is_dir()):
-        native = native_class.from_pretrained(source, revision=arguments.revision or "main", dtype="auto").eval()
+        # What does not fit is refused, and named, when ours is loaded.
+        settings = {"revision": arguments.revision or "main", "dtype": "auto", "ignore_mismatched_sizes": True}
+        native = native_class.from_pretrained(source, **settings).eval()
     tokenizer = find_tokenizer(Path(source), arguments)
     return Source("gpt2", config, native.num_parameters(), compute_with(native), load), tokenizer
 
@@ -196,23 +206,32 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
 def find_tokenizer(
     source: Path, arguments: ImportArguments, checkpoint: Checkpoint | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the user named, or the one beside the weights; None if there is none.
+    """The tokenizer that the user named, or the one beside the weights, as it is; None if there is none.
 
     Raises:
         InputError: It is there and cannot be read.
     """
     if arguments.tokenizer is not None:
         if arguments.tokenizer.endswith(".pkl"):
-            return build_char_tokenizer(nanogpt.read_meta(Path(arguments.tokenizer)))
-        return load_tokenizer(arguments.tokenizer, pad_token=None)
+            return build_char_tokenizer(nanogpt.read_meta(Path(arguments.tokenizer).expanduser()))
+        return load_tokenizer(arguments.tokenizer, pad_token=None, add_eos=False)
     if checkpoint is not None and checkpoint.model_args and (meta := nanogpt.find_meta(source, checkpoint.settings)):
         return build_char_tokenizer(nanogpt.read_meta(meta))
+    names = ("tokenizer.json", *GPT2_FILES)
+    if not source.exists():  # on the Hub, where the model's configuration has just been found
+        settings = {"revision": arguments.revision or "main", "_raise_exceptions_for_missing_entries": False}
+        if not any(cached_file(str(source), name, **settings) for name in names):
+            return None
+        return load_model_tokenizer(str(source), arguments.revision)
     folder = source if source.is_dir() else source.parent
-    if not source.exists():
-        return load_model_tokenizer(str(source), arguments.revision)  # beside the weights on the Hub
-    if any((folder / name).is_file() for name in (*SAVED_FILES, *GPT2_FILES)):
-        return load_tokenizer(folder, pad_token=None)
+    if any((folder / name).is_file() for name in names):
+        return load_tokenizer(folder, pad_token=None, add_eos=False)
     return None
+
+
+def count_greedy_tokens(config: PreTrainedConfig) -> int | None:
+    """How many tokens to continue a row of the context's length by; None for a classifier."""
+    return None if is_classifier(config) else min(GREEDY_TOKENS, config.max_position_embeddings - 1)
 
 
 def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
@@ -225,7 +244,8 @@ def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
         try:
             ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids[:length]
         except Exception:  # the Rust library's bare one, of a character table that lacks a letter of the story
-            ids = [number for letter in text if (number := tokenizer.get_vocab().get(letter)) is not None][:length]
+            known = tokenizer.get_vocab()
+            ids = [known[letter] for letter in text if letter in known][:length]
         if len(ids) > 1 and max(ids) < size:
             rows["story"] = torch.tensor([ids])
     if (padding := config.pad_token_id) is not None:  # a classifier reads the last token that is none
@@ -245,13 +265,16 @@ def _load_to_export(model_path: str, merge_adapter: bool) -> tuple[PreTrainedMod
             if is_adapter
             else f"'{model_path}' is no adapter: leave out --merge-adapter"
         )
+    base, task = read_adapter(model_path) if is_adapter else (model_path, None)
+    config = load_model_config(base)
+    if config.model_type not in ("hfgpt", "gpt2"):
+        raise InputError(f"'{base}' is a model of type {config.model_type}; only hfgpt models are exported")
+    classifies = is_classifier(config) or task == "SEQ_CLS"
+    auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     if is_adapter:
-        model = load_merged(model_path)
+        model = merge_into(load_model(base, auto_class=auto_class, dtype="auto"), model_path)
     else:
-        config = load_model_config(model_path)
-        if config.model_type not in ("hfgpt", "gpt2"):
-            raise InputError(f"'{model_path}' is a model of type {config.model_type}; only hfgpt models are exported")
-        model = load_model(model_path, auto_class=_auto_class(config), dtype="auto")
+        model = load_model(base, auto_class=auto_class, dtype="auto")
     tokenizer = find_tokenizer(Path(model_path), ImportArguments())
     return model, tokenizer
 
@@ -265,20 +288,30 @@ def _save_gpt2_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def _check_free(out: Path):
-    if out.exists():
+def check_free(out: Path) -> Path:
+    """The path of a folder that can be made, without `.` and `..`.
+
+    Raises:
+        InputError: It exists, or what should hold it is no folder.
+    """
+    out = Path(os.path.normpath(out))
+    if os.path.lexists(out):
         raise InputError(f"'{out}' exists: name a folder that does not")
+    above = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise InputError(f"'{out}' cannot be made, for '{above}' is no folder: name another place")
+    return out
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when all went well, and is gone when not."""
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    staging = parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
     try:
         with explain_full_disk(parent):
             yield staging
-            staging.chmod(0o755)
             out.parent.mkdir(parents=True, exist_ok=True)
             staging.rename(out)
     finally:
@@ -286,7 +319,7 @@ def _appearing(out: Path) -> Iterator[Path]:
 
 
 def _finish(report: Parity, staging: Path, console: Console | None):
-    (console or stderr_console()).print(report.render(), highlight=False)
+    (console or stderr_console()).print(report.render(), highlight=False, markup=False)
     if not report.passed:
         raise InputError("the converted model computes something else than its source, so nothing was written")
     write_json(staging / "conversion.json", report.to_dict())
