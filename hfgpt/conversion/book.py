@@ -85,7 +85,8 @@ def fold_head_bias(norm_bias: torch.Tensor, head: torch.Tensor, head_bias: torch
     Raises:
         InputError: The rows of the head depend on each other, so that there is no such bias.
     """
-    shift = torch.linalg.lstsq(head.double(), head_bias.double()[:, None], driver="gelsd").solution[:, 0]
-    if not torch.allclose(head.double() @ shift, head_bias.double(), rtol=0, atol=1e-9 * (1 + head_bias.abs().max())):
+    head, head_bias = head.double(), head_bias.double()
+    shift = torch.linalg.lstsq(head, head_bias[:, None], driver="gelsd").solution[:, 0]
+    if not torch.allclose(head @ shift, head_bias, rtol=0, atol=1e-9 * (1 + head_bias.abs().max().item())):
         raise InputError("the classifier has a bias that no final norm can take over: its rows are not independent")
     return (norm_bias.double() + shift).to(torch.promote_types(norm_bias.dtype, torch.float32))
