@@ -1,7 +1,7 @@
 """Where our weights are in somebody else's checkpoint: a table of names for each layout, and what reads the tables.
 
-In a table, their module is on the left, ours on the right, and `*` is the number of the block. Everything below works
-on views: nothing is copied until `copy_weights` does it, one tensor at a time.
+In a table, their module is on the left, ours on the right, and `*` is the number of the block. On the way in all of
+this makes views; `hfgpt.conversion.sources` copies, one tensor at a time.
 """
 
 import re
