@@ -97,10 +97,13 @@ def open_weights(
     check_layout(layout, merged)
     if arguments.lora_scale is not None and not adapted:
         raise InputError("the checkpoint has no LoRA layers: leave out --lora-scale")
+    known_heads = nanogpt.num_heads_of(checkpoint.model_args)
+    if known_heads is not None and arguments.num_heads not in (None, known_heads):
+        raise InputError(f"--num-heads is {arguments.num_heads}, but the file says {known_heads}: leave it out")
     dropped = [key for key in merged if not layout.find(key)]
     parts = Parts(
         layout.to_hfgpt(merged),
-        nanogpt.num_heads_of(checkpoint.model_args) if arguments.num_heads is None else arguments.num_heads,
+        arguments.num_heads if known_heads is None else known_heads,
         arguments.hidden_act or ACTIVATIONS[layout.name],
         checkpoint.model_args.get("dropout"),
         tokens if arguments.vocab_size is None else arguments.vocab_size,
@@ -123,18 +126,21 @@ def open_weights(
     if head is not None and config.tie_word_embeddings and "score.weight" not in parts.weights:
         parameters -= head.numel()
 
-    def load() -> PreTrainedModel:
-        model = build_on_meta(config)
-        # The widest precision of the file; what was computed anew is kept in single precision at least.
-        dtypes = {tensor.dtype for tensor in parts.weights.values()} | ({torch.float32} if parts.recomputed else set())
-        dtype = functools.reduce(torch.promote_types, dtypes)
-        tensors = track(parts.weights.items(), "copying weights", disable=parameters < LARGE, transient=True)
-        # Copies, one at a time: the tensors so far are views of the file, several of one of its tensors.
-        copied = {name: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
-        return load_whole(model, copied)
-
     reference = _reference(layout, weights, config, arguments.lora_scale)
+    load = functools.partial(_copy_into_model, config, parts)
     return Source(layout.name, config, parameters, reference, load, parts.notes, parts.recomputed)
+
+
+def _copy_into_model(config: HfGPTConfig, parts: Parts) -> PreTrainedModel:
+    model = build_on_meta(config)
+    # The widest precision of the file; what was computed anew is kept in single precision at least.
+    dtypes = {tensor.dtype for tensor in parts.weights.values()} | ({torch.float32} if parts.recomputed else set())
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    is_small = model.num_parameters() < LARGE
+    tensors = track(parts.weights.items(), "copying weights", disable=is_small, transient=True)
+    # Copies, one at a time: the tensors so far are views of the file, several of one of its tensors.
+    copied = {name: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
+    return load_whole(model, copied)
 
 
 def choose_layout(weights: Mapping[str, torch.Tensor], name: str) -> Layout:

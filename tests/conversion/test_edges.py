@@ -77,6 +77,12 @@ def test_one_bias_that_is_missing_is_damage(kind, place, tmp_path):
         convert(tmp_path / "model.pt", tmp_path / "out", num_heads=HEADS)
 
 
+def test_heads_that_the_file_denies(tmp_path):
+    save_nanogpt(tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match="--num-heads is 2, but the file says 4: leave it out"):
+        convert(tmp_path, tmp_path / "out", num_heads=2)
+
+
 @pytest.mark.parametrize("kind", ["nanogpt", "book"])
 def test_a_tied_head_that_is_saved_once(kind, tmp_path):
     weights = make_book_weights(tied=True) if kind == "book" else dict(randomize(NanoGPT()).state_dict())

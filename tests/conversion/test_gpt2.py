@@ -82,7 +82,19 @@ def in_shards(folder):
     assert len(list(folder.glob("model-*.safetensors"))) > 2
 
 
-@pytest.mark.parametrize("change", [strip_prefix, as_pickle, with_head, in_shards], ids=lambda change: change.__name__)
+def in_old_shards(folder):
+    weights = load_file(folder / FILE)
+    files = {name: f"pytorch_model-0000{1 + number % 3}-of-00003.bin" for number, name in enumerate(sorted(weights))}
+    for file in set(files.values()):
+        torch.save({name: weights[name] for name in weights if files[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / FILE).unlink()
+
+
+CHANGES = [strip_prefix, as_pickle, with_head, in_shards, in_old_shards]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("model_class", [HfGPTForCausalLM, HfGPTModel])
 def test_however_it_was_saved(model_class, change, ids, tmp_path):
     native = make_gpt2()
