@@ -83,7 +83,8 @@ report = {
 }
 '''
 for name, imports in orders.items():
-    loaded = [module for module in sys.modules if module.startswith(("hfgpt", "transformers.models.auto"))]
+    tables = ("hfgpt", "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
+    loaded = [module for module in sys.modules if module.startswith(tables)]
     assert loaded == [], loaded
     child = os.fork()
     if child == 0:
