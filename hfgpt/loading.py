@@ -179,6 +179,8 @@ def load_model(path: str, revision: str | None = None, auto_class=AutoModelForCa
         InputError: There is no model there, its weights are damaged or not finite, or some are missing or left over.
     """
     config = load_model_config(path, revision)
+    if is_classifier(config) and auto_class is AutoModelForCausalLM:
+        raise InputError(f"'{path}' is a classifier, not a language model: name one that was trained to continue text")
     model_class = OF_GPT2[auto_class] if config.model_type == "gpt2" else auto_class
     kwargs = {"dtype": torch.float32, **kwargs, "revision": revision or "main"}
     if model_class is auto_class:

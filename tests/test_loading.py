@@ -357,6 +357,11 @@ def test_a_damaged_tokenizer_is_refused(damage, copy):
     assert message.endswith("): save or copy it again")
 
 
+def test_a_classifier_is_no_language_model(copy):
+    edit_config(architectures=["HfGPTForSequenceClassification"])(copy)
+    assert "is a classifier, not a language model" in refusal(load_model, str(copy))
+
+
 def test_a_model_without_a_tokenizer(copy):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
