@@ -121,6 +121,6 @@ def check_layout(layout: Layout, keys: Iterable[str]):
     if misfits or not any(layout.find(key) for key in keys):
         shown = ", ".join(misfits[:3]) + (", ..." if len(misfits) > 3 else "")
         raise InputError(
-            f"these are not the weights of a {layout.name} model, though of the formats read here that is the nearest "
-            f"or the one named: {len(misfits)} of {len(keys)} keys do not fit it ({shown or 'there are none'})"
+            f"these are not the weights of a {layout.name} model, the format that comes nearest or was named: "
+            f"{len(misfits)} of {len(keys)} keys do not fit it ({shown or 'there are none'}); take another checkpoint"
         )

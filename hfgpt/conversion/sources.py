@@ -163,7 +163,7 @@ def choose_layout(weights: Mapping[str, torch.Tensor], name: str) -> Layout:
 def _reference(
     layout: Layout, weights: Mapping[str, torch.Tensor], config: HfGPTConfig, lora_scale: float | None
 ) -> ComputeLogits:
-    """What the checkpoint computes: (B, V) for the tokens that are kept, (B, labels) for a classifier."""
+    """What the checkpoint computes: (B, T, V) for the tokens that are kept, (B, labels) for a classifier."""
     is_classifier = config.architectures == ["HfGPTForSequenceClassification"]
     if layout is gpt2.LAYOUT:
         return _cut(compute_with(_native_gpt2(weights, config)), config, is_classifier)

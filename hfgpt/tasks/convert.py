@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 from hfgpt.adapters import merge_into, read_adapter
 from hfgpt.conversion import gpt2, nanogpt, openai
 from hfgpt.conversion.assembly import load_whole
-from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, read_checkpoint
+from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, check_weights, read_checkpoint
 from hfgpt.conversion.parity import Parity, compare, compute_with, record
 from hfgpt.conversion.sources import LARGE, ImportArguments, Source, open_weights
 from hfgpt.data.synthetic import generate_stories
@@ -157,6 +157,7 @@ def open_source(source: str, arguments: ImportArguments) -> tuple[Source, PreTra
     file = path / "ckpt.pt" if (path / "ckpt.pt").is_file() else path  # nanoGPT's folder
     if openai.is_tensorflow_folder(path):
         weights, hparams = openai.read_tensorflow(path)
+        check_weights(path, weights)
         checkpoint = Checkpoint(weights, {"n_head": hparams.get("n_head")})
     elif file.is_file():
         checkpoint = read_checkpoint(file)
