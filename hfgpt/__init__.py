@@ -57,6 +57,17 @@ def _name_models():
         getattr(modeling_auto, names)._reverse_config_mapping["HfGPTConfig"] = "hfgpt"
 
 
+def _name_adapter_targets():
+    # Which modules PEFT adapts where the user names none. Ours have the names of Llama's, which has an entry in each
+    # method's table but one or two; there LoRA's choice stands in.
+    constants = vars(sys.modules["peft.utils.constants"])
+    ours = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    norms = ("input_layernorm", "post_attention_layernorm", "norm")
+    for name, table in constants.items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
+            table["hfgpt"] = [module for module in table.get("llama", ["q_proj", "v_proj"]) if module in ours + norms]
+
+
 def _read_gpt2():
     importlib.import_module("hfgpt.conversion.gpt2").register_loading()
 
@@ -65,6 +76,7 @@ _AFTER_IMPORT = {
     "transformers.models.auto.configuration_auto": _name_configuration,
     "transformers.models.auto.modeling_auto": _name_models,
     "hfgpt.modeling_hfgpt": _read_gpt2,
+    "peft.utils.constants": _name_adapter_targets,
 }
 
 

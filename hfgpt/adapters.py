@@ -1,16 +1,117 @@
-"""Stage 7.0, adapters through PEFT: the only file that imports it."""
+"""Stage 7.0, adapters through PEFT: attach, load, merge, check; the only file that imports it.
 
-from peft import PeftConfig, PeftModel
+Sources: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023), for a base model in 4 bits.
+"""
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from hfgpt.errors import InputError
+
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
+WEIGHTS_FILE = "adapter_model.safetensors"
+# Initialisations that leave the base model as it is, and its logits too until something is learned. Others change the
+# base, or read the data first: an adapter of theirs is wrong on the base that others have.
+INITIALIZATIONS = (True, "gaussian", "orthogonal", "mica")
+
+
+@dataclass
+class AdapterArguments:
+    """The recipe's section `adapters`: LoRA, under PEFT's own names and with its meanings (`peft.LoraConfig`).
+
+    Args:
+        r: Rank of the updates.
+        lora_alpha: The updates are multiplied by lora_alpha / r.
+        lora_dropout: On what enters the updates.
+        target_modules: `all-linear` (every linear layer but the head), or names of modules.
+        exclude_modules: Names among them to leave alone.
+        bias: Biases that are trained: `none`, `all` or `lora_only`.
+        use_rslora: Multiplies by lora_alpha / sqrt(r) instead.
+        use_dora: Learns the magnitude of each row apart.
+        init_lora_weights: true, `gaussian`, `orthogonal` or `mica`: those that do not change the base model.
+        modules_to_save: Modules trained and saved whole; a classifier's head always is.
+        layers_to_transform: Numbers of the blocks to adapt; None: all.
+        rank_pattern: Module -> its own rank.
+        alpha_pattern: Module -> its own alpha.
+        trainable_token_indices: Ids whose embeddings are trained, without the rest of the vocabulary.
+    """
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    trainable_token_indices: list[int] | None = None
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise InputError(f"adapters.r is {self.r}; it must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"adapters.lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise InputError(f"adapters.bias is '{self.bias}'; choose none, all or lora_only")
+        if self.init_lora_weights not in INITIALIZATIONS:
+            raise InputError(
+                f"adapters.init_lora_weights is {self.init_lora_weights!r}; it must be one of true, gaussian, "
+                "orthogonal, mica: others change the base model itself or need a pass over the data"
+            )
+
+
+def attach_adapter(model: PreTrainedModel, arguments: AdapterArguments, task_type: str) -> PeftModel:
+    """Puts a new adapter on a model and freezes the rest.
+
+    Args:
+        model: The base model; its modules are wrapped.
+        arguments: What to attach.
+        task_type: PEFT's name of the task, `CAUSAL_LM` or `SEQ_CLS`.
+
+    Raises:
+        InputError: The target modules match nothing, or nothing would be trained.
+    """
+    fields = {name: value for name, value in vars(arguments).items() if value is not None}
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if arguments.target_modules == "all-linear" and arguments.layers_to_transform is not None:
+        fields["target_modules"] = sorted(linear - {"lm_head", "score"})  # PEFT wants names where layers are chosen
+    tied = model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(arguments.modules_to_save or [])
+    config = LoraConfig(task_type=task_type, ensure_weight_tying=bool(tied), **fields)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        with _quiet_peft():
+            adapted = get_peft_model(model, config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"adapters.target_modules {arguments.target_modules!r} cannot be adapted ({_in_one_line(error)}); the "
+            f"linear layers are {', '.join(sorted(linear))}"
+        ) from error
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise InputError("the adapter has nothing to train: give adapters.target_modules that match")
+    return adapted
 
 
 def read_adapter(path: str) -> tuple[str, str | None]:
     """The base model that a saved adapter belongs to, and PEFT's name of its task.
 
     Args:
-        path: The adapter's folder.
+        path: The adapter's folder or Hub id.
 
     Raises:
         InputError: Its configuration cannot be read, or names no base model.
@@ -25,25 +126,89 @@ def read_adapter(path: str) -> tuple[str, str | None]:
     return config.base_model_name_or_path, config.task_type
 
 
-def merge_into(base: PreTrainedModel, path: str) -> PreTrainedModel:
+def put_adapter_on(base: PreTrainedModel, path: str) -> PeftModel:
+    """Puts a saved adapter on its base model, whole or not at all.
+
+    Args:
+        base: The model that `read_adapter` names; its modules are wrapped.
+        path: The adapter's folder or Hub id.
+
+    Returns:
+        The adapted model in evaluation mode.
+
+    Raises:
+        InputError: The adapter does not fit the model.
+    """
+    with _explained(path, "put on"), _quiet_peft():
+        adapted = PeftModel.from_pretrained(base, path).eval()
+        saved = load_file(cached_file(path, WEIGHTS_FILE))
+    # PEFT only warns of weights that are missing, and leaves out those that have no place.
+    expected = get_peft_model_state_dict(adapted)
+    for kind, keys in (("has no", expected.keys() - saved.keys()), ("has left over", saved.keys() - expected.keys())):
+        if keys:
+            raise InputError(
+                f"the adapter '{path}' does not fit its base model: it {kind} {min(keys)} ({len(keys)} weights in all)"
+                "; use the base it was trained on"
+            )
+    if broken := next((name for name, value in saved.items() if not value.isfinite().all()), None):
+        raise InputError(f"the adapter '{path}' is damaged: {broken} holds NaN or infinity; take another copy")
+    return adapted
+
+
+def merge_adapter(adapted: PeftModel, path: str) -> PreTrainedModel:
     """Adds the updates of an adapter to the weights of its base model.
 
     Args:
-        base: The model that `read_adapter` names; changed.
-        path: The adapter's folder.
+        adapted: See `put_adapter_on`; changed.
+        path: The adapter's folder, for the message.
 
     Returns:
         An ordinary model in evaluation mode.
 
     Raises:
-        InputError: The adapter does not fit the model, or its kind cannot be merged.
+        InputError: Its kind cannot be merged.
     """
+    with _explained(path, "merged into"):
+        return adapted.merge_and_unload(safe_merge=True).eval()
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model carries an adapter."""
+    return isinstance(model, PeftModel)
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself, or that below its adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are, ties counted once; a byte of 4-bit weights is two."""
+    trained = everything = 0
+    for parameter in model.parameters():
+        size = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
+        everything += size
+        trained += size * parameter.requires_grad
+    return trained, everything
+
+
+@contextmanager
+def _quiet_peft():
+    """PEFT 0.21 asks transformers 5.23 for a name that it warns of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+@contextmanager
+def _explained(path: str, done: str):
     try:
-        return PeftModel.from_pretrained(base, path).merge_and_unload(safe_merge=True).eval()
+        yield
     # PEFT and safetensors each raise errors of their own on an adapter that does not fit.
     except Exception as error:
         raise InputError(
-            f"the adapter '{path}' cannot be merged into its base model ({_in_one_line(error)})"
+            f"the adapter '{path}' cannot be {done} its base model ({_in_one_line(error)}): use the base it was "
+            "trained on"
         ) from error
 
 

@@ -41,9 +41,12 @@ def train(
 ):
     """Run a recipe; override any of its keys with --section.key value."""
     from hfgpt.recipe import load_recipe
+    from hfgpt.tasks.classify import classify
+    from hfgpt.tasks.instruct import instruct
     from hfgpt.tasks.pretrain import pretrain
 
-    pretrain(load_recipe(recipe, _overrides(context)), resume)
+    loaded = load_recipe(recipe, _overrides(context))
+    {"pretrain": pretrain, "classify": classify, "instruct": instruct}[loaded.task](loaded, resume)
 
 
 @app.command()
@@ -76,25 +79,101 @@ def generate(
         print("\n\n".join(texts))
 
 
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="How the model is to behave.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of an answer; by default a quarter of the context.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 more varied.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answers.")] = 0,
+):
+    """Talk with a model that was trained to answer; /reset, /system TEXT, /exit."""
+    from hfgpt.evaluation.generation import SamplingArguments
+    from hfgpt.tasks.chat import run_chat
+
+    run_chat(model, SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, 1, seed), system)
+
+
+@app.command()
+def classify(
+    model: Model,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="The texts to classify.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Classify each line of this file, too.")] = None,
+    as_json: AsJson = False,
+):
+    """Say to which class each text belongs, and how probably to each."""
+    from hfgpt.tasks.classify import load_classifier, predict, read_texts
+
+    texts = read_texts(texts or [], file)
+    network, tokenizer, _ = load_classifier(model)
+    predictions = predict(network, tokenizer, texts)
+    if as_json:
+        rows = [{"text": found.text, "label": found.label, "score": found.score} for found in predictions]
+        print(json.dumps({"predictions": rows}, ensure_ascii=False))
+    else:
+        for found in predictions:
+            likeliest = sorted(found.probabilities.items(), key=lambda item: -item[1])
+            print(f"{found.label}\t{', '.join(f'{label} {value:.4f}' for label, value in likeliest)}\t{found.text}")
+
+
 @app.command(context_settings=TAKES_OVERRIDES)
 def evaluate(
     context: typer.Context,
     model: Model,
-    task: Annotated[str, typer.Option(help="What the model does: pretrain (next-token prediction).")] = "pretrain",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="pretrain (next token), classify or instruct; by default what the model is: one of the first two."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ):
-    """Measure a model on all text of --data.path: token-weighted loss, perplexity, bits a byte."""
-    from hfgpt.recipe import parse_sections
-    from hfgpt.tasks.pretrain import evaluate_model
+    """Measure a model on all rows of --data.path: loss and perplexity, or accuracy, or answers."""
+    from hfgpt.recipe import SECTIONS, parse_sections
 
-    if task != "pretrain":
-        raise InputError(f"--task is '{task}'; it must be pretrain")
-    metrics = evaluate_model(model, **parse_sections(_overrides(context), ["data", "evaluation"]))
+    if task not in (None, *SECTIONS):
+        raise InputError(f"--task is '{task}'; it must be pretrain, classify or instruct")
+    if task is None:
+        from hfgpt.loading import classifies
+
+        task = "classify" if classifies(model) else "pretrain"
+    sections = parse_sections(_overrides(context), task, ["data", "evaluation"])
+    if task == "classify":
+        from hfgpt.tasks.classify import evaluate_classifier
+
+        metrics = evaluate_classifier(model, sections["data"])
+    elif task == "instruct":
+        from hfgpt.tasks.instruct import evaluate_follower
+
+        metrics = evaluate_follower(model, **sections)
+    else:
+        from hfgpt.tasks.pretrain import evaluate_model
+
+        metrics = evaluate_model(model, **sections)
     if as_json:
         print(json.dumps(metrics))
     else:
         for name, value in metrics.items():
-            print(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
+            print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run that trained an adapter, or a Hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of logits, relative where they exceed 1.")
+    ] = 1e-5,
+):
+    """Merge an adapter into its base model, and prove that it computes the same."""
+    from hfgpt.tasks.merge import merge as merge_into_base
+
+    merge_into_base(adapter, out, tolerance)
 
 
 @app.command(name="import")

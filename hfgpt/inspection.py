@@ -1,11 +1,16 @@
 """`hfgpt inspect`: what a recipe's data becomes, and which tokens are learned, in colour."""
 
+from collections.abc import Iterator, Sequence
+
 from rich.console import Console
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
-from hfgpt.data.blocks import BlockDataset
+from hfgpt.data.blocks import IGNORED
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
+from hfgpt.tasks.classify import load_classification_data
+from hfgpt.tasks.instruct import load_instruction_data
 from hfgpt.tasks.pretrain import load_pretraining_data
 
 LEARNED = ("green", "cyan")  # in turn, so that tokens can be told apart
@@ -13,11 +18,11 @@ CONTEXT_ONLY = "dim strike"
 
 
 def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
-    """Prints the data report and the first blocks of the training split.
+    """Prints the data report and the first rows of the training split.
 
     Args:
         recipe: Its data is read and tokenized as for training.
-        rows: Blocks to show.
+        rows: Rows, or blocks, to show.
         console: Where; None: standard output.
 
     Raises:
@@ -26,35 +31,75 @@ def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
     if rows < 0:
         raise InputError(f"--rows is {rows}; it must be at least 0")
     console = console or Console()
-    data = load_pretraining_data(recipe)
-    console.print(data.report.summary(), highlight=False)
-    console.print(
-        Text.assemble(
-            "\ntokens that are learned: ",
-            ("one ", LEARNED[0]),
-            ("after ", LEARNED[1]),
-            ("the other", LEARNED[0]),
-            "; context only: ",
-            ("like this", CONTEXT_ONLY),
-        )
-    )
+    load, show = {
+        "pretrain": (load_pretraining_data, show_blocks),
+        "classify": (load_classification_data, show_texts),
+        "instruct": (load_instruction_data, show_conversations),
+    }[recipe.task]
+    data = load(recipe)
+    console.print(data.report.summary(), highlight=False, markup=False)
+    for line in show(data, rows):
+        console.print(line, highlight=False)
+
+
+def show_blocks(data, rows: int) -> Iterator[Text]:
+    """The first blocks of the training split of pre-training."""
+    yield _legend()
     for index in range(min(rows, len(data.train))):
-        console.print(f"\nblock {index} of {len(data.train):,}:", highlight=False)
-        console.print(colour_block(data.train, index, data.tokenizer))
+        item = data.train[index]
+        yield Text(f"\nblock {index} of {len(data.train):,}:")
+        yield colour_tokens(item["input_ids"].tolist(), item["shift_labels"].tolist(), data.tokenizer)
 
 
-def colour_block(blocks: BlockDataset, index: int, tokenizer) -> Text:
-    """One block as text: each token learned by some position in colour, the others struck out.
+def show_texts(data, rows: int) -> Iterator[Text]:
+    """The first texts of the training split of a classifier, with their labels and as tokens."""
+    yield Text.assemble("\ntokens, in turn: ", ("one ", LEARNED[0]), ("after ", LEARNED[1]), ("the other", LEARNED[0]))
+    encoded = data.encoded["train"]
+    for index in range(min(rows, len(encoded))):
+        yield Text(f"\nrow {index} of {len(encoded):,}, {data.labels[encoded[index]['labels']]}:")
+        text = Text()
+        for position, token in enumerate(encoded[index]["input_ids"]):
+            text.append(data.tokenizer.decode([token]), style=LEARNED[position % 2])
+        yield text
 
-    A block of T inputs has T targets, so T + 1 tokens are shown; the first is never a target.
+
+def show_conversations(data, rows: int) -> Iterator[Text]:
+    """The first rows of the training split of instructions, what is learned apart from what is read."""
+    for test, train in data.report.near_duplicate_examples[:rows]:
+        yield Text(f"\nin test:  {test}\nin train: {train}")
+    yield _legend()
+    encoded = data.encoded["train"]
+    for index in range(min(rows, len(encoded))):
+        row = encoded[index]
+        yield Text(f"\nrow {index} of {len(encoded):,}:")
+        yield colour_tokens(row["input_ids"], row["shift_labels"], data.tokenizer)
+
+
+def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A row as text: each token that some position learns in colour, the others struck out.
+
+    Args:
+        input_ids: T inputs.
+        shift_labels: T targets, -100 where nothing is learned. T + 1 tokens are shown, unless the last target is
+            ignored, which is then no part of the row; the first token is never a target.
+        tokenizer: What made them.
     """
-    item = blocks[index]
-    ids = [*item["input_ids"].tolist(), int(item["shift_labels"][-1])]
-    targets = [-100, *item["shift_labels"].tolist()]
     text = Text()
-    for position, (token, target) in enumerate(zip(ids, targets, strict=True)):
-        if token == -100:
-            continue  # the last target is ignored, and so its token is not part of the block
-        style = CONTEXT_ONLY if target == -100 else LEARNED[position % 2]
-        text.append(tokenizer.decode([token]), style=style)
+    for position, (token, target) in enumerate(
+        zip([*input_ids, shift_labels[-1]], [IGNORED, *shift_labels], strict=True)
+    ):
+        if token != IGNORED:
+            style = CONTEXT_ONLY if target == IGNORED else LEARNED[position % 2]
+            text.append(tokenizer.decode([token]), style=style)
     return text
+
+
+def _legend() -> Text:
+    return Text.assemble(
+        "\ntokens that are learned: ",
+        ("one ", LEARNED[0]),
+        ("after ", LEARNED[1]),
+        ("the other", LEARNED[0]),
+        "; context only: ",
+        ("like this", CONTEXT_ONLY),
+    )

@@ -1,15 +1,15 @@
-"""Models from a recipe's section `model`, and from folders and Hub ids, or a clear line why not."""
+"""Models and tokenizers from folders and Hub ids, whole or not at all, or a clear line why not."""
 
-import difflib
+import hashlib
+import json
 import re
 import textwrap
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,10 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import ACT2FN
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
-from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
+from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 
@@ -31,123 +30,7 @@ OF_GPT2 = {
     AutoModelForCausalLM: HfGPTForCausalLM,
     AutoModelForSequenceClassification: HfGPTForSequenceClassification,
 }
-
-
-@dataclass
-class ModelArguments:
-    """The recipe's section `model`: a model to go on from, or the architecture of a new one.
-
-    Args:
-        path: A folder or Hub id with weights to go on from; None starts from random weights.
-        revision: Branch, tag or commit of the Hub id.
-        preset: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it. None is `gpt2`.
-        initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults,
-            as in the book; a tied head's are the embedding's too).
-        attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
-        vocab_size: None: as many as the tokenizer has tokens.
-        pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
-            never learned and never generated.
-
-    The other fields are those of `HfGPTConfig`.
-    """
-
-    path: str | None = None
-    revision: str | None = None
-    preset: str | None = None
-    initialization: str = "gpt2"
-    attn_implementation: str | None = None
-    vocab_size: int | None = None
-    pad_vocab_to_multiple_of: int | None = None
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    intermediate_size: int | None = None
-    max_position_embeddings: int | None = None
-    hidden_act: str | None = None
-    layer_norm_eps: float | None = None
-    initializer_range: float | None = None
-    tie_word_embeddings: bool | None = None
-    qkv_bias: bool | None = None
-    embd_pdrop: float | None = None
-    resid_pdrop: float | None = None
-    attn_pdrop: float | None = None
-
-
-_NOT_ARCHITECTURE = {"path", "revision", "preset", "initialization", "pad_vocab_to_multiple_of"}
-
-
-def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> HfGPTConfig:
-    """The configuration of a new model for a tokenizer.
-
-    Args:
-        arguments: What differs from the preset.
-        tokenizer: Gives the vocabulary size, where none is set, and the special tokens.
-
-    Raises:
-        InputError: The architecture is impossible, the preset unknown, or the vocabulary does not fit the tokenizer.
-    """
-    if arguments.preset is not None and arguments.preset not in PRESETS:
-        raise InputError(f"model.preset is '{arguments.preset}'; choose one of {', '.join(PRESETS)}")
-    if arguments.hidden_act not in (None, *ACT2FN):
-        near = difflib.get_close_matches(arguments.hidden_act, ACT2FN, n=1, cutoff=0.0)[0]
-        raise InputError(f"model.hidden_act is '{arguments.hidden_act}', which transformers lacks: try '{near}'")
-    if arguments.pad_vocab_to_multiple_of is not None and arguments.pad_vocab_to_multiple_of < 1:
-        raise InputError(f"model.pad_vocab_to_multiple_of is {arguments.pad_vocab_to_multiple_of}; the least is 1")
-    given = {
-        key: value for key, value in vars(arguments).items() if value is not None and key not in _NOT_ARCHITECTURE
-    }
-    size = given.setdefault("vocab_size", len(tokenizer))
-    if size < len(tokenizer):
-        raise InputError(
-            f"model.vocab_size is {size}, but the tokenizer has ids up to {len(tokenizer) - 1}: "
-            f"set it to {len(tokenizer)}, or leave it out"
-        )
-    if size > len(tokenizer):
-        raise InputError(
-            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens and ids beyond mean nothing: "
-            "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed"
-        )
-    if arguments.pad_vocab_to_multiple_of:
-        given["vocab_size"] = -(-size // arguments.pad_vocab_to_multiple_of) * arguments.pad_vocab_to_multiple_of
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    try:
-        return HfGPTConfig.from_preset(arguments.preset or "gpt2", **{**special, **given})
-    except (StrictDataclassError, ValueError) as error:
-        raise InputError(f"model: {_fact(error)}") from error
-
-
-def build_model(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A causal language model to train: new, with weights drawn from torch's global generator, or loaded.
-
-    Args:
-        arguments: The recipe's section `model`.
-        tokenizer: What the model will be trained with; its ids must fit.
-
-    Raises:
-        InputError: As `build_config` and `load_model`; or a loaded model has fewer embeddings than the tokenizer ids.
-    """
-    if arguments.path is not None:
-        fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, "attn_implementation")]
-        if changed := [key for key in fixed if getattr(arguments, key) is not None]:
-            raise InputError(f"model.path brings its own architecture: leave out model.{changed[0]}")
-        model = load_model(arguments.path, arguments.revision, attn_implementation=arguments.attn_implementation)
-        check_vocabulary(model, tokenizer)
-        return model
-    if arguments.initialization not in ("gpt2", "torch"):
-        raise InputError(f"model.initialization is '{arguments.initialization}'; choose 'gpt2' or 'torch'")
-    config = build_config(arguments, tokenizer)
-    try:
-        model = HfGPTForCausalLM._from_config(config)
-    except (ValueError, ImportError) as error:
-        raise InputError(f"model.attn_implementation is '{arguments.attn_implementation}': {_fact(error)}") from error
-    if arguments.initialization == "torch":
-        for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
-                module.reset_parameters()
-        model.tie_weights()
-    if config.vocab_size > len(tokenizer):
-        model.generation_config.suppress_tokens = list(range(len(tokenizer), config.vocab_size))
-    return model
+LABELS_FILE = "labels.json"
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -163,13 +46,20 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def load_model(path: str, revision: str | None = None, auto_class=AutoModelForCausalLM, **kwargs) -> PreTrainedModel:
-    """Loads a model, whole or not at all. A GPT-2 checkpoint becomes a model of ours.
+def load_model(
+    path: str,
+    revision: str | None = None,
+    auto_class=AutoModelForCausalLM,
+    new_head: list[str] | None = None,
+    **kwargs,
+) -> PreTrainedModel:
+    """Loads a model, whole or not at all. A GPT-2 checkpoint becomes a model of ours; an adapter is put on its base.
 
     Args:
         path: A folder that `save_pretrained` wrote, or a Hub id.
         revision: Branch, tag or commit on the Hub.
         auto_class: `AutoModelForCausalLM`, or `AutoModelForSequenceClassification` for a classifier.
+        new_head: Classes of a new head, drawn from torch's global generator, for a language model to classify with.
         kwargs: Passed on to `from_pretrained`.
 
     Returns:
@@ -178,9 +68,13 @@ def load_model(path: str, revision: str | None = None, auto_class=AutoModelForCa
     Raises:
         InputError: There is no model there, its weights are damaged or not finite, or some are missing or left over.
     """
+    if find_base(path, revision):
+        return _load_adapted(path, revision, auto_class, **kwargs)
     config = load_model_config(path, revision)
     if is_classifier(config) and auto_class is AutoModelForCausalLM:
         raise InputError(f"'{path}' is a classifier, not a language model: name one that was trained to continue text")
+    if new_head is not None:
+        kwargs |= label_fields(new_head)
     model_class = OF_GPT2[auto_class] if config.model_type == "gpt2" else auto_class
     kwargs = {"dtype": torch.float32, **kwargs, "revision": revision or "main"}
     if model_class is auto_class:
@@ -190,8 +84,9 @@ def load_model(path: str, revision: str | None = None, auto_class=AutoModelForCa
         model, info = model_class.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+    heads = {"score.weight", "lm_head.weight"} if new_head is not None else set()
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, info.get(kind) or ())):
+        if keys := sorted(set(map(str, info.get(kind) or ())) - heads):
             raise InputError(
                 f"the weights in '{path}' do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, first "
                 f"{keys[0]}; take both from the same model"
@@ -200,6 +95,91 @@ def load_model(path: str, revision: str | None = None, auto_class=AutoModelForCa
         if not parameter.isfinite().all():
             raise InputError(f"the weights in '{path}' are damaged: {name} holds NaN or infinity; take another copy")
     return model.eval()
+
+
+def label_fields(labels: list[str]) -> dict:
+    """The fields of a configuration that name the classes of a classifier."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def find_base(path: str, revision: str | None = None) -> str | None:
+    """The base model of an adapter; None if `path` is no adapter.
+
+    Raises:
+        InputError: The adapter's configuration cannot be read.
+    """
+    if Path(path).is_dir():
+        return read_adapter(path)[0] if (Path(path) / "adapter_config.json").is_file() else None
+    check_model_path(path)
+    settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+    with explained("a model", path):
+        found = cached_file(path, "adapter_config.json", _raise_exceptions_for_connection_errors=False, **settings)
+    return read_adapter(path)[0] if found else None
+
+
+def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreTrainedModel:
+    base, task = read_adapter(path)
+    if (task == SEQ_CLS) != (auto_class is AutoModelForSequenceClassification):
+        kind = "classifier" if task == SEQ_CLS else "language model"
+        raise InputError(f"'{path}' is the adapter of a {kind}: name a model of the other kind")
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
+        raise InputError(
+            f"the base model of the adapter '{path}' is not at '{base}': put it back, or correct "
+            "base_model_name_or_path in adapter_config.json"
+        )
+    _check_same_base(path, base)
+    labels = _adapter_labels(path) if task == SEQ_CLS and not is_classifier(load_model_config(base)) else None
+    model = load_model(base, None, auto_class, new_head=labels, **kwargs)
+    return put_adapter_on(model, path)
+
+
+def _check_same_base(path: str, base: str):
+    """Refuses a base whose weights are not those the adapter was trained on, where its run wrote them down."""
+    record, weights = Path(path) / "run.json", Path(base) / "model.safetensors"
+    if record.is_file() and weights.is_file():
+        trained_on = json.loads(record.read_text(encoding="utf-8")).get("base_weights_sha256")
+        if trained_on and trained_on != hash_file(weights):
+            raise InputError(
+                f"the adapter '{path}' was trained on other weights than '{base}' now has: put those back, or train "
+                "the adapter again"
+            )
+
+
+def save_labels(labels: list[str], folder: Path):
+    """Writes the names of a classifier's classes beside its adapter, which has no place for them.
+
+    Not as a config.json: transformers would take the folder for a whole model.
+    """
+    content = json.dumps({"id2label": dict(enumerate(labels))}, ensure_ascii=False, indent=2)
+    (folder / LABELS_FILE).write_text(content + "\n", encoding="utf-8")
+
+
+def _adapter_labels(path: str) -> list[str]:
+    """The classes of a classifier's adapter: those that hfgpt saved beside it, or numbers."""
+    names = cached_file(path, LABELS_FILE, _raise_exceptions_for_missing_entries=False)
+    if names is not None:
+        id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
+        return [id2label[str(index)] for index in range(len(id2label))]
+    try:
+        with safe_open(cached_file(path, WEIGHTS_FILE), "pt") as file:
+            names = list(file.keys())
+            rows = [file.get_slice(name).get_shape()[0] for name in names if name.endswith("score.weight")]
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"the adapter '{path}' cannot be read ({error}): save it again") from error
+    if not rows:
+        raise InputError(f"the adapter '{path}' has no head, so its classes are not known: save it again")
+    return [f"LABEL_{index}" for index in range(rows[0])]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -232,9 +212,44 @@ def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTo
     return tokenizer
 
 
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None = None):
+    """Refuses a tokenizer that gives other ids to the tokens of the one beside a model's weights.
+
+    Args:
+        tokenizer: What the model is to be used with; it may know tokens beyond the model's.
+        path: The model; without a tokenizer beside it, nothing is compared.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: Names the first token that differs.
+    """
+    files = ("tokenizer.json", "vocab.json")
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in files):
+        return
+    ours, theirs = tokenizer.get_vocab(), load_model_tokenizer(path, revision).get_vocab()
+    differing = [token for token, index in theirs.items() if ours.get(token) != index]
+    if differing:
+        token = min(differing, key=theirs.get)
+        raise InputError(
+            f"the tokenizer is not that of '{path}': {token!r} is {ours.get(token, 'unknown')} in one and "
+            f"{theirs[token]} in the other; use the model's own"
+        )
+
+
 def is_classifier(config: PreTrainedConfig) -> bool:
     """Whether a saved configuration is that of a sequence classifier."""
     return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def classifies(path: str, revision: str | None = None) -> bool:
+    """Whether a saved model, or the adapter of one, is a sequence classifier.
+
+    Raises:
+        InputError: There is no model.
+    """
+    if find_base(path, revision):
+        return read_adapter(path)[1] == SEQ_CLS
+    return is_classifier(load_model_config(path, revision))
 
 
 def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfig:
@@ -243,6 +258,8 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
     Raises:
         InputError: There is none.
     """
+    if base := find_base(path, revision):
+        return load_model_config(base)
     check_model_path(path)
     with explained("a configuration", path):
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
@@ -258,7 +275,7 @@ def check_model_path(path: str):
     if local.is_file():
         raise InputError(f"'{path}' is a file; a model is a folder with config.json and weights, or a Hub id")
     if local.is_dir():
-        if not (local / "config.json").is_file():
+        if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(f"the folder '{path}' holds no config.json, so it is no model: name a finished run")
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or ("/" in path and local.parent.is_dir()):
         raise InputError(f"there is no folder '{path}', and it is no Hub id either: check the path")
@@ -272,10 +289,10 @@ def explained(what: str, path: str):
     # Below it json, safetensors and tokenizers meet a damaged file, each with errors of its own, down to the bare one.
     except Exception as error:
         remedy = "save or copy it again" if Path(path).is_dir() else "check the name, the network and the login"
-        raise InputError(f"cannot load {what} from '{path}' ({_fact(error)}): {remedy}") from error
+        raise InputError(f"cannot load {what} from '{path}' ({fact_of(error)}): {remedy}") from error
 
 
-def _fact(error: Exception) -> str:
+def fact_of(error: Exception) -> str:
     """What an error says, in one line."""
     if isinstance(error, StrictDataclassError):  # its last line holds the fact, those before name the machinery
         return str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")

@@ -4,8 +4,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hfgpt.recipe import Recipe
+from hfgpt.tasks.classify import build_classifier, load_classification_data, plan_classifier
+from hfgpt.tasks.instruct import build_follower, load_instruction_data, plan_follower
 from hfgpt.tasks.pretrain import build_pretraining_model, load_pretraining_data
 from hfgpt.training.estimate import Estimate, plan_run
+
+SECONDS = 2.0  # of the probe
 
 
 def plan_recipe(recipe: Recipe) -> Estimate:
@@ -14,9 +18,15 @@ def plan_recipe(recipe: Recipe) -> Estimate:
     Raises:
         InputError: As the run itself would.
     """
+    if recipe.task == "classify":
+        labelled = load_classification_data(recipe)
+        return plan_classifier(build_classifier(recipe, labelled), recipe, labelled, SECONDS)
+    if recipe.task == "instruct":
+        answers = load_instruction_data(recipe)
+        return plan_follower(build_follower(recipe, answers), recipe, answers, SECONDS)
     data = load_pretraining_data(recipe)
     model = build_pretraining_model(recipe, data)
-    return plan_run(model, recipe.training, data.train.block_size, len(data.train))
+    return plan_run(model, recipe.training, data.train.block_size, len(data.train), SECONDS)
 
 
 def render_plan(estimate: Estimate) -> str:

@@ -19,22 +19,36 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from hfgpt.adapters import AdapterArguments
+from hfgpt.building import ModelArguments
+from hfgpt.data.classification import ClassificationDataArguments
 from hfgpt.data.files import nearest
+from hfgpt.data.instructions import InstructionDataArguments
 from hfgpt.data.sources import DataArguments
 from hfgpt.errors import InputError
-from hfgpt.evaluation import EvaluationArguments
-from hfgpt.loading import ModelArguments
+from hfgpt.evaluation import AnswerEvaluationArguments, ClassifierEvaluationArguments, EvaluationArguments
 from hfgpt.tokenizer import TokenizerArguments
-from hfgpt.training.trainer import HfGPTTrainingArguments
+from hfgpt.training.trainer import FineTuningArguments, FirstPassArguments, HfGPTTrainingArguments
 
-TASKS = ("pretrain",)
-SECTIONS = {
-    "tokenizer": TokenizerArguments,
-    "model": ModelArguments,
-    "data": DataArguments,
-    "training": HfGPTTrainingArguments,
-    "evaluation": EvaluationArguments,
+
+def _sections(data: type, training: type, evaluation: type, **more: type) -> dict[str, type]:
+    first = {"tokenizer": TokenizerArguments, "model": ModelArguments, "data": data}
+    return {**first, **more, "adapters": AdapterArguments, "training": training, "evaluation": evaluation}
+
+
+# The sections of each task, in the order of a recipe.
+SECTIONS: dict[str, dict[str, type]] = {
+    "pretrain": _sections(DataArguments, HfGPTTrainingArguments, EvaluationArguments),
+    "classify": _sections(
+        ClassificationDataArguments,
+        FineTuningArguments,
+        ClassifierEvaluationArguments,
+        pretraining=FirstPassArguments,
+    ),
+    "instruct": _sections(InstructionDataArguments, FineTuningArguments, AnswerEvaluationArguments),
 }
+# What these say is done only where a recipe has them.
+OPTIONAL = ("pretraining", "adapters")
 # Types as the author of a recipe calls them.
 TYPES = {
     "int": "a whole number",
@@ -63,17 +77,21 @@ class Recipe:
 
     Args:
         name: The file's name without its suffix.
+        task: `pretrain`, `classify` or `instruct`.
         values: What the recipe and the overrides say, with our own sections complete: enough to repeat the run.
+        pretraining, adapters: None where the recipe has no such section.
     """
 
     name: str
     task: str
     tokenizer: TokenizerArguments
     model: ModelArguments
-    data: DataArguments
+    data: DataArguments | ClassificationDataArguments | InstructionDataArguments
     training: HfGPTTrainingArguments
-    evaluation: EvaluationArguments
+    evaluation: EvaluationArguments | ClassifierEvaluationArguments | AnswerEvaluationArguments
     values: dict[str, Any]
+    pretraining: FirstPassArguments | None = None
+    adapters: AdapterArguments | None = None
 
 
 def recipe_folder() -> Path:
@@ -110,35 +128,42 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     def where(key: str) -> str:
         return f"{path.name}, line {lines.get(key) or lines.get(key.partition('.')[0], 1)}: "
 
-    for key, fault in _find_faults(tree):
+    overrides = overrides or []
+    task = _find_task(tree, overrides)
+    if not isinstance(task, str) or task not in SECTIONS:
+        fault = f"task is {task!r}; it must be one of {', '.join(SECTIONS)}" if task else "task cannot be empty"
+        raise InputError((where("task") if "task" in tree and tree["task"] == task else "") + fault)
+    for key, fault in _find_faults(tree, {"task": str, **SECTIONS[task]}):
         raise InputError(where(key) + fault)
-    parser = _build_parser()
+    parser = _build_parser(task)
     try:
         values = parser.parse_object(tree)
     except ArgumentError as error:
         key, fact = _explain(error)
         raise InputError(where(key) + fact) from error
-    _check_overrides(overrides or [])
+    _check_overrides(overrides, {"task": str, **SECTIONS[task]})
     try:
         values = parser.parse_args(overrides, namespace=values) if overrides else values
     except ArgumentError as error:
         raise InputError(_explain(error)[1]) from error
     if values.training.output_dir is None:
         values.training.output_dir = str(Path("runs") / path.stem)
+    unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
     try:
-        sections = {section: kind(**vars(values[section])) for section, kind in SECTIONS.items()}
+        sections = {name: _build(kind, values[name]) for name, kind in SECTIONS[task].items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
         key, value, fact = _explain_refusal(error, values.training)
         written = key and tree.get("training", {}).get(key) == value
         raise InputError((where(f"training.{key}") if written else "") + fact) from error
-    return Recipe(path.stem, values.task, **sections, values=_resolved_values(values, parser))
+    return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, task, unused))
 
 
-def parse_sections(overrides: list[str], sections: list[str]) -> dict[str, Any]:
+def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict[str, Any]:
     """The arguments of some sections from the command line alone, for commands without a recipe.
 
     Args:
         overrides: `--section.key value` or `--section.key=value`.
+        task: Whose sections.
         sections: The sections they may name.
 
     Returns:
@@ -147,15 +172,16 @@ def parse_sections(overrides: list[str], sections: list[str]) -> dict[str, Any]:
     Raises:
         InputError: An unknown key or section, or a wrong type.
     """
+    kinds = {section: SECTIONS[task][section] for section in sections}
     parser = ArgumentParser(exit_on_error=False)
-    for section in sections:
-        parser.add_class_arguments(SECTIONS[section], section)
-    _check_overrides(overrides, tuple(sections))
+    for section, kind in kinds.items():
+        parser.add_class_arguments(kind, section)
+    _check_overrides(overrides, kinds)
     try:
         values = parser.parse_args(overrides)
     except ArgumentError as error:
         raise InputError(_explain(error)[1]) from error
-    return {section: SECTIONS[section](**vars(values[section])) for section in sections}
+    return {section: _build(kind, values[section]) for section, kind in kinds.items()}
 
 
 def render_recipe(recipe: Recipe) -> str:
@@ -201,68 +227,106 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise InputError(f"{place}: this is no YAML: {fact}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path.name} holds no recipe: it must begin with 'task: pretrain' and sections below it")
-    lines = {}
-    for key, value in node.value:
-        inner = value.value if isinstance(value, yaml.MappingNode) else []
-        for name, mark in [(key.value, key.start_mark), *((f"{key.value}.{k.value}", k.start_mark) for k, _ in inner)]:
-            if name in lines:
-                raise InputError(
-                    f"{path.name}, line {mark.line + 1}: {name} is already in line {lines[name]}: drop one"
-                )
-            lines[name] = mark.line + 1
+    lines: dict[str, int] = {}
+    for name, mark in _find_keys(node):
+        if name in lines:
+            raise InputError(f"{path.name}, line {mark.line + 1}: {name} is already in line {lines[name]}: drop one")
+        lines[name] = mark.line + 1
     return tree, lines
 
 
+def _find_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, yaml.Mark]]:
+    """Every key in dotted form, and where it stands."""
+    for key, value in node.value:
+        yield f"{prefix}{key.value}", key.start_mark
+        if isinstance(value, yaml.MappingNode):
+            yield from _find_keys(value, f"{prefix}{key.value}.")
+
+
+def _find_task(tree: dict[str, Any], overrides: list[str]) -> Any:
+    task = tree.get("task", "pretrain")
+    for override, following in zip(overrides, [*overrides[1:], ""], strict=False):
+        if override == "--task":
+            task = following
+        elif override.startswith("--task="):
+            task = override.partition("=")[2]
+    return task
+
+
 @functools.cache
-def _build_parser() -> ArgumentParser:
+def _build_parser(task: str) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--task", type=typing.Literal[TASKS], default="pretrain")
-    for section, kind in SECTIONS.items():
+    parser.add_argument("--task", type=str, default="pretrain")
+    for section, kind in SECTIONS[task].items():
         parser.add_class_arguments(kind, section)
     return parser
 
 
-def _find_faults(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _build(kind: type, values: Namespace) -> Any:
+    """The dataclass of a section, and those within it, from what the parser made of them."""
+    hints = typing.get_type_hints(kind)
+    built = {
+        name: _build(hints[name], value)
+        if isinstance(value, Namespace) and dataclasses.is_dataclass(hints[name])
+        else value
+        for name, value in vars(values).items()
+    }
+    return kind(**built)
+
+
+def _find_faults(tree: dict[str, Any], sections: dict[str, type]) -> Iterator[tuple[str, str]]:
     """What jsonargparse does not look at: keys and what is wrong with them."""
     for section, content in tree.items():
-        if fault := _unknown_key(str(section)):
-            yield str(section), fault
-        elif section not in SECTIONS:
-            if content is None:
-                yield section, f"{section} cannot be empty"
-        elif not isinstance(content, dict):
-            yield section, f"'{section}' is a section: indent its keys below it"
+        if section == "task":
+            continue
+        if section not in sections:
+            yield str(section), _unknown_section(str(section), sections)
         else:
-            for name, value in content.items():
-                key = f"{section}.{name}"
-                if fault := _unknown_key(key):
-                    yield key, fault
-                elif value is None and not _allows_none(SECTIONS[section], name):
-                    yield key, f"{key} cannot be empty"
+            yield from _find_section_faults(section, content, sections[section])
 
 
-def _check_overrides(overrides: list[str], sections: tuple[str, ...] = ("task", *SECTIONS)):
+def _find_section_faults(section: str, content: Any, kind: type) -> Iterator[tuple[str, str]]:
+    if not isinstance(content, dict):
+        yield section, f"'{section}' is a section: indent its keys below it"
+        return
+    hints = typing.get_type_hints(kind)
+    for name, value in content.items():
+        key = f"{section}.{name}"
+        if name not in hints:
+            yield key, _unknown_key(str(name), section, hints)
+        elif dataclasses.is_dataclass(hints[name]):
+            yield from _find_section_faults(key, value, hints[name])
+        elif value is None and not _allows_none(hints[name]):
+            yield key, f"{key} cannot be empty"
+
+
+def _check_overrides(overrides: list[str], sections: dict[str, type]):
     for override in overrides:
-        if override.startswith("--"):
-            key = override[2:].partition("=")[0]
-            if fault := _unknown_key(key, sections):
-                raise InputError(fault)
-            if key in SECTIONS:
-                raise InputError(f"--{key} is a section: name one of its keys, as in --{key}.key value")
+        if not override.startswith("--"):
+            continue
+        section, *names = override[2:].partition("=")[0].split(".")
+        if section not in sections:
+            raise InputError(_unknown_section(section, sections))
+        kind, path = sections[section], section
+        while names:
+            hints = typing.get_type_hints(kind)
+            if names[0] not in hints or (len(names) > 1 and not dataclasses.is_dataclass(hints[names[0]])):
+                raise InputError(_unknown_key(".".join(names), path, hints))
+            path = f"{path}.{names[0]}"
+            kind = hints[names.pop(0)]
+        if dataclasses.is_dataclass(kind):
+            raise InputError(f"--{path} is a section: name one of its keys, as in --{path}.key value")
 
 
-def _unknown_key(key: str, sections: tuple[str, ...] = ("task", *SECTIONS)) -> str | None:
-    section, dot, name = key.partition(".")
-    if section not in sections:
-        return f"there is no section '{section}'{_nearest(section, sections)}"
-    fields = [field.name for field in dataclasses.fields(SECTIONS[section])] if section in SECTIONS else []
-    if dot and name not in fields:
-        return f"there is no key '{name}' in section '{section}'{_nearest(name, fields)}"
-    return None
+def _unknown_section(section: str, sections: dict[str, Any]) -> str:
+    return f"there is no section '{section}'{_nearest(section, list(sections))}"
 
 
-def _allows_none(kind: type, name: str) -> bool:
-    hint = typing.get_type_hints(kind)[name]
+def _unknown_key(name: str, section: str, names: dict[str, Any]) -> str:
+    return f"there is no key '{name}' in section '{section}'{_nearest(name, list(names))}"
+
+
+def _allows_none(hint: Any) -> bool:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return type(None) in options or Any in options
 
@@ -295,11 +359,13 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, 
     return key, found[1], f"training.{key} is '{found[1]}'{remedy}"
 
 
-def _resolved_values(values: Namespace, parser: ArgumentParser) -> dict[str, Any]:
+def _resolved_values(values: Namespace, parser: ArgumentParser, task: str, unused: set[str]) -> dict[str, Any]:
     """Our own sections without their empty keys, and of TrainingArguments' hundred what differs from the defaults."""
     defaults = parser.get_defaults()
-    resolved: dict[str, Any] = {"task": values.task}
-    for section in SECTIONS:
+    resolved: dict[str, Any] = {"task": task}
+    for section in SECTIONS[task]:
+        if section in unused:
+            continue
         keep = vars(values[section])
         if section == "training":
             keep = {key: value for key, value in keep.items() if value != vars(defaults[section])[key]}
@@ -311,15 +377,16 @@ def _resolved_values(values: Namespace, parser: ArgumentParser) -> dict[str, Any
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Namespace):
-        return {key: _plain(inner) for key, inner in vars(value).items()}
+        return {key: _plain(inner) for key, inner in vars(value).items() if inner is not None}
     return getattr(value, "value", value)  # enumerations of transformers
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     flat = {}
     for section, content in values.items():
-        keys = {f"{section}.{key}": value for key, value in content.items()} if section in SECTIONS else None
-        flat |= keys or {section: content}
+        flat |= (
+            {f"{section}.{key}": value for key, value in content.items()} if section != "task" else {section: content}
+        )
     return flat
 
 

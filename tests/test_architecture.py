@@ -12,8 +12,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"", "configuration_hfgpt", "errors"},  # "" is hfgpt/__init__.py
     {"modeling_hfgpt"},
-    {"tokenizer", "data", "conversion", "adapters", "evaluation", "loading"},
-    {"training", "hub"},
+    {"tokenizer", "data", "conversion", "adapters", "evaluation"},
+    {"loading"},
+    {"building", "training", "hub"},
     {"recipe"},
     {"tasks"},
     {"plan", "bench", "doctor", "inspection"},

@@ -23,7 +23,20 @@ from hfgpt import cli
 from hfgpt.data.synthetic import generate_stories
 
 TOKEN = "hf_SecretSecretSecret"
-COMMANDS = ["train", "generate", "evaluate", "import", "export", "inspect", "plan", "doctor", "demo"]
+COMMANDS = [
+    "train",
+    "generate",
+    "chat",
+    "classify",
+    "evaluate",
+    "merge",
+    "import",
+    "export",
+    "inspect",
+    "plan",
+    "doctor",
+    "demo",
+]
 RECIPE = """
 task: pretrain
 tokenizer: {{kind: char, pad_token: null}}
@@ -325,7 +338,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("train tiny.yaml --resume", "the run in 'runs/tiny' is finished: there is nothing to resume"),
         (f"{TRAIN} --resume", "there is no run to resume in 'new': leave out --resume to start one"),
         ("evaluate runs/tiny", "data.path is not set: give a Hub id, a file, a folder or synthetic:stories"),
-        ("evaluate runs/tiny --task classify", "--task is 'classify'; it must be pretrain"),
+        ("evaluate runs/tiny --task clasify", "--task is 'clasify'; it must be pretrain, classify or instruct"),
         ("evaluate runs/tiny --training.seed 1", "there is no section 'training' (there are: data, evaluation)"),
         (
             "evaluate runs/tiny --data.path stories.txt --data.block_size 33",

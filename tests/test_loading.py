@@ -17,11 +17,9 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from hfgpt import HfGPTConfig, HfGPTForCausalLM
+from hfgpt.building import ModelArguments, build_config, build_model
 from hfgpt.errors import InputError
 from hfgpt.loading import (
-    ModelArguments,
-    build_config,
-    build_model,
     check_model_path,
     check_vocabulary,
     load_model,
@@ -108,6 +106,7 @@ def test_every_field_reaches_the_configuration(tokenizer):
         "attn_pdrop": 0.75,
     }
     elsewhere = {"path", "revision", "preset", "initialization", "attn_implementation", "pad_vocab_to_multiple_of"}
+    elsewhere.add("load_in_4bit")
     assert values.keys() | elsewhere == {field.name for field in fields(ModelArguments)}
     config = build_config(ModelArguments(**values), tokenizer)
     assert {name: getattr(config, name) for name in values} == values

@@ -13,6 +13,7 @@ import yaml
 
 from hfgpt.errors import InputError
 from hfgpt.recipe import (
+    OPTIONAL,
     SECTIONS,
     first_difference,
     load_recipe,
@@ -23,6 +24,7 @@ from hfgpt.recipe import (
 )
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+PRETRAIN = SECTIONS["pretrain"]
 NAMES = "demo, gpt2-124m, shakespeare-char, verdict-book"
 
 
@@ -47,7 +49,11 @@ def refusal(name: str, *overrides: str) -> str:
 
 def arguments_of(recipe) -> dict:
     """Every argument of every section, as plain values."""
-    values = {section: dict(vars(getattr(recipe, section))) for section in SECTIONS}
+    values = {
+        section: dict(vars(getattr(recipe, section)))
+        for section in SECTIONS[recipe.task]
+        if getattr(recipe, section) is not None
+    }
     values["training"] = recipe.training.to_dict()
     return values
 
@@ -99,10 +105,10 @@ def test_the_header_names_the_purpose_the_command_and_the_hardware(path):
 def test_what_is_not_written_has_its_default(text, write):
     recipe = load_recipe(write(text))
     assert (recipe.name, recipe.task) == ("r", "pretrain")
-    for section, kind in SECTIONS.items():
+    for section, kind in PRETRAIN.items():
         if section != "training":
-            assert getattr(recipe, section) == kind()
-    assert recipe.training.to_dict() == SECTIONS["training"](output_dir="runs/r").to_dict()
+            assert getattr(recipe, section) == (None if section in OPTIONAL else kind())
+    assert recipe.training.to_dict() == PRETRAIN["training"](output_dir="runs/r").to_dict()
     # The parser is kept from recipe to recipe; its defaults must not be.
     recipe.evaluation.prompts.append("kept by nobody")
     assert load_recipe("r.yaml").evaluation.prompts == []
@@ -153,15 +159,15 @@ def test_floats_are_read_as_people_write_them(write):
 
 
 def test_sections_without_a_recipe():
-    sections = parse_sections(["--data.path", "x", "--evaluation.stride=4"], ["data", "evaluation"])
-    assert sections == {"data": SECTIONS["data"](path="x"), "evaluation": SECTIONS["evaluation"](stride=4)}
+    sections = parse_sections(["--data.path", "x", "--evaluation.stride=4"], "pretrain", ["data", "evaluation"])
+    assert sections == {"data": PRETRAIN["data"](path="x"), "evaluation": PRETRAIN["evaluation"](stride=4)}
     for override, message in (
         ("--training.seed=1", "there is no section 'training' (there are: data, evaluation)"),
         ("--data.pth=1", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
         ("--data.stride=x", "data.stride is 'x'; it must be a whole number or null"),
     ):
         with pytest.raises(InputError) as error:
-            parse_sections([override], ["data", "evaluation"])
+            parse_sections([override], "pretrain", ["data", "evaluation"])
         assert str(error.value) == message
 
 
@@ -198,11 +204,11 @@ def test_a_rendered_recipe_gives_the_same_run(name, write, tmp_path):
 
 def test_a_rendered_recipe_says_what_differs_and_our_own_defaults(write):
     values = load_recipe(write("task: pretrain\ntraining: {seed: 42, max_steps: 2}\n")).values
-    assert list(values) == ["task", *SECTIONS]
+    assert list(values) == ["task", *(section for section in PRETRAIN if section not in OPTIONAL)]
     assert values["training"] == {"output_dir": "runs/r", "max_steps": 2}
-    unset = {field.name for field in fields(SECTIONS["data"]) if field.default is None}
+    unset = {field.name for field in fields(PRETRAIN["data"]) if field.default is None}
     assert unset
-    assert set(values["data"]) == {field.name for field in fields(SECTIONS["data"])} - unset
+    assert set(values["data"]) == {field.name for field in fields(PRETRAIN["data"])} - unset
 
 
 def test_a_run_goes_on_when_only_what_is_watched_differs(write):
@@ -234,8 +240,8 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
     ("text", "message"),
     [
         ("modle:\n  path: x\n", "line 1: there is no section 'modle'; did you mean 'model'?"),
-        ("task: pretrain\n\nxyz: 1\n", f"line 3: there is no section 'xyz' (there are: task, {', '.join(SECTIONS)})"),
-        ("max_steps: 3\n", f"line 1: there is no section 'max_steps' (there are: task, {', '.join(SECTIONS)})"),
+        ("task: pretrain\n\nxyz: 1\n", f"line 3: there is no section 'xyz' (there are: task, {', '.join(PRETRAIN)})"),
+        ("max_steps: 3\n", f"line 1: there is no section 'max_steps' (there are: task, {', '.join(PRETRAIN)})"),
         ("data:\n  path: x\n  strid: 1", "line 3: there is no key 'strid' in section 'data'; did you mean 'stride'?"),
         ("data: {path: x,\n 1: 2}\n", "line 2: there is no key '1' in section 'data'"),
         ("model:\n  preest: x", "line 2: there is no key 'preest' in section 'model'; did you mean 'preset'?"),
@@ -243,8 +249,8 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
         ("task: pretrain\nmodel:\npath: x\n", "line 2: 'model' is a section: indent its keys below it"),
         ("data: [path, x]\n", "line 1: 'data' is a section: indent its keys below it"),
         ("task:\n", "line 1: task cannot be empty"),
-        ("task: [pretrain]\n", "line 1: task is \"['pretrain']\"; it must be one of 'pretrain'"),
-        ("task: trian\n", "line 1: task is 'trian'; it must be one of 'pretrain'"),
+        ("task: [pretrain]\n", "line 1: task is ['pretrain']; it must be one of pretrain, classify, instruct"),
+        ("task: trian\n", "line 1: task is 'trian'; it must be one of pretrain, classify, instruct"),
         ("data:\n  path: x\n  validation_fraction:\n", "line 3: data.validation_fraction cannot be empty"),
         ("training: {seed: null}\n", "line 1: training.seed cannot be empty"),
         ("data:\n  <<: {text_column: null}\n", "line 1: data.text_column cannot be empty"),
@@ -306,7 +312,7 @@ def test_a_value_that_only_transformers_refuses(write):
         (["--training.max_steps", "many"], "training.max_steps is 'many'; it must be a whole number"),
         (["--training.learning_rate", "null"], "training.learning_rate is 'None'; it must be a number"),
         (["--model.qkv_bias=maybe"], "model.qkv_bias is 'maybe'; it must be true or false or null"),
-        (["--task", "x"], "task is 'x'; it must be one of 'pretrain'"),
+        (["--task", "x"], "task is 'x'; it must be one of pretrain, classify, instruct"),
         (["--training.eval_strategy=epohc"], "training.eval_strategy is 'epohc'; did you mean 'epoch'?"),
         (["data.path=x"], "unrecognized arguments: data.path=x; an override is --section.key value"),
         (["-x"], "unrecognized arguments: -x; an override is --section.key value"),

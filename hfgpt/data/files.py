@@ -100,9 +100,9 @@ def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None
     return _read_table(path, has_header=not (columns and all(name.isdigit() for name in columns)))
 
 
-def wrong_column(column: str, place: str | Path, row: Iterable[str]) -> InputError:
+def wrong_column(key: str, column: str, place: str | Path, row: Iterable[str]) -> InputError:
     names = ", ".join(repr(name[:40]) for name in row)
-    return InputError(f"data.text_column {column!r} is not in {place}, which has: {names}")
+    return InputError(f"data.{key} {column!r} is not in {place}, which has: {names}")
 
 
 def looks_local(path: str) -> bool:
@@ -279,8 +279,8 @@ def _read_table(path: Path, has_header: bool) -> Iterator[dict[str, Any]]:
 def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
     try:
         with _open(path) as stream, pq.ParquetFile(stream) as file:
-            if missing := [name for name in columns or [] if name not in file.schema_arrow.names]:
-                raise wrong_column(missing[0], path, file.schema_arrow.names)
+            if not set(columns or []) <= set(file.schema_arrow.names):
+                columns = None  # the first row then shows what there is
             for batch in file.iter_batches(batch_size=1000, columns=columns):
                 yield from batch.to_pylist()
     except pa.ArrowInvalid as error:

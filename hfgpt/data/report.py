@@ -25,6 +25,7 @@ class SplitReport:
         blocks: Blocks an epoch goes through.
         predicted_tokens: Tokens an epoch predicts: the targets that are not ignored, overlaps counted each time.
         tail_tokens: Tokens at the end of the stream that no block predicts.
+        labels: Label -> rows that have it.
     """
 
     documents: int = 0
@@ -35,6 +36,7 @@ class SplitReport:
     blocks: int = 0
     predicted_tokens: int = 0
     tail_tokens: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,7 +44,7 @@ class DataReport:
     """What was read from a source and what was done with it.
 
     Args:
-        source: Where the data comes from: the path, the Hub id or `synthetic:stories`.
+        source: Where the data comes from: the path, the Hub id, `synthetic:stories` or the like.
         sha256: Of the content. One file: of its bytes, as `sha256sum` prints it; several: of the lines `sha256sum`
             prints for them in their folder; Hub and synthetic data: of the texts read.
         rows_read: Rows read from the source.
@@ -50,9 +52,13 @@ class DataReport:
         dropped: Reason -> rows that did not.
         truncated: Rows that lost tokens because they were too long.
         duplicated: Kept rows whose text was already there; they are counted, not removed.
+        kept_together: Kept rows whose text other rows have too: all rows of a text are on one side of the division.
+        near_duplicates: Test rows that are almost a training row; they are counted, not removed.
+        near_duplicate_examples: Such pairs, the test row first.
         leaked: Documents of a given validation split that are also in the training split; 0 where hfgpt divides.
-        split_by: How validation was separated: `given` (by the source), `documents` (whole documents), `position` (one
-            long document was cut: its parts do not end with an end of document) or "" (not split).
+        split_by: How validation was separated: `given` (by the source), `documents` (whole documents), `rows`, `order`
+            (the first rows train), `position` (one long document was cut: its parts do not end with an end of
+            document) or "" (not split).
         unused_files: Files of the folder that belong to neither split.
         splits: Split name -> its sizes.
     """
@@ -64,6 +70,9 @@ class DataReport:
     dropped: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
     duplicated: int = 0
+    kept_together: int = 0
+    near_duplicates: int = 0
+    near_duplicate_examples: list[list[str]] = field(default_factory=list)
     leaked: int = 0
     split_by: str = ""
     unused_files: list[str] = field(default_factory=list)
@@ -116,11 +125,15 @@ class DataReport:
         notes = {
             "truncated": self.truncated,
             "duplicated (kept)": self.duplicated,
-            "validation documents that are also in train": self.leaked,
+            "rows share their text with others (kept on one side)": self.kept_together,
+            "test rows are almost a training row": self.near_duplicates,
+            "rows of validation or test that are also in train": self.leaked,
             "files in neither split": len(self.unused_files),
         }
         lines += [f"  {count:,} {what}" for what, count in notes.items() if count]
         for name, split in self.splits.items():
-            sizes = [f"{size:,} {what.replace('_', ' ')}" for what, size in dataclasses.asdict(split).items() if size]
+            sizes = dataclasses.asdict(split) | split.labels
+            del sizes["labels"]
+            sizes = [f"{size:,} {what.replace('_', ' ')}" for what, size in sizes.items() if size]
             lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")
         return "\n".join(lines)

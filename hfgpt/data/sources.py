@@ -6,13 +6,11 @@ the byte or the line at fault. Documents then live in an Arrow table on disk, so
 """
 
 import hashlib
-import itertools
 import mmap
 import os
-import re
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,28 +19,20 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from hfgpt.data.files import CHUNK, family, find_files, hash_files, looks_local, nearest, read_rows, wrong_column
+from hfgpt.data.files import CHUNK
 from hfgpt.data.report import DataReport
+from hfgpt.data.rows import Reading, SourceArguments, open_rows
 from hfgpt.errors import InputError
 
-VALIDATION_NAMES = {"validation", "valid", "val", "dev"}
-SYNTHETIC_STORIES = 2_000
 # Offsets of an Arrow string column are 32 bits wide.
 LONGEST_DOCUMENT = 2**31 - 1
 
 
 @dataclass
-class DataArguments:
-    """The recipe's section `data`.
+class DataArguments(SourceArguments):
+    """The recipe's section `data` for pre-training, beside where the text comes from.
 
     Args:
-        path: A Hub id; a local .txt, .md, .json, .jsonl, .csv, .tsv, .parquet (also .gz, .zst), a folder or a glob of
-            them; or `synthetic:stories`, generated on the spot.
-        name: Configuration of a Hub data set.
-        revision: Branch, tag or commit of a Hub data set.
-        train_split: Split to train on; in a folder with several, the files that carry this word in their name.
-        validation_split: Split to validate on, or the word in the names of a folder's validation files. None:
-            `validation` if there is one, otherwise `validation_fraction` of the training split.
         validation_fraction: Part of the documents (of the characters, if there is one document) that validates.
         text_column: Column or key that holds the text; of a .csv or .tsv without header line, its position from 0.
         sample_by: What one document is in .txt and .md files: the file, a run of lines between blank ones, or a line.
@@ -54,11 +44,6 @@ class DataArguments:
         cache_dir: Where token streams are kept; None: `hfgpt` inside Hugging Face's cache folder (HF_HOME).
     """
 
-    path: str | None = None
-    name: str | None = None
-    revision: str | None = None
-    train_split: str = "train"
-    validation_split: str | None = None
     validation_fraction: float = 0.1
     text_column: str = "text"
     sample_by: Literal["document", "paragraph", "line"] = "document"
@@ -157,11 +142,18 @@ def _collect_splits(arguments: DataArguments, seed: int, report: DataReport) -> 
     """Reads every split the source has: `train`, and `validation` if it is given."""
     _check_arguments(arguments)
     folder = cache_folder(arguments.cache_dir)
-    report.source = arguments.path
     contents = hashlib.sha256()
     collected = {}
-    for name, values in _open_source(arguments, seed, report).items():
-        values = itertools.islice(values, arguments.max_documents)
+    reading = Reading(
+        columns={"text_column": arguments.text_column},
+        splits={"validation": arguments.validation_split},
+        limit=arguments.max_documents,
+        sample_by=arguments.sample_by,
+        seed=seed,
+    )
+    for name, rows in open_rows(arguments, reading, report).items():
+        # A later row of a JSON file may lack the key: None, counted as "not text".
+        values = (row.get(arguments.text_column) for row in rows)
         collected[name] = _collect(values, folder, seed, report, contents)
         if not len(collected[name].dataset):
             dropped = ", ".join(f"{rows} {reason}" for reason, rows in report.dropped.items()) or "none"
@@ -174,97 +166,6 @@ def _collect_splits(arguments: DataArguments, seed: int, report: DataReport) -> 
     report.rows_kept += len(digests)
     report.duplicated += len(digests) - len(np.unique(digests))
     return collected
-
-
-def _open_source(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, Iterator[Any]]:
-    """Split name (`train`, and `validation` if the source has it) -> the values of its text column, lazily."""
-    if arguments.path.startswith("synthetic:"):
-        if arguments.path != "synthetic:stories":
-            raise InputError(f"data.path {arguments.path!r} is not known: the synthetic text is synthetic:stories")
-        from hfgpt.data.synthetic import generate_stories
-
-        return {"train": iter(generate_stories(arguments.max_documents or SYNTHETIC_STORIES, seed))}
-    files = find_files(arguments.path)
-    if files:
-        splits = _divide_files(files, arguments, report)
-        report.sha256 = hash_files([file for split in splits.values() for file in split])
-        return {name: _read_values(split, arguments) for name, split in splits.items()}
-    if looks_local(arguments.path):
-        raise InputError(f"data.path {arguments.path!r} does not exist{nearest(arguments.path)}: check the path")
-    return _open_hub(arguments)
-
-
-def _open_hub(arguments: DataArguments) -> dict[str, Iterator[Any]]:
-    # The first rows are streamed, so that max_documents of a huge set does not download all of it.
-    streaming = arguments.max_documents is not None and not datasets.config.HF_HUB_OFFLINE
-    try:
-        splits = datasets.load_dataset(
-            arguments.path, arguments.name, revision=arguments.revision, streaming=streaming
-        )
-    except (datasets.exceptions.FileNotFoundDatasetsError, ConnectionError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"data.path {arguments.path!r} is no local file{nearest(arguments.path)} and cannot be had from the Hub "
-            f"({reason}): check data.path, data.name, data.revision, the network and the login"
-        ) from error
-    names = {"train": arguments.train_split}
-    if arguments.validation_split or ("validation" in splits and arguments.train_split != "validation"):
-        names["validation"] = arguments.validation_split or "validation"
-    for key, name in names.items():
-        if name not in splits:
-            raise InputError(f"data.{key}_split {name!r} is not in {arguments.path}, which has: {', '.join(splits)}")
-    return {key: _hub_values(splits[name], arguments) for key, name in names.items()}
-
-
-def _hub_values(split: datasets.Dataset | datasets.IterableDataset, arguments: DataArguments) -> Iterator[Any]:
-    column = arguments.text_column
-    # A streamed set may not know its columns before its first row. Other columns, images say, are not even decoded.
-    if column in (split.column_names or []):
-        split = split.select_columns([column])
-    for batch in split.iter(batch_size=1000):
-        if column not in batch:
-            raise wrong_column(column, arguments.path, batch)
-        yield from batch[column]
-
-
-def _divide_files(files: list[Path], arguments: DataArguments, report: DataReport) -> dict[str, list[Path]]:
-    """Training and validation files by the words in their names, below the folder they have in common."""
-    wanted = arguments.validation_split
-    if len(files) == 1:
-        if wanted:
-            raise InputError(
-                f"data.validation_split is {wanted!r} but data.path {arguments.path!r} is one file: unset it (then "
-                f"data.validation_fraction divides the file) or give a folder with a file named {wanted}"
-            )
-        return {"train": files}
-    root = os.path.commonpath([file.parent for file in files])
-    words = {file: set(re.split(r"[^a-z0-9]+", str(file.relative_to(root)).lower())) for file in files}
-    names = VALIDATION_NAMES if wanted in (None, "validation") else {wanted.lower()}
-    validation = [file for file in files if words[file] & names]
-    if wanted and not validation:
-        listed = ", ".join(file.name for file in files[:5])
-        raise InputError(f"data.validation_split {wanted!r} is in no file name of {arguments.path!r}: {listed}")
-    rest = [file for file in files if not words[file] & names]
-    train = [file for file in rest if arguments.train_split.lower() in words[file]] or rest
-    if not train:
-        raise InputError(f"data.path {arguments.path!r} has only validation files: name one with the word train")
-    report.unused_files = sorted(str(file) for file in set(rest) - set(train))
-    return {"train": train, "validation": validation} if validation else {"train": train}
-
-
-def _read_values(files: list[Path], arguments: DataArguments) -> Iterator[Any]:
-    column = "text" if family(files[0]) == "text" else arguments.text_column
-    for file in files:
-        if file.stat().st_size == 0 and len(files) == 1:
-            raise InputError(f"data.path {arguments.path!r} is empty: add text to it")
-        rows = read_rows(file, arguments.sample_by, [column])
-        first = next(rows, None)
-        if first is None:
-            continue
-        if column not in first:
-            raise wrong_column(column, file, first)
-        # A later row of a JSON file may lack the key: None, counted as "not text".
-        yield from (row.get(column) for row in itertools.chain([first], rows))
 
 
 def _collect(values: Iterable[Any], folder: Path, seed: int, report: DataReport, contents: Any) -> _Collected:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from hfgpt.adapters import merge_into, read_adapter
+from hfgpt.adapters import merge_adapter
 from hfgpt.conversion import gpt2, nanogpt, openai
 from hfgpt.conversion.assembly import load_whole
 from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, check_weights, read_checkpoint
@@ -31,7 +31,9 @@ from hfgpt.data.synthetic import generate_stories
 from hfgpt.errors import InputError
 from hfgpt.loading import (
     check_vocabulary,
+    classifies,
     explained,
+    find_base,
     is_classifier,
     load_model,
     load_model_config,
@@ -71,7 +73,7 @@ def import_checkpoint(
     greedy_tokens = count_greedy_tokens(opened.config)
     expected = record(opened.reference, rows, greedy_tokens)
     opened.reference = None  # before ours is loaded: one copy of the weights at a time
-    with _appearing(out) as staging:
+    with appearing_folder(out) as staging:
         model = opened.load()
         if tokenizer is None:
             opened.notes.append("no tokenizer: none lies beside the weights, and none was named (--tokenizer)")
@@ -125,7 +127,7 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
     weights, filled = gpt2.gpt2_weights(weights, config)
     notes = [f"filled with zeros: {len(filled)} biases that the model has not, such as {filled[0]}"] if filled else []
     native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
-    with _appearing(out) as staging:
+    with appearing_folder(out) as staging:
         with torch.device("meta"):
             native = native_class(gpt2.gpt2_config(config))
         load_whole(native, weights)
@@ -258,24 +260,21 @@ def _auto_class(config: PreTrainedConfig):
     return AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
 
 
-def _load_to_export(model_path: str, merge_adapter: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    is_adapter = (Path(model_path) / "adapter_config.json").is_file()
-    if is_adapter != merge_adapter:
+def _load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    base = find_base(model_path)
+    if (base is not None) != merge_adapters:
         raise InputError(
             f"'{model_path}' is an adapter: pass --merge-adapter to export it with its base model"
-            if is_adapter
+            if base
             else f"'{model_path}' is no adapter: leave out --merge-adapter"
         )
-    base, task = read_adapter(model_path) if is_adapter else (model_path, None)
-    config = load_model_config(base)
+    config = load_model_config(base or model_path)
     if config.model_type not in ("hfgpt", "gpt2"):
-        raise InputError(f"'{base}' is a model of type {config.model_type}; only hfgpt models are exported")
-    classifies = is_classifier(config) or task == "SEQ_CLS"
-    auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    if is_adapter:
-        model = merge_into(load_model(base, auto_class=auto_class, dtype="auto"), model_path)
-    else:
-        model = load_model(base, auto_class=auto_class, dtype="auto")
+        raise InputError(f"'{model_path}' is a model of type {config.model_type}; only hfgpt models are exported")
+    auto_class = AutoModelForSequenceClassification if classifies(model_path) else AutoModelForCausalLM
+    model = load_model(model_path, auto_class=auto_class, dtype=torch.float32 if base else "auto")
+    if base:
+        model = merge_adapter(model, model_path)
     tokenizer = find_tokenizer(Path(model_path), ImportArguments())
     return model, tokenizer
 
@@ -305,7 +304,7 @@ def check_free(out: Path) -> Path:
 
 
 @contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def appearing_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when all went well, and is gone when not."""
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     staging = parent / f".{out.name}-{uuid.uuid4().hex[:8]}"

@@ -1,16 +1,25 @@
 """What a run says: before it starts, at its end, and in the README.md of its folder."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from hfgpt.adapters import base_of, is_adapted, trainable_parameters
 from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream
 from hfgpt.recipe import Recipe
+from hfgpt.tasks.training_run import Training
 from hfgpt.training.estimate import Estimate
 from hfgpt.training.hardware import describe_device
+
+LOADING = {
+    "pretrain": "AutoModelForCausalLM",
+    "instruct": "AutoModelForCausalLM",
+    "classify": "AutoModelForSequenceClassification",
+}
 
 
 def describe_data(report: DataReport, stream: TokenStream) -> str:
@@ -26,22 +35,28 @@ def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate)
     optimizer = f"{arguments.optim.value}, learning rate {arguments.learning_rate:g}"
     if arguments.muon_learning_rate is not None:
         optimizer = f"Muon {arguments.muon_learning_rate:g} in the blocks, AdamW {arguments.learning_rate:g} elsewhere"
-    vocab_size = model.config.vocab_size
-    return "\n".join(
-        [
-            f"model: {estimate.parameters:,} parameters, context {model.config.max_position_embeddings}, "
-            f"vocabulary {vocab_size:,}",
-            f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
-            f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
-            f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
-            f"{estimate.tokens_per_second:,.0f} tokens/s",
-            f"first loss of a model that guesses evenly: ln {vocab_size} = {math.log(vocab_size):.3f}",
-        ]
+    trained, everything = trainable_parameters(model)
+    kind = (
+        f"{len(model.config.id2label)} classes"
+        if recipe.task == "classify"
+        else f"vocabulary {model.config.vocab_size:,}"
     )
+    lines = [
+        f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}",
+        f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
+        f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
+        f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
+        f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
+        f"{estimate.tokens_per_second:,.0f} tokens/s",
+    ]
+    if recipe.task == "pretrain":
+        size = model.config.vocab_size
+        lines.append(f"first loss of a model that guesses evenly: ln {size} = {math.log(size):.3f}")
+    return "\n".join(lines)
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:
-    """What was measured on the validation split, in one line."""
+    """What was measured of a language model on the validation split, in one line."""
     unknown = metrics.get("eval_unknown_tokens")
     measured = f"{unknown:,} of them unknown" if unknown else f"{metrics['eval_bits_per_byte']:.3f} bits a byte"
     return (
@@ -50,43 +65,96 @@ def describe_metrics(metrics: dict[str, Any]) -> str:
     )
 
 
-def render_summary(
-    folder: Path, metrics: dict[str, Any], samples: list[str], seconds: float, estimate: Estimate
-) -> str:
-    """The lines printed at the end of a run."""
+def describe_classification(metrics: dict[str, Any]) -> str:
+    """What was measured of a classifier on the test split, in one line."""
+    compared = [f"the largest class {metrics['majority_accuracy']:.2%}"] if "majority_accuracy" in metrics else []
+    if "baseline_accuracy" in metrics:
+        compared.append(f"logistic regression on character n-grams {metrics['baseline_accuracy']:.2%}")
+    return (
+        f"accuracy {metrics['eval_accuracy']:.2%} (95 % interval {metrics['eval_accuracy_low']:.2%} to "
+        f"{metrics['eval_accuracy_high']:.2%}), macro F1 {metrics['eval_macro_f1']:.4f} over "
+        f"{metrics['eval_rows']:,} rows" + (f"; beside it {', '.join(compared)}" if compared else "")
+    )
+
+
+def describe_answers(metrics: dict[str, Any]) -> str:
+    """What was measured of a model that follows instructions on the test split, in one line."""
+    text = f"loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f} over "
+    text += f"{metrics['eval_tokens']:,} tokens of answers"
+    if "eval_exact_match" in metrics:
+        text += (
+            f"; {metrics['eval_exact_match']:.2%} of {metrics['eval_answers']:,} answers exactly right, "
+            f"{metrics['eval_normalised_match']:.2%} but for case, punctuation and articles"
+        )
+    if "eval_judge_score" in metrics:
+        text += f"; judged {metrics['eval_judge_score']:.1f} of 100 over {metrics['eval_judge_scored']:,}"
+    if metrics.get("eval_judge_failures"):
+        text += f" ({metrics['eval_judge_failures']:,} not judged)"
+    return text
+
+
+def render_summary(folder: Path, measured: str, samples: Sequence[str], training: Training, following: str) -> str:
+    """The lines printed at the end of a run.
+
+    Args:
+        folder: Of the run.
+        measured: What was, in one line.
+        samples: Of what the model says.
+        training: Its time, beside the planned.
+        following: The command to go on with.
+    """
     lines = [
-        f"validation {describe_metrics(metrics)}; {seconds:.0f} s of training (planned {estimate.seconds:.0f})",
+        f"{measured}; {training.seconds:.0f} s of training (planned {training.estimate.seconds:.0f})",
         *(f"sample: {text}" for text in samples),
-        f"saved to {folder}; go on with: hfgpt generate {folder} 'your prompt'",
+        f"saved to {folder}; go on with: {following}",
     ]
     return "\n".join(lines)
 
 
-def render_readme(recipe: Recipe, model: PreTrainedModel, metrics: dict[str, Any], samples: list[str]) -> str:
-    """A short README.md for the run folder; every number in it was measured on these weights."""
+def render_readme(recipe: Recipe, model: PreTrainedModel, measured: str, samples: Sequence[str]) -> str:
+    """A short README.md for the run folder; every number in it was measured on these weights.
+
+    Args:
+        recipe: What was run.
+        model: As it was saved, with its adapter if it has one.
+        measured: What was, and on what, in one sentence without its full stop.
+        samples: Of what the model says.
+    """
+    folder = Path(recipe.training.output_dir).as_posix()
+    data = Path(recipe.data.path).name if Path(recipe.data.path).exists() else recipe.data.path
     quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
+    tag = "text-classification" if recipe.task == "classify" else "text-generation"
+    what, parameters = f"A GPT of {base_of(model).num_parameters():,} parameters", ""
+    header = [f"pipeline_tag: {tag}", "tags: [hfgpt]"]
+    if is_adapted(model):
+        trained = sum(value.numel() for name, value in model.named_parameters() if _is_adapters(name))
+        what, parameters = f"A LoRA adapter of {trained:,} parameters", f" for `{recipe.model.path}`"
+        header = ["library_name: peft", *header]
+    else:
+        header = ["library_name: transformers", *header]
+    labels = f", id2label={model.config.id2label}" if recipe.task == "classify" and is_adapted(model) else ""
+    head = "\n".join(["---", *header, "---"])
     return (
-        f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [hfgpt]
----
+        f"""{head}
 # {recipe.name}
 
-A GPT of {model.num_parameters():,} parameters, trained by hfgpt with the recipe in `recipe.yaml` on
-`{Path(recipe.data.path).name if Path(recipe.data.path).exists() else recipe.data.path}`.
+{what}{parameters}, trained by hfgpt with the recipe in `recipe.yaml` on `{data}`.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 import hfgpt  # or: trust_remote_code=True below
+from transformers import {LOADING[recipe.task]}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{Path(recipe.training.output_dir).as_posix()}")
-tokenizer = AutoTokenizer.from_pretrained("{Path(recipe.training.output_dir).as_posix()}")
+model = {LOADING[recipe.task]}.from_pretrained("{folder}"{labels})
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
-On the whole validation split: {describe_metrics(metrics)}.
+{measured[0].upper()}{measured[1:]}.
 
 {quoted}
 """.rstrip()
         + "\n"
     )
+
+
+def _is_adapters(name: str) -> bool:
+    return "lora_" in name or "modules_to_save" in name

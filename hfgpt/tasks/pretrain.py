@@ -1,6 +1,5 @@
 """Stage 6, pre-training: from a recipe to a model that anyone can load, in labelled steps."""
 
-import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,46 +9,32 @@ from accelerate import PartialState
 from datasets import Dataset
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerCallback,
-    default_data_collator,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, cache_folder, load_all_documents, load_documents
 from hfgpt.data.streams import TokenStream, tokenize_documents
-from hfgpt.errors import InputError, Interrupted
+from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts, unknown_token_id
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
-from hfgpt.loading import build_model, check_vocabulary, load_model, load_model_config, load_model_tokenizer
+from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.messages import describe_choices, describe_data, render_readme, render_summary
-from hfgpt.tasks.run_folder import (
-    begin_run,
-    check_run_folder,
-    describe_environment,
-    staged_files,
-    write_json,
-    write_text,
+from hfgpt.tasks.messages import describe_choices, describe_data, describe_metrics, render_readme, render_summary
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json, write_text
+from hfgpt.tasks.training_run import (
+    Training,
+    build_recipe_model,
+    context_length,
+    describe_run,
+    find_tokenizer,
+    run_training,
+    save_run,
 )
-from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
-from hfgpt.training.callbacks import (
-    InterruptCallback,
-    LogCallback,
-    ProgressCallback,
-    append_log,
-    plot_loss,
-    stderr_console,
-)
-from hfgpt.training.estimate import Estimate, plan_run
-from hfgpt.training.hardware import describe_device, find_device, peak_memory_bytes
+from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
+from hfgpt.training.estimate import plan_run
+from hfgpt.training.hardware import find_device
 from hfgpt.training.trainer import HfGPTTrainer
 
 
@@ -108,26 +93,15 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     PartialState().wait_for_everyone()  # all have seen the folder free
     if recipe.training.process_index == 0:
         begin_run(recipe, data.tokenizer, data.report)
-    progress = ProgressCallback(estimate.tokens_per_step, console)
-    interrupt = InterruptCallback(console)
-    trainer = build_trainer(recipe, model, data, [LogCallback(), progress, interrupt])
-    training_started = time.perf_counter()
-    try:
-        with interrupt:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        progress.close()
-    training_seconds = time.perf_counter() - training_started
-    if trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
-            f"{folder}: go on with the same command and --resume"
-        )
-    if not trainer.is_world_process_zero():
-        return {}
-
-    clock = {"start": started, "training": training_seconds}
-    return finish_run(recipe, trainer, data, estimate, progress.first_step, clock, console)
+    trainer = HfGPTTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+    )
+    training = run_training(trainer, estimate, checkpoint, started, console)
+    return finish_run(recipe, training, data, console) if trainer.is_world_process_zero() else {}
 
 
 def build_pretraining_model(recipe: Recipe, data: PretrainingData) -> PreTrainedModel:
@@ -137,7 +111,7 @@ def build_pretraining_model(recipe: Recipe, data: PretrainingData) -> PreTrained
         InputError: The architecture is impossible, or the data or a prompt does not fit it.
     """
     set_seed(recipe.training.seed)
-    model = build_model(recipe.model, data.tokenizer)
+    model = build_recipe_model(recipe, data.tokenizer)
     check_blocks(model, data)
     context = model.config.max_position_embeddings
     sampling_arguments(recipe)
@@ -147,45 +121,12 @@ def build_pretraining_model(recipe: Recipe, data: PretrainingData) -> PreTrained
     return model
 
 
-def build_trainer(
-    recipe: Recipe, model: PreTrainedModel, data: PretrainingData, callbacks: list[TrainerCallback]
-) -> HfGPTTrainer:
-    """Trainer over the blocks, with our progress in place of its own."""
-    trainer = HfGPTTrainer(
-        model=model,
-        args=recipe.training,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        processing_class=data.tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
-    return trainer
-
-
-def finish_run(
-    recipe: Recipe,
-    trainer: HfGPTTrainer,
-    data: PretrainingData,
-    estimate: Estimate,
-    first_step: int,
-    clock: dict[str, float],
-    console: Console,
-) -> dict[str, Any]:
-    """Saves the trained model, measures it, and writes down what happened.
-
-    Args:
-        first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
-        clock: Seconds of `training`, and the `start` of the run by `time.perf_counter`.
-
-    The other arguments are those of the run. Returns the content of `metrics.json`.
-    """
-    folder = Path(recipe.training.output_dir)
+def finish_run(recipe: Recipe, training: Training, data: PretrainingData, console: Console) -> dict[str, Any]:
+    """Saves the trained model, measures it, and writes down what happened; returns the content of `metrics.json`."""
+    folder, trainer = Path(recipe.training.output_dir), training.trainer
 
     # 6. Save, then measure the weights as they were saved.
-    with staged_files(folder) as staging:
-        trainer.save_model(str(staging))
-        (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
+    save_run(trainer, folder)
     saved = load_model(str(folder)).to(recipe.training.device)
     metrics = measure(saved, data.tokenizer, data.validation, data.report, recipe.training.per_device_eval_batch_size)
     samples = sample(saved, data.tokenizer, recipe)
@@ -193,49 +134,17 @@ def finish_run(
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **metrics})
     plot_loss(folder, saved.config.vocab_size)
 
-    # 7. What happened, for whoever repeats it or asks.
-    write_json(folder / "run.json", describe_run(recipe, trainer, data, estimate, first_step, clock))
-    write_text(folder / "README.md", render_readme(recipe, saved, metrics, samples))
-    console.print(render_summary(folder, metrics, samples, clock["training"], estimate), highlight=False)
+    # 7. What happened, for whoever repeats it or asks. Trainer sums the operations of the tokens it saw: the last step
+    # of an epoch may have fewer than the others.
+    tokens = round(trainer.state.total_flos / training.estimate.flops_per_token)
+    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens))
+    measured = describe_metrics(metrics)
+    write_text(
+        folder / "README.md", render_readme(recipe, saved, f"on the whole validation split: {measured}", samples)
+    )
+    following = f"hfgpt generate {folder} 'your prompt'"
+    console.print(render_summary(folder, f"validation {measured}", samples, training, following), highlight=False)
     return metrics
-
-
-def describe_run(
-    recipe: Recipe,
-    trainer: HfGPTTrainer,
-    data: PretrainingData,
-    estimate: Estimate,
-    first_step: int,
-    clock: dict[str, float],
-) -> dict[str, Any]:
-    """The content of `run.json`: plan and actual side by side, and all that the weights depend on."""
-    folder = Path(recipe.training.output_dir)
-    steps = trainer.state.global_step
-    # Trainer sums the operations of the tokens it saw: the last step of an epoch may have fewer than the others.
-    tokens = round(trainer.state.total_flos / estimate.flops_per_token)
-    return {
-        "task": recipe.task,
-        "recipe": recipe.name,
-        "seed": recipe.training.seed,
-        "data_sha256": data.report.sha256,
-        "tokenizer_sha256": tokenizer_hash(data.tokenizer),
-        "weights_sha256": _sha256(folder / "model.safetensors"),
-        "device": describe_device(recipe.training.device),
-        "processes": recipe.training.world_size,
-        "bf16": recipe.training.bf16,
-        "attn_implementation": trainer.model.config._attn_implementation,
-        "steps": steps,
-        "tokens": tokens,
-        "resumed_from_step": first_step,
-        "plan": estimate.to_dict(),
-        "actual": {
-            "training_seconds": clock["training"],
-            "total_seconds": time.perf_counter() - clock["start"],
-            "tokens_per_second": tokens * (1 - first_step / steps) / clock["training"],
-            "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
-        },
-        **describe_environment(),
-    }
 
 
 def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) -> PretrainingData:
@@ -247,12 +156,7 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     """
     report = DataReport()
     documents = load_documents(recipe.data, recipe.training.seed, report)
-    if tokenizer_folder and (tokenizer_folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(str(tokenizer_folder), pad_token=recipe.tokenizer.pad_token)
-    elif recipe.model.path and recipe.tokenizer.path is None:
-        tokenizer = load_model_tokenizer(recipe.model.path, recipe.model.revision)  # the one its weights know
-    else:
-        tokenizer = build_tokenizer(recipe.tokenizer, (row["text"] for row in documents["train"]))
+    tokenizer = find_tokenizer(recipe, tokenizer_folder, (row["text"] for row in documents["train"]))
     block_size = context_length(recipe) if recipe.data.block_size is None else recipe.data.block_size
     blocks = {}
     for split, texts in documents.items():
@@ -278,13 +182,6 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
 def ends_documents(texts: Dataset) -> bool:
     """Whether an end-of-text token follows each text: a single one may be a part, cut by position, and not end."""
     return len(texts) > 1
-
-
-def context_length(recipe: Recipe) -> int:
-    """The context of the recipe's model, in tokens, without building it."""
-    if recipe.model.path is not None:
-        return load_model_config(recipe.model.path, recipe.model.revision).max_position_embeddings
-    return recipe.model.max_position_embeddings or HfGPTConfig().max_position_embeddings
 
 
 def check_blocks(model: PreTrainedModel, data: PretrainingData):
@@ -388,8 +285,3 @@ def sampling_arguments(recipe: Recipe) -> SamplingArguments:
         top_k=recipe.evaluation.top_k,
         seed=recipe.training.seed,
     )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -134,8 +134,14 @@ def read_log(output_dir: str | Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def plot_loss(output_dir: str | Path, vocab_size: int):
-    """Draws `loss.png` from a run's log: training and validation loss in nats, from the uniform guess ln V down."""
+def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
+    """Draws `loss.png` from a run's log: training and validation loss in nats, from the uniform guess down.
+
+    Args:
+        output_dir: Of the run.
+        choices: What the model chooses among: the size of its vocabulary, or the number of classes.
+        unit: What the loss is a mean over.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,8 +154,8 @@ def plot_loss(output_dir: str | Path, vocab_size: int):
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
             axes.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(6, -3), fontsize=9)
-    axes.axhline(math.log(vocab_size), color="grey", linestyle=":", label=f"uniform guess, ln {vocab_size}")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=Path(output_dir).name)
+    axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=Path(output_dir).name)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -95,7 +95,7 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
         steps = arguments.max_steps
     return Estimate(
         parameters=parameters,
-        weights_bytes=4 * model.num_parameters(),
+        weights_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         gradients_bytes=4 * parameters,
         optimizer_bytes=optimizer_bytes,
         activations_bytes=_activations_bytes(model.config, arguments, block_size),
@@ -149,8 +149,9 @@ def probe_tokens_per_second(
         while time.perf_counter() - start < seconds or backward_seconds == float("inf"):
             ids = torch.randint(model.config.vocab_size, (rows, block_size), device=model.device)
             began = time.perf_counter()
+            labels = torch.zeros_like(ids[:, 0]) if model.config.problem_type else ids
             with trainer.accelerator.autocast():
-                loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = model(input_ids=ids, labels=labels, use_cache=False).loss
             loss.backward()
             loss.item()  # waits for an accelerator
             halfway = time.perf_counter()

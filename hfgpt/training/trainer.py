@@ -6,9 +6,11 @@ Each override says what Trainer 5.23 does instead. Everything else, from accumul
 import math
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -67,12 +69,72 @@ class HfGPTTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class HfGPTTrainer(Trainer):
-    """Trainer for causal language models over fixed-length blocks (`hfgpt.data.blocks.BlockDataset`)."""
+@dataclass
+class FineTuningArguments(HfGPTTrainingArguments):
+    """The recipe's section `training` for classification and instructions.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+        trainable: What is trained: `all` weights; `last_blocks`, with the final norm and the head; the `head` alone;
+            or the `adapters` of that section. None: the adapters if there are any, else all.
+        last_blocks: How many blocks `last_blocks` means.
+    """
+
+    trainable: Literal["all", "last_blocks", "head", "adapters"] | None = None
+    last_blocks: int = 1
+    # Rows of like length together need the least padding.
+    train_sampling_strategy: str = "group_by_length"
+
+    def __post_init__(self):
+        if self.trainable not in (None, "all", "last_blocks", "head", "adapters"):
+            raise InputError(
+                f"training.trainable is '{self.trainable}'; it must be all, last_blocks, head or adapters"
+            )
+        if self.last_blocks < 1:
+            raise InputError(f"training.last_blocks is {self.last_blocks}; it must be at least 1")
+        super().__post_init__()
+
+
+@dataclass
+class FirstPassArguments:
+    """The recipe's section `pretraining`: what the first pass does otherwise than the section `training`.
+
+    It models the language of the texts of the training split, and of those left out of it to balance the classes;
+    never of those of validation and test (Gururangan et al., "Don't Stop Pretraining", 2020).
+
+    Args:
+        max_steps: Optimizer steps.
+        per_device_train_batch_size: Blocks in a batch.
+        block_size: Tokens predicted a block; None: the context length of the model.
+        learning_rate: Of AdamW.
+        muon_learning_rate: Of Muon in the blocks' matrices; None: AdamW there, too.
+        muon_momentum: Of Muon.
+        weight_decay: Of both.
+        warmup_steps: Steps of rising learning rate; it falls linearly afterwards.
+    """
+
+    max_steps: int = 300
+    per_device_train_batch_size: int = 16
+    block_size: int | None = None
+    learning_rate: float = 0.004
+    muon_learning_rate: float | None = 0.02
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+
+
+class HfGPTTrainer(Trainer):
+    """Trainer for causal language models, and for classifiers with a `measure` and a loss of theirs.
+
+    Args:
+        measure: What `evaluate` calls with the model, the batches and the arguments `gather` and `on_batch`; its
+            result has `to_dict(prefix)`.
+        args, kwargs: Those of `transformers.Trainer`; blocks of one length need no collator.
+    """
+
+    def __init__(self, *args, measure: Callable[..., Any] = measure_perplexity, **kwargs):
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(*args, **kwargs)
+        self.measure = measure
         if self.args.muon_learning_rate is not None:
             self.optimizer_cls_and_kwargs = (
                 MuonFactory,
@@ -128,12 +190,12 @@ class HfGPTTrainer(Trainer):
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Trainer averages the means of batches; this sums over tokens."""
+        """Trainer averages the means of batches; this sums over tokens, or rows."""
         dataloader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = dataloader
         start = time.perf_counter()
         with self.compute_loss_context_manager():
-            result = measure_perplexity(
+            result = self.measure(
                 self.model,
                 dataloader,
                 gather=self.accelerator.gather_for_metrics,

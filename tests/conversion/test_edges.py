@@ -206,7 +206,7 @@ def test_an_adapter_of_gpt2(native, tmp_path):
     model = get_peft_model(base, settings).eval()
     model.save_pretrained(tmp_path / "adapter")
     if native:
-        with pytest.raises(InputError, match=r"cannot be merged into its base model \(Target modules"):
+        with pytest.raises(InputError, match=r"cannot be put on its base model \(Target modules"):
             export_model(str(tmp_path / "adapter"), tmp_path / "out", merge_adapter=True, console=QUIET)
         return
     export_model(str(tmp_path / "adapter"), tmp_path / "out", merge_adapter=True, console=QUIET)

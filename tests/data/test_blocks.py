@@ -381,4 +381,5 @@ def test_the_report_holds_the_sizes_of_the_blocks():
         "blocks": 18,
         "predicted_tokens": 4608,
         "tail_tokens": 3,
+        "labels": {},
     }

@@ -213,7 +213,7 @@ def test_wrong_column_of_a_parquet_file(load, tmp_path):
         ({"path": "folder"}, "holds no usable file: taken are .txt"),
         ({"path": "*.csv"}, "holds no usable file"),
         ({"path": "mixed"}, r"mixes kinds of files, JSON \(b.jsonl\), text \(a.txt\)"),
-        ({"path": "synthetic:poems"}, "the synthetic text is synthetic:stories"),
+        ({"path": "synthetic:poems"}, "there are synthetic:stories"),
         ({"path": "stories.txt", "validation_fraction": 0.0}, "it must be above 0 and below 1"),
         ({"path": "stories.txt", "max_documents": 0}, "data.max_documents is 0, the least is 1"),
         ({"path": "stories.txt", "sample_by": "page"}, "it must be document, paragraph or line"),

@@ -166,7 +166,7 @@ def test_curves_show_the_log(tmp_path, monkeypatch):
     )
     close, drawn = pyplot.close, []
     monkeypatch.setattr(pyplot, "close", lambda figure: (drawn.append(figure), close(figure)))
-    plot_loss(tmp_path, vocab_size=61)
+    plot_loss(tmp_path, choices=61)
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
     (axes,) = drawn[0].axes
     lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
@@ -179,7 +179,7 @@ def test_curves_show_the_log(tmp_path, monkeypatch):
 
 def test_curves_of_a_log_without_evaluation(tmp_path):
     write_log(tmp_path, {"step": 1, "loss": 4.0})
-    plot_loss(str(tmp_path), vocab_size=61)
+    plot_loss(str(tmp_path), choices=61)
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 

@@ -1,0 +1,191 @@
+"""Models to train, from a recipe's section `model`: new ones, and loaded ones with a new head or in 4 bits."""
+
+import difflib
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN
+
+from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
+from hfgpt.errors import InputError
+from hfgpt.loading import (
+    check_same_tokens,
+    check_vocabulary,
+    fact_of,
+    find_base,
+    is_classifier,
+    label_fields,
+    load_model,
+    load_model_config,
+)
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+
+
+@dataclass
+class ModelArguments:
+    """The recipe's section `model`: a model to go on from, or the architecture of a new one.
+
+    Args:
+        path: A folder or Hub id with weights to go on from; None starts from random weights.
+        revision: Branch, tag or commit of the Hub id.
+        preset: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it. None is `gpt2`.
+        initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults,
+            as in the book; a tied head's are the embedding's too).
+        attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
+        load_in_4bit: Holds the weights of `path` in 4 bits (QLoRA's NF4, by bitsandbytes), to train adapters on them.
+        vocab_size: None: as many as the tokenizer has tokens.
+        pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
+            never learned and never generated.
+
+    The other fields are those of `HfGPTConfig`.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    preset: str | None = None
+    initialization: str = "gpt2"
+    attn_implementation: str | None = None
+    load_in_4bit: bool = False
+    vocab_size: int | None = None
+    pad_vocab_to_multiple_of: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    intermediate_size: int | None = None
+    max_position_embeddings: int | None = None
+    hidden_act: str | None = None
+    layer_norm_eps: float | None = None
+    initializer_range: float | None = None
+    tie_word_embeddings: bool | None = None
+    qkv_bias: bool | None = None
+    embd_pdrop: float | None = None
+    resid_pdrop: float | None = None
+    attn_pdrop: float | None = None
+
+
+_NOT_ARCHITECTURE = {"path", "revision", "preset", "initialization", "load_in_4bit", "pad_vocab_to_multiple_of"}
+
+
+def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> HfGPTConfig:
+    """The configuration of a new model for a tokenizer.
+
+    Args:
+        arguments: What differs from the preset.
+        tokenizer: Gives the vocabulary size, where none is set, and the special tokens.
+
+    Raises:
+        InputError: The architecture is impossible, the preset unknown, or the vocabulary does not fit the tokenizer.
+    """
+    if arguments.preset is not None and arguments.preset not in PRESETS:
+        raise InputError(f"model.preset is '{arguments.preset}'; choose one of {', '.join(PRESETS)}")
+    if arguments.hidden_act not in (None, *ACT2FN):
+        near = difflib.get_close_matches(arguments.hidden_act, ACT2FN, n=1, cutoff=0.0)[0]
+        raise InputError(f"model.hidden_act is '{arguments.hidden_act}', which transformers lacks: try '{near}'")
+    if arguments.pad_vocab_to_multiple_of is not None and arguments.pad_vocab_to_multiple_of < 1:
+        raise InputError(f"model.pad_vocab_to_multiple_of is {arguments.pad_vocab_to_multiple_of}; the least is 1")
+    given = {
+        key: value for key, value in vars(arguments).items() if value is not None and key not in _NOT_ARCHITECTURE
+    }
+    size = given.setdefault("vocab_size", len(tokenizer))
+    if size < len(tokenizer):
+        raise InputError(
+            f"model.vocab_size is {size}, but the tokenizer has ids up to {len(tokenizer) - 1}: "
+            f"set it to {len(tokenizer)}, or leave it out"
+        )
+    if size > len(tokenizer):
+        raise InputError(
+            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens and ids beyond mean nothing: "
+            "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed"
+        )
+    if arguments.pad_vocab_to_multiple_of:
+        given["vocab_size"] = -(-size // arguments.pad_vocab_to_multiple_of) * arguments.pad_vocab_to_multiple_of
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        return HfGPTConfig.from_preset(arguments.preset or "gpt2", **{**special, **given})
+    except (StrictDataclassError, ValueError) as error:
+        raise InputError(f"model: {fact_of(error)}") from error
+
+
+def build_model(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None = None
+) -> PreTrainedModel:
+    """A model to train: new, with weights drawn from torch's global generator, or loaded.
+
+    Args:
+        arguments: The recipe's section `model`.
+        tokenizer: What the model will be trained with; its ids must fit.
+        labels: Names of classes in the order of their ids; None: a causal language model. A classifier on the path of
+            a language model gets a new head; one on the path of a classifier goes on from its head.
+
+    Raises:
+        InputError: As `build_config` and `load_model`; or a loaded model has another vocabulary, or other classes.
+    """
+    if arguments.path is not None:
+        return _load_to_train(arguments, tokenizer, labels)
+    if arguments.load_in_4bit:
+        raise InputError("model.load_in_4bit is for the weights of model.path: set that, or leave it out")
+    if arguments.initialization not in ("gpt2", "torch"):
+        raise InputError(f"model.initialization is '{arguments.initialization}'; choose 'gpt2' or 'torch'")
+    config = build_config(arguments, tokenizer)
+    model_class = HfGPTForCausalLM
+    if labels is not None:
+        model_class = HfGPTForSequenceClassification
+        config.update(label_fields(labels))
+    try:
+        model = model_class._from_config(config)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"model.attn_implementation is '{arguments.attn_implementation}': {fact_of(error)}"
+        ) from error
+    if arguments.initialization == "torch":
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
+                module.reset_parameters()
+        model.tie_weights()
+    if config.vocab_size > len(tokenizer) and labels is None:
+        model.generation_config.suppress_tokens = list(range(len(tokenizer), config.vocab_size))
+    return model
+
+
+def _load_to_train(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
+) -> PreTrainedModel:
+    fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, "attn_implementation")]
+    if changed := [key for key in fixed if getattr(arguments, key) is not None]:
+        raise InputError(f"model.path brings its own architecture: leave out model.{changed[0]}")
+    path, revision = arguments.path, arguments.revision
+    if find_base(path, revision):
+        raise InputError(f"model.path '{path}' is an adapter: merge it first with hfgpt merge")
+    kwargs = {"attn_implementation": arguments.attn_implementation}
+    if arguments.load_in_4bit:
+        compute = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+        )
+    if labels is None:
+        model = load_model(path, revision, **kwargs)
+    else:
+        config = load_model_config(path, revision)
+        names = [config.id2label[index] for index in range(config.num_labels)]
+        if is_classifier(config) and names != labels:
+            raise InputError(
+                f"'{path}' tells {', '.join(names)} apart, the data {', '.join(labels)}: start from a language model"
+            )
+        head = None if is_classifier(config) else labels
+        model = load_model(path, revision, AutoModelForSequenceClassification, new_head=head, **kwargs)
+    check_same_tokens(tokenizer, path, revision)
+    check_vocabulary(model, tokenizer)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model

@@ -1,0 +1,194 @@
+"""Any source -> rows, split by split: local files, a Hub data set, or rows that hfgpt generates itself."""
+
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hfgpt.data.files import family, find_files, hash_files, looks_local, nearest, read_rows, wrong_column
+from hfgpt.data.report import DataReport
+from hfgpt.data.synthetic import generate_stories
+from hfgpt.errors import InputError
+
+Row = dict[str, Any]
+SPLIT_WORDS = {"validation": {"validation", "valid", "val", "dev"}, "test": {"test"}}
+SYNTHETIC_STORIES = 2_000
+SYNTHETIC_ROWS = {"train": 4_000, "validation": 300, "test": 300}
+
+
+@dataclass
+class SourceArguments:
+    """Where rows come from: what the sections `data` of all tasks have in common.
+
+    Args:
+        path: A Hub id; a local .txt, .md, .json, .jsonl, .csv, .tsv, .parquet (also .gz, .zst), a folder or a glob of
+            them; or `synthetic:stories`, `synthetic:messages`, `synthetic:instructions`, generated on the spot.
+        name: Configuration of a Hub data set.
+        revision: Branch, tag or commit of a Hub data set.
+        train_split: Split to train on; in a folder with several, the files that carry this word in their name.
+        validation_split: Split to validate on, or the word in the names of a folder's validation files. None:
+            `validation` if there is one, otherwise `validation_fraction` of the training split.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = None
+
+
+@dataclass
+class Reading:
+    """How to read the rows of a source.
+
+    Args:
+        columns: Recipe key -> column every row must have, told if the first has not; others are left out where that
+            saves work. Empty: all there are.
+        splits: Which splits to look for beside `train`, and the name the user gave each; None: its usual names.
+        limit: Read only the first so many rows of each split; for synthetic rows, how many to generate.
+        sample_by: What one row of a text file is.
+        seed: Of synthetic rows.
+    """
+
+    columns: dict[str, str]
+    splits: dict[str, str | None]
+    limit: int | None = None
+    sample_by: str = "document"
+    seed: int = 0
+
+
+def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, Iterator[Row]]:
+    """Opens a source; its rows are read as they are asked for, with nothing in their values changed.
+
+    Args:
+        source: What to open.
+        reading: How to read it.
+        report: Its `sha256` and `unused_files` are filled in for local files.
+
+    Returns:
+        Split -> its rows: `train`, and those of `reading.splits` that the source has.
+
+    Raises:
+        InputError: The source is missing, unreadable, of a kind not taken, or lacks a column or split that was named.
+    """
+    report.source = source.path
+    if source.path.startswith("synthetic:"):
+        return _generate_rows(source.path, reading)
+    if files := find_files(source.path):
+        splits = _divide_files(files, source, reading, report)
+        report.sha256 = hash_files([file for split in splits.values() for file in split])
+        opened = {name: _read_files(split, source.path, reading) for name, split in splits.items()}
+    elif looks_local(source.path):
+        raise InputError(f"data.path {source.path!r} does not exist{nearest(source.path)}: check the path")
+    else:
+        opened = _open_hub(source, reading)
+    return {name: itertools.islice(rows, reading.limit) for name, rows in opened.items()}
+
+
+def _generate_rows(path: str, reading: Reading) -> dict[str, Iterator[Row]]:
+    if path == "synthetic:stories":
+        stories = generate_stories(reading.limit or SYNTHETIC_STORIES, reading.seed)
+        return {"train": ({"text": story} for story in stories)}
+    from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
+
+    kinds = {"synthetic:messages": generate_messages, "synthetic:instructions": generate_instructions}
+    if path not in kinds:
+        listed = ", ".join(["synthetic:stories", *kinds])
+        raise InputError(f"data.path {path!r} is not known: there are {listed}")
+    splits = {}
+    for name in ("train", *reading.splits):
+        number = reading.limit or SYNTHETIC_ROWS[name]
+        splits[name] = kinds[path](
+            number if name == "train" else min(number, SYNTHETIC_ROWS[name]), reading.seed, name
+        )
+    return splits
+
+
+def _open_hub(source: SourceArguments, reading: Reading) -> dict[str, Iterator[Row]]:
+    # The first rows are streamed, so that the first few of a huge set do not need all of it.
+    streaming = reading.limit is not None and not datasets.config.HF_HUB_OFFLINE
+    try:
+        splits = datasets.load_dataset(source.path, source.name, revision=source.revision, streaming=streaming)
+    except (datasets.exceptions.FileNotFoundDatasetsError, ConnectionError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"data.path {source.path!r} is no local file{nearest(source.path)} and cannot be had from the Hub "
+            f"({reason}): check data.path, data.name, data.revision, the network and the login"
+        ) from error
+    names = {"train": source.train_split}
+    for split, wanted in reading.splits.items():
+        if wanted or (split in splits and source.train_split != split):
+            names[split] = wanted or split
+    for split, name in names.items():
+        if name not in splits:
+            raise InputError(f"data.{split}_split {name!r} is not in {source.path}, which has: {', '.join(splits)}")
+    return {split: _read_hub(splits[name], source.path, reading.columns) for split, name in names.items()}
+
+
+def _read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, columns: dict[str, str]) -> Iterator[Row]:
+    # A streamed set may not know its columns before its first row. Other columns, images say, are not even decoded.
+    if columns and set(columns.values()) <= set(split.column_names or []):
+        split = split.select_columns(list(columns.values()))
+    features = split.features or {}
+    classes = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+    for batch in split.iter(batch_size=1000):
+        for key, column in columns.items():
+            if column not in batch:
+                raise wrong_column(key, column, path, batch)
+        for name, kind in classes.items():
+            if name in batch:  # -1 stands for no label
+                batch[name] = [None if value in (None, -1) else kind.int2str(value) for value in batch[name]]
+        for values in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values, strict=True))
+
+
+def _divide_files(
+    files: list[Path], source: SourceArguments, reading: Reading, report: DataReport
+) -> dict[str, list[Path]]:
+    """Files of each split by the words in their names, below the folder they have in common."""
+    named = {split: name for split, name in reading.splits.items() if name}
+    if len(files) == 1:
+        if named:
+            split, name = next(iter(named.items()))
+            raise InputError(
+                f"data.{split}_split is {name!r} but data.path {source.path!r} is one file: unset it (then "
+                f"data.{split}_fraction divides the file) or give a folder with a file named {name}"
+            )
+        return {"train": files}
+    root = os.path.commonpath([file.parent for file in files])
+    words = {file: set(re.split(r"[^a-z0-9]+", str(file.relative_to(root)).lower())) for file in files}
+    divided, rest = {}, files
+    for split, name in reading.splits.items():
+        names = SPLIT_WORDS[split] if name in (None, split) else {name.lower()}
+        divided[split] = [file for file in rest if words[file] & names]
+        if name and not divided[split]:
+            listed = ", ".join(file.name for file in files[:5])
+            raise InputError(f"data.{split}_split {name!r} is in no file name of {source.path!r}: {listed}")
+        rest = [file for file in rest if file not in divided[split]]
+    train = [file for file in rest if source.train_split.lower() in words[file]] or rest
+    if not train:
+        raise InputError(f"data.path {source.path!r} has only validation files: name one with the word train")
+    report.unused_files = sorted(str(file) for file in set(rest) - set(train))
+    return {"train": train, **{split: found for split, found in divided.items() if found}}
+
+
+def _read_files(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
+    is_text, text = family(files[0]) == "text", reading.columns.get("text_column", "text")
+    for file in files:
+        if file.stat().st_size == 0 and len(files) == 1:
+            raise InputError(f"data.path {path!r} is empty: add text to it")
+        rows = read_rows(file, reading.sample_by, list(reading.columns.values()) or None)
+        if is_text:  # it has one column, whatever the recipe calls it
+            rows = ({text: row["text"]} for row in rows)
+        first = next(rows, None)
+        if first is None:
+            continue
+        for key, column in reading.columns.items():
+            if column not in first:
+                raise wrong_column(key, column, file, first)
+        yield from itertools.chain([first], rows)

@@ -1,0 +1,183 @@
+"""What a classifier is worth on rows it never saw, beside what costs nothing: the largest class, and a regression.
+
+Sources: Wilson, "Probable inference" (1927), for the interval; scikit-learn for the regression on the TF-IDF weights
+of character n-grams, which is what a small text classifier has to beat.
+"""
+
+import collections
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass
+class ClassifierResult:
+    """Predictions over a set of rows.
+
+    Args:
+        nll: Summed negative log-likelihood of the right classes, in nats.
+        predictions: The likeliest class of each row.
+        references: The right one.
+        labels: Names of the classes in the order of their ids.
+    """
+
+    nll: float
+    predictions: list[int]
+    references: list[int]
+    labels: list[str]
+
+    def compute(self) -> dict[str, Any]:
+        """What `ClassificationMetrics` says of the predictions."""
+        from hfgpt.evaluation.metrics.classification import ClassificationMetrics
+
+        return ClassificationMetrics(keep_in_memory=True).compute(
+            predictions=self.predictions, references=self.references, num_classes=len(self.labels)
+        )
+
+    def to_dict(self, prefix: str = "eval") -> dict[str, Any]:
+        """Loss, accuracy with its 95 % interval, macro F1, precision and recall of each class, under their names."""
+        computed, rows = self.compute(), len(self.references)
+        low, high = accuracy_interval(round(computed["accuracy"] * rows), rows)
+        metrics = {
+            "loss": self.nll / rows,
+            "accuracy": computed["accuracy"],
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "macro_f1": computed["macro_f1"],
+            "rows": rows,
+        }
+        for name in ("precision", "recall"):
+            metrics |= {f"{name}_{label}": value for label, value in zip(self.labels, computed[name], strict=True)}
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+def classification_loss(
+    weights: Sequence[float] | None = None, label_smoothing: float = 0.0
+) -> Callable[..., torch.Tensor]:
+    """A loss for Trainer that is the same however a batch is cut: its rows are summed, then divided by all of them.
+
+    Args:
+        weights: Of the classes; None: all 1.
+        label_smoothing: Part of the target given to all classes alike.
+
+    Returns:
+        A function of the model's outputs, the labels (B) and the number of rows of the whole batch.
+    """
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        logits = outputs.logits.float()  # (B, classes)
+        weight = None if weights is None else torch.tensor(weights, device=logits.device)
+        # With its own mean, cross_entropy would divide by the weights of the rows at hand.
+        summed = nn.functional.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=label_smoothing)
+        return summed / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    return loss
+
+
+@torch.no_grad()
+def measure_classifier(
+    model: nn.Module,
+    batches: Iterable[dict[str, torch.Tensor]],
+    labels: list[str],
+    gather: Callable | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> ClassifierResult:
+    """Predicts every row, without dropout.
+
+    Args:
+        model: A sequence classifier; its training mode is restored.
+        batches: `input_ids`, `attention_mask` and `labels` (B), on any device.
+        labels: Names of the classes in the order of their ids.
+        gather: Joins per-row tensors over processes and drops repeated rows (`Accelerator.gather_for_metrics`).
+        on_batch: Called after each batch, for a progress bar.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    nll, predictions, references = 0.0, [], []
+    for batch in batches:
+        batch = {name: value.to(device) for name, value in batch.items()}
+        right = batch.pop("labels")
+        logits = model(**batch, use_cache=False).logits.float()  # (B, classes)
+        losses = nn.functional.cross_entropy(logits, right, reduction="none").double()
+        rows = (losses, logits.argmax(-1), right)
+        losses, predicted, right = gather(rows) if gather else rows
+        nll += losses.sum().item()
+        predictions += predicted.tolist()
+        references += right.tolist()
+        if on_batch:
+            on_batch()
+    model.train(was_training)
+    return ClassifierResult(nll, predictions, references, labels)
+
+
+@torch.no_grad()
+def predict_probabilities(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> list[list[float]]:
+    """The probability of each class, a list for each row of the batches."""
+    probabilities: list[list[float]] = []
+    for batch in batches:
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        probabilities += model(**batch, use_cache=False).logits.float().softmax(-1).tolist()
+    return probabilities
+
+
+def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy (Wilson's), given how many of so many rows were right."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, rows).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def majority_accuracy(train: Sequence[str], test: Sequence[str]) -> float:
+    """The accuracy on the test labels of always naming the class that the training labels have most of."""
+    counts = collections.Counter(train)
+    largest = max(sorted(counts), key=counts.get)
+    return sum(label == largest for label in test) / len(test)
+
+
+def baseline_accuracy(
+    train: tuple[Sequence[str], Sequence[str]], test: tuple[Sequence[str], Sequence[str]], balanced: bool = False
+) -> float:
+    """The accuracy of a logistic regression on the TF-IDF weights of character n-grams within words, n from 1 to 5.
+
+    Args:
+        train: Texts and labels to fit.
+        test: Texts and labels to measure on.
+        balanced: Whether each class weighs the same in fitting.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True, lowercase=False)
+    regression = LogisticRegression(C=10, max_iter=1000, class_weight="balanced" if balanced else None)
+    return float(make_pipeline(vectorizer, regression).fit(*train).score(*test))
+
+
+def plot_confusion(result: ClassifierResult, path: Path, title: str):
+    """Draws the confusion matrix: right classes down, predicted ones across, rows of the test split in each field."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    confusion = result.compute()["confusion"]
+    size = 2.2 + 0.8 * len(result.labels)
+    figure, axes = pyplot.subplots(figsize=(size + 0.6, size), dpi=120, layout="constrained")
+    largest = max(map(max, confusion))
+    axes.imshow(confusion, cmap="Blues", vmin=0, vmax=largest)
+    for row, counts in enumerate(confusion):
+        for column, count in enumerate(counts):
+            colour = "white" if count > largest / 2 else "black"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
+    places = range(len(result.labels))
+    axes.set_xticks(places, result.labels, rotation=30 if len(result.labels) > 3 else 0)
+    axes.set_yticks(places, result.labels)
+    axes.set(xlabel="predicted", ylabel="right", title=title)
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,0 +1,103 @@
+"""What a model that follows instructions is worth: its greedy answers, and how many are the right ones."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfgpt.errors import InputError
+
+Conversation = Sequence[dict[str, str]]
+
+
+@dataclass
+class Answer:
+    """One row of `answers.jsonl`.
+
+    Args:
+        messages: What was said before the answer.
+        reference: The right answer.
+        answer: The model's.
+        finished: Whether it came to its end of text within the tokens it was given.
+    """
+
+    messages: list[dict[str, str]]
+    reference: str
+    answer: str
+    finished: bool
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+    batch_size: int,
+    on_batch: Callable[[], None] | None = None,
+) -> list[Answer]:
+    """Lets a model answer, always with the likeliest token.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        tokenizer: Its own, with a chat template and an end of text.
+        conversations: Each ends with the right answer, which the model does not see.
+        max_new_tokens: Of each answer at most, less where the context ends earlier.
+        batch_size: Prompts at a time, of like length.
+        on_batch: Called after each batch.
+
+    Returns:
+        The answers, in the order of the conversations.
+
+    Raises:
+        InputError: A prompt leaves no room for an answer.
+    """
+    prompts = [
+        tokenizer.apply_chat_template(list(conversation[:-1]), add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        for conversation in conversations
+    ]
+    end, context = tokenizer.eos_token_id, model.config.max_position_embeddings
+    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        longest = len(prompts[chosen[-1]])
+        room = min(max_new_tokens, context - longest)
+        if room < 1:
+            raise InputError(f"the prompt has {longest} tokens, but the context of the model is {context}: shorten it")
+        rows = [[padding] * (longest - len(prompts[index])) + prompts[index] for index in chosen]
+        mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen]
+        generated = model.generate(
+            torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=padding,
+        )[:, longest:]
+        for index, ids in zip(chosen, generated.tolist(), strict=True):
+            finished = end in ids
+            text = tokenizer.decode(ids[: ids.index(end)] if finished else ids, skip_special_tokens=True)
+            *before, last = conversations[index]
+            answers[index] = Answer(list(before), last["content"].strip(), text.strip(), finished)
+        if on_batch:
+            on_batch()
+    return [answers[index] for index in range(len(conversations))]
+
+
+def match_answers(answers: Sequence[Answer], prefix: str = "eval") -> dict[str, float | int]:
+    """The parts of the answers that are right, and how many did not come to their end."""
+    from hfgpt.evaluation.metrics.answer_match import AnswerMatch
+
+    matched = AnswerMatch(keep_in_memory=True).compute(
+        predictions=[answer.answer for answer in answers], references=[answer.reference for answer in answers]
+    )
+    counts = {"answers": len(answers), "unfinished_answers": sum(not answer.finished for answer in answers)}
+    return {f"{prefix}_{name}": value for name, value in (matched | counts).items()}

@@ -1,0 +1,165 @@
+"""A judge for answers: any chat endpoint that speaks OpenAI's protocol, as Ollama, vLLM and transformers' server do.
+
+Scores are kept as they come, one JSON object a line with the whole prompt and reply, so that a judge who stops can be
+taken up again where he stopped. What he failed to score is counted, and is no part of the mean.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from hfgpt.errors import InputError
+from hfgpt.evaluation.instructions import Answer
+
+API_KEY = "HFGPT_JUDGE_API_KEY"
+PROMPT = """Here is a question, a correct answer to it, and an answer to be judged.
+
+Question:
+{question}
+
+Correct answer:
+{reference}
+
+Answer to be judged:
+{answer}
+
+Judge how good the answer is, from 0 (useless or wrong) to 100 (as good as the correct one).
+Reply with the whole number alone."""
+
+
+@dataclass
+class JudgeArguments:
+    """The recipe's keys `evaluation.judge`.
+
+    Args:
+        base_url: Of the endpoint, as in http://127.0.0.1:11434/v1; None: no judge. A key, where one is needed, is
+            taken from the environment variable HFGPT_JUDGE_API_KEY.
+        model: The judge's name there.
+        timeout: Seconds to wait for a reply.
+        max_answers: Judge only the first so many; None: all.
+    """
+
+    base_url: str | None = None
+    model: str | None = None
+    timeout: float = 120.0
+    max_answers: int | None = None
+
+    def __post_init__(self):
+        if self.base_url is not None and not re.match(r"https?://[^/]", self.base_url):
+            raise InputError(
+                f"evaluation.judge.base_url is '{self.base_url}'; it must begin with http:// or https://, as in "
+                "http://127.0.0.1:11434/v1"
+            )
+        if self.base_url is not None and not self.model:
+            raise InputError(
+                "evaluation.judge.model is not set: name the model that judges at evaluation.judge.base_url"
+            )
+
+
+def check_judge(arguments: JudgeArguments):
+    """Asks the judge for a word, so that one who is down is known before hours of training.
+
+    Raises:
+        InputError: There is no reply, or one that is no chat completion.
+    """
+    try:
+        _ask(arguments, "Reply with the word ready.", max_tokens=4)
+    except (requests.RequestException, ValueError) as error:
+        raise InputError(_unreachable(arguments, error)) from error
+
+
+def judge_answers(
+    answers: Sequence[Answer], arguments: JudgeArguments, path: Path, on_answer: Callable[[], None] | None = None
+) -> dict[str, float | int]:
+    """Has answers scored from 0 to 100.
+
+    Args:
+        answers: What the model said.
+        arguments: Who judges.
+        path: The file of judgements; those in it of the same judge and prompt are taken over, failures asked again.
+        on_answer: Called after each answer.
+
+    Returns:
+        `judge_score`, the mean of what was scored (absent if nothing was), `judge_scored`, and `judge_failures`.
+
+    Raises:
+        InputError: The judge cannot be reached; what was scored is kept.
+    """
+    chosen = answers[: arguments.max_answers]
+    prompts = [
+        PROMPT.format(question=answer.messages[-1]["content"], reference=answer.reference, answer=answer.answer)
+        for answer in chosen
+    ]
+    kept = _read(path)
+    scores = {line["prompt"]: line["score"] for line in kept if line["judge"] == arguments.model}
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+        for prompt in prompts:
+            if prompt not in scores:
+                entry = {"judge": arguments.model, "prompt": prompt}
+                try:
+                    reply = _ask(arguments, prompt, max_tokens=16)
+                except requests.ConnectionError as error:
+                    done = f"{len(scores)} of {len(chosen)} answers are judged in {path}"
+                    raise InputError(f"{_unreachable(arguments, error)}; {done}") from error
+                except (requests.RequestException, ValueError) as error:
+                    entry |= {"score": None, "error": " ".join(str(error).split())}
+                else:
+                    entry |= {"score": read_score(reply), "reply": reply}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.flush()
+                if entry["score"] is not None:
+                    scores[prompt] = entry["score"]
+            if on_answer:
+                on_answer()
+    given = [scores[prompt] for prompt in prompts if prompt in scores]
+    result: dict[str, float | int] = {"judge_scored": len(given), "judge_failures": len(prompts) - len(given)}
+    return ({"judge_score": sum(given) / len(given)} if given else {}) | result
+
+
+def read_score(reply: str) -> int | None:
+    """The number of a reply that holds one alone, maybe out of 100; None if it is no score from 0 to 100."""
+    found = re.fullmatch(r"\s*(?:score:?\s*)?(\d{1,3})(?:\s*/\s*100)?\s*\.?\s*", reply, re.IGNORECASE)
+    return int(found[1]) if found and int(found[1]) <= 100 else None
+
+
+def _ask(arguments: JudgeArguments, prompt: str, max_tokens: int) -> str:
+    key = os.environ.get(API_KEY)
+    response = requests.post(
+        arguments.base_url.rstrip("/") + "/chat/completions",
+        json={
+            "model": arguments.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "seed": 0,
+            "max_tokens": max_tokens,
+        },
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=arguments.timeout,
+    )
+    response.raise_for_status()
+    try:
+        reply = response.json()["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"its reply is no chat completion: {response.text[:100]!r}") from error
+    return reply or ""
+
+
+def _read(path: Path) -> list[dict]:
+    """The judgements in the file that have a score; a crash while writing leaves a line without its end."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [entry for entry in entries if entry["score"] is not None]
+
+
+def _unreachable(arguments: JudgeArguments, error: Exception) -> str:
+    fact = " ".join(str(error).split())[:200]
+    return (
+        f"the judge '{arguments.model}' at {arguments.base_url} does not answer ({fact}): start it, correct "
+        f"evaluation.judge, or leave it out; a key is taken from {API_KEY}"
+    )

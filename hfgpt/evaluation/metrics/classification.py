@@ -1,0 +1,53 @@
+"""How often a classifier is right: accuracy, macro F1, and precision and recall of each class.
+
+Source of the figures: scikit-learn (Pedregosa et al., JMLR 2011).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+
+DESCRIPTION = "Accuracy, macro F1, and precision, recall and F1 of each class."
+INPUTS = """
+Args:
+    predictions: Class ids.
+    references: The right class ids.
+    num_classes: How many classes there are, 0, ..., num_classes - 1.
+
+Returns:
+    `accuracy` and `macro_f1`, between 0 and 1; `precision`, `recall` and `f1`, lists by class, 0 where a class was
+    never predicted or never right; `confusion`, whose row is the right class and whose column the predicted one.
+
+Example:
+    >>> ClassificationMetrics(keep_in_memory=True).compute(predictions=[0, 1], references=[0, 0], num_classes=2)
+"""
+
+
+class ClassificationMetrics(evaluate.Metric):
+    """scikit-learn's figures of one classification, as a metric of `evaluate`."""
+
+    def _info(self):
+        features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features(features),
+        )
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int], num_classes: int) -> dict[str, Any]:
+        classes = list(range(num_classes))
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            references, predictions, labels=classes, zero_division=0
+        )
+        return {
+            "accuracy": float(accuracy_score(references, predictions)),
+            "macro_f1": float(f1.mean()),
+            "precision": precision.tolist(),
+            "recall": recall.tolist(),
+            "f1": f1.tolist(),
+            "confusion": confusion_matrix(references, predictions, labels=classes).tolist(),
+        }

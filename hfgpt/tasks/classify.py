@@ -1,0 +1,318 @@
+"""Stage 7.1, classification: from labelled texts to a classifier that anyone can load, in labelled steps."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from hfgpt.data.classification import (
+    SPLITS,
+    ClassificationDataArguments,
+    LabelledTexts,
+    class_weights,
+    encode_texts,
+    load_all_labelled_texts,
+    load_labelled_texts,
+)
+from hfgpt.data.report import DataReport
+from hfgpt.errors import InputError
+from hfgpt.evaluation.classification import (
+    ClassifierResult,
+    baseline_accuracy,
+    classification_loss,
+    majority_accuracy,
+    measure_classifier,
+    plot_confusion,
+    predict_probabilities,
+)
+from hfgpt.loading import classifies, load_model, load_model_tokenizer
+from hfgpt.recipe import Recipe
+from hfgpt.tasks.first_pass import run_first_pass
+from hfgpt.tasks.messages import describe_choices, describe_classification, render_readme, render_summary
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json, write_text
+from hfgpt.tasks.training_run import (
+    Training,
+    build_recipe_model,
+    context_length,
+    describe_run,
+    find_tokenizer,
+    padding_collator,
+    run_training,
+    save_run,
+    sorted_by_length,
+)
+from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
+from hfgpt.training.estimate import Estimate, plan_run
+from hfgpt.training.hardware import find_device
+from hfgpt.training.trainer import HfGPTTrainer
+
+
+@dataclass
+class ClassificationData:
+    """What a classifier learns from and is measured on.
+
+    Args:
+        texts: The rows as they were read.
+        encoded: Split -> token ids and label ids.
+        tokenizer: What made them.
+        report: What became of the rows.
+        weights: Of the classes in the loss; None: all 1.
+    """
+
+    texts: LabelledTexts
+    encoded: dict[str, Dataset]
+    tokenizer: PreTrainedTokenizerBase
+    report: DataReport
+    weights: list[float] | None
+
+    @property
+    def labels(self) -> list[str]:
+        return self.texts.labels
+
+
+@dataclass
+class Prediction:
+    """What a classifier says of a text: the likeliest label, its probability, and those of all labels."""
+
+    text: str
+    label: str
+    score: float
+    probabilities: dict[str, float]
+
+
+def classify(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Trains a sequence classifier from labelled texts and leaves a complete run folder.
+
+    Args:
+        recipe: See `hfgpt.recipe.load_recipe`.
+        resume: Go on from the last checkpoint in `training.output_dir`.
+        console: Where to report; None: standard error.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        InputError: Something in the recipe, the data or the run folder has to be mended first.
+        Interrupted: Ctrl-C; the run can be resumed.
+    """
+    console = console or stderr_console(quiet=recipe.training.process_index > 0)
+    started = time.perf_counter()
+
+    # 1. The run folder: free, or that of the run to go on with.
+    checkpoint = check_run_folder(recipe, resume)
+    folder = Path(recipe.training.output_dir)
+
+    # 2. Rows to splits to tokens.
+    data = load_classification_data(recipe, folder if resume else None)
+    console.print(data.report.summary(), highlight=False)
+    if recipe.pretraining is None:  # what is wrong with the model is known before anything is written
+        model = build_classifier(recipe, data)
+    PartialState().wait_for_everyone()  # all have seen the folder free
+    if recipe.training.process_index == 0:
+        begin_run(recipe, data.tokenizer, data.report)
+
+    # 3. A first pass over the texts without their labels, if the recipe has one.
+    if recipe.pretraining is not None:
+        texts = [*data.texts.splits["train"]["text"], *data.texts.unlabelled]
+        first = run_first_pass(recipe, texts, data.tokenizer, console)
+        model = build_classifier(dataclasses.replace(recipe, model=first), data)
+
+    # 4. What it will cost, and what was chosen.
+    estimate = plan_classifier(model, recipe, data, seconds=0.5)
+    console.print(describe_choices(model, recipe, estimate), highlight=False)
+
+    # 5. Train.
+    trainer = HfGPTTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=data.encoded["train"],
+        eval_dataset=data.encoded["validation"],
+        processing_class=data.tokenizer,
+        data_collator=padding_collator(data.tokenizer),
+        compute_loss_func=classification_loss(data.weights, recipe.training.label_smoothing_factor),
+        measure=functools.partial(measure_classifier, labels=data.labels),
+    )
+    training = run_training(trainer, estimate, checkpoint, started, console)
+    return finish_run(recipe, training, data, console) if trainer.is_world_process_zero() else {}
+
+
+def finish_run(recipe: Recipe, training: Training, data: ClassificationData, console: Console) -> dict[str, Any]:
+    """Saves the trained classifier, measures it, and writes down what happened; returns what `metrics.json` holds."""
+    folder, trainer = Path(recipe.training.output_dir), training.trainer
+
+    # 6. Save, then measure the weights as they were saved: on the test split once.
+    save_run(trainer, folder)
+    saved = load_model(str(folder), auto_class=AutoModelForSequenceClassification).to(recipe.training.device)
+    batch_size = recipe.training.per_device_eval_batch_size
+    results = {
+        split: measure(saved, data.tokenizer, data.encoded[split], data.labels, batch_size)
+        for split in ("validation", "test")
+    }
+    metrics = results["test"].to_dict()
+    metrics["validation_accuracy"] = results["validation"].to_dict("validation")["validation_accuracy"]
+    metrics |= compare(recipe, data)
+    write_json(folder / "metrics.json", metrics)
+    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **metrics})
+    plot_loss(folder, len(data.labels), "row")
+    plot_confusion(results["test"], folder / "confusion.png", f"{recipe.name}, test split")
+
+    # 7. What happened, for whoever repeats it or asks.
+    tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
+    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens))
+    predictions = predict(saved, data.tokenizer, recipe.evaluation.prompts)
+    samples = [f"{prediction.text}: {prediction.label} ({prediction.score:.3f})" for prediction in predictions]
+    measured = f"on the test split {describe_classification(metrics)}"
+    write_text(folder / "README.md", render_readme(recipe, saved, measured, samples))
+    following = f"hfgpt classify {folder} 'your text'"
+    console.print(render_summary(folder, measured, samples, training, following), highlight=False)
+    return metrics
+
+
+def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = None) -> ClassificationData:
+    """Reads the rows, divides them, trains or loads the tokenizer (with a model its own), and encodes the texts.
+
+    Args:
+        recipe: Its sections `data`, `tokenizer` and `model`.
+        tokenizer_folder: A run to resume, whose tokenizer is taken rather than trained again.
+
+    Raises:
+        InputError: The rows or the tokenizer cannot be used.
+    """
+    report = DataReport()
+    texts = load_labelled_texts(recipe.data, recipe.training.seed, report)
+    tokenizer = find_tokenizer(recipe, tokenizer_folder, [*texts.splits["train"]["text"], *texts.unlabelled])
+    context = context_length(recipe)
+    length = recipe.data.max_length or context
+    if length > context:
+        raise InputError(f"data.max_length is {length}, but the context of the model is {context}: lower it")
+    tokenizer.model_max_length = length
+    encoded = {}
+    for split in SPLITS:
+        encoded[split], cut = encode_texts(texts.splits[split], tokenizer, texts.labels, length)
+        report.truncated += cut
+        report.split(split).tokens = sum(encoded[split]["length"])
+    weights = class_weights(texts.splits["train"], texts.labels) if recipe.data.balance == "weights" else None
+    return ClassificationData(texts, encoded, tokenizer, report, weights)
+
+
+def build_classifier(recipe: Recipe, data: ClassificationData) -> PreTrainedModel:
+    """The classifier to train: a new head, and the seed's weights where there are none to go on from."""
+    set_seed(recipe.training.seed)
+    return build_recipe_model(recipe, data.tokenizer, data.labels)
+
+
+def plan_classifier(model: PreTrainedModel, recipe: Recipe, data: ClassificationData, seconds: float) -> Estimate:
+    """What the training will cost, at the mean length of its texts."""
+    lengths = data.encoded["train"]["length"]
+    return plan_run(model, recipe.training, max(sum(lengths) // len(lengths), 1), len(lengths), seconds)
+
+
+def compare(recipe: Recipe, data: ClassificationData) -> dict[str, float]:
+    """What costs nothing, on the same rows: the largest class, and a logistic regression if the recipe wants one."""
+    train, test = data.texts.splits["train"], data.texts.splits["test"]
+    accuracies = {"majority_accuracy": majority_accuracy(train["label"], test["label"])}
+    if recipe.evaluation.baseline:
+        columns = [(list(split["text"]), list(split["label"])) for split in (train, test)]
+        accuracies["baseline_accuracy"] = baseline_accuracy(*columns, balanced=data.weights is not None)
+    return accuracies
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    labels: list[str],
+    batch_size: int,
+) -> ClassifierResult:
+    """Predicts the rows of a split, those of like length together."""
+    loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
+    return measure_classifier(model, loader, labels)
+
+
+def evaluate_classifier(path: str, data: ClassificationDataArguments) -> dict[str, Any]:
+    """Measures a saved classifier on all rows of a source.
+
+    Args:
+        path: A folder or Hub id.
+        data: The source; `test_split`, if named, restricts it.
+
+    Returns:
+        Metrics under the names of `metrics.json`.
+
+    Raises:
+        InputError: No classifier, no rows, or a label that the classifier does not know.
+    """
+    model, tokenizer, labels = load_classifier(path)
+    report = DataReport()
+    rows = load_all_labelled_texts(data, labels, report)
+    context = model.config.max_position_embeddings
+    length = min(data.max_length or context, tokenizer.model_max_length, context)
+    encoded, cut = encode_texts(rows, tokenizer, labels, length)
+    metrics = measure(model, tokenizer, encoded, labels, batch_size=32).to_dict()
+    return metrics | {"eval_truncated": cut} if cut else metrics
+
+
+def load_classifier(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """A saved classifier on this machine's device, its tokenizer, and its classes in the order of their ids.
+
+    Raises:
+        InputError: There is none, or it is a language model.
+    """
+    if not classifies(path):
+        raise InputError(f"'{path}' is a language model, not a classifier: train one with task: classify")
+    tokenizer = load_model_tokenizer(path)
+    model = load_model(path, auto_class=AutoModelForSequenceClassification).to(find_device())
+    return model, tokenizer, [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+
+def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
+    """Texts of the command line, then the lines of a file.
+
+    Raises:
+        InputError: There is none, one is empty, or the file cannot be read.
+    """
+    named = [(f"text {number}", text) for number, text in enumerate(texts, start=1)]
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"'{file}' is not UTF-8 at byte {error.start}: convert it") from error
+        named += [(f"{file}, line {number}", line) for number, line in enumerate(lines, start=1)]
+    if not named:
+        raise InputError("there is no text to classify: give some, or a file of lines with --file")
+    for place, text in named:
+        if not text.strip():
+            raise InputError(f"{place} is empty: leave it out")
+    return [text for _, text in named]
+
+
+def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Prediction]:
+    """Classifies texts as `transformers.pipeline("text-classification")` does, cut to what the model can read.
+
+    Raises:
+        InputError: A text is empty.
+    """
+    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    rows = []
+    for number, text in enumerate(texts, start=1):
+        ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        if not ids:
+            raise InputError(f"text {number} is {text!r}, which has no token: leave it out")
+        rows.append({"input_ids": ids})
+    batches = DataLoader(rows, batch_size=16, collate_fn=padding_collator(tokenizer)) if rows else []
+    labels = model.config.id2label
+    predictions = []
+    for text, probabilities in zip(texts, predict_probabilities(model, batches), strict=True):
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        named = {labels[index]: value for index, value in enumerate(probabilities)}
+        predictions.append(Prediction(text, labels[best], probabilities[best], named))
+    return predictions

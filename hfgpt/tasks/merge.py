@@ -1,0 +1,98 @@
+"""`hfgpt merge`: an adapter and its base model become one ordinary model, proven the same."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hfgpt.adapters import merge_adapter
+from hfgpt.errors import InputError
+from hfgpt.loading import check_same_tokens, classifies, find_base, load_model, load_model_tokenizer, quiet_bars
+from hfgpt.tasks.convert import appearing_folder, check_free
+from hfgpt.tasks.run_folder import write_json
+from hfgpt.training.callbacks import stderr_console
+
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Merge:
+    """How much merging changed.
+
+    Args:
+        adapter, base_model: What was merged into what.
+        difference: The largest difference of logits in float32.
+        largest_logit: The largest magnitude of the unmerged model's.
+        tolerance: Largest difference allowed, as a part of `largest_logit` where that is above 1.
+        tokens: How many random tokens were compared.
+    """
+
+    adapter: str
+    base_model: str
+    difference: float
+    largest_logit: float
+    tolerance: float
+    tokens: int
+
+    @property
+    def limit(self) -> float:
+        return self.tolerance * max(1.0, self.largest_logit)
+
+
+@torch.no_grad()
+def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console | None = None) -> Merge:
+    """Merges an adapter into its base model, in float32, and compares the logits with those of the two apart.
+
+    Args:
+        path: The adapter's folder or Hub id.
+        out: The folder to make.
+        tolerance: Largest difference of logits, as a part of the largest logit where that is above 1.
+        console: Where to report; None: standard error.
+
+    Raises:
+        InputError: There is no adapter or no base model, they do not fit, or the merged model computes something else;
+            nothing is then written.
+    """
+    console = console or stderr_console()
+    base = find_base(path)
+    if base is None:
+        raise InputError(f"'{path}' is no adapter: name the folder of a run that trained one")
+    out = check_free(out)
+    tokenizer = load_model_tokenizer(path)
+    check_same_tokens(tokenizer, base)
+    auto_class = AutoModelForSequenceClassification if classifies(path) else AutoModelForCausalLM
+    adapted = load_model(path, auto_class=auto_class)
+    rows = _rows(adapted.config)
+    apart = adapted(rows, use_cache=False).logits
+    merged = merge_adapter(adapted, path)
+    difference = (merged(rows, use_cache=False).logits - apart).abs().max().item()
+    report = Merge(path, base, difference, apart.abs().max().item(), tolerance, rows.numel())
+    console.print(
+        f"largest difference of logits {report.difference:.1e} over {report.tokens} random tokens, where the largest "
+        f"logit is {report.largest_logit:.2f}; allowed {report.limit:.1e}",
+        highlight=False,
+    )
+    if not report.difference <= report.limit:  # NaN is refused, too
+        raise InputError(
+            f"the merged model's logits differ by {report.difference:.1e}, more than the {report.limit:.1e} allowed, "
+            "so nothing was written: use the adapter unmerged, or allow more with --tolerance"
+        )
+    with appearing_folder(out) as staging, quiet_bars():
+        merged.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        write_json(staging / "merge.json", asdict(report))
+        if (Path(path) / "recipe.yaml").is_file():
+            shutil.copy(Path(path) / "recipe.yaml", staging)
+    console.print(f"saved to {out}", highlight=False)
+    return report
+
+
+def _rows(config) -> torch.Tensor:
+    """Random token ids (2, T) without padding, the same every time."""
+    length = min(256, config.max_position_embeddings)
+    size, padding = config.vocab_size, config.pad_token_id
+    rows = torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0))
+    return rows if padding is None else rows.where(rows != padding, (padding + 1) % size)

@@ -1,0 +1,221 @@
+"""What the runs of all tasks have in common: the model, training under a bar that Ctrl-C ends in order, the record."""
+
+import dataclasses
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+
+from hfgpt.adapters import CAUSAL_LM, SEQ_CLS, WEIGHTS_FILE, attach_adapter, is_adapted, read_adapter
+from hfgpt.building import build_model
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.data.collators import PaddingCollator
+from hfgpt.data.report import DataReport
+from hfgpt.errors import InputError, Interrupted
+from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer, save_labels
+from hfgpt.recipe import Recipe
+from hfgpt.tasks.run_folder import describe_environment, staged_files
+from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
+from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback
+from hfgpt.training.estimate import Estimate
+from hfgpt.training.hardware import describe_device, peak_memory_bytes
+from hfgpt.training.trainer import HfGPTTrainer
+
+
+@dataclass
+class Training:
+    """A training that came to its end.
+
+    Args:
+        trainer: With the trained model and its state.
+        estimate: What was planned.
+        first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
+        seconds: Of training.
+        started: When the run began, by `time.perf_counter`.
+    """
+
+    trainer: HfGPTTrainer
+    estimate: Estimate
+    first_step: int
+    seconds: float
+    started: float
+
+
+def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run.
+
+    Args:
+        recipe: Its sections `tokenizer` and `model`.
+        folder: A run to resume, whose tokenizer is taken rather than trained again.
+        texts: To train one on, if none is named and there is no model to go on from.
+    """
+    if folder and (folder / "tokenizer.json").is_file():
+        return load_tokenizer(str(folder), pad_token=recipe.tokenizer.pad_token)
+    if recipe.model.path and recipe.tokenizer.path is None:
+        return load_model_tokenizer(recipe.model.path, recipe.model.revision)  # the one its weights know
+    return build_tokenizer(recipe.tokenizer, texts)
+
+
+def context_length(recipe: Recipe) -> int:
+    """The context of the recipe's model, in tokens, without building it."""
+    if recipe.model.path is not None:
+        return load_model_config(recipe.model.path, recipe.model.revision).max_position_embeddings
+    return recipe.model.max_position_embeddings or HfGPTConfig().max_position_embeddings
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
+    """Pads with the tokenizer's padding token, or any other where it has none: the mask tells padding apart."""
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return PaddingCollator(token or 0)
+
+
+def sorted_by_length(rows: Dataset) -> Dataset:
+    """The rows in order of their `length`, so that a batch of neighbours has little padding."""
+    lengths = rows["length"]
+    return rows.select(sorted(range(len(rows)), key=lambda index: lengths[index]))
+
+
+def build_recipe_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None = None
+) -> PreTrainedModel:
+    """The model of a recipe, with its adapter and what is not trained frozen.
+
+    Args:
+        recipe: Its sections `model`, `adapters` and `training`.
+        tokenizer: What the model will be trained with.
+        labels: Of a classifier; None: a language model.
+
+    Raises:
+        InputError: See `hfgpt.building.build_model` and `hfgpt.adapters.attach_adapter`; or an adapter on weights that
+            nobody else has.
+    """
+    arguments = recipe.model
+    trainable = getattr(recipe.training, "trainable", None) or ("adapters" if recipe.adapters else "all")
+    if (trainable == "adapters") != (recipe.adapters is not None):
+        raise InputError(
+            f"there is a section adapters, but training.trainable is '{trainable}': leave one of them out"
+            if recipe.adapters
+            else "training.trainable is 'adapters', but there is no section adapters: add it, with r for instance"
+        )
+    if recipe.adapters is None:
+        if arguments.load_in_4bit:
+            raise InputError("weights in 4 bits are not trained: add a section adapters, or drop model.load_in_4bit")
+        model = build_model(arguments, tokenizer, labels)
+        if trainable != "all":
+            freeze_model(model, recipe.training.last_blocks if trainable == "last_blocks" else 0)
+        return model
+    if arguments.path is None:
+        raise InputError("an adapter needs a model to adapt: set model.path")
+    if Path(arguments.path).is_dir():  # found from wherever the adapter is loaded
+        arguments = dataclasses.replace(arguments, path=str(Path(arguments.path).resolve()))
+    model = attach_adapter(
+        build_model(arguments, tokenizer, labels), recipe.adapters, CAUSAL_LM if labels is None else SEQ_CLS
+    )
+    if recipe.training.gradient_checkpointing:
+        model.enable_input_require_grads()  # the frozen embeddings give none
+    return model
+
+
+def freeze_model(model: PreTrainedModel, last_blocks: int):
+    """Leaves the head to be trained, and with some last blocks these and the final norm; the rest is frozen.
+
+    Raises:
+        InputError: The model has fewer blocks.
+    """
+    blocks = model.model.layers
+    if last_blocks > len(blocks):
+        raise InputError(f"training.last_blocks is {last_blocks}, but the model has {len(blocks)} blocks: lower it")
+    model.requires_grad_(False)
+    head = model.get_output_embeddings() if hasattr(model, "lm_head") else model.score
+    for module in (head, *((*blocks[len(blocks) - last_blocks :], model.model.norm) if last_blocks else ())):
+        module.requires_grad_(True)
+
+
+def run_training(
+    trainer: HfGPTTrainer, estimate: Estimate, checkpoint: Path | None, started: float, console: Console
+) -> Training:
+    """Trains to the end.
+
+    Args:
+        trainer: Built, with nothing to show progress yet.
+        estimate: What was planned.
+        checkpoint: Where to go on from; None: from the start.
+        started: When the run began, by `time.perf_counter`.
+        console: Where to show progress.
+
+    Raises:
+        Interrupted: Ctrl-C; a checkpoint was saved.
+        InputError: The loss is not finite, or the disk full.
+    """
+    progress = ProgressCallback(estimate.tokens_per_step, console)
+    interrupt = InterruptCallback(console)
+    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
+    for callback in (LogCallback(), progress, interrupt):
+        trainer.add_callback(callback)
+    begun = time.perf_counter()
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    if trainer.state.global_step < trainer.state.max_steps and interrupt.interrupted:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
+            f"{trainer.args.output_dir}: go on with the same command and --resume"
+        )
+    return Training(trainer, estimate, progress.first_step, time.perf_counter() - begun, started)
+
+
+def save_run(trainer: HfGPTTrainer, folder: Path):
+    """Saves the trained model or adapter, and its tokenizer, all files at once."""
+    with staged_files(folder) as staging:
+        trainer.save_model(str(staging))
+        (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
+        if is_adapted(trainer.model):
+            (staging / "README.md").unlink(missing_ok=True)  # PEFT's; ours is written last
+            if trainer.model.config.problem_type:
+                save_labels(list(trainer.model.config.id2label.values()), staging)
+
+
+def describe_run(
+    recipe: Recipe, training: Training, report: DataReport, tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> dict[str, Any]:
+    """The content of `run.json`: plan and actual side by side, and all that the weights depend on."""
+    folder, trainer = Path(recipe.training.output_dir), training.trainer
+    steps = trainer.state.global_step
+    weights = folder / (WEIGHTS_FILE if is_adapted(trainer.model) else "model.safetensors")
+    base = {}
+    if is_adapted(trainer.model):
+        path = Path(read_adapter(str(folder))[0]) / "model.safetensors"
+        base = {"base_model": str(path.parent)}
+        if path.is_file():
+            base["base_weights_sha256"] = hash_file(path)
+    return {
+        "task": recipe.task,
+        "recipe": recipe.name,
+        "seed": recipe.training.seed,
+        "data_sha256": report.sha256,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "weights_sha256": hash_file(weights) if weights.is_file() else None,
+        **base,
+        "device": describe_device(recipe.training.device),
+        "processes": recipe.training.world_size,
+        "bf16": recipe.training.bf16,
+        "attn_implementation": trainer.model.config._attn_implementation,
+        "steps": steps,
+        "tokens": tokens,
+        "resumed_from_step": training.first_step,
+        "plan": training.estimate.to_dict(),
+        "actual": {
+            "training_seconds": training.seconds,
+            "total_seconds": time.perf_counter() - training.started,
+            "tokens_per_second": tokens * (1 - training.first_step / steps) / training.seconds,
+            "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
+        },
+        **describe_environment(),
+    }

@@ -1,0 +1,211 @@
+"""Labelled texts: what is read, left out, balanced and divided. All checks are exact."""
+
+import collections
+import itertools
+import json
+import random
+
+import datasets
+import pytest
+
+from hfgpt.data.classification import (
+    SPLITS,
+    ClassificationDataArguments,
+    class_weights,
+    encode_texts,
+    load_all_labelled_texts,
+    load_labelled_texts,
+)
+from hfgpt.data.report import DataReport
+from hfgpt.errors import InputError
+from hfgpt.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads rows written as JSON Lines; gives splits as lists of (text, label), the labels, and the report."""
+
+    def load(rows, seed=0, **arguments):
+        if rows is not None:
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments = {"path": str(tmp_path / "rows.jsonl"), **arguments}
+        report = DataReport()
+        loaded = load_labelled_texts(ClassificationDataArguments(**arguments), seed, report)
+        splits = {name: list(zip(split["text"], split["label"], strict=True)) for name, split in loaded.splits.items()}
+        return splits, loaded, report
+
+    return load
+
+
+def make_rows(number, labels="ab", copies=1):
+    return [{"text": f"{label}{index // copies}", "label": label} for label in labels for index in range(number)]
+
+
+def test_every_row_is_in_one_split_and_each_class_is_divided_alike(load):
+    splits, loaded, report = load(make_rows(50))
+    assert loaded.labels == ["a", "b"]
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 70, "validation": 10, "test": 20}
+    assert sorted(itertools.chain(*splits.values())) == sorted((row["text"], row["label"]) for row in make_rows(50))
+    for name in SPLITS:
+        half = len(splits[name]) // 2
+        assert report.splits[name].labels == {"a": half, "b": half}
+    assert (report.rows_read, report.rows_kept, report.split_by, report.kept_together) == (100, 100, "rows", 0)
+
+
+def test_the_division_depends_on_the_seed_and_the_texts_alone(load):
+    rows = make_rows(50)
+    first, again = load(rows)[0], load(rows)[0]
+    random.Random(0).shuffle(rows)
+    shuffled, other = load(rows)[0], load(rows, seed=1)[0]
+    assert first == again
+    assert {name: sorted(split) for name, split in shuffled.items()} == {k: sorted(v) for k, v in first.items()}
+    assert sorted(other["test"]) != sorted(first["test"])
+
+
+@pytest.mark.parametrize("balance", ["none", "undersample", "weights"])
+def test_identical_texts_are_on_one_side(load, balance):
+    rows = make_rows(60, copies=3) + make_rows(31, labels="c", copies=2)
+    splits, loaded, report = load(rows, balance=balance)
+    sides = collections.defaultdict(set)
+    for name, split in splits.items():
+        for text, _ in split:
+            sides[text].add(name)
+    assert all(len(names) == 1 for names in sides.values())
+    shared = sum(1 for split in splits.values() for text, _ in split if sum(text == t for t, _ in split) > 1)
+    assert report.kept_together == shared > 0
+    # What is left out of a class may be read, but is in no split.
+    assert not set(loaded.unlabelled) & sides.keys()
+
+
+def test_undersampling_takes_as_many_of_each_class_and_counts_the_others(load):
+    splits, loaded, report = load(make_rows(100, "a") + make_rows(30, "b"), balance="undersample")
+    counts = collections.Counter(label for split in splits.values() for _, label in split)
+    assert counts == {"a": 30, "b": 30}
+    assert report.dropped == {"left out to balance the classes": 70}
+    assert (len(loaded.unlabelled), report.rows_kept) == (70, 60)
+    for name in SPLITS:
+        assert len(set(report.splits[name].labels.values())) == 1, "validation and test are balanced too"
+
+
+def test_weights_make_every_class_count_the_same(load):
+    loaded = load(make_rows(100, "a") + make_rows(30, "b"), balance="weights")[1]
+    train = loaded.splits["train"]
+    weights = dict(zip(loaded.labels, class_weights(train, loaded.labels), strict=True))
+    sums = collections.Counter()
+    for label in train["label"]:
+        sums[label] += weights[label]
+    assert sums["a"] == pytest.approx(sums["b"])
+    assert sum(sums.values()) == pytest.approx(len(train)), "1 on average"
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(load):
+    bad = [
+        {"text": "", "label": "a"},
+        {"text": " \n", "label": "a"},
+        {"text": None, "label": "a"},
+        {"text": 7, "label": "a"},
+        {"text": "x", "label": None},
+        {"text": "x", "label": " "},
+        {"text": "\ud800", "label": "a"},
+        {"text": "said of both", "label": "a"},
+        {"text": "said of both", "label": "b"},
+    ]
+    report = load(make_rows(10) + bad)[2]
+    assert report.dropped == {"no text": 4, "no label": 2, "not Unicode": 1, "one text, several labels": 2}
+    assert (report.rows_read, report.rows_kept) == (29, 20)
+
+
+def test_labels_are_sorted_by_name_and_numbers_by_value(load):
+    assert load(make_rows(5, ["b", "B", "a"]))[1].labels == ["B", "a", "b"]
+    rows = [{"text": f"{label} {index}", "label": label} for label in (10, 9, 1) for index in range(5)]
+    assert load(rows)[1].labels == ["1", "9", "10"]
+
+
+def test_a_table_without_header_whose_quotes_are_letters(load, tmp_path):
+    lines = [f'{label}\tsay "{label}{index} and go' for label in ("ham", "spam") for index in range(9)]
+    (tmp_path / "sms.tsv").write_text("\n".join(lines))
+    splits, loaded, report = load(None, path=str(tmp_path / "sms.tsv"), text_column="1", label_column="0")
+    assert (report.rows_kept, loaded.labels) == (18, ["ham", "spam"])
+    assert ('say "ham3 and go', "ham") in itertools.chain(*splits.values())
+
+
+def test_given_splits_are_used_and_training_loses_what_they_repeat(load, tmp_path):
+    for name, numbers in {"train": range(10), "valid": range(8, 12), "test": range(12, 16)}.items():
+        rows = [{"text": f"{label}{index}", "label": label} for label in "ab" for index in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits, _, report = load(None, path=str(tmp_path))
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 16, "validation": 8, "test": 8}
+    assert report.dropped == {"training row that is also in validation or test": 4}
+    assert (report.split_by, report.rows_kept) == ("given", 32)
+
+
+def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": [f"t{index}" for index in range(20)] + ["unlabelled"], "label": [0, 1] * 10 + [-1]}
+    split = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": split}))
+    _, loaded, report = load(None, path="hub/set")
+    assert loaded.labels == ["no", "yes"]
+    assert report.dropped == {"no label": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "message"),
+    [
+        (
+            make_rows(9, "a"),
+            {},
+            "has one class only, 'a' .9 rows read, dropped: none.: a classifier needs two classes",
+        ),
+        ([{"text": "x", "label": None}], {}, "has no row with a text and a label .1 rows read"),
+        (make_rows(9) + make_rows(2, "c"), {}, "the label 'c' of .* has 2 different texts, too few for 3 splits"),
+        ([{"txt": "x", "label": "a"}], {}, "data.text_column 'text' is not in .*, which has: 'txt', 'label'"),
+        ([{"text": "x", "class": "a"}], {}, "data.label_column 'label' is not in .*, which has: 'text', 'class'"),
+        (None, {"path": "synthetic:stories"}, "label"),
+        (None, {"path": None}, "data.path is not set: give a Hub id, a file, a folder or synthetic:messages"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(load, rows, arguments, message):
+    with pytest.raises(InputError, match=message):
+        load(rows, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_rows": 0}, "data.max_rows is 0, the least is 1"),
+        ({"test_fraction": 1.0}, "data.test_fraction is 1.0, it must be above 0 and below 1"),
+        ({"test_fraction": 0.6, "validation_fraction": 0.4}, "leave nothing to train on"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(InputError, match=message):
+        ClassificationDataArguments(path="x", **arguments)
+
+
+def test_a_class_unseen_in_training_is_named(load, tmp_path):
+    for name, labels in {"train": "ab", "test": "abc"}.items():
+        rows = [{"text": f"{name} {label} {index}", "label": label} for label in labels for index in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="the label 'c' of the test split is not in the training split"):
+        load(None, path=str(tmp_path))
+
+
+def test_evaluation_takes_all_rows_or_one_split_and_knows_its_labels(tmp_path):
+    for name, labels in {"train": "ab", "test": "a"}.items():
+        rows = [{"text": f"{name} {label} {index}", "label": label} for label in labels for index in range(3)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = {"path": str(tmp_path)}
+    assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 9
+    arguments["test_split"] = "test"
+    assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 3
+    with pytest.raises(InputError, match=r"the label 'a' of .* is unknown to the model, which tells no, yes apart"):
+        load_all_labelled_texts(ClassificationDataArguments(**arguments), ["no", "yes"], DataReport())
+
+
+def test_long_texts_are_cut_and_counted():
+    tokenizer = train_tokenizer(["abcdefghij"], kind="char")
+    rows = datasets.Dataset.from_dict({"text": ["abc", "abcdefghij", "j"], "label": ["x", "y", "x"]})
+    encoded, cut = encode_texts(rows, tokenizer, ["x", "y"], max_length=4)
+    assert [tokenizer.decode(ids) for ids in encoded["input_ids"]] == ["abc", "abcd", "j"]
+    assert (encoded["labels"][:], encoded["length"][:], cut) == ([0, 1, 0], [3, 4, 1], 1)

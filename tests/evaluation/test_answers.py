@@ -1,0 +1,73 @@
+"""Answers and how they are matched: exact, and the same for a prompt alone as in a batch."""
+
+import pytest
+import torch
+
+from hfgpt.data.templates import set_chat_template
+from hfgpt.errors import InputError
+from hfgpt.evaluation.instructions import Answer, generate_answers, match_answers
+from hfgpt.evaluation.metrics.answer_match import AnswerMatch, normalise_answer
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM
+from hfgpt.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = train_tokenizer(["".join(map(chr, range(32, 127)))], vocab_size=300)
+    set_chat_template(tokenizer, "chat")
+    return tokenizer
+
+
+@pytest.fixture
+def model(tiny_config, tokenizer):
+    torch.manual_seed(0)
+    return HfGPTForCausalLM(tiny_config(vocab_size=len(tokenizer), max_position_embeddings=80)).eval()
+
+
+def conversation(question, answer="yes"):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_an_answer_in_a_batch_is_that_of_its_prompt_alone(model, tokenizer):
+    conversations = [conversation("x" * length) for length in (9, 1, 30, 4, 17)]
+    together = generate_answers(model, tokenizer, conversations, 10, batch_size=5)
+    alone = [generate_answers(model, tokenizer, [each], 10, batch_size=1)[0] for each in conversations]
+    assert together == alone
+    assert len({answer.answer for answer in together}) > 1
+    assert [answer.messages for answer in together] == [each[:-1] for each in conversations]
+
+
+def test_an_answer_ends_with_its_end_of_text_or_the_context(model, tokenizer):
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # logit 0 among others of both signs
+    answer = generate_answers(model, tokenizer, [conversation("x" * 40)], 1000, batch_size=1)[0]
+    assert not answer.finished
+    prompt = tokenizer.apply_chat_template(answer.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert 0 < len(answer.answer) <= 80 - len(prompt), "no letter has less than a token"
+    with pytest.raises(InputError, match="the prompt has 127 tokens, but the context of the model is 80: shorten it"):
+        generate_answers(model, tokenizer, [conversation("x" * 100)], 10, batch_size=1)
+    model.lm_head.weight.data.zero_()  # all alike: the first id, the end of text
+    answer = generate_answers(model, tokenizer, [conversation("x")], 10, batch_size=1)[0]
+    assert tokenizer.eos_token_id == 0
+    assert (answer.answer, answer.finished) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [("The cat.", "cat"), ("  A  Cat, an owl! ", "cat owl"), ("theatre", "theatre"), ("1,000", "1000"), ("", "")],
+)
+def test_normalised_answers(text, normal):
+    assert normalise_answer(text) == normal
+
+
+def test_matches_are_counted():
+    pairs = [("blue", "blue"), (" blue\n", "blue"), ("The blue.", "blue"), ("red", "blue")]
+    answers = [Answer([], right, said, finished=said != "red") for said, right in pairs]
+    assert match_answers(answers) == {
+        "eval_exact_match": 0.5,
+        "eval_normalised_match": 0.75,
+        "eval_answers": 4,
+        "eval_unfinished_answers": 1,
+    }
+    computed = AnswerMatch(keep_in_memory=True).compute(predictions=["a"], references=["b"])
+    assert computed == {"exact_match": 0.0, "normalised_match": 0.0} or normalise_answer("a") == normalise_answer("b")

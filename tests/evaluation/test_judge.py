@@ -1,0 +1,139 @@
+"""The judge, over HTTP on this machine: what he scores, what he fails at, and what is left when he stops."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from hfgpt.errors import InputError
+from hfgpt.evaluation.instructions import Answer
+from hfgpt.evaluation.judge import API_KEY, JudgeArguments, check_judge, judge_answers, read_score
+
+
+class Judge(HTTPServer):
+    """Replies with what `reply` makes of a prompt: a text, or a status to fail with."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.reply = [], lambda prompt: "50"
+
+    @property
+    def arguments(self):
+        return JudgeArguments(base_url=f"http://127.0.0.1:{self.server_port}/v1/", model="referee", timeout=5)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body, self.headers.get("Authorization")))
+        reply = self.server.reply(body["messages"][0]["content"])
+        status = reply if isinstance(reply, int) else 200
+        choices = [{"message": {"role": "assistant", "content": reply}}]
+        content = json.dumps({"choices": choices} if status == 200 else {"error": "no"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge():
+    server = Judge()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+ANSWERS = [Answer([{"role": "user", "content": f"Q{i}?"}], f"right {i}", f"said {i}", True) for i in range(4)]
+
+
+def test_every_answer_is_scored_with_its_prompt_recorded(judge, tmp_path, monkeypatch):
+    monkeypatch.setenv(API_KEY, "s3cret")
+    judge.reply = lambda prompt: "80" if "said 0" in prompt else "40"
+    scores = judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
+    assert scores == {"judge_score": 50.0, "judge_scored": 4, "judge_failures": 0}
+    path, body, key = judge.requests[0]
+    assert (path, body["model"], body["temperature"], key) == ("/v1/chat/completions", "referee", 0, "Bearer s3cret")
+    lines = [json.loads(line) for line in (tmp_path / "j.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == [80, 40, 40, 40]
+    for number, line in enumerate(lines):
+        assert all(text in line["prompt"] for text in (f"Q{number}?", f"right {number}", f"said {number}"))
+    assert "s3cret" not in (tmp_path / "j.jsonl").read_text()
+
+
+def test_failures_are_counted_and_asked_again(judge, tmp_path):
+    judge.reply = lambda prompt: 500 if "said 1" in prompt else "very good" if "said 2" in prompt else "100"
+    scores = judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
+    assert scores == {"judge_score": 100.0, "judge_scored": 2, "judge_failures": 2}
+    asked = len(judge.requests)
+    judge.reply = lambda prompt: "0"
+    scores = judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
+    assert scores == {"judge_score": 50.0, "judge_scored": 4, "judge_failures": 0}
+    assert len(judge.requests) == asked + 2, "what has a score is not asked again"
+
+
+def test_without_a_score_there_is_no_mean(judge, tmp_path):
+    judge.reply = lambda prompt: "no idea"
+    scores = judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
+    assert scores == {"judge_scored": 0, "judge_failures": 4}
+
+
+def test_a_judge_who_stops_can_be_taken_up_again(judge, tmp_path):
+    arguments, path = judge.arguments, tmp_path / "j.jsonl"
+    judge_answers(ANSWERS[:2], arguments, path)
+    with open(path, "a") as file:
+        file.write('{"judge": "referee", "prom')  # a crash while writing
+    judge.shutdown()
+    judge.server_close()
+    with pytest.raises(
+        InputError, match=r"the judge 'referee' at http://127.*does not answer.*2 of 4 answers are judged"
+    ):
+        judge_answers(ANSWERS, arguments, path)
+    again = Judge()
+    threading.Thread(target=again.serve_forever, daemon=True).start()
+    assert judge_answers(ANSWERS, again.arguments, path)["judge_scored"] == 4
+    assert len(again.requests) == 2
+    again.shutdown()
+    again.server_close()
+
+
+def test_another_judge_judges_anew(judge, tmp_path):
+    judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
+    other = judge.arguments
+    other.model, other.max_answers = "other", 3
+    judge.reply = lambda prompt: "10"
+    assert judge_answers(ANSWERS, other, tmp_path / "j.jsonl")["judge_score"] == 10.0
+    assert len(judge.requests) == 7
+
+
+def test_a_judge_is_asked_before_anything_else(judge):
+    check_judge(judge.arguments)
+    judge.reply = lambda prompt: 401
+    with pytest.raises(InputError, match=r"does not answer \(401 .*a key is taken from HFGPT_JUDGE_API_KEY"):
+        check_judge(judge.arguments)
+    down = JudgeArguments(base_url="http://127.0.0.1:9/v1", model="m")
+    with pytest.raises(InputError, match=r"start it, correct evaluation.judge, or leave it out"):
+        check_judge(down)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [("85", 85), (" 0\n", 0), ("100", 100), ("Score: 70", 70), ("70/100", 70), ("90.", 90)]
+    + [(reply, None) for reply in ("101", "-5", "8.5", "eighty", "", "between 60 and 80", "1000", "85 because")],
+)
+def test_scores_are_read_strictly(reply, score):
+    assert read_score(reply) == score
+
+
+def test_arguments():
+    with pytest.raises(InputError, match=r"evaluation.judge.base_url is 'localhost:1'; it must begin with http://"):
+        JudgeArguments(base_url="localhost:1", model="m")
+    with pytest.raises(InputError, match=r"evaluation.judge.model is not set"):
+        JudgeArguments(base_url="http://localhost:1")

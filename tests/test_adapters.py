@@ -1,0 +1,274 @@
+"""Adapters: PEFT finds what to adapt, trains nothing else, and every way to load one gives the same logits."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+from peft.utils import constants
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import hfgpt
+from hfgpt.adapters import AdapterArguments, attach_adapter, merge_adapter, put_adapter_on, trainable_parameters
+from hfgpt.errors import InputError
+from hfgpt.loading import classifies, find_base, hash_file, load_model, load_model_config, save_labels
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+
+IDS = torch.arange(2, 22).view(2, 10)
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model.eval()(IDS, use_cache=False).logits
+
+
+def disturb(model, scale=0.1):
+    """Gives the adapter something to do, as training would."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "modules_to_save" not in name:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    return model
+
+
+@pytest.fixture
+def base(tiny_config, tmp_path):
+    torch.manual_seed(0)
+    HfGPTForCausalLM(tiny_config(pad_token_id=1)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    model = disturb(attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# Targets
+
+
+def test_every_method_of_peft_knows_what_to_adapt(tiny_config):
+    names = {name.rpartition(".")[2] for name, _ in HfGPTForCausalLM(tiny_config()).named_modules()}
+    tables = {name: table for name, table in vars(constants).items() if name.endswith("_MODULES_MAPPING")}
+    assert len(tables) > 30
+    for name, table in tables.items():
+        assert table["hfgpt"], name
+        assert set(table["hfgpt"]) <= names, name
+
+
+def test_peft_needs_no_target_modules(tiny_config):
+    model = get_peft_model(HfGPTForCausalLM(tiny_config()), LoraConfig(task_type="CAUSAL_LM"))
+    adapted = {name.partition(".lora_")[0][-6:] for name, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "v_proj"}
+
+
+def test_rank_16_of_gpt2_small_trains_so_many_parameters():
+    with torch.device("meta"):
+        model = HfGPTForCausalLM(hfgpt.HfGPTConfig.from_preset("gpt2"))
+        adapted = attach_adapter(model, AdapterArguments(r=16), "CAUSAL_LM")
+    assert trainable_parameters(adapted) == (12 * 221_184, 124_439_808 + 2_654_208)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"target_modules": ["c_attn"]},
+            r"\['c_attn'\] cannot be adapted .*linear layers are down_proj, k_proj, lm_head",
+        ),
+        ({"target_modules": "nothing.*"}, "cannot be adapted"),
+        ({"r": 0}, "adapters.r is 0; it must be at least 1"),
+        ({"lora_dropout": 1.0}, "adapters.lora_dropout is 1.0"),
+        ({"bias": "some"}, "adapters.bias is 'some'; choose none, all or lora_only"),
+        ({"init_lora_weights": "pissa"}, "adapters.init_lora_weights is 'pissa'; it must be one of true, gaussian"),
+        ({"init_lora_weights": False}, "adapters.init_lora_weights is False"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(tiny_config, arguments, message):
+    with pytest.raises(InputError, match=message):
+        attach_adapter(HfGPTForCausalLM(tiny_config()), AdapterArguments(**arguments), "CAUSAL_LM")
+
+
+# What an adapter changes
+
+VARIANTS = [
+    {},
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal", "r": 4},
+    {"init_lora_weights": "mica"},
+    {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"down_proj": 2}},
+    {"layers_to_transform": [1]},
+    {"bias": "lora_only"},
+]
+
+
+@pytest.mark.parametrize("arguments", VARIANTS, ids=lambda a: "-".join(f"{k}={v}" for k, v in a.items()) or "plain")
+def test_a_fresh_adapter_changes_nothing_and_a_merged_one_is_the_same(base, tmp_path, arguments):
+    """1e-6 and 1e-5: sums of float32 in another order."""
+    plain = logits_of(load_model(str(base)))
+    adapted = attach_adapter(load_model(str(base)), AdapterArguments(**{"r": 4, **arguments}), "CAUSAL_LM")
+    # The orthogonal halves of one multiply to nothing but for rounding.
+    assert torch.allclose(logits_of(adapted), plain, atol=1e-5 if "orthogonal" in arguments.values() else 1e-6)
+    disturb(adapted)
+    apart = logits_of(adapted)
+    assert (apart - plain).abs().max() > 1e-3
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(str(tmp_path / "adapter"))
+    assert torch.equal(logits_of(loaded), apart)
+    assert torch.allclose(logits_of(merge_adapter(loaded, "adapter")), apart, atol=1e-5)
+
+
+def test_only_the_adapter_moves(base):
+    model = attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM").train()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
+    for _ in range(2):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert len(moved) == 2 * 2 * 6
+
+
+# Loading
+
+
+def test_every_way_to_load_an_adapter_gives_the_same_logits(base, adapter):
+    ours = logits_of(load_model(str(adapter)))
+    assert torch.equal(logits_of(AutoPeftModelForCausalLM.from_pretrained(adapter)), ours)
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(adapter)), ours)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    assert torch.equal(logits_of(loaded), ours)
+    assert not torch.equal(logits_of(load_model(str(base))), ours)
+    assert find_base(str(adapter)) == str(base)
+    assert find_base(str(base)) is None
+    assert not classifies(str(adapter))
+    assert load_model_config(str(adapter)).model_type == "hfgpt"
+
+
+def test_an_adapter_for_another_base(base, adapter, tiny_config, tmp_path):
+    torch.manual_seed(0)
+    HfGPTForCausalLM(tiny_config(hidden_size=64)).save_pretrained(tmp_path / "wide")
+    with pytest.raises(InputError, match=r"cannot be put on its base model .*use the base it was trained on"):
+        put_adapter_on(load_model(str(tmp_path / "wide")), str(adapter))
+    HfGPTForCausalLM(tiny_config(num_hidden_layers=1)).save_pretrained(tmp_path / "short")
+    with pytest.raises(InputError, match=r"it has left over .*layers.1.* .12 weights in all.; use the base"):
+        put_adapter_on(load_model(str(tmp_path / "short")), str(adapter))
+    HfGPTForCausalLM(tiny_config(num_hidden_layers=3)).save_pretrained(tmp_path / "long")
+    arguments = AdapterArguments(r=4, target_modules=["q_proj"])
+    attach_adapter(load_model(str(base)), arguments, "CAUSAL_LM").save_pretrained(tmp_path / "queries")
+    with pytest.raises(InputError, match=r"it has no .*layers.2.* .2 weights in all.; use the base"):
+        put_adapter_on(load_model(str(tmp_path / "long")), str(tmp_path / "queries"))
+
+
+def test_a_base_that_was_trained_again(base, adapter):
+    record = {"base_weights_sha256": hash_file(base / "model.safetensors")}
+    (adapter / "run.json").write_text(json.dumps(record))
+    load_model(str(adapter))
+    disturb(model := load_model(str(base))).save_pretrained(base)
+    assert model.training is False
+    with pytest.raises(InputError, match=r"was trained on other weights than .*base' now has"):
+        load_model(str(adapter))
+
+
+def test_a_damaged_adapter_and_a_base_that_is_gone(base, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "cut")
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"x" * 10)
+    with pytest.raises(InputError, match=r"the adapter '.*cut' cannot be put on its base model"):
+        load_model(str(tmp_path / "cut"))
+    shutil.copytree(adapter, tmp_path / "json")
+    (tmp_path / "json" / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"the adapter '.*json' cannot be read"):
+        load_model(str(tmp_path / "json"))
+    shutil.rmtree(base)
+    with pytest.raises(InputError, match=r"the base model of the adapter '.*adapter' is not at '.*base': put it back"):
+        load_model(str(adapter))
+
+
+def test_an_adapter_with_nan(base, tmp_path):
+    model = attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM")
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).fill_(torch.nan)
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(InputError, match=r"the adapter '.*nan' is damaged: .* holds NaN"):
+        load_model(str(tmp_path / "nan"))
+
+
+# Heads, ties and vocabularies
+
+
+def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
+    labels = ["ham", "maybe", "spam"]
+    classifier = load_model(str(base), auto_class=AutoModelForSequenceClassification, new_head=labels)
+    adapted = disturb(attach_adapter(classifier, AdapterArguments(r=4), "SEQ_CLS"))
+    head = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad and "score" in name}
+    assert len(head) == 1
+    with torch.no_grad():
+        next(p for n, p in adapted.named_parameters() if "score.modules_to_save" in n).mul_(3)
+    apart = logits_of(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert classifies(str(tmp_path / "adapter"))
+    loaded = load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
+    assert torch.equal(logits_of(loaded), apart)
+    assert loaded.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, "PEFT saves the head without names"
+    save_labels(labels, tmp_path / "adapter")
+    loaded = load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
+    assert list(loaded.config.id2label.values()) == labels
+    merged = merge_adapter(loaded, "adapter")
+    merged.save_pretrained(tmp_path / "merged")
+    again = load_model(str(tmp_path / "merged"), auto_class=AutoModelForSequenceClassification)
+    assert type(again) is HfGPTForSequenceClassification
+    assert torch.allclose(logits_of(again), apart, atol=1e-5)
+    assert list(again.config.id2label.values()) == labels
+    # As the card says it to users of PEFT and transformers alone.
+    names = dict(enumerate(labels))
+    for auto_class in (AutoPeftModelForSequenceClassification, AutoModelForSequenceClassification):
+        loaded = auto_class.from_pretrained(tmp_path / "adapter", id2label=names)
+        assert torch.equal(logits_of(loaded), apart)
+        assert loaded.config.id2label == names
+    with pytest.raises(InputError, match="is the adapter of a classifier: name a model of the other kind"):
+        load_model(str(tmp_path / "adapter"))
+
+
+def test_tied_embeddings_stay_tied(base, tmp_path):
+    arguments = AdapterArguments(r=4, modules_to_save=["embed_tokens"])
+    model = disturb(attach_adapter(load_model(str(base)), arguments, "CAUSAL_LM"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.1)
+    apart = logits_of(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(str(tmp_path / "adapter"))
+    assert torch.allclose(logits_of(loaded), apart, atol=1e-6)
+    merged = merge_adapter(loaded, "adapter")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert torch.allclose(logits_of(merged), apart, atol=1e-5)
+
+
+def test_new_tokens_survive(base, tmp_path):
+    model = load_model(str(base))
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "resized")
+    model = load_model(str(tmp_path / "resized"))
+    adapted = attach_adapter(model, AdapterArguments(r=4, trainable_token_indices=[66, 67]), "CAUSAL_LM")
+    disturb(adapted)
+    apart = logits_of(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 70_000
+    loaded = load_model(str(tmp_path / "adapter"))
+    assert torch.allclose(logits_of(loaded), apart, atol=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(logits_of(merge_adapter(loaded, "adapter")), apart, atol=1e-5)
