@@ -1,5 +1,9 @@
 """What several test files share."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 
 
@@ -30,3 +34,59 @@ def tiny_config():
         return HfGPTConfig(**{**defaults, **overrides})
 
     return build
+
+
+class Judge(HTTPServer):
+    """A chat endpoint that replies with what `reply` makes of a prompt: a text, or a status to fail with."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests, self.reply = [], lambda prompt: "50"
+        self.thread = threading.Thread(target=self.serve_forever, daemon=True)
+        self.thread.start()
+
+    @property
+    def arguments(self):
+        from hfgpt.evaluation.judge import JudgeArguments
+
+        return JudgeArguments(base_url=f"http://127.0.0.1:{self.server_port}/v1/", model="referee", timeout=5)
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body, self.headers.get("Authorization")))
+        reply = self.server.reply(body["messages"][0]["content"])
+        status = reply if isinstance(reply, int) else 200
+        choices = [{"message": {"role": "assistant", "content": reply}}]
+        content = json.dumps({"choices": choices} if status == 200 else {"error": "no"}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def start_judge():
+    judges = []
+
+    def start() -> Judge:
+        judges.append(Judge())
+        return judges[-1]
+
+    yield start
+    for judge in judges:
+        judge.stop()
+
+
+@pytest.fixture
+def judge(start_judge):
+    return start_judge()

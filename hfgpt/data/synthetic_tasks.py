@@ -231,7 +231,7 @@ def generate_messages(num_messages: int, seed: int = 0, split: str = "train") ->
         split: `train`, `validation` or `test`.
 
     Returns:
-        An iterator over rows of `text` and `label`, made while it is read; about 140 bytes a text.
+        An iterator over rows of `text` and `label`, made while it is read; about 120 bytes a text.
 
     Raises:
         ValueError: `num_messages` is negative, or there is no such split.

@@ -1,55 +1,12 @@
 """The judge, over HTTP on this machine: what he scores, what he fails at, and what is left when he stops."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from hfgpt.errors import InputError
 from hfgpt.evaluation.instructions import Answer
 from hfgpt.evaluation.judge import API_KEY, JudgeArguments, check_judge, judge_answers, read_score
-
-
-class Judge(HTTPServer):
-    """Replies with what `reply` makes of a prompt: a text, or a status to fail with."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.reply = [], lambda prompt: "50"
-
-    @property
-    def arguments(self):
-        return JudgeArguments(base_url=f"http://127.0.0.1:{self.server_port}/v1/", model="referee", timeout=5)
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, body, self.headers.get("Authorization")))
-        reply = self.server.reply(body["messages"][0]["content"])
-        status = reply if isinstance(reply, int) else 200
-        choices = [{"message": {"role": "assistant", "content": reply}}]
-        content = json.dumps({"choices": choices} if status == 200 else {"error": "no"}).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def judge():
-    server = Judge()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
 
 ANSWERS = [Answer([{"role": "user", "content": f"Q{i}?"}], f"right {i}", f"said {i}", True) for i in range(4)]
 
@@ -85,23 +42,19 @@ def test_without_a_score_there_is_no_mean(judge, tmp_path):
     assert scores == {"judge_scored": 0, "judge_failures": 4}
 
 
-def test_a_judge_who_stops_can_be_taken_up_again(judge, tmp_path):
+def test_a_judge_who_stops_can_be_taken_up_again(judge, start_judge, tmp_path):
     arguments, path = judge.arguments, tmp_path / "j.jsonl"
     judge_answers(ANSWERS[:2], arguments, path)
     with open(path, "a") as file:
         file.write('{"judge": "referee", "prom')  # a crash while writing
-    judge.shutdown()
-    judge.server_close()
+    judge.stop()
     with pytest.raises(
         InputError, match=r"the judge 'referee' at http://127.*does not answer.*2 of 4 answers are judged"
     ):
         judge_answers(ANSWERS, arguments, path)
-    again = Judge()
-    threading.Thread(target=again.serve_forever, daemon=True).start()
+    again = start_judge()
     assert judge_answers(ANSWERS, again.arguments, path)["judge_scored"] == 4
     assert len(again.requests) == 2
-    again.shutdown()
-    again.server_close()
 
 
 def test_another_judge_judges_anew(judge, tmp_path):

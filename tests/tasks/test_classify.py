@@ -1,0 +1,264 @@
+"""A classifier's run: what it leaves, that its numbers are of the saved weights, and what it refuses."""
+
+import io
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+from hfgpt.data.classification import ClassificationDataArguments
+from hfgpt.errors import InputError, Interrupted
+from hfgpt.loading import hash_file, load_model
+from hfgpt.recipe import load_recipe
+from hfgpt.tasks.classify import classify, evaluate_classifier, load_classifier, predict, read_texts
+from hfgpt.tasks.merge import merge
+from hfgpt.training import estimate
+from hfgpt.training.callbacks import ProgressCallback
+
+RECIPE = """
+task: classify
+tokenizer: {kind: char}
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 32}
+data: {path: rows.jsonl}
+training:
+  per_device_train_batch_size: 8
+  num_train_epochs: 3
+  learning_rate: 0.01
+  logging_steps: 1
+  eval_strategy: epoch
+  save_steps: 4
+  use_cpu: true
+  bf16: false
+evaluation: {prompts: ["red apple"]}
+"""
+BASED = (
+    "".join(line for line in RECIPE.splitlines(keepends=True) if not line.startswith(("model:", "tokenizer:")))
+    + "model: {path: finished/pretrained}\n"
+)
+LABELS = ["blue", "green", "red"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with rows and recipes, in which the tests of this file run."""
+    folder = tmp_path_factory.mktemp("classify")
+    rows = [{"text": f"{label} {thing} {i}", "label": label} for label in LABELS for i, thing in
+            enumerate(["apple", "boat", "cup", "door", "egg"] * 5)]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "based.yaml").write_text(BASED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        probe = estimate.probe_tokens_per_second
+        patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
+        yield folder
+
+
+def run(output_dir, *overrides, recipe="tiny", resume=False):
+    console = Console(file=io.StringIO(), width=500)
+    overrides = [f"--{override}" for override in (f"training.output_dir={output_dir}", *overrides)]
+    metrics = classify(load_recipe(f"{recipe}.yaml", overrides), resume, console)
+    return metrics, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(here):
+    """A finished run with a first pass. Nothing may be changed in its folder."""
+    return run("finished", "pretraining.max_steps=5", "pretraining.block_size=16")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, finished):
+    metrics, shown = finished
+    folder = here / "finished"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "recipe.yaml", "run.json", "metrics.json", "loss.png",
+            "data_report.json", "training_log.jsonl", "confusion.png", "pretrained"} <= names  # fmt: skip
+    assert not any(name.endswith((".bin", ".pt")) for name in names)
+    assert read(folder / "metrics.json") == metrics
+    assert metrics["eval_accuracy"] > 0.6
+    assert metrics["majority_accuracy"] == pytest.approx(1 / 3)
+    assert metrics["baseline_accuracy"] == 1.0
+    record = read(folder / "run.json")
+    assert record["weights_sha256"] == hash_file(folder / "model.safetensors")
+    assert record["task"] == "classify"
+    assert "first pass: language modelling over" in shown
+    assert "trained: " in shown
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert list(model.config.id2label.values()) == LABELS
+    report = read(folder / "data_report.json")
+    assert report["splits"]["test"]["labels"] == dict.fromkeys(LABELS, 5)
+
+
+def test_prediction_is_what_the_pipeline_says(here, finished):
+    texts = ["red apple 3", "green", "a blue egg " * 10]
+    model, tokenizer, labels = load_classifier("finished")
+    ours = predict(model, tokenizer, texts)
+    theirs = pipeline("text-classification", model="finished")(texts, truncation=True)
+    assert [(found.label, pytest.approx(found.score, abs=1e-6)) for found in ours] == [
+        (found["label"], found["score"]) for found in theirs
+    ]
+    assert labels == LABELS
+    for found in ours:
+        assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert max(found.probabilities, key=found.probabilities.get) == found.label
+
+
+def test_two_runs_give_the_same_weights_also_when_one_is_stopped_and_resumed(here, monkeypatch):
+    run("one")
+    begin = ProgressCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return begin(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_end", interrupt)
+        with pytest.raises(Interrupted, match=r"in two: go on with the same command and --resume"):
+            run("two")
+    metrics, _ = run("two", resume=True)
+    assert read(here / "two" / "run.json")["resumed_from_step"] >= 5
+    assert hash_file(here / "one" / "model.safetensors") == hash_file(here / "two" / "model.safetensors")
+    assert metrics == read(here / "one" / "metrics.json")
+
+
+def test_a_first_pass_that_was_stopped_goes_on(here, finished, monkeypatch):
+    begin = ProgressCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return begin(self, args, state, control, **kwargs)
+
+    overrides = ("pretraining.max_steps=5", "pretraining.block_size=16")
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_end", interrupt)
+        with pytest.raises(Interrupted, match="stopped at step 3 of 5"):
+            run("stopped", *overrides)
+    run("stopped", *overrides, resume=True)
+    for name in ("model.safetensors", "pretrained/model.safetensors"):
+        assert hash_file(here / "stopped" / name) == hash_file(here / "finished" / name)
+
+
+@pytest.mark.parametrize(
+    ("override", "trained"),
+    [
+        ("training.trainable=head", {"score"}),
+        ("training.trainable=last_blocks", {"score", "model.norm", "model.layers.1"}),
+        (
+            "training.trainable=all",
+            {"score", "model.norm", "model.layers.0", "model.layers.1", "model.embed_tokens", "model.embed_positions"},
+        ),
+    ],
+)
+def test_what_is_not_to_be_trained_does_not_move(here, finished, override, trained):
+    run("frozen", override, "training.max_steps=2", "evaluation.baseline=false", recipe="based")
+    after = load_model("frozen", auto_class=AutoModelForSequenceClassification).state_dict()
+    before = load_model("finished/pretrained").state_dict()
+    moved = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
+    shutil.rmtree("frozen")
+    for part in trained:
+        assert any(name.startswith(part) for name in moved), part
+    assert all(name.startswith(tuple(trained)) for name in moved)
+
+
+def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
+    metrics, shown = run("adapter", "adapters.r=4", "training.learning_rate=0.03", recipe="based")
+    folder = here / "adapter"
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
+    assert not (folder / "config.json").exists(), "transformers would take the folder for a whole model"
+    assert read(folder / "labels.json") == {"id2label": dict(zip("012", LABELS, strict=True))}
+    assert "id2label={0: 'blue', 1: 'green', 2: 'red'}" in (folder / "README.md").read_text()
+    assert metrics["eval_accuracy"] > 0.4
+    record = read(folder / "run.json")
+    assert record["base_weights_sha256"] == hash_file(here / "finished" / "pretrained" / "model.safetensors")
+    trained = 2 * 4 * (4 * (32 + 32) + 2 * (32 + 128)) + 3 * 32
+    assert f"trained: {trained:,} of" in shown
+    merged = merge("adapter", here / "merged", console=Console(file=io.StringIO()))
+    assert merged.difference <= 1e-5
+    arguments = ClassificationDataArguments(path="rows.jsonl")
+    assert evaluate_classifier("merged", arguments) == pytest.approx(
+        evaluate_classifier("adapter", arguments), abs=1e-5
+    )
+    theirs = pipeline("text-classification", model="merged")("red cup")[0]["label"]
+    model, tokenizer, _ = load_classifier("adapter")
+    assert predict(model, tokenizer, ["red cup"])[0].label == theirs
+    with pytest.raises(InputError, match=r"merged' exists: name a folder that does not"):
+        merge("adapter", here / "merged")
+    with pytest.raises(InputError, match=r"'merged' is no adapter"):
+        merge("merged", here / "again")
+    with pytest.raises(InputError, match=r"so nothing was written: use the adapter unmerged"):
+        merge("adapter", here / "again", tolerance=0.0)
+    assert not (here / "again").exists()
+    with pytest.raises(InputError, match=r"model.path 'adapter' is an adapter: merge it first"):
+        run("third", "model.path=adapter", recipe="based")
+
+
+def test_an_adapter_on_a_first_pass_of_its_own_run(here):
+    run("both", "pretraining.max_steps=3", "pretraining.block_size=16", "adapters.r=2", "training.max_steps=2")
+    assert read(here / "both" / "adapter_config.json")["base_model_name_or_path"] == str(here / "both" / "pretrained")
+    assert load_classifier("both")[2] == LABELS
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=none.jsonl"], "data.path 'none.jsonl' does not exist"),
+        (["data.max_length=33"], "data.max_length is 33, but the context of the model is 32: lower it"),
+        (["training.trainable=adapters"], "there is no section adapters: add it"),
+        (["adapters.r=2"], "an adapter needs a model to adapt: set model.path"),
+        (["adapters.r=2", "training.trainable=head"], "training.trainable is 'head': leave one of them out"),
+        (["training.trainable=last_blocks", "training.last_blocks=3"], "the model has 2 blocks: lower it"),
+        (["model.load_in_4bit=true"], "weights in 4 bits are not trained: add a section adapters"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(here, overrides, message):
+    with pytest.raises(InputError, match=message):
+        run("refused", *overrides)
+    assert not (here / "refused").exists()
+
+
+def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path):
+    shutil.copytree("finished", tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained("finished")
+    ids = {token: len(tokenizer) - 1 - index for token, index in tokenizer.get_vocab().items()}
+    state = read(tmp_path / "other" / "tokenizer.json")
+    state["model"]["vocab"] = ids
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(state | {"added_tokens": []}))
+    with pytest.raises(
+        InputError, match=r"the tokenizer is not that of 'finished/pretrained': .* use the model's own"
+    ):
+        run("refused", f"tokenizer.path={tmp_path / 'tokenizer'}", recipe="based")
+    rows = [{"text": f"{label} {i}", "label": label} for label in "xyz" for i in range(9)]
+    (tmp_path / "xyz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"'finished' tells blue, green, red apart, the data x, y, z"):
+        run("refused", "model.path=finished", f"data.path={tmp_path / 'xyz.jsonl'}", recipe="based")
+    with pytest.raises(InputError, match=r"the label 'x' of .* is unknown to the model"):
+        evaluate_classifier("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))
+    with pytest.raises(InputError, match=r"'finished/pretrained' is a language model, not a classifier"):
+        load_classifier("finished/pretrained")
+
+
+def test_texts_to_classify(tmp_path):
+    (tmp_path / "texts").write_text("a\nb\r\n c \n")
+    assert read_texts(["x"], tmp_path / "texts") == ["x", "a", "b", " c "]
+    (tmp_path / "texts").write_text("a\n\nb\n")
+    with pytest.raises(InputError, match="texts, line 2 is empty: leave it out"):
+        read_texts([], tmp_path / "texts")
+    with pytest.raises(InputError, match="text 2 is empty"):
+        read_texts(["x", " "], None)
+    with pytest.raises(InputError, match="there is no text to classify"):
+        read_texts([], None)
+    (tmp_path / "texts").write_bytes(b"caf\xe9")
+    with pytest.raises(InputError, match="is not UTF-8 at byte 3: convert it"):
+        read_texts([], tmp_path / "texts")

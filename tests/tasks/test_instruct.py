@@ -1,0 +1,253 @@
+"""A run that learns to answer: what it leaves, what it learned, how it is judged, and a chat with it."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hfgpt.data.instructions import InstructionDataArguments
+from hfgpt.errors import InputError
+from hfgpt.evaluation import AnswerEvaluationArguments
+from hfgpt.evaluation.generation import SamplingArguments
+from hfgpt.inspection import inspect_recipe
+from hfgpt.loading import hash_file, load_model, load_model_tokenizer
+from hfgpt.recipe import load_recipe
+from hfgpt.tasks.chat import Chat, run_chat
+from hfgpt.tasks.instruct import evaluate_follower, instruct
+from hfgpt.tasks.merge import merge
+from hfgpt.training import estimate
+
+RECIPE = """
+task: instruct
+tokenizer: {kind: bpe, vocab_size: 300}
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 96}
+data: {path: rows.jsonl}
+training:
+  per_device_train_batch_size: 8
+  max_steps: 60
+  learning_rate: 0.01
+  logging_steps: 10
+  use_cpu: true
+  bf16: false
+evaluation: {max_new_tokens: 8, prompts: ["Say 1"]}
+"""
+BASED = (
+    "".join(line for line in RECIPE.splitlines(keepends=True) if not line.startswith(("model:", "tokenizer:")))
+    + "model: {path: finished}\n"
+)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with rows and recipes, in which the tests of this file run."""
+    folder = tmp_path_factory.mktemp("instruct")
+    rows = [{"instruction": f"Say {number}", "input": "", "output": "yes"} for number in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "based.yaml").write_text(BASED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        probe = estimate.probe_tokens_per_second
+        patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
+        yield folder
+
+
+def run(output_dir, *overrides, recipe="tiny"):
+    console = Console(file=io.StringIO(), width=500)
+    overrides = [f"--{override}" for override in (f"training.output_dir={output_dir}", *overrides)]
+    metrics = instruct(load_recipe(f"{recipe}.yaml", overrides), console=console)
+    return metrics, console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(here):
+    """A finished run. Nothing may be changed in its folder."""
+    return run("finished")
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_learns_to_answer_and_to_stop(here, finished):
+    metrics, shown = finished
+    folder = here / "finished"
+    assert metrics == read(folder / "metrics.json")
+    assert metrics["eval_exact_match"] == metrics["eval_normalised_match"] == 1.0
+    assert metrics["eval_unfinished_answers"] == 0, "the end of text was learned"
+    assert metrics["eval_loss"] < 0.1
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == metrics["eval_answers"] == 6
+    assert all(answer["answer"] == answer["reference"] == "yes" for answer in answers)
+    assert read(folder / "run.json")["weights_sha256"] == hash_file(folder / "model.safetensors")
+    assert "sample: Say 1\nyes" in shown
+    assert "exactly right" in (folder / "README.md").read_text()
+
+
+def test_anybody_can_talk_to_it(here, finished):
+    """By transformers alone: the template and the end of text travel with the model."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("finished"), AutoTokenizer.from_pretrained("finished")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say 3"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]) == "yes<|endoftext|>"
+
+
+def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
+    evaluation = AnswerEvaluationArguments(max_new_tokens=8, answers=str(tmp_path / "a"))
+    metrics = evaluate_follower("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
+    assert (metrics["eval_answers"], metrics["eval_exact_match"]) == (60, 1.0)
+    assert len((tmp_path / "a" / "answers.jsonl").read_text().splitlines()) == 60
+    evaluation.judge.base_url, evaluation.judge.model, evaluation.answers = "http://127.0.0.1:9/v1", "m", None
+    with pytest.raises(InputError, match=r"judgements have to be kept somewhere: name a folder"):
+        evaluate_follower("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
+
+
+def test_an_adapter_with_packing(here, finished):
+    metrics, _ = run("adapter", "adapters.r=2", "data.packing=true", "training.max_steps=3", recipe="based")
+    assert metrics["eval_exact_match"] == 1.0, "it began where the base model was"
+    assert read(here / "adapter" / "data_report.json")["splits"]["train"]["blocks"] < 30
+    assert merge("adapter", here / "merged", console=Console(file=io.StringIO())).difference < 1e-5
+    tokenizer = load_model_tokenizer("merged")
+    assert tokenizer.chat_template == load_model_tokenizer("finished").chat_template
+    assert load_model("merged").generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_base_in_4_bits(here, finished):
+    pytest.importorskip("bitsandbytes")
+    _, shown = run("quantized", "adapters.r=2", "model.load_in_4bit=true", "training.max_steps=3", recipe="based")
+    everything = load_model("finished").num_parameters()
+    trained = 2 * 2 * (4 * (32 + 32) + 2 * (32 + 128))
+    assert f"trained: {trained:,} of {everything + trained:,} parameters" in shown
+    assert (here / "quantized" / "adapter_model.safetensors").is_file()
+    load_model("quantized")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
+        (["data.max_length=5"], r"nothing is learned in the train split of rows.jsonl .left out: 51 too long"),
+        (["evaluation.judge.base_url=http://127.0.0.1:9/v1", "evaluation.judge.model=m"], "the judge 'm' at http"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(here, overrides, message):
+    with pytest.raises(InputError, match=message):
+        run("refused", *overrides)
+    assert not (here / "refused").exists()
+
+
+def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge):
+    arguments = judge.arguments
+    overrides = [f"evaluation.judge.base_url={arguments.base_url}", "evaluation.judge.model=referee"]
+
+    def die(prompt):
+        if len(judge.requests) == 4:
+            judge.socket.close()  # nobody is let in any more
+        return "60"
+
+    judge.reply = die
+    with pytest.raises(InputError, match=r"are judged in judged/judgements.jsonl; the run is finished, judge it with"):
+        run("judged", *overrides, "training.max_steps=2")
+    assert "eval_exact_match" in read(Path("judged/metrics.json"))
+    assert Path("judged/README.md").is_file()
+
+
+# Inspection and chat
+
+
+def test_inspection_shows_what_is_learned_in_colour(here):
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
+    inspect_recipe(load_recipe("tiny.yaml"), 1, console)
+    row = console.file.getvalue().partition("row 0")[2]
+    styled = dict.fromkeys(("2;9", "32", "36"), "")
+    for code, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)", row):
+        styled[code] = styled.get(code, "") + text
+    assert styled["2;9"].replace("\n", "") == "### User:Say 0### Assistant:", "the question is struck out"
+    assert sorted(styled["32"] + styled["36"]) == sorted("yes<|endoftext|>"), "the answer and its end are learned"
+    plain = Console(file=io.StringIO(), width=200)
+    inspect_recipe(load_recipe("tiny.yaml"), 1, plain)
+    assert "### User:\nSay 0" in plain.file.getvalue()
+
+
+@pytest.fixture
+def chat(here, finished):
+    sampling = SamplingArguments(max_new_tokens=8, greedy=True)
+    return Chat(load_model("finished"), load_model_tokenizer("finished"), sampling)
+
+
+def test_a_chat_answers_and_remembers(chat):
+    assert chat.answer("Say 7") == "yes"
+    chat.answer("Say 8")
+    assert [message["content"] for message in chat.messages[:3]] == ["Say 7", "yes", "Say 8"]
+    chat.reset()
+    assert chat.messages == []
+
+
+def test_a_chat_stays_within_the_context(chat):
+    seen = []
+    forward = chat.model.forward
+
+    def spy(input_ids, **kwargs):
+        seen.append(input_ids.shape[1])
+        return forward(input_ids, **kwargs)
+
+    chat.model.forward = spy
+    chat.system = "Be kind."
+    for number in range(12):
+        chat.answer(f"Say {number}")
+    assert max(seen) <= 96 - 8
+    prompt = chat._fit([*chat.messages, {"role": "user", "content": "x"}])
+    text = chat.tokenizer.decode(prompt)
+    assert text.startswith("### System:\nBe kind."), "the system message stays"
+    assert "Say 0" not in text, "the oldest turn went first"
+    kept = list(chat.messages)
+    with pytest.raises(
+        InputError, match=r"that is \d+ tokens, but the context leaves 88 beside an answer of 8: say le"
+    ):
+        chat.answer("long " * 100)
+    assert chat.messages == kept
+
+
+def test_commands_of_a_chat(here, finished, capsys):
+    lines = ["Say 3", "/system Be kind.", "", "/what", "Say 4", "/reset", "Say " + "9" * 200, "/exit", "Say 5"]
+    run_chat("finished", SamplingArguments(max_new_tokens=8, greedy=True), lines=iter(lines))
+    captured = capsys.readouterr()
+    assert captured.out == "yes\nyes\n"
+    assert "/reset forgets the conversation" in captured.err
+    assert "say less" in captured.err.replace(" \n", " ")
+
+
+def test_the_same_seed_gives_the_same_chat(here, finished):
+    def talk(seed):
+        sampling = SamplingArguments(max_new_tokens=8, temperature=5.0, seed=seed)
+        chat = Chat(load_model("finished"), load_model_tokenizer("finished"), sampling)
+        return [chat.answer(text) for text in ("Say 1", "Hello", "Say 2")]
+
+    assert talk(1) == talk(1) != talk(2)
+
+
+def test_a_model_that_was_not_trained_to_chat(here, finished, tmp_path):
+    load_model("finished").save_pretrained(tmp_path)
+    tokenizer = load_model_tokenizer("finished")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"has no chat template, so it was not trained to chat"):
+        run_chat(str(tmp_path), SamplingArguments(), lines=iter(()))
+
+
+def test_the_context_of_a_prompt_is_all_of_it(chat):
+    """What was said before an answer reaches the model: without it, the logits differ."""
+    with torch.no_grad():
+        alone = chat.model(torch.tensor([chat._fit([{"role": "user", "content": "Say 1"}])])).logits[0, -1]
+        chat.answer("Say 7")
+        both = chat.model(torch.tensor([chat._fit([*chat.messages, {"role": "user", "content": "Say 1"}])])).logits[
+            0, -1
+        ]
+    assert (alone - both).abs().max() > 1e-3
