@@ -45,7 +45,7 @@ class ModelArguments:
         pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
             never learned and never generated.
 
-    The other fields are those of `HfGPTConfig`.
+    The other fields are those of `HfGPTConfig`; with `path`, only the dropouts among them may be set.
     """
 
     path: str | None = None
@@ -71,6 +71,7 @@ class ModelArguments:
     attn_pdrop: float | None = None
 
 
+DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 _NOT_ARCHITECTURE = {"path", "revision", "preset", "initialization", "load_in_4bit", "pad_vocab_to_multiple_of"}
 
 
@@ -158,13 +159,15 @@ def build_model(
 def _load_to_train(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> PreTrainedModel:
-    fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, "attn_implementation")]
+    fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, *DROPOUTS, "attn_implementation")]
     if changed := [key for key in fixed if getattr(arguments, key) is not None]:
         raise InputError(f"model.path brings its own architecture: leave out model.{changed[0]}")
     path, revision = arguments.path, arguments.revision
     if find_base(path, revision):
         raise InputError(f"model.path '{path}' is an adapter: merge it first with hfgpt merge")
-    kwargs = {"attn_implementation": arguments.attn_implementation}
+    # No dropout among the weights: one of another training may be changed.
+    kwargs = {name: getattr(arguments, name) for name in DROPOUTS if getattr(arguments, name) is not None}
+    kwargs["attn_implementation"] = arguments.attn_implementation
     if arguments.load_in_4bit:
         compute = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
         kwargs["quantization_config"] = BitsAndBytesConfig(

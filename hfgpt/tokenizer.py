@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from hfgpt.errors import InputError
@@ -330,6 +330,22 @@ def _find_files(location: Path) -> list[Path]:
     raise InputError(
         f"no tokenizer at {location}: looked for {', '.join(SAVED_FILES)}, {pairs}; name one of them or their folder"
     )
+
+
+def wrap_in_end_of_text(tokenizer: PreTrainedTokenizerFast):
+    """Has a tokenizer begin and end every text with its end-of-text token, also after it was saved and loaded.
+
+    Args:
+        tokenizer: Changed in place; `add_special_tokens=False` leaves the two tokens out.
+
+    Raises:
+        InputError: It has no end-of-text token.
+    """
+    if tokenizer.eos_token is None:
+        raise InputError("the tokenizer has no end-of-text token to wrap texts in: leave out data.end_of_text")
+    end, index = tokenizer.eos_token, tokenizer.eos_token_id
+    wrap = processors.TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, index)])
+    tokenizer.backend_tokenizer.post_processor = wrap
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -36,6 +36,8 @@ class ClassificationDataArguments(SourceArguments):
             class.
         max_rows: Read only the first N rows of each split; for synthetic rows, how many to generate.
         max_length: Tokens a text is cut to; None: the context length of the model.
+        end_of_text: Begin and end each text with the end-of-text token: the head then reads a token that means the
+            same in every text. The saved tokenizer does it, too.
     """
 
     test_split: str | None = None
@@ -46,6 +48,7 @@ class ClassificationDataArguments(SourceArguments):
     balance: Literal["none", "undersample", "weights"] = "none"
     max_rows: int | None = None
     max_length: int | None = None
+    end_of_text: bool = False
 
     def __post_init__(self):
         for name in ("max_rows", "max_length"):

@@ -154,8 +154,8 @@ def baseline_accuracy(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True, lowercase=False)
-    regression = LogisticRegression(C=10, max_iter=1000, class_weight="balanced" if balanced else None)
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True)
+    regression = LogisticRegression(C=100, max_iter=1000, class_weight="balanced" if balanced else None)
     return float(make_pipeline(vectorizer, regression).fit(*train).score(*test))
 
 

@@ -50,6 +50,7 @@ from hfgpt.tasks.training_run import (
     save_run,
     sorted_by_length,
 )
+from hfgpt.tokenizer import wrap_in_end_of_text
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.hardware import find_device
@@ -190,6 +191,8 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
     report = DataReport()
     texts = load_labelled_texts(recipe.data, recipe.training.seed, report)
     tokenizer = find_tokenizer(recipe, tokenizer_folder, [*texts.splits["train"]["text"], *texts.unlabelled])
+    if recipe.data.end_of_text:
+        wrap_in_end_of_text(tokenizer)
     context = context_length(recipe)
     length = recipe.data.max_length or context
     if length > context:

@@ -1,5 +1,6 @@
 """The first pass of classification: language modelling over the training texts, in a folder of its own."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from hfgpt.building import ModelArguments, build_model
+from hfgpt.building import DROPOUTS, ModelArguments, build_model
 from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.recipe import Recipe
@@ -37,18 +38,15 @@ def run_first_pass(
         Interrupted: Ctrl-C; the run can be resumed.
     """
     folder, arguments = Path(recipe.training.output_dir) / FOLDER, recipe.pretraining
-    first = ModelArguments(
-        path=str(folder.resolve()),
-        attn_implementation=recipe.model.attn_implementation,
-        load_in_4bit=recipe.model.load_in_4bit,
-    )
+    kept = {name: getattr(recipe.model, name) for name in ("attn_implementation", "load_in_4bit", *DROPOUTS)}
+    first = ModelArguments(path=str(folder.resolve()), **kept)
     if (folder / "model.safetensors").is_file():
         return first
     blocks = BlockDataset(
         join_texts(texts, tokenizer), arguments.block_size or context_length(recipe), name="the training texts"
     )
     set_seed(recipe.training.seed)
-    model = build_model(recipe.model, tokenizer)
+    model = build_model(dataclasses.replace(recipe.model, **dict.fromkeys(DROPOUTS, arguments.dropout)), tokenizer)
     training = build_arguments(recipe, folder)
     estimate = plan_run(model, training, blocks.block_size, len(blocks), seconds=0.5)
     console.print(

@@ -110,6 +110,7 @@ class FirstPassArguments:
         muon_momentum: Of Muon.
         weight_decay: Of both.
         warmup_steps: Steps of rising learning rate; it falls linearly afterwards.
+        dropout: In place of the three dropouts of the section `model`.
     """
 
     max_steps: int = 300
@@ -120,6 +121,7 @@ class FirstPassArguments:
     muon_momentum: float = 0.95
     weight_decay: float = 0.0
     warmup_steps: int = 20
+    dropout: float = 0.0
 
 
 class HfGPTTrainer(Trainer):
