@@ -392,4 +392,4 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 def _nearest(name: str, names: Sequence[str]) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) < 12 else ""
+    return f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) < 16 else ""

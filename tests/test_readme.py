@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,11 +15,17 @@ from transformers import AutoModelForCausalLM
 from hfgpt import cli
 from hfgpt.conversion import book, nanogpt
 from hfgpt.data.synthetic import generate_stories
+from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
 from hfgpt.tasks.demo import run_demo
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = ["--training.max_steps", "2", "--data.cache_dir", "cache"]
+SHORT = ["--training.max_steps", "2"]
+SHORTER = {  # of recipes
+    "spam": ["--pretraining.max_steps", "2"],
+    "instruct": ["--evaluation.max_answers", "2", "--evaluation.max_new_tokens", "4"],
+    "instruct-lora": ["--evaluation.max_answers", "2", "--evaluation.max_new_tokens", "4"],
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -34,10 +42,24 @@ def workplace(tmp_path_factory):
     (folder / "my_text.txt").write_text(text)
     (folder / "tinyshakespeare.txt").write_text(text)
     (folder / "my-gpt.yaml").write_text(blocks("yaml")[0])
+    notes = [f"{row['label']}\t{row['text']}\n" for row in generate_messages(60)]
+    (folder / "SMSSpamCollection.tsv").write_text("".join(notes))
+    (folder / "instruction-data.json").write_text(json.dumps(list(generate_instructions(40))))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", folder / "cache")
     with contextlib.chdir(folder):
-        run_demo(Path("runs/demo"), (*SHORT, "--data.max_documents", "300", "--training.save_strategy", "no"))
+        quick = ["--training.max_steps", "2", "--training.save_strategy", "no"]
+        run_demo(
+            Path("runs/demo"),
+            {
+                "demo": [*quick, "--data.max_documents", "300"],
+                "demo-messages": [*quick, "--data.max_rows", "60"],
+                "demo-instructions": [*quick, "--data.max_rows", "30", "--evaluation.max_answers", "5"],
+            },
+        )
         save_as_others_do(AutoModelForCausalLM.from_pretrained("runs/demo"), folder)
-    return folder
+    yield folder
+    monkeypatch.undo()
 
 
 def save_as_others_do(model, folder):
@@ -57,8 +79,9 @@ def test_readme_commands_run(workplace, monkeypatch, capsys):
     for command in commands:
         words = shlex.split(command)
         if words[1] in ("train", "plan", "inspect"):
-            words += SHORT
+            words += [*SHORT, *SHORTER.get(words[2], ())]
         monkeypatch.setattr("sys.argv", words)
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         with contextlib.chdir(workplace), pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0, f"{command}: {capsys.readouterr().err}"

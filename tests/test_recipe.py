@@ -25,7 +25,7 @@ from hfgpt.recipe import (
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 PRETRAIN = SECTIONS["pretrain"]
-NAMES = "demo, gpt2-124m, shakespeare-char, verdict-book"
+NAMES = ", ".join(sorted(path.stem for path in RECIPES))
 
 
 @pytest.fixture

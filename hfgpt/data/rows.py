@@ -13,6 +13,7 @@ import datasets
 from hfgpt.data.files import family, find_files, hash_files, looks_local, nearest, read_rows, wrong_column
 from hfgpt.data.report import DataReport
 from hfgpt.data.synthetic import generate_stories
+from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
 from hfgpt.errors import InputError
 
 Row = dict[str, Any]
@@ -94,8 +95,6 @@ def _generate_rows(path: str, reading: Reading) -> dict[str, Iterator[Row]]:
     if path == "synthetic:stories":
         stories = generate_stories(reading.limit or SYNTHETIC_STORIES, reading.seed)
         return {"train": ({"text": story} for story in stories)}
-    from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
-
     kinds = {"synthetic:messages": generate_messages, "synthetic:instructions": generate_instructions}
     if path not in kinds:
         listed = ", ".join(["synthetic:stories", *kinds])

@@ -285,11 +285,11 @@ It grew and grew, until it was a big {plant}. {name2} came to see it. "I was wro
 NEVER_IN = {"cook": ("snowy",), "seed": ("snowy",), "guide": ("sunny", "windy", "market", "garden", "square")}
 
 
-def _pick(rng: random.Random, items: Sequence[Item]) -> Item:
+def pick(rng: random.Random, items: Sequence[Item]) -> Item:
     return items[int(rng.random() * len(items))]
 
 
-def _pick_two(rng: random.Random, items: Sequence[Item]) -> tuple[Item, Item]:
+def pick_two(rng: random.Random, items: Sequence[Item]) -> tuple[Item, Item]:
     first = int(rng.random() * len(items))
     second = (first + 1 + int(rng.random() * (len(items) - 1))) % len(items)
     return items[first], items[second]
@@ -313,7 +313,7 @@ def _parse_plot(text: str) -> list[list[tuple]]:
 
 
 @cache
-def _person_words(person: Person, key: str) -> dict[str, str]:
+def person_words(person: Person, key: str) -> dict[str, str]:
     he, him, his = PRONOUNS[person.pronoun]
     words = {"name": person.name, "kind": person.kind, "he": he, "him": him, "his": his}
     words |= {"He": he.capitalize(), "His": his.capitalize()}
@@ -328,7 +328,7 @@ def _food_words(food: Food, key: str) -> dict[str, str]:
 
 
 @cache
-def _thing_words(thing: Thing, colour: str) -> dict[str, str]:
+def thing_words(thing: Thing, colour: str) -> dict[str, str]:
     it, them, is_, was = ("they", "them", "are", "were") if thing.plural else ("it", "it", "is", "was")
     name = f"{colour} {thing.name}"
     happened, did, mend = DAMAGES[thing.damage]
@@ -339,20 +339,20 @@ def _thing_words(thing: Thing, colour: str) -> dict[str, str]:
 
 def _choose_cast(rng: random.Random, weathers: Sequence[Weather], places: Sequence[Place]) -> dict[str, str]:
     """Return every word that a plot can ask for, drawn from the world for one story."""
-    child, friend = _pick_two(rng, CHILDREN)
-    place, home = _pick_two(rng, places)
-    spot1, spot2 = _pick_two(rng, place.spots)
-    food, food2 = _pick_two(rng, FOODS)
-    dish, animal, weather = _pick(rng, DISHES), _pick(rng, ANIMALS), _pick(rng, weathers)
+    child, friend = pick_two(rng, CHILDREN)
+    place, home = pick_two(rng, places)
+    spot1, spot2 = pick_two(rng, place.spots)
+    food, food2 = pick_two(rng, FOODS)
+    dish, animal, weather = pick(rng, DISHES), pick(rng, ANIMALS), pick(rng, weathers)
     an_animal = with_article(animal.name)
-    words = animal._asdict() | weather._asdict() | {"weather": weather.name, "plant": _pick(rng, PLANTS)}
+    words = animal._asdict() | weather._asdict() | {"weather": weather.name, "plant": pick(rng, PLANTS)}
     words |= {"animal": animal.name, "animal_food": animal.food, "animal_place": animal.place}
     words |= {"an_animal": an_animal, "An_animal": an_animal.capitalize()}
     words |= {"place": place.name, "where": place.where, "spot1": spot1, "spot2": spot2, "home": home.name}
     (words["ing1"], words["source1"]), (words["ing2"], words["source2"]) = ((i, INGREDIENTS[i]) for i in dish.made_of)
-    words |= _person_words(child, "") | _person_words(friend, "2") | _person_words(_pick(rng, GROWN_UPS), "3")
+    words |= person_words(child, "") | person_words(friend, "2") | person_words(pick(rng, GROWN_UPS), "3")
     words |= _food_words(food, "food") | _food_words(food2, "food2") | _food_words(dish, "dish")
-    return words | _thing_words(_pick(rng, THINGS), _pick(rng, COLOURS))
+    return words | thing_words(pick(rng, THINGS), pick(rng, COLOURS))
 
 
 DISHES = tuple(food for food in FOODS if food.made_of)
@@ -391,8 +391,8 @@ def generate_stories(num_stories: int, seed: int = 0) -> Iterator[str]:
 
 
 def _tell_story(rng: random.Random) -> str:
-    beats, weathers, places = _pick(rng, STORY_KINDS)
+    beats, weathers, places = pick(rng, STORY_KINDS)
     cast = _choose_cast(rng, weathers, places)
-    lines = ("".join(_pick(rng, choices) for choices in _pick(rng, beat)) for beat in beats)
+    lines = ("".join(pick(rng, choices) for choices in pick(rng, beat)) for beat in beats)
     # Twice, because words of the cast hold pronouns of it.
     return " ".join(lines).format_map(cast).format_map(cast)

@@ -26,10 +26,10 @@ from hfgpt.data.synthetic import (
     INGREDIENTS,
     PLACES,
     THINGS,
-    _person_words,
-    _pick,
-    _pick_two,
-    _thing_words,
+    person_words,
+    pick,
+    pick_two,
+    thing_words,
     with_article,
 )
 
@@ -107,7 +107,7 @@ def _draw_facts(rng: random.Random, split: str, count: int, *columns: Sequence) 
     """Return facts of the split, nothing twice in them; each has one of every column, a word or a row of the world."""
     facts, names = [], []
     while len(facts) < count:
-        fact = tuple(_pick(rng, column) for column in columns)
+        fact = tuple(pick(rng, column) for column in columns)
         new = tuple(getattr(item, "name", item) for item in fact)
         if _split_of(new) == split and len({*names, *new}) == len(names) + len(new):
             facts.append(fact)
@@ -117,7 +117,7 @@ def _draw_facts(rng: random.Random, split: str, count: int, *columns: Sequence) 
 
 def _vary(rng: random.Random, text: str) -> str:
     """Return the text with one choice made of each `[a|b]`."""
-    return re.sub(r"\[(.*?)\]", lambda choices: _pick(rng, choices[1].split("|")), text)
+    return re.sub(r"\[(.*?)\]", lambda choices: pick(rng, choices[1].split("|")), text)
 
 
 def _list(items: Sequence[str]) -> str:
@@ -125,40 +125,40 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _write_message(rng: random.Random, split: str) -> dict[str, str]:
-    label = _pick(rng, LABELS)
+    label = pick(rng, LABELS)
     ((thing, colour, place),) = _draw_facts(rng, split, 1, THINGS, COLOURS, PLACES)
-    sender, reader = _pick_two(rng, CHILDREN)
-    words = {"place": place.name, "where": place.where, "spot": _pick(rng, place.spots)}
-    words |= _person_words(sender, "") | _person_words(reader, "2") | _person_words(_pick(rng, GROWN_UPS), "3")
-    words |= _thing_words(thing, colour) | {"food": _pick(rng, FOODS).some}
-    text = " ".join(_vary(rng, _pick(rng, texts)) for texts in (GREETINGS, BODIES[label], GOODBYES))
+    sender, reader = pick_two(rng, CHILDREN)
+    words = {"place": place.name, "where": place.where, "spot": pick(rng, place.spots)}
+    words |= person_words(sender, "") | person_words(reader, "2") | person_words(pick(rng, GROWN_UPS), "3")
+    words |= thing_words(thing, colour) | {"food": pick(rng, FOODS).some}
+    text = " ".join(_vary(rng, pick(rng, texts)) for texts in (GREETINGS, BODIES[label], GOODBYES))
     return {"text": text.format_map(words), "label": label}
 
 
 def _colour(rng: random.Random, split: str) -> Task:
     facts = _draw_facts(rng, split, 2, LONE_THINGS, COLOURS)
     sentences = [f"The {thing.name} is {colour}." for thing, colour in facts]
-    thing, colour = _pick(rng, facts)
-    question = _pick(rng, (f"What colour is the {thing.name}?", f"Tell me the colour of the {thing.name}."))
+    thing, colour = pick(rng, facts)
+    question = pick(rng, (f"What colour is the {thing.name}?", f"Tell me the colour of the {thing.name}."))
     return Task(question, " ".join(sentences), f"The {thing.name} is {colour}.")
 
 
 def _two(rng: random.Random, split: str) -> Task:
     ((thing, colour),) = _draw_facts(rng, split, 1, LONE_THINGS, COLOURS)
-    question = _pick(rng, ("Make it two.", "Say it for two."))
+    question = pick(rng, ("Make it two.", "Say it for two."))
     return Task(question, f"Here is {with_article(colour)} {thing.name}.", f"Here are two {colour} {thing.name}s.")
 
 
 def _feeling(rng: random.Random, split: str) -> Task:
     ((child, feeling),) = _draw_facts(rng, split, 1, CHILDREN, tuple(SIGNS))
-    story = _pick(rng, SIGNS[feeling]).format_map(_person_words(child, ""))
-    question = _pick(rng, (f"How does {child.name} feel?", f"Tell me how {child.name} feels."))
+    story = pick(rng, SIGNS[feeling]).format_map(person_words(child, ""))
+    question = pick(rng, (f"How does {child.name} feel?", f"Tell me how {child.name} feels."))
     return Task(question, story, f"{child.pronoun.capitalize()} is {feeling}.")
 
 
 def _food(rng: random.Random, split: str) -> Task:
     ((first, second),) = _draw_facts(rng, split, 1, ANIMALS, ANIMALS)
-    question = _pick(rng, ("What do the {} and the {} eat?", "What do you give the {} and the {}?"))
+    question = pick(rng, ("What do the {} and the {} eat?", "What do you give the {} and the {}?"))
     meal = f"{first.food} and {second.food}."
     return Task(question.format(first.name, second.name), "", meal[0].upper() + meal[1:])
 
@@ -168,36 +168,34 @@ def _source(rng: random.Random, split: str) -> Task:
     while len(set(sources)) < 3:
         (names,) = _draw_facts(rng, split, 1, *[tuple(INGREDIENTS)] * 3)
         sources = [f"the {INGREDIENTS[name]}" for name in names]
-    question = _pick(rng, (f"Where do you get {_list(names)}?", f"I need {_list(names)}. Where do I go?"))
+    question = pick(rng, (f"Where do you get {_list(names)}?", f"I need {_list(names)}. Where do I go?"))
     return Task(question, "", f"To {_list(sources)}.")
 
 
 def _helper(rng: random.Random, split: str) -> Task:
     (helpers,) = _draw_facts(rng, split, 1, *[GROWN_UPS] * 3)
     kinds = _list([f"the {helper.kind}" for helper in helpers])
-    question = _pick(rng, (f"Who are {kinds}?", f"Tell me the names of {kinds}."))
+    question = pick(rng, (f"Who are {kinds}?", f"Tell me the names of {kinds}."))
     return Task(question, "", f"{_list([helper.name for helper in helpers])}.")
 
 
 def _reverse(rng: random.Random, split: str) -> Task:
     (colours,) = _draw_facts(rng, split, 1, *[COLOURS] * 3)
-    question = _pick(
-        rng, ("Say the colours in reverse order.", "Put the last colour first and the first colour last.")
-    )
+    question = pick(rng, ("Say the colours in reverse order.", "Put the last colour first and the first colour last."))
     return Task(question, f"I like {_list(colours)}.", f"I like {_list(colours[::-1])}.")
 
 
 def _past(rng: random.Random, split: str) -> Task:
     ((child, verb, thing),) = _draw_facts(rng, split, 1, CHILDREN, VERBS, THINGS)
-    a_thing = _thing_words(thing, _pick(rng, COLOURS))["a_thing"]
-    question = _pick(rng, ("Say it in the past.", "Tell it as if it happened yesterday."))
+    a_thing = thing_words(thing, pick(rng, COLOURS))["a_thing"]
+    question = pick(rng, ("Say it in the past.", "Tell it as if it happened yesterday."))
     return Task(question, f"{child.name} {verb.name} {a_thing}.", f"{child.name} {verb.past} {a_thing}.")
 
 
 def _pronoun(rng: random.Random, split: str) -> Task:
     ((child, verb, thing),) = _draw_facts(rng, split, 1, CHILDREN, VERBS, THINGS)
-    a_thing = _thing_words(thing, _pick(rng, COLOURS))["a_thing"]
-    question = _pick(rng, ("Say it with he or she.", "Write he or she for the name."))
+    a_thing = thing_words(thing, pick(rng, COLOURS))["a_thing"]
+    question = pick(rng, ("Say it with he or she.", "Write he or she for the name."))
     he = child.pronoun.capitalize()
     return Task(question, f"{child.name} {verb.name} {a_thing}.", f"{he} {verb.name} {a_thing}.")
 
@@ -208,7 +206,7 @@ INSTRUCTION_KINDS: tuple[Callable[[random.Random, str], Task], ...] = (
 
 
 def _write_instruction(rng: random.Random, split: str) -> dict[str, str]:
-    return _pick(rng, INSTRUCTION_KINDS)(rng, split)._asdict()
+    return pick(rng, INSTRUCTION_KINDS)(rng, split)._asdict()
 
 
 def _generate(write: Callable, number: int, name: str, seed: int, split: str) -> Iterator[dict[str, str]]:

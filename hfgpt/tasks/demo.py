@@ -2,7 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,51 +12,108 @@ from rich.table import Table
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
 from hfgpt.loading import load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
+from hfgpt.tasks.chat import Chat
+from hfgpt.tasks.classify import classify, load_classifier, predict
+from hfgpt.tasks.instruct import instruct
 from hfgpt.tasks.pretrain import pretrain
 from hfgpt.training.callbacks import stderr_console
+from hfgpt.training.hardware import find_device
 
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")
+MESSAGES = (
+    "Dear Mia! Come to the lake tomorrow. You can fly my red kite. Your old friend Tom.",
+    "Tom, please read this. You won a white doll! Come quickly to the mill today. But first pay a coin. Yours, Sam.",
+)
+QUESTIONS = ("What do the rabbit and the owl eat?", "Say it in the past.\nNora finds a green basket.")
 
 
-def run_demo(output_dir: Path | None = None, overrides: tuple[str, ...] = (), console: Console | None = None) -> dict:
-    """Trains the recipe `demo` and tells stories with the model.
+def run_demo(
+    output_dir: Path | None = None,
+    overrides: Mapping[str, Sequence[str]] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Trains the recipe `demo`, tells stories with the model, and teaches it two trades.
 
     Args:
-        output_dir: The run folder; None: the first free of `runs/demo`, `runs/demo-2`, ...
-        overrides: Of the recipe, `--section.key value` as on the command line.
+        output_dir: The run folder of the story-teller, with those of the others in it; None: the first free of
+            `runs/demo`, `runs/demo-2`, ...
+        overrides: Recipe -> `--section.key value` as on the command line, for `demo`, `demo-messages` and
+            `demo-instructions`.
         console: Where to show the stories and the table; None: standard output.
 
     Returns:
-        The content of `metrics.json`.
+        The content of the three `metrics.json`, by recipe.
 
     Raises:
         InputError: The folder holds another run.
     """
-    console = console or Console()
-    progress = stderr_console()
+    console, progress, overrides = console or Console(), stderr_console(), overrides or {}
     folder = output_dir or _free_folder(Path("runs"))
+    folders = {"demo": folder, "demo-messages": folder / "messages", "demo-instructions": folder / "instructions"}
+
+    def recipe(name: str):
+        base = [] if name == "demo" else ["--model.path", str(folder)]
+        return load_recipe(name, [*base, *overrides.get(name, ()), "--training.output_dir", str(folders[name])])
+
     progress.rule("1  Train a small GPT on generated stories")
-    metrics = pretrain(load_recipe("demo", [*overrides, "--training.output_dir", str(folder)]), console=progress)
+    metrics = {"demo": pretrain(recipe("demo"), console=progress)}
 
     progress.rule("2  Load it as any transformers model, and let it write")
-    model, tokenizer = load_model(str(folder)), load_model_tokenizer(str(folder))
+    model, tokenizer = load_model(str(folder)).to(find_device()), load_model_tokenizer(str(folder))
     for seed, prompt in enumerate(PROMPTS):
         arguments = SamplingArguments(max_new_tokens=200, temperature=0.6, seed=seed)
         console.print(generate_texts(model, tokenizer, prompt, arguments)[0], highlight=False, end="\n\n")
 
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    table = Table("stage", "what was measured", "result", "time")
-    seconds = run["actual"]["training_seconds"]
-    table.add_row(
-        "pre-training",
-        f"loss on {metrics['eval_tokens']:,} tokens of unseen stories",
-        f"{metrics['eval_loss']:.3f} nats (perplexity {metrics['eval_perplexity']:.2f})",
-        f"{seconds:.0f} s",
+    progress.rule("3  Teach it, with LoRA, to tell what kind of note a villager has left")
+    metrics["demo-messages"] = classify(recipe("demo-messages"), console=progress)
+    model, tokenizer, _ = load_classifier(str(folders["demo-messages"]))
+    for found in predict(model, tokenizer, MESSAGES):
+        console.print(f"{found.text}\n  -> {found.label} ({found.score:.3f})", highlight=False, end="\n\n")
+
+    progress.rule("4  Teach it, with all its weights, to follow instructions")
+    metrics["demo-instructions"] = instruct(recipe("demo-instructions"), console=progress)
+    model, tokenizer = (
+        load_model(str(folders["demo-instructions"])),
+        load_model_tokenizer(str(folders["demo-instructions"])),
     )
-    table.add_row("", "speed", f"{run['actual']['tokens_per_second']:,.0f} tokens/s", "")
-    table.add_row("", "model", f"{run['plan']['parameters']:,} parameters in {folder}", "")
-    console.print(table)
+    for question in QUESTIONS:
+        answer = Chat(model.to(find_device()), tokenizer, SamplingArguments(greedy=True)).answer(question)
+        console.print(f"{question}\n  -> {answer}", highlight=False, end="\n\n")
+
+    console.print(render_table(metrics, folders))
     return metrics
+
+
+def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> Table:
+    """What was measured at each stage, and how long its training took."""
+    records = {name: json.loads((path / "run.json").read_text(encoding="utf-8")) for name, path in folders.items()}
+    stories, messages, answers = (metrics[name] for name in folders)
+    measured = {
+        "demo": [
+            ("loss", f"{stories['eval_loss']:.3f} nats a token (perplexity {stories['eval_perplexity']:.2f})",
+             f"{stories['eval_tokens']:,} tokens of stories"),
+        ],
+        "demo-messages": [
+            ("accuracy", f"{messages['eval_accuracy']:.1%} ({messages['eval_accuracy_low']:.1%} to "
+             f"{messages['eval_accuracy_high']:.1%})", f"{messages['eval_rows']:,} notes"),
+            ("beside it", f"regression {messages['baseline_accuracy']:.1%}, largest class "
+             f"{messages['majority_accuracy']:.1%}", "the same"),
+        ],
+        "demo-instructions": [
+            ("exactly right", f"{answers['eval_exact_match']:.1%}", f"{answers['eval_answers']:,} instructions"),
+        ],
+    }  # fmt: skip
+    stages = {"demo": "pre-training", "demo-messages": "classification, LoRA", "demo-instructions": "instructions"}
+    table = Table("stage", "what was measured", "result", "on unseen", "trained", "time")
+    for name, rows in measured.items():
+        plan, actual = records[name]["plan"], records[name]["actual"]
+        first, *more = rows
+        table.add_row(
+            stages[name], *first, f"{plan['parameters']:,} parameters", f"{actual['training_seconds']:.0f} s"
+        )
+        for row in more:
+            table.add_row("", *row, "", "")
+    return table
 
 
 def _free_folder(parent: Path) -> Path:
