@@ -208,7 +208,7 @@ def _find_recipe(name: str) -> Path:
         raise InputError(f"recipe '{name}' is a folder: name a .yaml file in it")
     if path.suffix in (".yaml", ".yml"):
         raise InputError(f"there is no recipe file '{name}'{nearest(name)}: check the path")
-    raise InputError(f"there is no recipe or .yaml file '{name}'{_nearest(name, recipe_names())}")
+    raise InputError(f"there is no recipe or .yaml file '{name}'{_nearest(name, recipe_names(), most=99)}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -390,6 +390,8 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def _nearest(name: str, names: Sequence[str], most: int = 11) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) < 16 else ""
+    return (
+        f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) <= most else ""
+    )

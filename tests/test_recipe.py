@@ -23,7 +23,7 @@ from hfgpt.recipe import (
     render_recipe,
 )
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 PRETRAIN = SECTIONS["pretrain"]
 NAMES = ", ".join(sorted(path.stem for path in RECIPES))
 

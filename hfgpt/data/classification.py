@@ -98,8 +98,8 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
     if len(labels) < 2:
         found = f"one class only, '{labels[0]}'" if labels else "no row with a text and a label"
         raise InputError(
-            f"data.path {arguments.path!r} has {found} ({report.rows_read} rows read, dropped: "
-            f"{report.dropped or 'none'}): a classifier needs two classes; check data.label_column"
+            f"data.path {arguments.path!r} has {found} ({report.reasons}): a classifier needs two classes; check "
+            "data.label_column"
         )
     unlabelled: list[Row] = []
     if arguments.balance == "undersample":

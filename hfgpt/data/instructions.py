@@ -96,8 +96,8 @@ def load_conversations(
     report.split_by = ("order" if arguments.divide == "order" else "rows") if missing else "given"
     if len(rows["train"]) <= len(missing):
         raise InputError(
-            f"data.path {arguments.path!r} has {len(rows['train'])} rows with an answer ({report.rows_read} read, "
-            f"dropped: {report.dropped or 'none'}), too few for {len(missing) + 1} splits: add rows"
+            f"data.path {arguments.path!r} has {len(rows['train'])} rows with an answer ({report.reasons}), too few "
+            f"for {len(missing) + 1} splits: add rows"
         )
     rows |= _divide(rows["train"], missing, arguments.divide, seed)
     prompts = {split: [prompt_of(conversation) for conversation in rows[split]] for split in SPLITS}
@@ -130,10 +130,7 @@ def load_all_conversations(
     rows = _read_splits(arguments, before_input, 0, report)
     chosen = rows["test"] if arguments.test_split else [row for split in rows.values() for row in split]
     if not chosen:
-        raise InputError(
-            f"data.path {arguments.path!r} has no row with an answer ({report.rows_read} rows read, dropped: "
-            f"{report.dropped or 'none'})"
-        )
+        raise InputError(f"data.path {arguments.path!r} has no row with an answer ({report.reasons}): add rows")
     report.split("test").documents = len(chosen)
     return chosen
 
@@ -224,10 +221,9 @@ def count_tokens(rows: datasets.Dataset, report: DataReport, split: str) -> None
     sizes.tokens = sum(rows["length"]) if len(rows) else 0
     sizes.predicted_tokens = sum(target != IGNORED for row in rows for target in row["shift_labels"])
     if not sizes.predicted_tokens:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
         raise InputError(
-            f"nothing is learned in the {split} split of {report.source} (left out: {dropped or 'no row'}): give rows "
-            "with answers, or raise data.max_length and the model's context"
+            f"nothing is learned in the {split} split of {report.source} ({report.reasons}): give rows with answers, or "
+            "raise data.max_length and the model's context"
         )
 
 

@@ -87,6 +87,12 @@ class DataReport:
         """
         self.dropped[reason] = self.dropped.get(reason, 0) + rows
 
+    @property
+    def reasons(self) -> str:
+        """What was read and left out, for a message: `3 rows read; left out: 2 empty`."""
+        left_out = ", ".join(f"{rows} {reason}" for reason, rows in self.dropped.items()) or "none"
+        return f"{self.rows_read} row{'s' * (self.rows_read != 1)} read; left out: {left_out}"
+
     def split(self, name: str) -> SplitReport:
         """The sizes of a split, made on first use.
 

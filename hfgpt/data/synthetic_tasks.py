@@ -181,7 +181,7 @@ def _helper(rng: random.Random, split: str) -> Task:
 
 def _reverse(rng: random.Random, split: str) -> Task:
     (colours,) = _draw_facts(rng, split, 1, *[COLOURS] * 3)
-    question = pick(rng, ("Say the colours in reverse order.", "Put the last colour first and the first colour last."))
+    question = pick(rng, ("Say the colours in reverse order.", "Say the colours from the last to the first."))
     return Task(question, f"I like {_list(colours)}.", f"I like {_list(colours[::-1])}.")
 
 

@@ -114,12 +114,12 @@ def classify(recipe: Recipe, resume: bool = False, console: Console | None = Non
 
     # 2. Rows to splits to tokens.
     data = load_classification_data(recipe, folder if resume else None)
-    console.print(data.report.summary(), highlight=False)
     if recipe.pretraining is None:  # what is wrong with the model is known before anything is written
         model = build_classifier(recipe, data)
     PartialState().wait_for_everyone()  # all have seen the folder free
     if recipe.training.process_index == 0:
         begin_run(recipe, data.tokenizer, data.report)
+    console.print(data.report.summary(), highlight=False)
 
     # 3. A first pass over the texts without their labels, if the recipe has one.
     if recipe.pretraining is not None:

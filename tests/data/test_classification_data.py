@@ -155,7 +155,7 @@ def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):
         (
             make_rows(9, "a"),
             {},
-            "has one class only, 'a' .9 rows read, dropped: none.: a classifier needs two classes",
+            "has one class only, 'a' .9 rows read; left out: none.: a classifier needs two classes",
         ),
         ([{"text": "x", "label": None}], {}, "has no row with a text and a label .1 rows read"),
         (make_rows(9) + make_rows(2, "c"), {}, "the label 'c' of .* has 2 different texts, too few for 3 splits"),

@@ -115,7 +115,10 @@ def test_a_row_of_no_form_is_told_with_its_number(load, row, message):
 
 
 def test_nothing_to_learn_from(load):
-    with pytest.raises(InputError, match=r"has 0 rows with an answer .3 read, dropped: .*'empty answer': 3.*add rows"):
+    with pytest.raises(
+        InputError,
+        match=r"has 0 rows with an answer .3 rows read; left out: 3 empty answer., too few for 3 splits: add rows",
+    ):
         load([{"instruction": "Say", "output": ""}] * 3)
 
 
@@ -219,7 +222,9 @@ def test_a_split_in_which_nothing_is_learned_is_refused(bpe):
     set_chat_template(bpe, "chat")
     report = DataReport(source="x.json", rows_kept=1)
     encoded = encode_conversations([turn("Hi", "Hello.")], bpe, "answers", 3, report)[0]
-    with pytest.raises(InputError, match=r"nothing is learned in the train split of x.json .left out: 1 too long"):
+    with pytest.raises(
+        InputError, match=r"nothing is learned in the train split of x.json .0 rows read; left out: 1 too long"
+    ):
         count_tokens(encoded, report, "train")
 
 

@@ -21,7 +21,7 @@ MESSAGE = {
     "label": "trick",
 }
 INSTRUCTION = {
-    "instruction": "Put the last colour first and the first colour last.",
+    "instruction": "Say the colours from the last to the first.",
     "input": "I like blue, yellow and brown.",
     "output": "I like brown, yellow and blue.",
 }

@@ -133,7 +133,10 @@ def test_a_base_in_4_bits(here, finished):
     ("overrides", "message"),
     [
         (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
-        (["data.max_length=5"], r"nothing is learned in the train split of rows.jsonl .left out: 51 too long"),
+        (
+            ["data.max_length=5"],
+            r"nothing is learned in the train split of rows.jsonl .60 rows read; left out: 51 too long",
+        ),
         (["evaluation.judge.base_url=http://127.0.0.1:9/v1", "evaluation.judge.model=m"], "the judge 'm' at http"),
     ],
 )

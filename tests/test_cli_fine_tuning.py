@@ -1,0 +1,163 @@
+"""Fine-tuning on the command line: what works prints its result, what a user can mend is one line and status 2."""
+
+import contextlib
+import io
+import json
+import re
+
+import datasets
+import pytest
+
+from hfgpt import cli
+from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
+from hfgpt.training import estimate
+
+COMMON = """
+training: {{max_steps: 3, use_cpu: true, bf16: false, output_dir: {name}, per_device_train_batch_size: 4}}
+"""
+MODEL = """
+tokenizer: {kind: bpe, vocab_size: 300}
+model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, max_position_embeddings: 128}
+"""
+RECIPES = {
+    "classes": "task: classify\ndata: {path: notes.jsonl}\nevaluation: {baseline: false}" + MODEL,
+    "answers": "task: instruct\ndata: {path: questions.json}\nevaluation: {max_new_tokens: 4}" + MODEL,
+    "classes-lora": "task: classify\nmodel: {path: classes}\nadapters: {r: 2}\ndata: {path: notes.jsonl}",
+}
+
+
+def hfgpt(*arguments, stdin=""):
+    """Exit status, standard output and standard error of a command; a traceback fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["hfgpt", *map(str, arguments)])
+        patch.setattr("sys.stdin", io.StringIO(stdin))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            cli.main()
+    return stop.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    """A folder with data, recipes and their finished runs, in which all commands run."""
+    folder = tmp_path_factory.mktemp("here")
+    probe = estimate.probe_tokens_per_second
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        (folder / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in generate_messages(60)))
+        (folder / "questions.json").write_text(json.dumps(list(generate_instructions(40))))
+        (folder / "lines.txt").write_text("first line\nsecond line\n")
+        (folder / "bad.json").write_text(json.dumps([{"instruction": "x", "output": ""}]))
+        (folder / "other.jsonl").write_text('{"text": "x", "label": "nonsense"}\n')
+        chat = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+        (folder / "chats.json").write_text(json.dumps([{"messages": chat}]))
+        for name, text in RECIPES.items():
+            (folder / f"{name}.yaml").write_text(text + COMMON.format(name=name))
+            status, out, err = hfgpt("train", f"{name}.yaml")
+            assert (status, out) == (0, ""), err
+        yield folder
+
+
+@pytest.mark.parametrize("model", ["classes", "classes-lora"])
+def test_classify_prints_labels_and_probabilities(model):
+    status, out, _ = hfgpt("classify", model, "come to the lake", "--file", "lines.txt", "--json")
+    assert status == 0
+    found = json.loads(out)["predictions"]
+    assert [row["text"] for row in found] == ["come to the lake", "first line", "second line"]
+    for row in found:
+        assert row.keys() == {"text", "label", "score"}
+        assert row["label"] in ("invitation", "lost", "thanks", "trick")
+        assert 0.25 <= row["score"] <= 1
+    status, out, _ = hfgpt("classify", model, "first line")
+    label, probabilities, text = out.rstrip("\n").split("\t")
+    assert (label, text) == (found[1]["label"], "first line")
+    numbers = [float(number) for number in re.findall(r"\d\.\d+", probabilities)]
+    assert len(numbers) == 4
+    assert sum(numbers) == pytest.approx(1, abs=1e-3)
+    assert numbers == sorted(numbers, reverse=True)
+
+
+def test_evaluate_finds_out_what_the_model_is():
+    status, out, _ = hfgpt("evaluate", "classes", "--data.path", "notes.jsonl", "--json")
+    assert (status, json.loads(out)["eval_rows"]) == (0, 60)
+    assert hfgpt("evaluate", "classes-lora", "--data.path", "notes.jsonl")[0] == 0
+    status, out, _ = hfgpt("evaluate", "answers", "--task", "instruct", "--data.path", "questions.json",
+                           "--evaluation.max_answers=3", "--evaluation.max_new_tokens=2", "--json")  # fmt: skip
+    assert (status, json.loads(out)["eval_answers"]) == (0, 3)
+    status, out, _ = hfgpt("evaluate", "answers", "--data.path", "lines.txt", "--json")
+    assert status == 0
+    assert "eval_perplexity" in json.loads(out)
+
+
+def test_merge_says_what_it_changed(here):
+    status, out, err = hfgpt("merge", "classes-lora", "merged")
+    assert (status, out) == (0, "")
+    assert re.match(r"largest difference of logits \S+ over 256 random tokens, where the largest logit is", err)
+    assert json.loads((here / "merged" / "merge.json").read_text())["difference"] <= 1e-5
+    assert hfgpt("classify", "merged", "hello")[0] == 0
+
+
+def test_a_chat_from_standard_input():
+    status, out, _ = hfgpt("chat", "answers", "--max-new-tokens", "5", "--greedy", stdin="What?\n/system x\nWhy?\n")
+    assert status == 0
+    assert len(out.splitlines()) >= 2
+
+
+def test_inspect_and_plan():
+    status, out, _ = hfgpt("inspect", "answers.yaml", "--rows", "1")
+    assert status == 0
+    assert "### Assistant:" in out
+    status, out, _ = hfgpt("inspect", "classes.yaml", "--rows", "1")
+    assert "row 0 of" in out
+    for name in RECIPES:
+        status, out, err = hfgpt("plan", f"{name}.yaml", "--json", "--training.output_dir", "x")
+        assert status == 0, err
+        assert json.loads(out)["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("classify classes", "there is no text to classify: give some, or a file of lines with --file"),
+        ("classify classes ''", "text 1 is empty: leave it out"),
+        ("classify classes --file none.txt", "No such file or directory: none.txt; check the path"),
+        ("classify answers hello", "'answers' is a language model, not a classifier: train one with task: classify"),
+        ("classify nowhere/at/all hello", "there is no folder 'nowhere/at/all', and it is no Hub id either"),
+        ("chat classes", "is a classifier, not a language model"),
+        ("merge answers out", "'answers' is no adapter: name the folder of a run that trained one"),
+        ("merge classes-lora answers", "'answers' exists: name a folder that does not"),
+        ("evaluate classes --data.path other.jsonl", "the label 'nonsense' of data.path 'other.jsonl' is unknown"),
+        ("evaluate classes --data.path notes.jsonl --data.label_column kind", "data.label_column 'kind' is not in"),
+        ("evaluate classes --data.path questions.json --task instruct", "is a classifier, not a language model"),
+        (
+            "evaluate answers --task instruct --data.path bad.json",
+            "has no row with an answer (1 row read; left out: 1 empty answer): add rows",
+        ),
+        ("evaluate answers --task instruct --data.path chats.json", "message 2 is of role 'user', but the turn is of"),
+        ("train classes.yaml --data.path bad.json --training.output_dir new", "data.text_column 'text' is not in"),
+        ("train classes.yaml --data.path other.jsonl --training.output_dir new", "has one class only, 'nonsense'"),
+        ("train classes.yaml --data.stride 3", "there is no key 'stride' in section 'data'"),
+        (
+            "train classes-lora.yaml --training.output_dir new --adapters.target_modules [c_attn]",
+            "cannot be adapted (",
+        ),
+        ("train classes-lora.yaml --adapters.rank 3", "there is no key 'rank' in section 'adapters'"),
+        ("train answers.yaml --evaluation.judge.base_url x", "evaluation.judge.base_url is 'x'; it must begin with"),
+        ("train answers.yaml --evaluation.judge.url x", "there is no key 'url' in section 'evaluation.judge'"),
+        ("train answers.yaml --evaluation.judge x", "--evaluation.judge is a section: name one of its keys, as in"),
+        (
+            "train answers.yaml --training.output_dir new --evaluation.judge.base_url http://127.0.0.1:9 "
+            "--evaluation.judge.model m",
+            "the judge 'm' at http://127.0.0.1:9 does not answer (",
+        ),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(here, command, message):
+    before = sorted(path.name for path in here.iterdir())
+    status, out, err = hfgpt(*(word.strip("'") for word in command.split()))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"hfgpt: [^\n]+\n", err), err
+    assert message in err
+    assert sorted(path.name for path in here.iterdir()) == before, "nothing is left behind"
