@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerCallback, default_data_collator, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
-from hfgpt.data.synthetic import generate_stories
 from hfgpt.building import build_model
+from hfgpt.data.synthetic import generate_stories
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.pretrain import load_pretraining_data
 from hfgpt.training.trainer import HfGPTTrainer

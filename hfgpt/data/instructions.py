@@ -222,8 +222,8 @@ def count_tokens(rows: datasets.Dataset, report: DataReport, split: str) -> None
     sizes.predicted_tokens = sum(target != IGNORED for row in rows for target in row["shift_labels"])
     if not sizes.predicted_tokens:
         raise InputError(
-            f"nothing is learned in the {split} split of {report.source} ({report.reasons}): give rows with answers, or "
-            "raise data.max_length and the model's context"
+            f"nothing is learned in the {split} split of {report.source} ({report.reasons}): give rows with answers, "
+            "or raise data.max_length and the model's context"
         )
 
 

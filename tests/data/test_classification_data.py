@@ -157,7 +157,7 @@ def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):
             {},
             "has one class only, 'a' .9 rows read; left out: none.: a classifier needs two classes",
         ),
-        ([{"text": "x", "label": None}], {}, "has no row with a text and a label .1 rows read"),
+        ([{"text": "x", "label": None}], {}, "has no row with a text and a label .1 row read"),
         (make_rows(9) + make_rows(2, "c"), {}, "the label 'c' of .* has 2 different texts, too few for 3 splits"),
         ([{"txt": "x", "label": "a"}], {}, "data.text_column 'text' is not in .*, which has: 'txt', 'label'"),
         ([{"text": "x", "class": "a"}], {}, "data.label_column 'label' is not in .*, which has: 'text', 'class'"),
