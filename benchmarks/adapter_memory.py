@@ -2,10 +2,10 @@
 
     python benchmarks/adapter_memory.py
 
-Each in a process of its own, three steps of AdamW on random tokens through Trainer. Prints both peaks and their ratio;
-a quarter of an hour on two cores. On a CPU the peak is the process's, the libraries' own 0.4 GB among it; it is given twice, as it is and
-with an allocator that gives freed memory back (glibc keeps tensors below 32 MB once it has seen such go, and adapters
-make many that live shortly), which is what the training needs.
+Each in a process of its own, three steps of AdamW on random tokens through Trainer, a quarter of an hour in all.
+On a CPU the peak is the process's, the libraries' own 0.4 GB among it. It is given twice, as it is and with an
+allocator that gives freed memory back, which is what the training needs: glibc keeps blocks below 32 MB once it has
+seen such freed, and adapters make many that live shortly.
 """
 
 import os

@@ -260,7 +260,7 @@ def doctor(as_json: AsJson = False):
 def demo(
     output_dir: Annotated[Path | None, typer.Option(help="The run folder; by default a new one below runs/.")] = None,
 ):
-    """Take the tour: train a small story-teller on generated text, offline, in minutes."""
+    """Take the tour: train a small story-teller on generated text and teach it two trades, offline, in minutes."""
     from hfgpt.tasks.demo import run_demo
 
     run_demo(output_dir)

@@ -1,10 +1,12 @@
-"""Everything from a text source to a batch; knows `datasets` and tokenizers, no model.
+"""Everything from a data source to a batch; knows `datasets` and tokenizers, no model.
 
-sources.py          any Hub id, file, folder or glob -> documents, split for training and validation
-blocks.py           documents -> one stream of tokens -> fixed-length blocks
-classification.py   text and label rows -> balanced, split, encoded
-instructions.py     instruction or chat rows -> ids and which tokens are learned
+rows.py             any Hub id, file, folder or glob -> rows, split by split; files.py reads the local ones
+sources.py          rows of text -> documents, split for training and validation
+streams.py          documents -> one stream of tokens
+blocks.py           one stream of tokens -> fixed-length blocks
+classification.py   rows of text and label -> balanced, split, encoded
+instructions.py     rows of instructions or chats -> ids and which are learned; templates.py has the chat templates
 collators.py        rows -> tensors
 report.py           rows read, kept, dropped and why
-synthetic.py        the embedded corpus, generated from a seed
+synthetic.py        the embedded corpus, generated from a seed; synthetic_tasks.py: its messages and instructions
 """

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hfgpt.evaluation.perplexity import in_double
+
 
 @dataclass
 class ClassifierResult:
@@ -103,7 +105,7 @@ def measure_classifier(
         batch = {name: value.to(device) for name, value in batch.items()}
         right = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits.float()  # (B, classes)
-        losses = nn.functional.cross_entropy(logits, right, reduction="none").double()
+        losses = in_double(nn.functional.cross_entropy(logits, right, reduction="none"))
         rows = (losses, logits.argmax(-1), right)
         losses, predicted, right = gather(rows) if gather else rows
         nll += losses.sum().item()

@@ -58,7 +58,7 @@ def row_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
             `labels` (B, T), which are shifted here.
 
     Returns:
-        (B) summed nats, float64, and (B) counted targets.
+        (B) summed nats, float64 where the device has it, and (B) counted targets.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
     targets = batch.get("shift_labels")
@@ -66,7 +66,12 @@ def row_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
         targets = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     logits = model(**inputs, use_cache=False).logits.float()
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-    return losses.view_as(targets).double().sum(-1), (targets != -100).sum(-1)
+    return in_double(losses.view_as(targets)).sum(-1), (targets != -100).sum(-1)
+
+
+def in_double(values: torch.Tensor) -> torch.Tensor:
+    """The values in float64, or as they are where the device has none (Apple's)."""
+    return values if values.device.type == "mps" else values.double()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from hfgpt.evaluation.generation import SamplingArguments
 from hfgpt.loading import load_model, load_model_tokenizer
 from hfgpt.training.hardware import find_device
 
-HELP = "/reset forgets the conversation, /system TEXT sets (or without TEXT drops) how to behave, /exit or Ctrl-D ends"
+HELP = "/reset forgets the conversation; /system TEXT says how to behave, and begins anew; /exit or Ctrl-D ends"
 
 
 @dataclass

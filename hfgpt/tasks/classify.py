@@ -193,6 +193,8 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
     tokenizer = find_tokenizer(recipe, tokenizer_folder, [*texts.splits["train"]["text"], *texts.unlabelled])
     if recipe.data.end_of_text:
         wrap_in_end_of_text(tokenizer)
+    elif tokenizer.pad_token is None:  # GPT-2's has none, and pipelines then cannot batch; the mask tells it apart
+        tokenizer.pad_token = tokenizer.eos_token
     context = context_length(recipe)
     length = recipe.data.max_length or context
     if length > context:
