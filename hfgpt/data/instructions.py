@@ -42,7 +42,8 @@ class InstructionDataArguments(SourceArguments):
             test, the last validate, as in the book.
         template: How a conversation is written: `chat`, `alpaca` or `phi3`; None keeps the tokenizer's own template,
             and gives `chat` to one that has none.
-        learn: `answers` and the end of text after each, or `all` tokens.
+        learn: `answers` and the end of text after each, or `all` tokens, in training and validation; the test split is
+            always measured over its answers.
         packing: Several rows in one, kept apart by their positions: no padding, the same loss.
         max_rows: Read only the first N rows of each split; for synthetic rows, how many to generate.
         max_length: Rows of more tokens are left out; None: the context length of the model.
@@ -205,11 +206,12 @@ def pack_rows(rows: datasets.Dataset, length: int) -> datasets.Dataset:
     return datasets.Dataset.from_list(packed)
 
 
-def count_tokens(rows: datasets.Dataset, report: DataReport, split: str) -> None:
+def count_tokens(rows: datasets.Dataset, unknown_id: int | None, report: DataReport, split: str) -> None:
     """Writes the sizes of a split's rows into the report.
 
     Args:
         rows: As `encode_conversations` gives them.
+        unknown_id: The tokenizer's id for what it cannot express; None if there is nothing such.
         report: Filled in place.
         split: The split's name.
 
@@ -219,6 +221,7 @@ def count_tokens(rows: datasets.Dataset, report: DataReport, split: str) -> None
     sizes = report.split(split)
     sizes.documents = len(rows)
     sizes.tokens = sum(rows["length"]) if len(rows) else 0
+    sizes.unknown_tokens = sum(token == unknown_id for row in rows for token in row["input_ids"])
     sizes.predicted_tokens = sum(target != IGNORED for row in rows for target in row["shift_labels"])
     if not sizes.predicted_tokens:
         raise InputError(

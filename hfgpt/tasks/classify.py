@@ -34,6 +34,7 @@ from hfgpt.evaluation.classification import (
     plot_confusion,
     predict_probabilities,
 )
+from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.loading import classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.first_pass import run_first_pass
@@ -162,7 +163,8 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     metrics["validation_accuracy"] = results["validation"].to_dict("validation")["validation_accuracy"]
     metrics |= compare(recipe, data)
     write_json(folder / "metrics.json", metrics)
-    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **metrics})
+    tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
+    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
     plot_loss(folder, len(data.labels), "row")
     plot_confusion(results["test"], folder / "confusion.png", f"{recipe.name}, test split")
 
@@ -205,6 +207,8 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
         encoded[split], cut = encode_texts(texts.splits[split], tokenizer, texts.labels, length)
         report.truncated += cut
         report.split(split).tokens = sum(encoded[split]["length"])
+        unknown = unknown_token_id(tokenizer)
+        report.split(split).unknown_tokens = sum(ids.count(unknown) for ids in encoded[split]["input_ids"])
     weights = class_weights(texts.splits["train"], texts.labels) if recipe.data.balance == "weights" else None
     return ClassificationData(texts, encoded, tokenizer, report, weights)
 

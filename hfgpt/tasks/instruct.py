@@ -24,9 +24,10 @@ from hfgpt.data.instructions import (
     pack_rows,
 )
 from hfgpt.data.report import DataReport
-from hfgpt.data.templates import set_chat_template
+from hfgpt.data.templates import TEMPLATES, set_chat_template
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments
+from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.evaluation.instructions import Answer, generate_answers, match_answers
 from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
@@ -135,7 +136,8 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
     metrics |= match_answers(answers)
     write_answers(answers, folder)
     write_json(folder / "metrics.json", metrics)
-    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **metrics})
+    tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
+    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
     plot_loss(folder, saved.config.vocab_size)
     prompts = [
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}] for prompt in evaluation.prompts
@@ -177,8 +179,10 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     # A trained tokenizer needs the rows first, and the rows the template, whose name is enough for a new tokenizer.
     before_input = _before_input(recipe, tokenizer_folder)
     conversations = load_conversations(arguments, before_input, recipe.training.seed, report)
-    texts = (message["content"] for conversation in conversations["train"] for message in conversation)
-    tokenizer = find_tokenizer(recipe, tokenizer_folder, texts)
+    texts = [message["content"] for conversation in conversations["train"] for message in conversation]
+    # A new tokenizer is to know the letters of the template, too.
+    letters = TEMPLATES.get(arguments.template or "chat", "")
+    tokenizer = find_tokenizer(recipe, tokenizer_folder, [letters, *texts])
     set_chat_template(tokenizer, arguments.template)
     context = context_length(recipe)
     length = arguments.max_length or context
@@ -187,10 +191,11 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     tokenizer.model_max_length = context
     encoded = {}
     for split in SPLITS:
+        learn = "answers" if split == "test" else arguments.learn  # what is measured at the end are answers
         encoded[split], conversations[split] = encode_conversations(
-            conversations[split], tokenizer, arguments.learn, length, report
+            conversations[split], tokenizer, learn, length, report
         )
-        count_tokens(encoded[split], report, split)
+        count_tokens(encoded[split], unknown_token_id(tokenizer), report, split)
     if arguments.packing:
         encoded["train"] = pack_rows(encoded["train"], length)
         report.split("train").blocks = len(encoded["train"])
@@ -214,7 +219,7 @@ def plan_follower(model: PreTrainedModel, recipe: Recipe, data: InstructionData,
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
 ) -> dict[str, Any]:
-    """Loss and perplexity over what is learned of the rows: the answers, unless they were encoded otherwise."""
+    """Loss and perplexity over the answers of rows."""
     loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
     return measure_perplexity(model, loader).to_dict()
 
@@ -277,9 +282,9 @@ def evaluate_follower(
     conversations = load_all_conversations(data, before_input, report)
     context = model.config.max_position_embeddings
     encoded, conversations = encode_conversations(
-        conversations, tokenizer, data.learn, min(data.max_length or context, context), report
+        conversations, tokenizer, "answers", min(data.max_length or context, context), report
     )
-    count_tokens(encoded, report, "test")
+    count_tokens(encoded, unknown_token_id(tokenizer), report, "test")
     metrics = measure(model, tokenizer, encoded, batch_size=8)
     answers = answer(model, tokenizer, conversations, evaluation, console)
     metrics |= match_answers(answers)

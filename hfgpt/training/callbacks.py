@@ -135,7 +135,7 @@ def read_log(output_dir: str | Path) -> list[dict]:
 
 
 def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
-    """Draws `loss.png` from a run's log: training and validation loss in nats, from the uniform guess down.
+    """Draws `loss.png` from a run's log: training, validation and test loss in nats, from the uniform guess down.
 
     Args:
         output_dir: Of the run.
@@ -149,7 +149,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
 
     log = read_log(output_dir)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D")):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)

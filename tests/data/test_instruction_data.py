@@ -225,7 +225,7 @@ def test_a_split_in_which_nothing_is_learned_is_refused(bpe):
     with pytest.raises(
         InputError, match=r"nothing is learned in the train split of x.json .0 rows read; left out: 1 too long"
     ):
-        count_tokens(encoded, report, "train")
+        count_tokens(encoded, None, report, "train")
 
 
 def test_a_token_that_joins_prompt_and_answer_is_noticed(bpe):
