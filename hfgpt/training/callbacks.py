@@ -149,7 +149,8 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
 
     log = read_log(output_dir)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D")):
+    curves = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
+    for key, label, style in curves:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)

@@ -116,7 +116,8 @@ def test_an_adapter_with_packing(here, finished):
     assert merge("adapter", here / "merged", console=Console(file=io.StringIO())).difference < 1e-5
     tokenizer = load_model_tokenizer("merged")
     assert tokenizer.chat_template == load_model_tokenizer("finished").chat_template
-    assert load_model("merged").generation_config.eos_token_id == tokenizer.eos_token_id
+    ends = load_model("merged").generation_config.eos_token_id  # transformers 5.17 makes a list of it
+    assert ends in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
 
 
 def test_a_base_in_4_bits(here, finished):
