@@ -1,22 +1,26 @@
 """Stage 7.0, adapters through PEFT: attach, load, merge, check; the only file that imports it.
 
+Each function imports it when called: that takes seconds, and most commands need no adapter.
+
 Sources: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023), for a base model in 4 bits.
 """
 
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from hfgpt.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -75,7 +79,7 @@ class AdapterArguments:
             )
 
 
-def attach_adapter(model: PreTrainedModel, arguments: AdapterArguments, task_type: str) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, arguments: AdapterArguments, task_type: str) -> "PeftModel":
     """Puts a new adapter on a model and freezes the rest.
 
     Args:
@@ -86,6 +90,8 @@ def attach_adapter(model: PreTrainedModel, arguments: AdapterArguments, task_typ
     Raises:
         InputError: The target modules match nothing, or nothing would be trained.
     """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
     fields = {name: value for name, value in vars(arguments).items() if value is not None}
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if arguments.target_modules == "all-linear" and arguments.layers_to_transform is not None:
@@ -116,6 +122,8 @@ def read_adapter(path: str) -> tuple[str, str | None]:
     Raises:
         InputError: Its configuration cannot be read, or names no base model.
     """
+    from peft import PeftConfig
+
     try:
         config = PeftConfig.from_pretrained(path)
     # PEFT and json each raise errors of their own on a damaged file.
@@ -126,7 +134,7 @@ def read_adapter(path: str) -> tuple[str, str | None]:
     return config.base_model_name_or_path, config.task_type
 
 
-def put_adapter_on(base: PreTrainedModel, path: str) -> PeftModel:
+def put_adapter_on(base: PreTrainedModel, path: str) -> "PeftModel":
     """Puts a saved adapter on its base model, whole or not at all.
 
     Args:
@@ -139,6 +147,8 @@ def put_adapter_on(base: PreTrainedModel, path: str) -> PeftModel:
     Raises:
         InputError: The adapter does not fit the model.
     """
+    from peft import PeftModel, get_peft_model_state_dict
+
     with _explained(path, "put on"), _quiet_peft():
         adapted = PeftModel.from_pretrained(base, path).eval()
         saved = load_file(cached_file(path, WEIGHTS_FILE))
@@ -155,7 +165,7 @@ def put_adapter_on(base: PreTrainedModel, path: str) -> PeftModel:
     return adapted
 
 
-def merge_adapter(adapted: PeftModel, path: str) -> PreTrainedModel:
+def merge_adapter(adapted: "PeftModel", path: str) -> PreTrainedModel:
     """Adds the updates of an adapter to the weights of its base model.
 
     Args:
@@ -174,12 +184,12 @@ def merge_adapter(adapted: PeftModel, path: str) -> PreTrainedModel:
 
 def is_adapted(model: Any) -> bool:
     """Whether a model carries an adapter."""
-    return isinstance(model, PeftModel)
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
 
 
-def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def base_of(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     """The model itself, or that below its adapter."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if is_adapted(model) else model
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
