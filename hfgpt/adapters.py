@@ -9,7 +9,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -79,13 +79,24 @@ class AdapterArguments:
             )
 
 
-def attach_adapter(model: PreTrainedModel, arguments: AdapterArguments, task_type: str) -> "PeftModel":
+class SavedAdapter(NamedTuple):
+    """What a saved adapter says of itself: its base model, of which revision, and PEFT's name of its task."""
+
+    base: str
+    revision: str | None
+    task: str | None
+
+
+def attach_adapter(
+    model: PreTrainedModel, arguments: AdapterArguments, task_type: str, revision: str | None = None
+) -> "PeftModel":
     """Puts a new adapter on a model and freezes the rest.
 
     Args:
         model: The base model; its modules are wrapped.
         arguments: What to attach.
         task_type: PEFT's name of the task, `CAUSAL_LM` or `SEQ_CLS`.
+        revision: Branch, tag or commit of the base model on the Hub, which the adapter is to remember.
 
     Raises:
         InputError: The target modules match nothing, or nothing would be trained.
@@ -102,7 +113,7 @@ def attach_adapter(model: PreTrainedModel, arguments: AdapterArguments, task_typ
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
         with _quiet_peft():
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, revision=revision)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"adapters.target_modules {arguments.target_modules!r} cannot be adapted ({_in_one_line(error)}); the "
@@ -113,8 +124,8 @@ def attach_adapter(model: PreTrainedModel, arguments: AdapterArguments, task_typ
     return adapted
 
 
-def read_adapter(path: str) -> tuple[str, str | None]:
-    """The base model that a saved adapter belongs to, and PEFT's name of its task.
+def read_adapter(path: str, revision: str | None = None) -> SavedAdapter:
+    """What a saved adapter says of itself.
 
     Args:
         path: The adapter's folder or Hub id.
@@ -125,21 +136,22 @@ def read_adapter(path: str) -> tuple[str, str | None]:
     from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(path)
+        config = PeftConfig.from_pretrained(path, revision=revision)
     # PEFT and json each raise errors of their own on a damaged file.
     except Exception as error:
         raise InputError(f"the adapter '{path}' cannot be read ({_in_one_line(error)}): save it again") from error
     if not config.base_model_name_or_path:
         raise InputError(f"the adapter '{path}' does not name its base model: set base_model_name_or_path in its file")
-    return config.base_model_name_or_path, config.task_type
+    return SavedAdapter(config.base_model_name_or_path, config.revision, config.task_type)
 
 
-def put_adapter_on(base: PreTrainedModel, path: str) -> "PeftModel":
+def put_adapter_on(base: PreTrainedModel, path: str, revision: str | None = None) -> "PeftModel":
     """Puts a saved adapter on its base model, whole or not at all.
 
     Args:
         base: The model that `read_adapter` names; its modules are wrapped.
         path: The adapter's folder or Hub id.
+        revision: Branch, tag or commit of the adapter on the Hub.
 
     Returns:
         The adapted model in evaluation mode.
@@ -150,8 +162,8 @@ def put_adapter_on(base: PreTrainedModel, path: str) -> "PeftModel":
     from peft import PeftModel, get_peft_model_state_dict
 
     with _explained(path, "put on"), _quiet_peft():
-        adapted = PeftModel.from_pretrained(base, path).eval()
-        saved = load_file(cached_file(path, WEIGHTS_FILE))
+        adapted = PeftModel.from_pretrained(base, path, revision=revision).eval()
+        saved = load_file(cached_file(path, WEIGHTS_FILE, revision=revision or "main"))
     # PEFT only warns of weights that are missing, and leaves out those that have no place.
     expected = get_peft_model_state_dict(adapted)
     for kind, keys in (("has no", expected.keys() - saved.keys()), ("has left over", saved.keys() - expected.keys())):
@@ -180,6 +192,11 @@ def merge_adapter(adapted: "PeftModel", path: str) -> PreTrainedModel:
     """
     with _explained(path, "merged into"):
         return adapted.merge_and_unload(safe_merge=True).eval()
+
+
+def count_saved_parameters(path: str) -> int:
+    """How many numbers the saved adapter in a folder holds."""
+    return sum(value.numel() for value in load_file(cached_file(path, WEIGHTS_FILE)).values())
 
 
 def is_adapted(model: Any) -> bool:

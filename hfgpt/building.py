@@ -187,6 +187,7 @@ def _load_to_train(
             )
         head = None if is_classifier(config) else labels
         model = load_model(path, revision, AutoModelForSequenceClassification, new_head=head, **kwargs)
+        model.config.problem_type = "single_label_classification"  # others' may not say
     check_same_tokens(tokenizer, path, revision)
     check_vocabulary(model, tokenizer)
     if model.config.pad_token_id is None:

@@ -114,16 +114,23 @@ def find_base(path: str, revision: str | None = None) -> str | None:
         InputError: The adapter's configuration cannot be read.
     """
     if Path(path).is_dir():
-        return read_adapter(path)[0] if (Path(path) / "adapter_config.json").is_file() else None
+        if not (Path(path) / "adapter_config.json").is_file():
+            return None
+        base = read_adapter(path).base
+        # A first pass of its own run lies in the adapter's folder, wherever that was moved to.
+        inside = Path(path) / Path(base).name
+        moved = Path(base).is_absolute() and not Path(base).is_dir() and inside.is_dir()
+        return str(inside) if moved else base
     check_model_path(path)
     settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
     with explained("a model", path):
         found = cached_file(path, "adapter_config.json", _raise_exceptions_for_connection_errors=False, **settings)
-    return read_adapter(path)[0] if found else None
+    return read_adapter(path, revision).base if found else None
 
 
 def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreTrainedModel:
-    base, task = read_adapter(path)
+    base = find_base(path, revision)
+    _, base_revision, task = read_adapter(path, revision)
     if (task == SEQ_CLS) != (auto_class is AutoModelForSequenceClassification):
         kind = "classifier" if task == SEQ_CLS else "language model"
         raise InputError(f"'{path}' is the adapter of a {kind}: name a model of the other kind")
@@ -133,9 +140,11 @@ def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreT
             "base_model_name_or_path in adapter_config.json"
         )
     _check_same_base(path, base)
-    labels = _adapter_labels(path) if task == SEQ_CLS and not is_classifier(load_model_config(base)) else None
-    model = load_model(base, None, auto_class, new_head=labels, **kwargs)
-    return put_adapter_on(model, path)
+    labels = None
+    if task == SEQ_CLS and not is_classifier(load_model_config(base, base_revision)):
+        labels = _adapter_labels(path, revision)
+    model = load_model(base, base_revision, auto_class, new_head=labels, **kwargs)
+    return put_adapter_on(model, path, revision)
 
 
 def _check_same_base(path: str, base: str):
@@ -159,14 +168,15 @@ def save_labels(labels: list[str], folder: Path):
     (folder / LABELS_FILE).write_text(content + "\n", encoding="utf-8")
 
 
-def _adapter_labels(path: str) -> list[str]:
+def _adapter_labels(path: str, revision: str | None) -> list[str]:
     """The classes of a classifier's adapter: those that hfgpt saved beside it, or numbers."""
-    names = cached_file(path, LABELS_FILE, _raise_exceptions_for_missing_entries=False)
+    settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+    names = cached_file(path, LABELS_FILE, **settings)
     if names is not None:
         id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
         return [id2label[str(index)] for index in range(len(id2label))]
     try:
-        with safe_open(cached_file(path, WEIGHTS_FILE), "pt") as file:
+        with safe_open(cached_file(path, WEIGHTS_FILE, revision=revision or "main"), "pt") as file:
             names = list(file.keys())
             rows = [file.get_slice(name).get_shape()[0] for name in names if name.endswith("score.weight")]
     except (OSError, SafetensorError) as error:
@@ -248,7 +258,7 @@ def classifies(path: str, revision: str | None = None) -> bool:
         InputError: There is no model.
     """
     if find_base(path, revision):
-        return read_adapter(path)[1] == SEQ_CLS
+        return read_adapter(path, revision).task == SEQ_CLS
     return is_classifier(load_model_config(path, revision))
 
 
@@ -259,7 +269,7 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
         InputError: There is none.
     """
     if base := find_base(path, revision):
-        return load_model_config(base)
+        return load_model_config(base, read_adapter(path, revision).revision)
     check_model_path(path)
     with explained("a configuration", path):
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)

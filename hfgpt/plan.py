@@ -4,7 +4,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.classify import build_classifier, load_classification_data, plan_classifier
+from hfgpt.tasks.classify import build_classifier, first_pass_blocks, load_classification_data, plan_classifier
+from hfgpt.tasks.first_pass import plan_first_pass
 from hfgpt.tasks.instruct import build_follower, load_instruction_data, plan_follower
 from hfgpt.tasks.pretrain import build_pretraining_model, load_pretraining_data
 from hfgpt.training.estimate import Estimate, plan_run
@@ -20,7 +21,10 @@ def plan_recipe(recipe: Recipe) -> Estimate:
     """
     if recipe.task == "classify":
         labelled = load_classification_data(recipe)
-        return plan_classifier(build_classifier(recipe, labelled), recipe, labelled, SECONDS)
+        estimate = plan_classifier(build_classifier(recipe, labelled), recipe, labelled, SECONDS)
+        if blocks := first_pass_blocks(recipe, labelled):
+            estimate.first_pass = plan_first_pass(recipe, blocks, labelled.tokenizer, SECONDS)
+        return estimate
     if recipe.task == "instruct":
         answers = load_instruction_data(recipe)
         return plan_follower(build_follower(recipe, answers), recipe, answers, SECONDS)
@@ -46,6 +50,9 @@ def render_plan(estimate: Estimate) -> str:
         ("speed", f"{estimate.tokens_per_second:,.0f} tokens/s on {estimate.device}"),
         ("time", f"{_duration(estimate.seconds)}, evaluations not counted"),
     ]
+    if first := estimate.first_pass:
+        steps = f"{first.steps:,} steps of {first.tokens_per_step:,} tokens"
+        rows.insert(6, ("first pass", f"{steps}, {_duration(first.seconds)}, {first.memory_bytes / mib:,.1f} MiB"))
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)

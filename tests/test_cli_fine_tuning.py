@@ -161,3 +161,23 @@ def test_what_a_user_can_mend_is_one_line(here, command, message):
     assert re.fullmatch(r"hfgpt: [^\n]+\n", err), err
     assert message in err
     assert sorted(path.name for path in here.iterdir()) == before, "nothing is left behind"
+
+
+def test_recipes_of_the_package_are_planned_before_anything_is_paid(here):
+    (here / "sms.tsv").write_text("".join(f"{row['label']}\t{row['text']}\n" for row in generate_messages(60)))
+    columns = ["--data.path", "sms.tsv", "--data.text_column", "1", "--data.label_column", "0"]
+    for name in ("spam", "spam-lora"):
+        status, out, err = hfgpt("plan", name, *columns, "--json")
+        assert status == 0, err
+        plan = json.loads(out)
+        assert plan["first_pass"]["steps"] == 1000
+        assert (plan["parameters"] < plan["first_pass"]["parameters"]) == (name == "spam-lora")
+        status, out, _ = hfgpt("plan", name, *columns)
+        assert re.search(r"first pass +1,000 steps of 2,048 tokens", out)
+        assert hfgpt("inspect", name, *columns)[0] == 0
+    for name, task in (("demo-messages", "classes"), ("demo-instructions", "answers"), ("instruct-lora", "answers")):
+        base = ["--model.path", "answers", "--training.output_dir", "x"]
+        limit = ["--data.max_rows", "40"] if name.startswith("demo") else ["--data.path", "questions.json"]
+        for command in ("plan", "inspect"):
+            status, _, err = hfgpt(command, name, *base, *limit)
+            assert status == 0, (task, err)

@@ -7,6 +7,7 @@ its 300 test rows in training too, word for word, and its accuracies are higher 
 import collections
 import hashlib
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.report import DataReport
-from hfgpt.data.rows import Reading, Row, SourceArguments, open_rows
+from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
 from hfgpt.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -92,7 +93,12 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
             unseen in training or too small to divide.
     """
     given = _read_splits(arguments, seed, report)
-    rows = _drop_contradictions(given, report)
+    if empty := [split for split, found in given.items() if split != "train" and not found]:
+        raise InputError(
+            f"the {empty[0]} split of data.path {arguments.path!r} has no row with a text and a label "
+            f"({report.reasons}): name another in data.{empty[0]}_split, or take only the files of the others"
+        )
+    rows = _drop_leaks(_drop_contradictions(given, report), report)
     report.sha256 = report.sha256 or _hash_rows(rows)
     labels = _sort_labels({row["label"] for row in rows["train"]})
     if len(labels) < 2:
@@ -104,13 +110,13 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
     unlabelled: list[Row] = []
     if arguments.balance == "undersample":
         rows["train"], unlabelled = _undersample(rows["train"], seed)
-        report.drop("left out to balance the classes", len(unlabelled))
-        report.rows_kept -= len(unlabelled)
+        if unlabelled:
+            report.drop("left out to balance the classes", len(unlabelled))
+            report.rows_kept -= len(unlabelled)
     missing = {"validation": arguments.validation_fraction, "test": arguments.test_fraction}
     missing = {split: fraction for split, fraction in missing.items() if split not in rows}
     report.split_by = "rows" if missing else "given"
     rows |= _divide(rows["train"], missing, seed, arguments.path)
-    rows["train"] = _drop_leaks(rows, report)
     for split in ("validation", "test"):
         if unseen := {row["label"] for row in rows[split]} - {row["label"] for row in rows["train"]}:
             raise InputError(f"the label '{min(unseen)}' of the {split} split is not in the training split: add rows")
@@ -215,18 +221,11 @@ def _read_splits(arguments: ClassificationDataArguments, seed: int, report: Data
                 report.drop("no text")
             elif label is None or not str(label).strip():
                 report.drop("no label")
-            elif not _is_unicode(text):
+            elif not is_unicode(text):
                 report.drop("not Unicode")
             else:
                 splits[name].append({"text": text, "label": str(label).strip()})
     return splits
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _drop_contradictions(splits: dict[str, list[Row]], report: DataReport) -> dict[str, list[Row]]:
@@ -294,19 +293,23 @@ def _take(texts: dict[str, int], rows: int) -> set[str]:
     return taken
 
 
-def _drop_leaks(rows: dict[str, list[Row]], report: DataReport) -> list[Row]:
-    """The training split without the texts of the others, which only a source's own division can have put there."""
-    evaluated = {row["text"] for split in ("validation", "test") for row in rows[split]}
-    kept = [row for row in rows["train"] if row["text"] not in evaluated]
-    if leaked := len(rows["train"]) - len(kept):
-        report.drop("training row that is also in validation or test", leaked)
-        report.rows_kept -= leaked
+def _drop_leaks(given: dict[str, list[Row]], report: DataReport) -> dict[str, list[Row]]:
+    """Validation without the texts of the test split, and training without those of both, where a source divides."""
+    kept, taken = {}, set()
+    for split in ("test", "validation", "train"):
+        if split in given:
+            kept[split] = [row for row in given[split] if row["text"] not in taken]
+            taken |= {row["text"] for row in kept[split]}
+            if leaked := len(given[split]) - len(kept[split]):
+                report.drop(f"{split} row that is in another split, too", leaked)
+                report.rows_kept -= leaked
     return kept
 
 
 def _sort_labels(labels: set[str]) -> list[str]:
     """By name, or by value where all are whole numbers."""
-    return sorted(labels, key=int) if all(label.lstrip("-").isdecimal() for label in labels) else sorted(labels)
+    numbers = all(re.fullmatch(r"-?[0-9]+", label) for label in labels)
+    return sorted(labels, key=lambda label: (int(label), label)) if numbers else sorted(labels)
 
 
 def _hash_rows(splits: dict[str, list[Row]]) -> str:

@@ -18,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.collators import IGNORED
 from hfgpt.data.report import DataReport
-from hfgpt.data.rows import Reading, Row, SourceArguments, open_rows
+from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
 from hfgpt.errors import InputError
 
 Conversation = list[dict[str, str]]
 SPLITS = ("train", "validation", "test")
+EXAMPLES = 20  # of near duplicates, kept in the report
 KINDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output")}
 
 
@@ -106,10 +107,8 @@ def load_conversations(
     report.leaked = sum(prompt in trained for prompt in evaluated)
     copies = collections.Counter(prompts["train"] + evaluated)
     report.duplicated = sum(count - 1 for count in copies.values())
-    report.near_duplicate_examples = _find_near_duplicates(
-        prompts["train"], prompts["test"], arguments.near_duplicate_threshold
-    )
-    report.near_duplicates = len(report.near_duplicate_examples)
+    similar = _find_near_duplicates(prompts["train"], prompts["test"], arguments.near_duplicate_threshold)
+    report.near_duplicates, report.near_duplicate_examples = len(similar), similar[:EXAMPLES]
     for split in SPLITS:
         report.split(split).documents = len(rows[split])
     return {split: rows[split] for split in SPLITS}
@@ -251,9 +250,11 @@ def _read_splits(
                 report.drop("no answer")
             elif not all(message["content"].strip() for message in conversation):
                 report.drop("empty message" if conversation[-1]["content"].strip() else "empty answer")
+            elif not all(is_unicode(message["content"]) for message in conversation):
+                report.drop("not Unicode")
             else:
                 splits[name].append(conversation)
-                digest.update(repr(conversation).encode("utf-8", "surrogatepass"))
+                digest.update(repr(conversation).encode())
     report.sha256 = report.sha256 or digest.hexdigest()
     report.rows_kept = sum(map(len, splits.values()))
     return splits
@@ -344,7 +345,7 @@ def _divide(
     salt = (seed % 2**64).to_bytes(8, "little")
 
     def order(prompt: str) -> bytes:
-        return hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8, salt=salt).digest()
+        return hashlib.blake2b(prompt.encode(), digest_size=8, salt=salt).digest()
 
     side: dict[str, str] = {}
     for prompt in sorted(copies, key=order):

@@ -91,6 +91,14 @@ def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> 
     return {name: itertools.islice(rows, reading.limit) for name, rows in opened.items()}
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON can spell half of a surrogate pair, which no UTF-8 stands for."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _generate_rows(path: str, reading: Reading) -> dict[str, Iterator[Row]]:
     if path == "synthetic:stories":
         stories = generate_stories(reading.limit or SYNTHETIC_STORIES, reading.seed)
@@ -123,6 +131,8 @@ def _open_hub(source: SourceArguments, reading: Reading) -> dict[str, Iterator[R
     for split, wanted in reading.splits.items():
         if wanted or (split in splits and source.train_split != split):
             names[split] = wanted or split
+    if len(set(names.values())) < len(names):
+        raise InputError(f"two of data.train_split, validation_split and test_split name one split: {names}")
     for split, name in names.items():
         if name not in splits:
             raise InputError(f"data.{split}_split {name!r} is not in {source.path}, which has: {', '.join(splits)}")

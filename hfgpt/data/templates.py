@@ -11,6 +11,7 @@ and without its `<|end|>`, as in the same chapter.
 """
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from hfgpt.errors import InputError
 
@@ -42,6 +43,21 @@ TEMPLATES = {
 }
 # What stands between an instruction and its input.
 BEFORE_INPUT = {"alpaca": "\n\n### Input:\n"}
+
+
+def render_letters(name: str) -> str:
+    """A conversation of empty messages in a template: the letters that a new tokenizer has to know.
+
+    Args:
+        name: `chat`, `alpaca` or `phi3`; nothing for another.
+    """
+    roles = ("system", "user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": ""} for role in roles]
+    if name not in TEMPLATES:
+        return ""
+    first, _ = render_jinja_template(conversations=[messages[1:]], chat_template=TEMPLATES[name], eos_token="")
+    both, _ = render_jinja_template(conversations=[messages], chat_template=TEMPLATES[name], eos_token="")
+    return first[0] + both[0]
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:

@@ -156,7 +156,7 @@ def baseline_accuracy(
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True)
+    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 5), sublinear_tf=True, max_features=300_000)
     regression = LogisticRegression(C=100, max_iter=1000, class_weight="balanced" if balanced else None)
     return float(make_pipeline(vectorizer, regression).fit(*train).score(*test))
 
@@ -169,11 +169,11 @@ def plot_confusion(result: ClassifierResult, path: Path, title: str):
     from matplotlib import pyplot
 
     confusion = result.compute()["confusion"]
-    size = 2.2 + 0.8 * len(result.labels)
+    size = min(2.2 + 0.8 * len(result.labels), 20)  # inches
     figure, axes = pyplot.subplots(figsize=(size + 0.6, size), dpi=120, layout="constrained")
     largest = max(map(max, confusion))
     axes.imshow(confusion, cmap="Blues", vmin=0, vmax=largest)
-    for row, counts in enumerate(confusion):
+    for row, counts in enumerate(confusion if len(confusion) <= 30 else []):  # numbers no wider than their field
         for column, count in enumerate(counts):
             colour = "white" if count > largest / 2 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)

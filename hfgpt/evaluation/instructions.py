@@ -31,6 +31,19 @@ class Answer:
         return asdict(self)
 
 
+def encode_question(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, context: int) -> list[int]:
+    """The token ids after which the last message of a conversation is to come.
+
+    Raises:
+        InputError: They leave no room for an answer in the context.
+    """
+    messages = list(conversation[:-1])
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    if len(ids) >= context:
+        raise InputError(f"the prompt has {len(ids)} tokens, but the context of the model is {context}: shorten it")
+    return ids
+
+
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
@@ -56,22 +69,17 @@ def generate_answers(
     Raises:
         InputError: A prompt leaves no room for an answer.
     """
-    prompts = [
-        tokenizer.apply_chat_template(list(conversation[:-1]), add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        for conversation in conversations
-    ]
     end, context = tokenizer.eos_token_id, model.config.max_position_embeddings
     padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    prompts = [encode_question(conversation, tokenizer, context) for conversation in conversations]
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    # A prompt that leaves less room than asked for answers alone: in a batch, the longest would cut the others short.
+    roomy = [index for index in order if context - len(prompts[index]) >= max_new_tokens]
+    batches = [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)]
+    for chosen in [*batches, *([index] for index in order[len(roomy) :])]:
         longest = len(prompts[chosen[-1]])
         room = min(max_new_tokens, context - longest)
-        if room < 1:
-            raise InputError(f"the prompt has {longest} tokens, but the context of the model is {context}: shorten it")
         rows = [[padding] * (longest - len(prompts[index])) + prompts[index] for index in chosen]
         mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen]
         generated = model.generate(

@@ -55,6 +55,10 @@ class JudgeArguments:
                 f"evaluation.judge.base_url is '{self.base_url}'; it must begin with http:// or https://, as in "
                 "http://127.0.0.1:11434/v1"
             )
+        if self.base_url is not None and "@" in self.base_url:
+            raise InputError(
+                f"evaluation.judge.base_url holds a login, and is written to files: use {API_KEY} instead"
+            )
         if self.base_url is not None and not self.model:
             raise InputError(
                 "evaluation.judge.model is not set: name the model that judges at evaluation.judge.base_url"
@@ -97,8 +101,10 @@ def judge_answers(
     ]
     kept = _read(path)
     scores = {line["prompt"]: line["score"] for line in kept if line["judge"] == arguments.model}
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+    with open(path, "a", encoding="utf-8") as file:
         for prompt in prompts:
             if prompt not in scores:
                 entry = {"judge": arguments.model, "prompt": prompt}
@@ -111,7 +117,7 @@ def judge_answers(
                     entry |= {"score": None, "error": " ".join(str(error).split())}
                 else:
                     entry |= {"score": read_score(reply), "reply": reply}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                file.write(json.dumps(entry) + "\n")
                 file.flush()
                 if entry["score"] is not None:
                     scores[prompt] = entry["score"]
@@ -152,8 +158,8 @@ def _ask(arguments: JudgeArguments, prompt: str, max_tokens: int) -> str:
 
 def _read(path: Path) -> list[dict]:
     """The judgements in the file that have a score; a crash while writing leaves a line without its end."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+    entries = [json.loads(line) for line in lines]
     return [entry for entry in entries if entry["score"] is not None]
 
 

@@ -63,9 +63,11 @@ class Chat:
             The answer.
 
         Raises:
-            InputError: The text alone, with room for an answer, exceeds the context; it is then not part of the
-                conversation.
+            InputError: The text holds a special token, or alone, with room for an answer, exceeds the context; it is
+                then not part of the conversation.
         """
+        if special := [token for token in self.tokenizer.all_special_tokens if token in text]:
+            raise InputError(f"the text holds {special[0]}, which ends or pads texts: leave it out")
         question = {"role": "user", "content": text}
         ids = self._fit([*self.messages, question])
         prompt = torch.tensor([ids], device=self.model.device)

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.classification import (
     SPLITS,
     ClassificationDataArguments,
@@ -37,7 +38,7 @@ from hfgpt.evaluation.classification import (
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.loading import classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.first_pass import run_first_pass
+from hfgpt.tasks.first_pass import build_blocks, model_after_first_pass, run_first_pass
 from hfgpt.tasks.messages import describe_choices, describe_classification, render_readme, render_summary
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json, write_text
 from hfgpt.tasks.training_run import (
@@ -113,20 +114,19 @@ def classify(recipe: Recipe, resume: bool = False, console: Console | None = Non
     checkpoint = check_run_folder(recipe, resume)
     folder = Path(recipe.training.output_dir)
 
-    # 2. Rows to splits to tokens.
+    # 2. Rows to splits to tokens, and the model, so that what is wrong with it is known before anything is written.
     data = load_classification_data(recipe, folder if resume else None)
-    if recipe.pretraining is None:  # what is wrong with the model is known before anything is written
-        model = build_classifier(recipe, data)
+    model = build_classifier(recipe, data)
+    blocks = first_pass_blocks(recipe, data)
     PartialState().wait_for_everyone()  # all have seen the folder free
     if recipe.training.process_index == 0:
         begin_run(recipe, data.tokenizer, data.report)
     console.print(data.report.summary(), highlight=False)
 
-    # 3. A first pass over the texts without their labels, if the recipe has one.
-    if recipe.pretraining is not None:
-        texts = [*data.texts.splits["train"]["text"], *data.texts.unlabelled]
-        first = run_first_pass(recipe, texts, data.tokenizer, console)
-        model = build_classifier(dataclasses.replace(recipe, model=first), data)
+    # 3. A first pass over the texts without their labels, if the recipe has one; the model then begins there.
+    if blocks is not None:
+        run_first_pass(recipe, blocks, data.tokenizer, console)
+        model = build_classifier(dataclasses.replace(recipe, model=model_after_first_pass(recipe)), data)
 
     # 4. What it will cost, and what was chosen.
     estimate = plan_classifier(model, recipe, data, seconds=0.5)
@@ -161,16 +161,21 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     }
     metrics = results["test"].to_dict()
     metrics["validation_accuracy"] = results["validation"].to_dict("validation")["validation_accuracy"]
-    metrics |= compare(recipe, data)
+    labels = {split: list(data.texts.splits[split]["label"]) for split in ("train", "test")}
+    metrics["majority_accuracy"] = majority_accuracy(labels["train"], labels["test"])
     write_json(folder / "metrics.json", metrics)
     tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
-    plot_loss(folder, len(data.labels), "row")
-    plot_confusion(results["test"], folder / "confusion.png", f"{recipe.name}, test split")
 
-    # 7. What happened, for whoever repeats it or asks.
+    # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
     write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens))
+    plot_loss(folder, len(data.labels), "row")
+    plot_confusion(results["test"], folder / "confusion.png", f"{recipe.name}, test split")
+    if recipe.evaluation.baseline:
+        pairs = [(list(data.texts.splits[split]["text"]), labels[split]) for split in ("train", "test")]
+        metrics["baseline_accuracy"] = baseline_accuracy(*pairs, balanced=data.weights is not None)
+        write_json(folder / "metrics.json", metrics)
     predictions = predict(saved, data.tokenizer, recipe.evaluation.prompts)
     samples = [f"{prediction.text}: {prediction.label} ({prediction.score:.3f})" for prediction in predictions]
     measured = f"on the test split {describe_classification(metrics)}"
@@ -214,25 +219,27 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
 
 
 def build_classifier(recipe: Recipe, data: ClassificationData) -> PreTrainedModel:
-    """The classifier to train: a new head, and the seed's weights where there are none to go on from."""
+    """The classifier to train: a new head, and the seed's weights where there are none to go on from.
+
+    Raises:
+        InputError: As `build_recipe_model`; or one of the texts to classify at the end is empty.
+    """
+    read_texts(recipe.evaluation.prompts or ["any"], None)
     set_seed(recipe.training.seed)
     return build_recipe_model(recipe, data.tokenizer, data.labels)
 
 
 def plan_classifier(model: PreTrainedModel, recipe: Recipe, data: ClassificationData, seconds: float) -> Estimate:
-    """What the training will cost, at the mean length of its texts."""
+    """What the training will cost, at the mean length of its texts; a first pass is planned apart."""
     lengths = data.encoded["train"]["length"]
     return plan_run(model, recipe.training, max(sum(lengths) // len(lengths), 1), len(lengths), seconds)
 
 
-def compare(recipe: Recipe, data: ClassificationData) -> dict[str, float]:
-    """What costs nothing, on the same rows: the largest class, and a logistic regression if the recipe wants one."""
-    train, test = data.texts.splits["train"], data.texts.splits["test"]
-    accuracies = {"majority_accuracy": majority_accuracy(train["label"], test["label"])}
-    if recipe.evaluation.baseline:
-        columns = [(list(split["text"]), list(split["label"])) for split in (train, test)]
-        accuracies["baseline_accuracy"] = baseline_accuracy(*columns, balanced=data.weights is not None)
-    return accuracies
+def first_pass_blocks(recipe: Recipe, data: ClassificationData) -> BlockDataset | None:
+    """What a first pass reads: the training texts and those left out to balance the classes; None if there is none."""
+    if recipe.pretraining is None:
+        return None
+    return build_blocks(recipe, [*data.texts.splits["train"]["text"], *data.texts.unlabelled], data.tokenizer)
 
 
 def measure(

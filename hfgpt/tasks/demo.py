@@ -88,31 +88,19 @@ def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str,
     """What was measured at each stage, and how long its training took."""
     records = {name: json.loads((path / "run.json").read_text(encoding="utf-8")) for name, path in folders.items()}
     stories, messages, answers = (metrics[name] for name in folders)
-    measured = {
-        "demo": [
-            ("loss", f"{stories['eval_loss']:.3f} nats a token (perplexity {stories['eval_perplexity']:.2f})",
-             f"{stories['eval_tokens']:,} tokens of stories"),
-        ],
-        "demo-messages": [
-            ("accuracy", f"{messages['eval_accuracy']:.1%} ({messages['eval_accuracy_low']:.1%} to "
-             f"{messages['eval_accuracy_high']:.1%})", f"{messages['eval_rows']:,} notes"),
-            ("beside it", f"regression {messages['baseline_accuracy']:.1%}, largest class "
-             f"{messages['majority_accuracy']:.1%}", "the same"),
-        ],
-        "demo-instructions": [
-            ("exactly right", f"{answers['eval_exact_match']:.1%}", f"{answers['eval_answers']:,} instructions"),
-        ],
-    }  # fmt: skip
-    stages = {"demo": "pre-training", "demo-messages": "classification, LoRA", "demo-instructions": "instructions"}
-    table = Table("stage", "what was measured", "result", "on unseen", "trained", "time")
-    for name, rows in measured.items():
-        plan, actual = records[name]["plan"], records[name]["actual"]
-        first, *more = rows
-        table.add_row(
-            stages[name], *first, f"{plan['parameters']:,} parameters", f"{actual['training_seconds']:.0f} s"
-        )
-        for row in more:
-            table.add_row("", *row, "", "")
+    rows = [
+        ("pre-training", f"loss on {stories['eval_tokens']:,} tokens of unseen stories",
+         f"{stories['eval_loss']:.3f} nats", "demo"),
+        ("classification", f"accuracy on {messages['eval_rows']:,} notes of unseen things",
+         f"{messages['eval_accuracy']:.1%}", "demo-messages"),
+        ("with LoRA", "  a regression on character n-grams", f"{messages['baseline_accuracy']:.1%}", None),
+        ("instructions", f"exactly right of {answers['eval_answers']:,} unseen ones",
+         f"{answers['eval_exact_match']:.1%}", "demo-instructions"),
+    ]  # fmt: skip
+    table = Table("stage", "what was measured", "result", "trained weights", "time")
+    for *cells, name in rows:
+        plan, actual = (records[name]["plan"], records[name]["actual"]) if name else (None, None)
+        table.add_row(*cells, *([f"{plan['parameters']:,}", f"{actual['training_seconds']:.0f} s"] if name else []))
     return table
 
 

@@ -6,67 +6,96 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hfgpt.building import DROPOUTS, ModelArguments, build_model
 from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
+from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.training_run import context_length, run_training, save_run
-from hfgpt.training.estimate import plan_run
+from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments, find_last_checkpoint
 
-FOLDER = "pretrained"
 
-
-def run_first_pass(
-    recipe: Recipe, texts: list[str], tokenizer: PreTrainedTokenizerBase, console: Console
-) -> ModelArguments:
-    """Trains a language model on the texts of a classifier, or finds the one that an interrupted run left.
+def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTokenizerBase, console: Console):
+    """Trains a language model on the texts of a classifier, unless an interrupted run has left a finished one.
 
     Args:
         recipe: Its sections `pretraining`, `model` and `training`.
-        texts: Those of the training split and of no other.
+        blocks: See `build_blocks`.
         tokenizer: The run's.
         console: Where to show progress.
 
-    Returns:
-        The section `model` of the run, now with the path of that model.
-
     Raises:
-        InputError: As `hfgpt.building.build_model`; or the texts are too short for a block.
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    folder, arguments = Path(recipe.training.output_dir) / FOLDER, recipe.pretraining
-    kept = {name: getattr(recipe.model, name) for name in ("attn_implementation", "load_in_4bit", *DROPOUTS)}
-    first = ModelArguments(path=str(folder.resolve()), **kept)
+    folder = first_pass_folder(recipe)
     if (folder / "model.safetensors").is_file():
-        return first
-    blocks = BlockDataset(
-        join_texts(texts, tokenizer), arguments.block_size or context_length(recipe), name="the training texts"
-    )
-    set_seed(recipe.training.seed)
-    model = build_model(dataclasses.replace(recipe.model, **dict.fromkeys(DROPOUTS, arguments.dropout)), tokenizer)
-    training = build_arguments(recipe, folder)
-    estimate = plan_run(model, training, blocks.block_size, len(blocks), seconds=0.5)
+        return
+    model, arguments = build_language_model(recipe, tokenizer), build_arguments(recipe)
+    estimate = plan_run(model, arguments, blocks.block_size, len(blocks), seconds=0.5)
     console.print(
-        f"first pass: language modelling over {len(texts):,} training texts, {len(blocks.stream):,} tokens; "
-        f"{estimate.steps:,} steps of {estimate.tokens_per_step:,} tokens, about {estimate.seconds:,.0f} s",
+        f"first pass: language modelling over {len(blocks.stream):,} tokens of training texts; {estimate.steps:,} "
+        f"steps of {estimate.tokens_per_step:,} tokens, about {estimate.seconds:,.0f} s",
         highlight=False,
     )
-    trainer = HfGPTTrainer(model=model, args=training, train_dataset=blocks, processing_class=tokenizer)
+    trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)
     run_training(trainer, estimate, find_last_checkpoint(folder), time.perf_counter(), console)
     if trainer.is_world_process_zero():
         save_run(trainer, folder)
     trainer.accelerator.wait_for_everyone()
-    return first
 
 
-def build_arguments(recipe: Recipe, folder: Path) -> HfGPTTrainingArguments:
+def plan_first_pass(
+    recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTokenizerBase, seconds: float
+) -> Estimate:
+    """What the first pass will cost."""
+    model = build_language_model(recipe, tokenizer)
+    return plan_run(model, build_arguments(recipe), blocks.block_size, len(blocks), seconds)
+
+
+def first_pass_folder(recipe: Recipe) -> Path:
+    """Where the language model of the first pass is: in the run's folder, so that an adapter on it stays whole."""
+    return Path(recipe.training.output_dir) / "pretrained"
+
+
+def model_after_first_pass(recipe: Recipe) -> ModelArguments:
+    """The section `model` of the run once its first pass is done."""
+    kept = {name: getattr(recipe.model, name) for name in ("attn_implementation", "load_in_4bit", *DROPOUTS)}
+    return ModelArguments(path=str(first_pass_folder(recipe).resolve()), **kept)
+
+
+def build_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model that the first pass trains, its weights drawn from the seed."""
+    set_seed(recipe.training.seed)
+    dropouts = dict.fromkeys(DROPOUTS, recipe.pretraining.dropout)
+    return build_model(dataclasses.replace(recipe.model, **dropouts), tokenizer)
+
+
+def build_blocks(recipe: Recipe, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> BlockDataset:
+    """The texts as blocks of one stream.
+
+    Args:
+        recipe: Its sections `pretraining` and `model`.
+        texts: Those of the training split and of no other.
+        tokenizer: The run's.
+
+    Raises:
+        InputError: They are too short for a block, or a block is longer than the context.
+    """
+    context = context_length(recipe)
+    length = recipe.pretraining.block_size or context
+    if length > context:
+        raise InputError(f"pretraining.block_size is {length}, but the context of the model is {context}: lower it")
+    return BlockDataset(join_texts(texts, tokenizer), length, name="the training texts")
+
+
+def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
     """Trainer's arguments for the first pass: its own section, on the hardware of the section `training`."""
     arguments = recipe.pretraining
     return HfGPTTrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(first_pass_folder(recipe)),
         max_steps=arguments.max_steps,
         per_device_train_batch_size=arguments.per_device_train_batch_size,
         learning_rate=arguments.learning_rate,
@@ -78,6 +107,7 @@ def build_arguments(recipe: Recipe, folder: Path) -> HfGPTTrainingArguments:
         max_grad_norm=recipe.training.max_grad_norm,
         logging_steps=recipe.training.logging_steps,
         save_strategy="no",
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
         seed=recipe.training.seed,
         use_cpu=recipe.training.use_cpu,
         bf16=recipe.training.bf16,

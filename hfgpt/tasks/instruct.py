@@ -24,11 +24,11 @@ from hfgpt.data.instructions import (
     pack_rows,
 )
 from hfgpt.data.report import DataReport
-from hfgpt.data.templates import TEMPLATES, set_chat_template
+from hfgpt.data.templates import render_letters, set_chat_template
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments
 from hfgpt.evaluation.generation import unknown_token_id
-from hfgpt.evaluation.instructions import Answer, generate_answers, match_answers
+from hfgpt.evaluation.instructions import Answer, encode_question, generate_answers, match_answers
 from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
@@ -139,29 +139,24 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
     tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
     plot_loss(folder, saved.config.vocab_size)
-    prompts = [
-        [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}] for prompt in evaluation.prompts
-    ]
-    replies = generate_answers(saved, data.tokenizer, prompts, evaluation.max_new_tokens, evaluation.batch_size)
+    replies = generate_answers(
+        saved, data.tokenizer, ask(evaluation.prompts), evaluation.max_new_tokens, evaluation.batch_size
+    )
     samples = [f"{prompt}\n{reply.answer}" for prompt, reply in zip(evaluation.prompts, replies, strict=True)]
 
     # 7. What happened, for whoever repeats it or asks; the judge last, for he may fail.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
     write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens))
-    failure = None
     if evaluation.judge.base_url:
         try:
             metrics |= judge(answers, evaluation, folder, console)
             write_json(folder / "metrics.json", metrics)
         except InputError as error:
-            failure = InputError(
-                f"{error}; the run is finished, judge it with hfgpt evaluate {folder} --task instruct"
-            )
+            # Without its README.md the run is not finished: --resume goes on here, and asks only for what is missing.
+            raise InputError(f"{error}; all else is written: go on with the same command and --resume") from error
     measured = f"on the test split {describe_answers(metrics)}"
     write_text(folder / "README.md", render_readme(recipe, saved, measured, samples))
     console.print(render_summary(folder, measured, samples, training, f"hfgpt chat {folder}"), highlight=False)
-    if failure:
-        raise failure
     return metrics
 
 
@@ -181,8 +176,7 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     conversations = load_conversations(arguments, before_input, recipe.training.seed, report)
     texts = [message["content"] for conversation in conversations["train"] for message in conversation]
     # A new tokenizer is to know the letters of the template, too.
-    letters = TEMPLATES.get(arguments.template or "chat", "")
-    tokenizer = find_tokenizer(recipe, tokenizer_folder, [letters, *texts])
+    tokenizer = find_tokenizer(recipe, tokenizer_folder, [render_letters(arguments.template or "chat"), *texts])
     set_chat_template(tokenizer, arguments.template)
     context = context_length(recipe)
     length = arguments.max_length or context
@@ -203,9 +197,11 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
 
 
 def build_follower(recipe: Recipe, data: InstructionData) -> PreTrainedModel:
-    """The model to train; its generation ends where answers do."""
+    """The model to train, checked against the prompts it will be given; its generation ends where answers do."""
     set_seed(recipe.training.seed)
     model = build_recipe_model(recipe, data.tokenizer)
+    for conversation in ask(recipe.evaluation.prompts):
+        encode_question(conversation, data.tokenizer, model.config.max_position_embeddings)
     model.generation_config.eos_token_id = data.tokenizer.eos_token_id
     return model
 
@@ -222,6 +218,11 @@ def measure(
     """Loss and perplexity over the answers of rows."""
     loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
     return measure_perplexity(model, loader).to_dict()
+
+
+def ask(prompts: Sequence[str]) -> list[Conversation]:
+    """Conversations that ask what a recipe's prompts say, and whose answer nobody knows."""
+    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}] for prompt in prompts]
 
 
 def answer(

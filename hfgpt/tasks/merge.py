@@ -1,6 +1,5 @@
 """`hfgpt merge`: an adapter and its base model become one ordinary model, proven the same."""
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hfgpt.adapters import merge_adapter
 from hfgpt.errors import InputError
 from hfgpt.loading import check_same_tokens, classifies, find_base, load_model, load_model_tokenizer, quiet_bars
 from hfgpt.tasks.convert import appearing_folder, check_free
-from hfgpt.tasks.run_folder import write_json
+from hfgpt.tasks.run_folder import write_json, write_text
 from hfgpt.training.callbacks import stderr_console
 
 TOLERANCE = 1e-5
@@ -84,10 +83,22 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
         merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         write_json(staging / "merge.json", asdict(report))
-        if (Path(path) / "recipe.yaml").is_file():
-            shutil.copy(Path(path) / "recipe.yaml", staging)
+        write_text(staging / "README.md", render_card(report, out))
     console.print(f"saved to {out}", highlight=False)
     return report
+
+
+def render_card(report: Merge, out: Path) -> str:
+    """A README.md that says what was merged; what the adapter measured is in its own folder."""
+    relation = [] if Path(report.base_model).is_dir() else [f"base_model: {report.base_model}"]
+    head = "\n".join(["---", "library_name: transformers", *relation, "tags: [hfgpt]", "---"])
+    return f"""{head}
+# {out.name}
+
+The adapter `{Path(report.adapter).name}` merged by hfgpt into its base model `{report.base_model}`, in float32.
+The largest difference of logits from the two apart is {report.difference:.1e}, over {report.tokens} random tokens,
+where the largest logit is {report.largest_logit:.2f}.
+"""
 
 
 def _rows(config) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hfgpt.adapters import base_of, is_adapted, trainable_parameters
+from hfgpt.adapters import base_of, count_saved_parameters, is_adapted, read_adapter, trainable_parameters
 from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream
 from hfgpt.recipe import Recipe
@@ -127,9 +127,10 @@ def render_readme(recipe: Recipe, model: PreTrainedModel, measured: str, samples
     what, parameters = f"A GPT of {base_of(model).num_parameters():,} parameters", ""
     header = [f"pipeline_tag: {tag}", "tags: [hfgpt]"]
     if is_adapted(model):
-        trained = sum(value.numel() for name, value in model.named_parameters() if _is_adapters(name))
-        what, parameters = f"A LoRA adapter of {trained:,} parameters", f" for `{recipe.model.path}`"
-        header = ["library_name: peft", *header]
+        base = read_adapter(folder).base
+        what, parameters = f"A LoRA adapter of {count_saved_parameters(folder):,} parameters", f" for `{base}`"
+        relation = [] if Path(base).is_dir() else [f"base_model: {base}"]
+        header = ["library_name: peft", *relation, *header]
     else:
         header = ["library_name: transformers", *header]
     labels = f", id2label={model.config.id2label}" if recipe.task == "classify" and is_adapted(model) else ""
@@ -154,7 +155,3 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 """.rstrip()
         + "\n"
     )
-
-
-def _is_adapters(name: str) -> bool:
-    return "lora_" in name or "modules_to_save" in name

@@ -55,7 +55,7 @@ def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) ->
         texts: To train one on, if none is named and there is no model to go on from.
     """
     if folder and (folder / "tokenizer.json").is_file():
-        return load_tokenizer(str(folder), pad_token=recipe.tokenizer.pad_token)
+        return load_tokenizer(str(folder), pad_token=None, add_eos=False)  # as the run saved it
     if recipe.model.path and recipe.tokenizer.path is None:
         return load_model_tokenizer(recipe.model.path, recipe.model.revision)  # the one its weights know
     return build_tokenizer(recipe.tokenizer, texts)
@@ -107,15 +107,14 @@ def build_recipe_model(
             raise InputError("weights in 4 bits are not trained: add a section adapters, or drop model.load_in_4bit")
         model = build_model(arguments, tokenizer, labels)
         if trainable != "all":
-            freeze_model(model, recipe.training.last_blocks if trainable == "last_blocks" else 0)
+            freeze_model(model, (recipe.training.last_blocks or 1) if trainable == "last_blocks" else 0)
         return model
-    if arguments.path is None:
+    if arguments.path is None and recipe.pretraining is None:
         raise InputError("an adapter needs a model to adapt: set model.path")
-    if Path(arguments.path).is_dir():  # found from wherever the adapter is loaded
+    if arguments.path is not None and Path(arguments.path).is_dir():  # found from wherever the adapter is loaded
         arguments = dataclasses.replace(arguments, path=str(Path(arguments.path).resolve()))
-    model = attach_adapter(
-        build_model(arguments, tokenizer, labels), recipe.adapters, CAUSAL_LM if labels is None else SEQ_CLS
-    )
+    task_type = CAUSAL_LM if labels is None else SEQ_CLS
+    model = attach_adapter(build_model(arguments, tokenizer, labels), recipe.adapters, task_type, arguments.revision)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()  # the frozen embeddings give none
     return model
@@ -125,8 +124,13 @@ def freeze_model(model: PreTrainedModel, last_blocks: int):
     """Leaves the head to be trained, and with some last blocks these and the final norm; the rest is frozen.
 
     Raises:
-        InputError: The model has fewer blocks.
+        InputError: The model has fewer blocks, or its head is its embedding.
     """
+    if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
+        raise InputError(
+            "the head of this model is its embedding (tie_word_embeddings), which cannot be trained without it: use "
+            "training.trainable all, or a section adapters"
+        )
     blocks = model.model.layers
     if last_blocks > len(blocks):
         raise InputError(f"training.last_blocks is {last_blocks}, but the model has {len(blocks)} blocks: lower it")
@@ -178,7 +182,7 @@ def save_run(trainer: HfGPTTrainer, folder: Path):
         (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
         if is_adapted(trainer.model):
             (staging / "README.md").unlink(missing_ok=True)  # PEFT's; ours is written last
-            if trainer.model.config.problem_type:
+            if trainer.model.config.problem_type:  # a classifier
                 save_labels(list(trainer.model.config.id2label.values()), staging)
 
 
@@ -191,7 +195,7 @@ def describe_run(
     weights = folder / (WEIGHTS_FILE if is_adapted(trainer.model) else "model.safetensors")
     base = {}
     if is_adapted(trainer.model):
-        path = Path(read_adapter(str(folder))[0]) / "model.safetensors"
+        path = Path(read_adapter(str(folder)).base) / "model.safetensors"
         base = {"base_model": str(path.parent)}
         if path.is_file():
             base["base_weights_sha256"] = hash_file(path)

@@ -38,6 +38,7 @@ class Estimate:
         flops_per_token: Forward and backward.
         tokens_per_second: Measured by the probe on this machine; None where it was not run.
         device: What the probe ran on.
+        first_pass: The cost of the first pass of a classifier, which is not counted in the others.
     """
 
     parameters: int
@@ -50,6 +51,7 @@ class Estimate:
     flops_per_token: float
     tokens_per_second: float | None = None
     device: str | None = None
+    first_pass: "Estimate | None" = None
 
     @property
     def memory_bytes(self) -> int:
@@ -69,7 +71,9 @@ class Estimate:
 
     def to_dict(self) -> dict:
         derived = ("memory_bytes", "tokens", "flops", "seconds")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        first_pass = {"first_pass": self.first_pass.to_dict()} if self.first_pass else {}
+        own = {name: value for name, value in asdict(self).items() if name != "first_pass"}
+        return own | {name: getattr(self, name) for name in derived} | first_pass
 
 
 def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int) -> Estimate:

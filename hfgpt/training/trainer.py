@@ -76,11 +76,11 @@ class FineTuningArguments(HfGPTTrainingArguments):
     Args:
         trainable: What is trained: `all` weights; `last_blocks`, with the final norm and the head; the `head` alone;
             or the `adapters` of that section. None: the adapters if there are any, else all.
-        last_blocks: How many blocks `last_blocks` means.
+        last_blocks: How many blocks `last_blocks` means; None: one.
     """
 
     trainable: Literal["all", "last_blocks", "head", "adapters"] | None = None
-    last_blocks: int = 1
+    last_blocks: int | None = None
     # Rows of like length together need the least padding.
     train_sampling_strategy: str = "group_by_length"
 
@@ -89,8 +89,10 @@ class FineTuningArguments(HfGPTTrainingArguments):
             raise InputError(
                 f"training.trainable is '{self.trainable}'; it must be all, last_blocks, head or adapters"
             )
-        if self.last_blocks < 1:
+        if self.last_blocks is not None and self.last_blocks < 1:
             raise InputError(f"training.last_blocks is {self.last_blocks}; it must be at least 1")
+        if self.last_blocks is not None and self.trainable != "last_blocks":
+            raise InputError("training.last_blocks is set: set training.trainable to last_blocks too, or leave it out")
         super().__post_init__()
 
 
@@ -136,6 +138,13 @@ class HfGPTTrainer(Trainer):
     def __init__(self, *args, measure: Callable[..., Any] = measure_perplexity, **kwargs):
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(*args, **kwargs)
+        if (
+            self.args.n_gpu > 1
+        ):  # Trainer would split each batch between threads, and scale some losses by their number
+            raise InputError(
+                f"this process sees {self.args.n_gpu} GPUs: start it with accelerate launch, or show it one by "
+                "CUDA_VISIBLE_DEVICES"
+            )
         self.measure = measure
         if self.args.muon_learning_rate is not None:
             self.optimizer_cls_and_kwargs = (

@@ -119,6 +119,8 @@ def test_labels_are_sorted_by_name_and_numbers_by_value(load):
     assert load(make_rows(5, ["b", "B", "a"]))[1].labels == ["B", "a", "b"]
     rows = [{"text": f"{label} {index}", "label": label} for label in (10, 9, 1) for index in range(5)]
     assert load(rows)[1].labels == ["1", "9", "10"]
+    assert load(make_rows(5, ["01", "1", "-3"]))[1].labels == ["-3", "01", "1"]
+    assert load(make_rows(5, ["--1", "1"]))[1].labels == ["--1", "1"]
 
 
 def test_a_table_without_header_whose_quotes_are_letters(load, tmp_path):
@@ -135,8 +137,27 @@ def test_given_splits_are_used_and_training_loses_what_they_repeat(load, tmp_pat
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits, _, report = load(None, path=str(tmp_path))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 16, "validation": 8, "test": 8}
-    assert report.dropped == {"training row that is also in validation or test": 4}
+    assert report.dropped == {"train row that is in another split, too": 4}
     assert (report.split_by, report.rows_kept) == ("given", 32)
+
+
+def test_validation_shares_nothing_with_a_given_test_split(load, tmp_path):
+    for name, numbers in {"train": range(40), "test": range(30, 60)}.items():
+        rows = [{"text": f"{label}{index}", "label": label} for label in "ab" for index in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits, _, report = load(None, path=str(tmp_path), balance="undersample")
+    texts = [{text for text, _ in splits[name]} for name in SPLITS]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+    assert report.dropped == {"train row that is in another split, too": 20}
+    assert len(set(report.splits["train"].labels.values())) == 1, "balanced after that"
+
+
+def test_a_given_split_without_labels_is_named(load, tmp_path):
+    for name, label in {"train": "a", "test": None}.items():
+        rows = [{"text": f"{name} {index}", "label": label or None} for index in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"the test split of .* has no row with a text and a label .*9 no label"):
+        load(None, path=str(tmp_path))
 
 
 def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):

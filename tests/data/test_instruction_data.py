@@ -82,10 +82,11 @@ def test_what_comes_after_the_last_answer_is_left_off(load):
 def test_rows_without_an_answer_are_counted(load):
     rows = [{"instruction": f"Say {i}", "output": "yes"} for i in range(20)]
     rows += [{"instruction": "Say", "output": " "}, {"instruction": "", "output": "x"}, {"messages": []}]
+    rows += [{"instruction": "Say", "output": "half \ud800"}]
     rows += [{"instruction": "Say", "output": None}, {"messages": [{"role": "user", "content": "alone"}]}]
     report = load(rows)[1]
-    assert report.dropped == {"empty answer": 2, "empty message": 1, "no answer": 2}
-    assert (report.rows_read, report.rows_kept) == (25, 20)
+    assert report.dropped == {"empty answer": 2, "empty message": 1, "no answer": 2, "not Unicode": 1}
+    assert (report.rows_read, report.rows_kept) == (26, 20)
 
 
 @pytest.mark.parametrize(

@@ -69,5 +69,5 @@ def test_matches_are_counted():
         "eval_answers": 4,
         "eval_unfinished_answers": 1,
     }
-    computed = AnswerMatch(keep_in_memory=True).compute(predictions=["a"], references=["b"])
-    assert computed == {"exact_match": 0.0, "normalised_match": 0.0} or normalise_answer("a") == normalise_answer("b")
+    computed = AnswerMatch(keep_in_memory=True).compute(predictions=["red"], references=["blue"])
+    assert computed == {"exact_match": 0.0, "normalised_match": 0.0}

@@ -171,7 +171,7 @@ def test_what_is_not_to_be_trained_does_not_move(here, finished, override, train
 
 
 def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
-    metrics, shown = run("adapter", "adapters.r=4", "training.learning_rate=0.03", recipe="based")
+    metrics, shown = run("adapter", "adapters.r=4", "training.num_train_epochs=10", recipe="based")
     folder = here / "adapter"
     assert (folder / "adapter_model.safetensors").is_file()
     assert not (folder / "model.safetensors").exists()
@@ -218,6 +218,10 @@ def test_an_adapter_on_a_first_pass_of_its_own_run(here):
         (["adapters.r=2"], "an adapter needs a model to adapt: set model.path"),
         (["adapters.r=2", "training.trainable=head"], "training.trainable is 'head': leave one of them out"),
         (["training.trainable=last_blocks", "training.last_blocks=3"], "the model has 2 blocks: lower it"),
+        (["pretraining.max_steps=2", "model.num_attention_heads=3"], "model: "),
+        (["pretraining.max_steps=2", "pretraining.block_size=33"], "pretraining.block_size is 33, but the context"),
+        (["pretraining.max_steps=2", "adapters.target_modules=[c_attn]"], "cannot be adapted"),
+        (["evaluation.prompts=['x', ' ']"], "text 2 is empty: leave it out"),
         (["model.load_in_4bit=true"], "weights in 4 bits are not trained: add a section adapters"),
     ],
 )
@@ -247,6 +251,23 @@ def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path
         evaluate_classifier("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))
     with pytest.raises(InputError, match=r"'finished/pretrained' is a language model, not a classifier"):
         load_classifier("finished/pretrained")
+
+
+def test_a_classifier_that_does_not_say_its_problem_is_gone_on_from(here, finished, tmp_path):
+    model = load_model("finished", auto_class=AutoModelForSequenceClassification)
+    model.config.problem_type = None
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained("finished").save_pretrained(tmp_path / "base")
+    metrics, _ = run("further", f"model.path={tmp_path / 'base'}", "training.max_steps=2", recipe="based")
+    assert metrics["eval_rows"] == 15
+
+
+def test_an_adapter_is_moved_with_its_own_base(here, finished):
+    run("before", "pretraining.max_steps=2", "pretraining.block_size=16", "adapters.r=2", "training.max_steps=2")
+    assert f"for `{here / 'before' / 'pretrained'}`" in (here / "before" / "README.md").read_text()
+    ours = predict(*load_classifier("before")[:2], ["red cup"])
+    (here / "before").rename(here / "after")
+    assert predict(*load_classifier("after")[:2], ["red cup"]) == ours
 
 
 def test_texts_to_classify(tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt.data.instructions import InstructionDataArguments
-from hfgpt.errors import InputError
+from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import AnswerEvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments
 from hfgpt.inspection import inspect_recipe
@@ -21,6 +22,7 @@ from hfgpt.tasks.chat import Chat, run_chat
 from hfgpt.tasks.instruct import evaluate_follower, instruct
 from hfgpt.tasks.merge import merge
 from hfgpt.training import estimate
+from hfgpt.training.callbacks import ProgressCallback
 
 RECIPE = """
 task: instruct
@@ -57,10 +59,10 @@ def here(tmp_path_factory):
         yield folder
 
 
-def run(output_dir, *overrides, recipe="tiny"):
+def run(output_dir, *overrides, recipe="tiny", resume=False):
     console = Console(file=io.StringIO(), width=500)
     overrides = [f"--{override}" for override in (f"training.output_dir={output_dir}", *overrides)]
-    metrics = instruct(load_recipe(f"{recipe}.yaml", overrides), console=console)
+    metrics = instruct(load_recipe(f"{recipe}.yaml", overrides), resume, console)
     return metrics, console.file.getvalue()
 
 
@@ -120,6 +122,28 @@ def test_an_adapter_with_packing(here, finished):
     assert ends in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
 
 
+def test_a_base_without_a_padding_token_goes_on_after_an_interrupt(here, finished, tmp_path, monkeypatch):
+    load_model("finished").save_pretrained(tmp_path / "base")
+    tokenizer = load_model_tokenizer("finished")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = f"model.path={tmp_path / 'base'}"
+    run("whole", path, "training.max_steps=6", recipe="based")
+    step = ProgressCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProgressCallback, "on_step_end", interrupt)
+        with pytest.raises(Interrupted):
+            run("parts", path, "training.max_steps=6", recipe="based")
+    run("parts", path, "training.max_steps=6", recipe="based", resume=True)
+    assert hash_file(here / "parts" / "model.safetensors") == hash_file(here / "whole" / "model.safetensors")
+
+
 def test_a_base_in_4_bits(here, finished):
     pytest.importorskip("bitsandbytes")
     _, shown = run("quantized", "adapters.r=2", "model.load_in_4bit=true", "training.max_steps=3", recipe="based")
@@ -133,6 +157,9 @@ def test_a_base_in_4_bits(here, finished):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ([f"evaluation.prompts=['{'long ' * 99}']"], "tokens, but the context of the model is 96: shorten it"),
+        (["training.trainable=head"], "the head of this model is its embedding"),
+        (["training.last_blocks=1"], "training.last_blocks is set: set training.trainable to last_blocks too"),
         (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
         (
             ["data.max_length=5"],
@@ -147,7 +174,7 @@ def test_what_is_refused_leaves_nothing(here, overrides, message):
     assert not (here / "refused").exists()
 
 
-def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge):
+def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, start_judge):
     arguments = judge.arguments
     overrides = [f"evaluation.judge.base_url={arguments.base_url}", "evaluation.judge.model=referee"]
 
@@ -157,10 +184,17 @@ def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge):
         return "60"
 
     judge.reply = die
-    with pytest.raises(InputError, match=r"are judged in judged/judgements.jsonl; the run is finished, judge it with"):
+    with pytest.raises(InputError, match=r"3 of 6 answers are judged in judged/judgements.jsonl; all else is written"):
         run("judged", *overrides, "training.max_steps=2")
+    weights = hash_file(here / "judged" / "model.safetensors")
     assert "eval_exact_match" in read(Path("judged/metrics.json"))
-    assert Path("judged/README.md").is_file()
+    other = start_judge()  # who gives 50
+    overrides[0] = f"evaluation.judge.base_url={other.arguments.base_url}"
+    metrics, _ = run("judged", *overrides, "training.max_steps=2", resume=True)
+    assert (metrics["eval_judge_scored"], metrics["eval_judge_failures"]) == (6, 0)
+    assert len(other.requests) == 1 + 3, "a first word, and what was missing"
+    assert hash_file(here / "judged" / "model.safetensors") == weights
+    assert "judged 55.0 of 100 over 6" in (here / "judged" / "README.md").read_text()
 
 
 # Inspection and chat
@@ -189,6 +223,8 @@ def chat(here, finished):
 def test_a_chat_answers_and_remembers(chat):
     assert chat.answer("Say 7") == "yes"
     chat.answer("Say 8")
+    with pytest.raises(InputError, match=r"the text holds <.endoftext.>, which ends or pads texts: leave it out"):
+        chat.answer("Say <|endoftext|> 9")
     assert [message["content"] for message in chat.messages[:3]] == ["Say 7", "yes", "Say 8"]
     chat.reset()
     assert chat.messages == []
