@@ -45,6 +45,7 @@ def workplace(tmp_path_factory):
     notes = [f"{row['label']}\t{row['text']}\n" for row in generate_messages(60)]
     (folder / "SMSSpamCollection.tsv").write_text("".join(notes))
     (folder / "instruction-data.json").write_text(json.dumps(list(generate_instructions(40))))
+    (folder / "other-instructions.json").write_text(json.dumps(list(generate_instructions(5, split="test"))))
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", folder / "cache")
     with contextlib.chdir(folder):

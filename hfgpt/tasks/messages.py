@@ -135,6 +135,7 @@ def render_readme(recipe: Recipe, model: PreTrainedModel, measured: str, samples
         header = ["library_name: transformers", *header]
     labels = f", id2label={model.config.id2label}" if recipe.task == "classify" and is_adapted(model) else ""
     head = "\n".join(["---", *header, "---"])
+    quantized = " Trained on the base model in 4 bits, measured on it in float32." if recipe.model.load_in_4bit else ""
     return (
         f"""{head}
 # {recipe.name}
@@ -149,7 +150,7 @@ model = {LOADING[recipe.task]}.from_pretrained("{folder}"{labels})
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
-{measured[0].upper()}{measured[1:]}.
+{measured[0].upper()}{measured[1:]}.{quantized}
 
 {quoted}
 """.rstrip()

@@ -164,8 +164,9 @@ def probe_tokens_per_second(
             _synchronize(model.device)
             ended = time.perf_counter()
             per_row = (halfway - began) / rows
-            if rows < full and per_row * full * 3 < seconds:
-                rows = full
+            # Twice the rows may take twice the time, or, where they are short, hardly more.
+            if rows < full and (halfway - began) * 2 * 3 < seconds:
+                rows = min(2 * rows, full)
                 continue
             backward_seconds = min(backward_seconds, per_row)
             optimizer_seconds = min(optimizer_seconds, ended - halfway)
