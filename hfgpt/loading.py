@@ -1,5 +1,6 @@
 """Models and tokenizers from folders and Hub ids, whole or not at all, or a clear line why not."""
 
+import functools
 import hashlib
 import json
 import re
@@ -122,10 +123,15 @@ def find_base(path: str, revision: str | None = None) -> str | None:
         moved = Path(base).is_absolute() and not Path(base).is_dir() and inside.is_dir()
         return str(inside) if moved else base
     check_model_path(path)
-    settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+    return read_adapter(path, revision).base if _is_adapter_on_the_hub(path, revision or "main") else None
+
+
+@functools.cache
+def _is_adapter_on_the_hub(path: str, revision: str) -> bool:
+    """Asks once: where there is no network, each question takes the time of some retries."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with explained("a model", path):
-        found = cached_file(path, "adapter_config.json", _raise_exceptions_for_connection_errors=False, **settings)
-    return read_adapter(path, revision).base if found else None
+        return cached_file(path, "adapter_config.json", revision=revision, **quiet) is not None
 
 
 def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreTrainedModel:

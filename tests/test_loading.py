@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from hfgpt import HfGPTConfig, HfGPTForCausalLM
+from hfgpt import HfGPTConfig, HfGPTForCausalLM, loading
 from hfgpt.building import ModelArguments, build_config, build_model
 from hfgpt.errors import InputError
 from hfgpt.loading import (
@@ -270,9 +270,18 @@ def test_a_hub_id_is_asked_for_once_and_never_runs_its_code(auto_class, load, re
         asked.append((path, options["revision"], options["trust_remote_code"]))
         raise OSError("there is no network\nand never was.")
 
+    def cached_file(path, name, revision, **options):
+        looked.append((path, name, revision))
+
+    looked = []
+    loading._is_adapter_on_the_hub.cache_clear()
+    monkeypatch.setattr(loading, "cached_file", cached_file)
     monkeypatch.setattr(auto_class, "from_pretrained", from_pretrained)
     message = refusal(load, "org/name", revision)
     assert asked == [("org/name", revision or "main", False)]
+    expected = [] if load is load_model_tokenizer else [("org/name", "adapter_config.json", revision or "main")]
+    assert looked == expected, "whether it is an adapter"
+    loading._is_adapter_on_the_hub.cache_clear()
     assert message.startswith("cannot load a ")
     assert message.endswith(
         " from 'org/name' (there is no network and never was): check the name, the network and the login"
