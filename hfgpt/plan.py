@@ -4,10 +4,11 @@ from rich.console import Console
 from rich.table import Table
 
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.classify import build_classifier, first_pass_blocks, load_classification_data, plan_classifier
+from hfgpt.tasks.classify import build_classifier, first_pass_blocks, load_classification_data
 from hfgpt.tasks.first_pass import plan_first_pass
-from hfgpt.tasks.instruct import build_follower, load_instruction_data, plan_follower
+from hfgpt.tasks.instruct import build_follower, load_instruction_data
 from hfgpt.tasks.pretrain import build_pretraining_model, load_pretraining_data
+from hfgpt.tasks.training_run import plan_rows
 from hfgpt.training.estimate import Estimate, plan_run
 
 SECONDS = 2.0  # of the probe
@@ -21,13 +22,13 @@ def plan_recipe(recipe: Recipe) -> Estimate:
     """
     if recipe.task == "classify":
         labelled = load_classification_data(recipe)
-        estimate = plan_classifier(build_classifier(recipe, labelled), recipe, labelled, SECONDS)
+        estimate = plan_rows(build_classifier(recipe, labelled), recipe, labelled.encoded["train"], SECONDS)
         if blocks := first_pass_blocks(recipe, labelled):
             estimate.first_pass = plan_first_pass(recipe, blocks, labelled.tokenizer, SECONDS)
         return estimate
     if recipe.task == "instruct":
         answers = load_instruction_data(recipe)
-        return plan_follower(build_follower(recipe, answers), recipe, answers, SECONDS)
+        return plan_rows(build_follower(recipe, answers), recipe, answers.encoded["train"], SECONDS)
     data = load_pretraining_data(recipe)
     model = build_pretraining_model(recipe, data)
     return plan_run(model, recipe.training, data.train.block_size, len(data.train), SECONDS)

@@ -93,12 +93,12 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
             unseen in training or too small to divide.
     """
     given = _read_splits(arguments, seed, report)
-    if empty := [split for split, found in given.items() if split != "train" and not found]:
+    rows = _drop_leaks(_drop_contradictions(given, report), report)
+    if empty := [split for split, found in rows.items() if split != "train" and not found]:
         raise InputError(
-            f"the {empty[0]} split of data.path {arguments.path!r} has no row with a text and a label "
+            f"the {empty[0]} split of data.path {arguments.path!r} has no row with a text and a label of its own "
             f"({report.reasons}): name another in data.{empty[0]}_split, or take only the files of the others"
         )
-    rows = _drop_leaks(_drop_contradictions(given, report), report)
     report.sha256 = report.sha256 or _hash_rows(rows)
     labels = _sort_labels({row["label"] for row in rows["train"]})
     if len(labels) < 2:

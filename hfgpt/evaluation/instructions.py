@@ -1,6 +1,6 @@
 """What a model that follows instructions is worth: its greedy answers, and how many are the right ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -51,7 +51,6 @@ def generate_answers(
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     batch_size: int,
-    on_batch: Callable[[], None] | None = None,
 ) -> list[Answer]:
     """Lets a model answer, always with the likeliest token.
 
@@ -61,7 +60,6 @@ def generate_answers(
         conversations: Each ends with the right answer, which the model does not see.
         max_new_tokens: Of each answer at most, less where the context ends earlier.
         batch_size: Prompts at a time, of like length.
-        on_batch: Called after each batch.
 
     Returns:
         The answers, in the order of the conversations.
@@ -95,8 +93,6 @@ def generate_answers(
             text = tokenizer.decode(ids[: ids.index(end)] if finished else ids, skip_special_tokens=True)
             *before, last = conversations[index]
             answers[index] = Answer(list(before), last["content"].strip(), text.strip(), finished)
-        if on_batch:
-            on_batch()
     return [answers[index] for index in range(len(conversations))]
 
 

@@ -7,7 +7,7 @@ taken up again where he stopped. What he failed to score is counted, and is no p
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,16 +77,13 @@ def check_judge(arguments: JudgeArguments):
         raise InputError(_unreachable(arguments, error)) from error
 
 
-def judge_answers(
-    answers: Sequence[Answer], arguments: JudgeArguments, path: Path, on_answer: Callable[[], None] | None = None
-) -> dict[str, float | int]:
+def judge_answers(answers: Sequence[Answer], arguments: JudgeArguments, path: Path) -> dict[str, float | int]:
     """Has answers scored from 0 to 100.
 
     Args:
         answers: What the model said.
         arguments: Who judges.
         path: The file of judgements; those in it of the same judge and prompt are taken over, failures asked again.
-        on_answer: Called after each answer.
 
     Returns:
         `judge_score`, the mean of what was scored (absent if nothing was), `judge_scored`, and `judge_failures`.
@@ -121,8 +118,6 @@ def judge_answers(
                 file.flush()
                 if entry["score"] is not None:
                     scores[prompt] = entry["score"]
-            if on_answer:
-                on_answer()
     given = [scores[prompt] for prompt in prompts if prompt in scores]
     result: dict[str, float | int] = {"judge_scored": len(given), "judge_failures": len(prompts) - len(given)}
     return ({"judge_score": sum(given) / len(given)} if given else {}) | result

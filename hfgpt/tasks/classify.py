@@ -48,13 +48,13 @@ from hfgpt.tasks.training_run import (
     describe_run,
     find_tokenizer,
     padding_collator,
+    plan_rows,
     run_training,
     save_run,
     sorted_by_length,
 )
 from hfgpt.tokenizer import wrap_in_end_of_text
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
-from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.hardware import find_device
 from hfgpt.training.trainer import HfGPTTrainer
 
@@ -129,7 +129,7 @@ def classify(recipe: Recipe, resume: bool = False, console: Console | None = Non
         model = build_classifier(dataclasses.replace(recipe, model=model_after_first_pass(recipe)), data)
 
     # 4. What it will cost, and what was chosen.
-    estimate = plan_classifier(model, recipe, data, seconds=0.5)
+    estimate = plan_rows(model, recipe, data.encoded["train"], seconds=0.5)
     console.print(describe_choices(model, recipe, estimate), highlight=False)
 
     # 5. Train.
@@ -227,12 +227,6 @@ def build_classifier(recipe: Recipe, data: ClassificationData) -> PreTrainedMode
     read_texts(recipe.evaluation.prompts or ["any"], None)
     set_seed(recipe.training.seed)
     return build_recipe_model(recipe, data.tokenizer, data.labels)
-
-
-def plan_classifier(model: PreTrainedModel, recipe: Recipe, data: ClassificationData, seconds: float) -> Estimate:
-    """What the training will cost, at the mean length of its texts; a first pass is planned apart."""
-    lengths = data.encoded["train"]["length"]
-    return plan_run(model, recipe.training, max(sum(lengths) // len(lengths), 1), len(lengths), seconds)
 
 
 def first_pass_blocks(recipe: Recipe, data: ClassificationData) -> BlockDataset | None:

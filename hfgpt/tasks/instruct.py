@@ -24,7 +24,7 @@ from hfgpt.data.instructions import (
     pack_rows,
 )
 from hfgpt.data.report import DataReport
-from hfgpt.data.templates import render_letters, set_chat_template
+from hfgpt.data.templates import BEFORE_INPUT, render_letters, set_chat_template
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments
 from hfgpt.evaluation.generation import unknown_token_id
@@ -42,12 +42,12 @@ from hfgpt.tasks.training_run import (
     describe_run,
     find_tokenizer,
     padding_collator,
+    plan_rows,
     run_training,
     save_run,
     sorted_by_length,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
-from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.hardware import find_device
 from hfgpt.training.trainer import HfGPTTrainer
 
@@ -103,7 +103,7 @@ def instruct(recipe: Recipe, resume: bool = False, console: Console | None = Non
     model = build_follower(recipe, data)
 
     # 4. What it will cost, and what was chosen.
-    estimate = plan_follower(model, recipe, data, seconds=0.5)
+    estimate = plan_rows(model, recipe, data.encoded["train"], seconds=0.5)
     console.print(data.report.summary(), highlight=False)
     console.print(describe_choices(model, recipe, estimate), highlight=False)
 
@@ -206,12 +206,6 @@ def build_follower(recipe: Recipe, data: InstructionData) -> PreTrainedModel:
     return model
 
 
-def plan_follower(model: PreTrainedModel, recipe: Recipe, data: InstructionData, seconds: float) -> Estimate:
-    """What the training will cost, at the mean length of its rows."""
-    lengths = data.encoded["train"]["length"]
-    return plan_run(model, recipe.training, max(sum(lengths) // len(lengths), 1), len(lengths), seconds)
-
-
 def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
 ) -> dict[str, Any]:
@@ -302,5 +296,5 @@ def _before_input(recipe: Recipe, tokenizer_folder: Path | None) -> str:
     """What stands between an instruction and its input, before there is a tokenizer to train on both."""
     trains = recipe.model.path is None and recipe.tokenizer.path is None and tokenizer_folder is None
     if trains:
-        return "\n\n### Input:\n" if recipe.data.template == "alpaca" else "\n"
+        return BEFORE_INPUT.get(recipe.data.template, "\n")
     return set_chat_template(find_tokenizer(recipe, tokenizer_folder, ()), recipe.data.template)

@@ -22,7 +22,7 @@ from hfgpt.recipe import Recipe
 from hfgpt.tasks.run_folder import describe_environment, staged_files
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback
-from hfgpt.training.estimate import Estimate
+from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.hardware import describe_device, peak_memory_bytes
 from hfgpt.training.trainer import HfGPTTrainer
 
@@ -118,6 +118,12 @@ def build_recipe_model(
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()  # the frozen embeddings give none
     return model
+
+
+def plan_rows(model: PreTrainedModel, recipe: Recipe, rows: Dataset, seconds: float) -> Estimate:
+    """What a training on rows of different `length` will cost, at their mean length; a first pass is planned apart."""
+    lengths = rows["length"]
+    return plan_run(model, recipe.training, max(sum(lengths) // len(lengths), 1), len(lengths), seconds)
 
 
 def freeze_model(model: PreTrainedModel, last_blocks: int):

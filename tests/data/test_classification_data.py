@@ -160,6 +160,17 @@ def test_a_given_split_without_labels_is_named(load, tmp_path):
         load(None, path=str(tmp_path))
 
 
+def test_a_validation_split_that_is_the_test_split_is_named(load, tmp_path):
+    for name in ("train", "valid", "test"):
+        rows = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "valid.jsonl").write_bytes((tmp_path / "test.jsonl").read_bytes())
+    with pytest.raises(
+        InputError, match=r"the validation split of .* of its own .*9 validation row that is in"
+    ):
+        load(None, path=str(tmp_path))
+
+
 def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     rows = {"text": [f"t{index}" for index in range(20)] + ["unlabelled"], "label": [0, 1] * 10 + [-1]}
