@@ -165,9 +165,7 @@ def test_a_validation_split_that_is_the_test_split_is_named(load, tmp_path):
         rows = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "valid.jsonl").write_bytes((tmp_path / "test.jsonl").read_bytes())
-    with pytest.raises(
-        InputError, match=r"the validation split of .* of its own .*9 validation row that is in"
-    ):
+    with pytest.raises(InputError, match=r"the validation split of .* of its own .*9 validation row that is in"):
         load(None, path=str(tmp_path))
 
 
