@@ -224,6 +224,27 @@ def export(
     export_model(model, out, merge_adapter)
 
 
+@app.command(name="publish", context_settings=TAKES_OVERRIDES)
+def publish_model(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a run, or of any saved model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name on the Hub.")],
+    publish_format: Annotated[
+        str, typer.Option("--format", help="hfgpt, or gpt2: native, without any code of ours.")
+    ] = "hfgpt",
+    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and send nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch; made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Of the one commit.")] = None,
+):
+    """Check a model, write its card and send it to the Hub in one commit; --hub.license mit and the like add facts."""
+    from hfgpt.tasks.publish import PublishArguments, publish
+
+    arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
+    print(publish(model, repo_id, arguments, _overrides(context)))
+
+
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)
 def inspect_data(
     context: typer.Context,

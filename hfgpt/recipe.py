@@ -27,13 +27,14 @@ from hfgpt.data.instructions import InstructionDataArguments
 from hfgpt.data.sources import DataArguments
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments, ClassifierEvaluationArguments, EvaluationArguments
+from hfgpt.hub import HubArguments
 from hfgpt.tokenizer import TokenizerArguments
 from hfgpt.training.trainer import FineTuningArguments, FirstPassArguments, HfGPTTrainingArguments
 
 
 def _sections(data: type, training: type, evaluation: type, **more: type) -> dict[str, type]:
-    first = {"tokenizer": TokenizerArguments, "model": ModelArguments, "data": data}
-    return {**first, **more, "adapters": AdapterArguments, "training": training, "evaluation": evaluation}
+    first = {"tokenizer": TokenizerArguments, "model": ModelArguments, "data": data, **more}
+    return {**first, "adapters": AdapterArguments, "training": training, "evaluation": evaluation, "hub": HubArguments}
 
 
 # The sections of each task, in the order of a recipe.
@@ -48,7 +49,7 @@ SECTIONS: dict[str, dict[str, type]] = {
     "instruct": _sections(InstructionDataArguments, FineTuningArguments, AnswerEvaluationArguments),
 }
 # What these say is done only where a recipe has them.
-OPTIONAL = ("pretraining", "adapters")
+OPTIONAL = ("pretraining", "adapters", "hub")
 # Types as the author of a recipe calls them.
 TYPES = {
     "int": "a whole number",
@@ -62,6 +63,7 @@ TYPES = {
 # Keys that may differ when a run is resumed: they change what is watched, not what is learned.
 RESUMABLE = (
     "evaluation.",
+    "hub.",
     "data.num_proc",
     "data.cache_dir",
     "training.output_dir",
@@ -79,7 +81,7 @@ class Recipe:
         name: The file's name without its suffix.
         task: `pretrain`, `classify` or `instruct`.
         values: What the recipe and the overrides say, with our own sections complete: enough to repeat the run.
-        pretraining, adapters: None where the recipe has no such section.
+        pretraining, adapters, hub: None where the recipe has no such section.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Recipe:
     values: dict[str, Any]
     pretraining: FirstPassArguments | None = None
     adapters: AdapterArguments | None = None
+    hub: HubArguments | None = None
 
 
 def recipe_folder() -> Path:

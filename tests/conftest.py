@@ -1,10 +1,24 @@
 """What several test files share."""
 
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from hub_server import Hub
+
+# No test asks the real Hub: huggingface_hub reads this when it is first imported, which is after this file.
+HUB = Hub()
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+@pytest.fixture
+def hub():
+    """The Hub that every test sees, empty."""
+    HUB.reset()
+    yield HUB
+    HUB.reset()
 
 
 @pytest.fixture(scope="session")

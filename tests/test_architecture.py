@@ -112,10 +112,10 @@ def test_a_file_that_travels_to_the_hub_imports_nothing_of_ours(name):
 
 
 def test_only_adapters_import_peft():
-    assert [path.name for path in FILES if any(name.startswith("peft") for name in imports_of(path))] in (
-        [],
-        ["adapters.py"],
-    )
+    # The script that stands for a stranger's machine, where hfgpt is not, is none of its modules.
+    files = [path for path in FILES if path.name != "fresh_process.py"]
+    importing = [path.name for path in files if any(name.startswith("peft") for name in imports_of(path))]
+    assert importing == ["adapters.py"]
 
 
 def test_names_say_what_is_inside():

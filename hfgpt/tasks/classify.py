@@ -39,8 +39,8 @@ from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.loading import classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.first_pass import build_blocks, model_after_first_pass, run_first_pass
-from hfgpt.tasks.messages import describe_choices, describe_classification, render_readme, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json, write_text
+from hfgpt.tasks.messages import describe_choices, describe_classification, render_summary
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
@@ -52,6 +52,7 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
+    write_card,
 )
 from hfgpt.tokenizer import wrap_in_end_of_text
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
@@ -169,19 +170,20 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
 
     # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
-    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens))
+    samples = sample(saved, data.tokenizer, recipe)
+    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
     plot_loss(folder, len(data.labels), "row")
     plot_confusion(results["test"], folder / "confusion.png", f"{recipe.name}, test split")
     if recipe.evaluation.baseline:
         pairs = [(list(data.texts.splits[split]["text"]), labels[split]) for split in ("train", "test")]
         metrics["baseline_accuracy"] = baseline_accuracy(*pairs, balanced=data.weights is not None)
         write_json(folder / "metrics.json", metrics)
-    predictions = predict(saved, data.tokenizer, recipe.evaluation.prompts)
-    samples = [f"{prediction.text}: {prediction.label} ({prediction.score:.3f})" for prediction in predictions]
-    measured = f"on the test split {describe_classification(metrics)}"
-    write_text(folder / "README.md", render_readme(recipe, saved, measured, samples))
-    following = f"hfgpt classify {folder} 'your text'"
-    console.print(render_summary(folder, measured, samples, training, following), highlight=False)
+    write_card(recipe)
+    measured, following = (
+        f"on the test split {describe_classification(metrics)}",
+        f"hfgpt classify {folder} 'your text'",
+    )
+    console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     return metrics
 
 
@@ -246,6 +248,12 @@ def measure(
     """Predicts the rows of a split, those of like length together."""
     loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
     return measure_classifier(model, loader, labels)
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Any]:
+    """The recipe's prompts, classified."""
+    predictions = predict(model, tokenizer, recipe.evaluation.prompts)
+    return {"texts": [f"{found.text}: {found.label} ({found.score:.3f})" for found in predictions]}
 
 
 def evaluate_classifier(path: str, data: ClassificationDataArguments) -> dict[str, Any]:

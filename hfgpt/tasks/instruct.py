@@ -33,7 +33,7 @@ from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.messages import describe_answers, describe_choices, render_readme, render_summary
+from hfgpt.tasks.messages import describe_answers, describe_choices, render_summary
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json, write_text
 from hfgpt.tasks.training_run import (
     Training,
@@ -46,6 +46,7 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
+    write_card,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.hardware import find_device
@@ -139,14 +140,11 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
     tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
     plot_loss(folder, saved.config.vocab_size)
-    replies = generate_answers(
-        saved, data.tokenizer, ask(evaluation.prompts), evaluation.max_new_tokens, evaluation.batch_size
-    )
-    samples = [f"{prompt}\n{reply.answer}" for prompt, reply in zip(evaluation.prompts, replies, strict=True)]
+    samples = sample(saved, data.tokenizer, recipe)
 
     # 7. What happened, for whoever repeats it or asks; the judge last, for he may fail.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
-    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens))
+    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
     if evaluation.judge.base_url:
         try:
             metrics |= judge(answers, evaluation, folder, console)
@@ -155,8 +153,9 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
             # Without its README.md the run is not finished: --resume goes on here, and asks only for what is missing.
             raise InputError(f"{error}; all else is written: go on with the same command and --resume") from error
     measured = f"on the test split {describe_answers(metrics)}"
-    write_text(folder / "README.md", render_readme(recipe, saved, measured, samples))
-    console.print(render_summary(folder, measured, samples, training, f"hfgpt chat {folder}"), highlight=False)
+    write_card(recipe)
+    following = f"hfgpt chat {folder}"
+    console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     return metrics
 
 
@@ -230,6 +229,16 @@ def answer(
     chosen = conversations[: evaluation.max_answers]
     with console.status(f"answering {len(chosen):,} test rows"):
         return generate_answers(model, tokenizer, chosen, evaluation.max_new_tokens, evaluation.batch_size)
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Any]:
+    """The recipe's prompts, answered."""
+    evaluation = recipe.evaluation
+    replies = generate_answers(
+        model, tokenizer, ask(evaluation.prompts), evaluation.max_new_tokens, evaluation.batch_size
+    )
+    texts = [f"{prompt}\n{reply.answer}" for prompt, reply in zip(evaluation.prompts, replies, strict=True)]
+    return {"texts": texts}
 
 
 def judge(

@@ -1,4 +1,4 @@
-"""What a run says: before it starts, at its end, and in the README.md of its folder."""
+"""What a run says before it starts and at its end."""
 
 import math
 from collections.abc import Sequence
@@ -7,19 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hfgpt.adapters import base_of, count_saved_parameters, is_adapted, read_adapter, trainable_parameters
+from hfgpt.adapters import trainable_parameters
 from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.training_run import Training
 from hfgpt.training.estimate import Estimate
 from hfgpt.training.hardware import describe_device
-
-LOADING = {
-    "pretrain": "AutoModelForCausalLM",
-    "instruct": "AutoModelForCausalLM",
-    "classify": "AutoModelForSequenceClassification",
-}
 
 
 def describe_data(report: DataReport, stream: TokenStream) -> str:
@@ -109,50 +103,3 @@ def render_summary(folder: Path, measured: str, samples: Sequence[str], training
         f"saved to {folder}; go on with: {following}",
     ]
     return "\n".join(lines)
-
-
-def render_readme(recipe: Recipe, model: PreTrainedModel, measured: str, samples: Sequence[str]) -> str:
-    """A short README.md for the run folder; every number in it was measured on these weights.
-
-    Args:
-        recipe: What was run.
-        model: As it was saved, with its adapter if it has one.
-        measured: What was, and on what, in one sentence without its full stop.
-        samples: Of what the model says.
-    """
-    folder = Path(recipe.training.output_dir).as_posix()
-    data = Path(recipe.data.path).name if Path(recipe.data.path).exists() else recipe.data.path
-    quoted = "\n\n".join("> " + text.replace("\n", "\n> ") for text in samples)
-    tag = "text-classification" if recipe.task == "classify" else "text-generation"
-    what, parameters = f"A GPT of {base_of(model).num_parameters():,} parameters", ""
-    header = [f"pipeline_tag: {tag}", "tags: [hfgpt]"]
-    if is_adapted(model):
-        base = read_adapter(folder).base
-        what, parameters = f"A LoRA adapter of {count_saved_parameters(folder):,} parameters", f" for `{base}`"
-        relation = [] if Path(base).is_dir() else [f"base_model: {base}"]
-        header = ["library_name: peft", *relation, *header]
-    else:
-        header = ["library_name: transformers", *header]
-    labels = f", id2label={model.config.id2label}" if recipe.task == "classify" and is_adapted(model) else ""
-    head = "\n".join(["---", *header, "---"])
-    quantized = " Trained on the base model in 4 bits, measured on it in float32." if recipe.model.load_in_4bit else ""
-    return (
-        f"""{head}
-# {recipe.name}
-
-{what}{parameters}, trained by hfgpt with the recipe in `recipe.yaml` on `{data}`.
-
-```python
-import hfgpt  # or: trust_remote_code=True below
-from transformers import {LOADING[recipe.task]}, AutoTokenizer
-
-model = {LOADING[recipe.task]}.from_pretrained("{folder}"{labels})
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
-
-{measured[0].upper()}{measured[1:]}.{quantized}
-
-{quoted}
-""".rstrip()
-        + "\n"
-    )

@@ -21,8 +21,8 @@ from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, genera
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.messages import describe_choices, describe_data, describe_metrics, render_readme, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json, write_text
+from hfgpt.tasks.messages import describe_choices, describe_data, describe_metrics, render_summary
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
@@ -31,6 +31,7 @@ from hfgpt.tasks.training_run import (
     find_tokenizer,
     run_training,
     save_run,
+    write_card,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.estimate import plan_run
@@ -137,13 +138,10 @@ def finish_run(recipe: Recipe, training: Training, data: PretrainingData, consol
     # 7. What happened, for whoever repeats it or asks. Trainer sums the operations of the tokens it saw: the last step
     # of an epoch may have fewer than the others.
     tokens = round(trainer.state.total_flos / training.estimate.flops_per_token)
-    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens))
-    measured = describe_metrics(metrics)
-    write_text(
-        folder / "README.md", render_readme(recipe, saved, f"on the whole validation split: {measured}", samples)
-    )
-    following = f"hfgpt generate {folder} 'your prompt'"
-    console.print(render_summary(folder, f"validation {measured}", samples, training, following), highlight=False)
+    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
+    write_card(recipe)
+    measured, following = f"validation {describe_metrics(metrics)}", f"hfgpt generate {folder} 'your prompt'"
+    console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     return metrics
 
 
@@ -271,10 +269,12 @@ def evaluate_model(path: str, data: DataArguments, evaluation: EvaluationArgumen
     return measure(model, tokenizer, blocks, report, batch_size=8)
 
 
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[str]:
-    """One continuation of each of the recipe's prompts."""
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> dict[str, Any]:
+    """One continuation of each of the recipe's prompts, and how it was sampled."""
     arguments = sampling_arguments(recipe)
-    return [generate_texts(model, tokenizer, prompt, arguments)[0] for prompt in recipe.evaluation.prompts]
+    texts = [generate_texts(model, tokenizer, prompt, arguments)[0] for prompt in recipe.evaluation.prompts]
+    names = ("seed", "temperature", "top_k", "max_new_tokens")
+    return {"texts": texts, **{name: getattr(arguments, name) for name in names}}
 
 
 def sampling_arguments(recipe: Recipe) -> SamplingArguments:

@@ -7,19 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from hfgpt.adapters import CAUSAL_LM, SEQ_CLS, WEIGHTS_FILE, attach_adapter, is_adapted, read_adapter
+from hfgpt.adapters import (
+    CAUSAL_LM,
+    SEQ_CLS,
+    WEIGHTS_FILE,
+    attach_adapter,
+    base_of,
+    count_saved_parameters,
+    is_adapted,
+    read_adapter,
+    trainable_parameters,
+)
 from hfgpt.building import build_model
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.collators import PaddingCollator
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.hub import HubArguments
+from hfgpt.hub.card import build_card, describe_architecture
+from hfgpt.hub.records import read_records
 from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer, save_labels
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.run_folder import describe_environment, staged_files
+from hfgpt.tasks.run_folder import describe_environment, staged_files, write_text
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback
 from hfgpt.training.estimate import Estimate, plan_run
@@ -193,29 +207,36 @@ def save_run(trainer: HfGPTTrainer, folder: Path):
 
 
 def describe_run(
-    recipe: Recipe, training: Training, report: DataReport, tokenizer: PreTrainedTokenizerBase, tokens: int
+    recipe: Recipe,
+    training: Training,
+    report: DataReport,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: int,
+    samples: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `run.json`: plan and actual side by side, and all that the weights depend on."""
-    folder, trainer = Path(recipe.training.output_dir), training.trainer
+    """The content of `run.json`: plan and actual side by side, all that the weights depend on, what the card shows.
+
+    Args:
+        recipe: What was run.
+        training: Its training.
+        report: What became of the data.
+        tokenizer: The run's.
+        tokens: Seen in training.
+        samples: `texts` of the trained model, and how they were sampled.
+    """
+    trainer, source = training.trainer, Path(recipe.data.path)
     steps = trainer.state.global_step
-    weights = folder / (WEIGHTS_FILE if is_adapted(trainer.model) else "model.safetensors")
-    base = {}
-    if is_adapted(trainer.model):
-        path = Path(read_adapter(str(folder)).base) / "model.safetensors"
-        base = {"base_model": str(path.parent)}
-        if path.is_file():
-            base["base_weights_sha256"] = hash_file(path)
     return {
         "task": recipe.task,
         "recipe": recipe.name,
         "seed": recipe.training.seed,
+        "data_source": str(source.resolve()) if source.exists() else recipe.data.path,
         "data_sha256": report.sha256,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "weights_sha256": hash_file(weights) if weights.is_file() else None,
-        **base,
+        **_describe_weights(recipe, trainer),
         "device": describe_device(recipe.training.device),
         "processes": recipe.training.world_size,
-        "bf16": recipe.training.bf16,
+        "precision": "bfloat16, mixed" if trainer.args.bf16 else "float16, mixed" if trainer.args.fp16 else "float32",
         "attn_implementation": trainer.model.config._attn_implementation,
         "steps": steps,
         "tokens": tokens,
@@ -227,5 +248,37 @@ def describe_run(
             "tokens_per_second": tokens * (1 - training.first_step / steps) / training.seconds,
             "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
         },
+        "samples": samples,
         **describe_environment(),
     }
+
+
+def _describe_weights(recipe: Recipe, trainer: HfGPTTrainer) -> dict[str, Any]:
+    """What was trained, on what, and the hashes that bind the measurements to it."""
+    folder, model = Path(recipe.training.output_dir), base_of(trainer.model)
+    weights = folder / (WEIGHTS_FILE if is_adapted(trainer.model) else "model.safetensors")
+    with torch.device("meta"):  # without the adapter that the model at hand may carry
+        parameters = type(model)(model.config).num_parameters()
+    described = {
+        "architecture": describe_architecture(model.config, parameters),
+        "trained_parameters": trainable_parameters(trainer.model)[0],
+        "weights_sha256": hash_file(weights) if weights.is_file() else None,
+    }
+    if recipe.task == "classify":
+        described["labels"] = {str(index): label for index, label in model.config.id2label.items()}
+    base = read_adapter(str(folder)).base if is_adapted(trainer.model) else recipe.model.path
+    if base is not None:
+        local = Path(base).is_dir()
+        described["base_model"] = str(Path(base).resolve()) if local else base
+        if local and (Path(base) / "model.safetensors").is_file():
+            described["base_weights_sha256"] = hash_file(Path(base) / "model.safetensors")
+    if is_adapted(trainer.model):
+        described["saved_parameters"] = count_saved_parameters(str(folder))
+    return described
+
+
+def write_card(recipe: Recipe):
+    """Writes the model card; with it the run is finished."""
+    folder = Path(recipe.training.output_dir)
+    card = build_card(read_records(folder), recipe.hub or HubArguments(), folder.as_posix())
+    write_text(folder / "README.md", str(card.render()).rstrip() + "\n")

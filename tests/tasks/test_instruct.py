@@ -88,7 +88,7 @@ def test_a_run_learns_to_answer_and_to_stop(here, finished):
     assert all(answer["answer"] == answer["reference"] == "yes" for answer in answers)
     assert read(folder / "run.json")["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert "sample: Say 1\nyes" in shown
-    assert "exactly right" in (folder / "README.md").read_text()
+    assert "| answers right to the letter | 100.00% |" in (folder / "README.md").read_text()
 
 
 def test_anybody_can_talk_to_it(here, finished):
@@ -194,7 +194,7 @@ def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, sta
     assert (metrics["eval_judge_scored"], metrics["eval_judge_failures"]) == (6, 0)
     assert len(other.requests) == 1 + 3, "a first word, and what was missing"
     assert hash_file(here / "judged" / "model.safetensors") == weights
-    assert "judged 55.0 of 100 over 6" in (here / "judged" / "README.md").read_text()
+    assert "| mean score of the judge | 55.0000 |" in (here / "judged" / "README.md").read_text()
 
 
 # Inspection and chat

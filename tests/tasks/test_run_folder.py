@@ -84,7 +84,7 @@ def test_run_json_says_what_happened(finished):
     assert run["tokenizer_sha256"] == tokenizer_hash(AutoTokenizer.from_pretrained(folder))
     assert run["data_sha256"] == read_json(folder / "data_report.json")["sha256"] == data.report.sha256
     assert (run["task"], run["recipe"], run["seed"]) == ("pretrain", "tiny", finished.recipe.training.seed)
-    assert (run["bf16"], run["attn_implementation"], run["processes"]) == (False, "sdpa", 1)
+    assert (run["precision"], run["attn_implementation"], run["processes"]) == ("float32", "sdpa", 1)
     assert run["resumed_from_step"] == 0
     assert run["versions"]["torch"] == torch.__version__
     # Planned and measured, beside each other.
@@ -116,18 +116,18 @@ def test_the_readme_says_what_was_measured(finished):
     _, front, text = (finished.folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     metrics = finished.metrics
-    for number in (
+    for words in (
         f"{read_json(finished.folder / 'run.json')['plan']['parameters']:,} parameters",
-        f"{metrics['eval_tokens']:,} tokens",
-        f"loss {metrics['eval_loss']:.4f} nats",
-        f"{metrics['eval_perplexity']:.2f}",
-        f"{metrics['eval_bits_per_byte']:.3f} bits a byte",
+        f"| tokens predicted | {metrics['eval_tokens']:,} |",
+        f"| loss, nats | {metrics['eval_loss']:.4f} |",
+        f"| perplexity | {metrics['eval_perplexity']:.4f} |",
+        f"| bits a byte | {metrics['eval_bits_per_byte']:.4f} |",
     ):
-        assert number in " ".join(text.split())
-    names = {}
+        assert words in text
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(code, names)
-    assert type(names["model"]) is HfGPTForCausalLM
+    names = {}
+    exec(code.replace(finished.folder.as_posix(), str(finished.folder)), names)
+    assert type(names["pipe"].model) is HfGPTForCausalLM
 
 
 def test_an_occupied_folder_is_refused(finished, load, train, tmp_path):

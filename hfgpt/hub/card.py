@@ -1,0 +1,357 @@
+"""The model card: typed data out of what a folder holds, rendered by the template in `model_cards/`.
+
+Every number on it stands in the folder's metrics.json, run.json, data_report.json or recipe.yaml; one that was not
+measured is absent.
+
+Sources: Mitchell et al., "Model Cards for Model Reporting" (2019); huggingface_hub's `ModelCardData` for the metadata.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from transformers import PreTrainedConfig
+
+from hfgpt.hub import HubArguments
+from hfgpt.hub.records import Records, is_hub_id, public_name
+from hfgpt.hub.usage import pipeline_tag, usage_code
+
+Rows = list[tuple[str, str]]
+# Name in metrics.json -> what it is, and the Hub's name of such a result; None: of no result, but of its size.
+METRICS = {
+    "eval_accuracy": ("accuracy", "accuracy"),
+    "eval_accuracy_low": ("Wilson interval of the accuracy, lower end", None),
+    "eval_accuracy_high": ("Wilson interval of the accuracy, upper end", None),
+    "eval_macro_f1": ("F1, mean over the classes", "f1"),
+    "eval_loss": ("loss, nats", "loss"),
+    "eval_perplexity": ("perplexity", "perplexity"),
+    "eval_bits_per_byte": ("bits a byte", "bits_per_byte"),
+    "eval_exact_match": ("answers right to the letter", "exact_match"),
+    "eval_normalised_match": ("answers right but for case, punctuation and articles", "normalised_match"),
+    "eval_judge_score": ("mean score of the judge", "judge_score"),
+    "eval_judge_scored": ("answers judged", None),
+    "eval_judge_failures": ("answers that the judge failed to score", None),
+    "majority_accuracy": ("beside it, always naming the largest class", None),
+    "baseline_accuracy": ("beside it, a logistic regression on character n-grams", None),
+    "validation_accuracy": ("accuracy on the validation split", None),
+    "eval_tokens": ("tokens predicted", None),
+    "eval_bytes": ("bytes they stand for", None),
+    "eval_unknown_tokens": ("tokens that stand for text the tokenizer cannot express", None),
+    "eval_rows": ("rows", None),
+    "eval_answers": ("answers", None),
+    "eval_unfinished_answers": ("answers that did not come to their end", None),
+    "eval_truncated": ("rows cut to the context", None),
+}
+SHARE = re.compile(r".*accuracy|.*match|eval_(precision|recall)_")
+ARCHITECTURE = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+    "hidden_act",
+    "qkv_bias",
+    "tie_word_embeddings",
+)
+PICTURES = {"loss.png": "Loss in training", "confusion.png": "Right classes down, predicted ones across"}
+
+
+@dataclass
+class Card:
+    """A model card before it is text: `model_cards/card.md.jinja` says where each part goes.
+
+    Args:
+        title: Its heading.
+        task: What the model was trained for; None: not known.
+        metadata: What the Hub reads.
+        summary: What the model is, in a sentence or two.
+        usage: Python that loads the model and uses it.
+        loading: What that needs.
+        architecture, training_data, procedure, evaluation: Rows of tables, each a name and a value.
+        measured_on: What the evaluation was measured on, and with which weights.
+        relations: Sentences on the base model, on merging and on conversion.
+        recipe: In YAML.
+        pictures: File in the folder -> what it shows.
+        samples: Texts of the model.
+        sampling: How they came about.
+        citation: BibTeX.
+        versions: Of the packages it was made with.
+    """
+
+    title: str
+    task: str | None
+    metadata: ModelCardData
+    summary: str
+    usage: str
+    loading: str
+    architecture: Rows
+    training_data: Rows
+    procedure: Rows
+    evaluation: Rows
+    measured_on: str
+    relations: list[str]
+    recipe: str
+    pictures: dict[str, str]
+    samples: list[str]
+    sampling: str
+    citation: str
+    versions: str
+
+    def render(self) -> ModelCard:
+        """The card as the Hub wants it."""
+        template = (card_folder() / "card.md.jinja").read_text(encoding="utf-8")
+        text = ModelCard.from_template(self.metadata, template_str=template, card=self).content
+        return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
+
+
+def card_folder() -> Path:
+    """The template and the examples: beside the modules in an installed wheel, at the root of a checkout."""
+    package = Path(__file__).parent.parent
+    return package / "model_cards" if (package / "model_cards").is_dir() else package.parent / "model_cards"
+
+
+def describe_architecture(config: PreTrainedConfig, parameters: int) -> dict[str, Any]:
+    """The entry `architecture` of run.json, which the table of the card shows.
+
+    Args:
+        config: Of the model, or of the base model below an adapter.
+        parameters: How many it has, tied ones once.
+    """
+    return {"parameters": parameters} | {name: getattr(config, name) for name in ARCHITECTURE}
+
+
+def build_card(records: Records, hub: HubArguments, name: str, native: bool = False) -> Card:
+    """Collects what a card says.
+
+    Args:
+        records: Of the model's folder.
+        hub: What no run can know.
+        name: Where to load it from: a folder or a repository.
+        native: Whether the weights are in GPT-2's own layout, which needs no code of ours.
+    """
+    run, recipe = records.run, {key: value for key, value in records.recipe.items() if key != "hub"}
+    title = name.rpartition("/")[2]
+    return Card(
+        title=title,
+        task=records.task,
+        metadata=_metadata(records, hub, title),
+        summary=_summary(records),
+        usage=usage_code(records, name, native),
+        loading=_loading(records, native),
+        architecture=[(key.replace("_", " "), _format(value)) for key, value in run.get("architecture", {}).items()],
+        training_data=_training_data(records, hub),
+        procedure=_procedure(run, hub),
+        evaluation=[(label, _format(value, key)) for key, label, _, value in _results(records.metrics)],
+        measured_on=_measured_on(records),
+        relations=_relations(records, hub),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else "",
+        pictures={file: what for file, what in PICTURES.items() if (records.folder / file).is_file()},
+        samples=[text.replace("```", "'''") for text in run.get("samples", {}).get("texts", [])],
+        sampling=_sampling(records),
+        citation=_citation(title, run),
+        versions=", ".join(f"{package} {version}" for package, version in _versions(run).items()),
+    )
+
+
+def evaluation_results(records: Records) -> list[dict[str, Any]]:
+    """What was measured, in the form of the Hub's `.eval_results/*.yaml`."""
+    sha = records.run.get("weights_sha256")
+    entries = [
+        EvalResultEntry(
+            dataset_id=records.data_name,
+            task_id=kind,
+            value=value,
+            date=records.run.get("finished"),
+            notes=f"{label}, on {records.measured_on}; hfgpt evaluate" + (f"; weights sha256 {sha}" if sha else ""),
+        )
+        for _, label, kind, value in _results(records.metrics)
+        if kind
+    ]
+    return eval_result_entries_to_yaml(entries)
+
+
+def public_base(records: Records, hub: HubArguments) -> str | None:
+    """The Hub id of the base model; None: it has none, or lies on this machine alone."""
+    return hub.base_model or (records.base if records.base and is_hub_id(records.base) else None)
+
+
+def _metadata(records: Records, hub: HubArguments, title: str) -> ModelCardData:
+    base, data = public_base(records, hub), records.data_name
+    results = [
+        EvalResult(
+            task_type=pipeline_tag(records),
+            dataset_type=data,
+            dataset_name=f"{data}, {records.measured_on}",
+            metric_type=kind,
+            metric_name=label,
+            metric_value=value,
+        )
+        for _, label, kind, value in _results(records.metrics)
+        if kind
+    ]
+    return ModelCardData(
+        library_name="peft" if records.adapter else "transformers",
+        pipeline_tag=pipeline_tag(records),
+        license=hub.license,
+        language=hub.language,
+        base_model=base,
+        base_model_relation=("adapter" if records.adapter else "finetune") if base else None,
+        datasets=[data] if is_hub_id(data) else None,
+        tags=["hfgpt", *filter(None, [records.task]), *(["lora"] if records.adapter else [])],
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _summary(records: Records) -> str:
+    labels = list(records.labels.values())
+    purposes = {"classify": f"tells {_enumerate(labels)} apart", "instruct": "follows instructions"}
+    purpose = purposes.get(records.task, "continues text")
+    parameters = records.run.get("architecture", {}).get("parameters")
+    size = f" of {parameters:,} parameters" if parameters else ""
+    data = f" It was trained on `{records.data_name}`." if records.recipe else ""
+    if not records.adapter:
+        return f"A GPT{size} that {purpose}.{data}"
+    saved = records.run.get("saved_parameters")
+    own = f" of {saved:,} parameters" if saved else ""
+    return f"A LoRA adapter{own} with which `{public_name(records.base)}`, a GPT{size}, {purpose}.{data}"
+
+
+def _loading(records: Records, native: bool) -> str:
+    if native:
+        return "A native GPT-2: transformers, and every tool for GPT-2, loads it without any code of its own."
+    whose = "the base model's" if records.adapter else "its"
+    return (
+        f"`trust_remote_code=True` lets transformers run {whose} two Python files, `configuration_hfgpt.py` and "
+        "`modeling_hfgpt.py`. Where hfgpt is installed, write `import hfgpt` first and leave it out."
+    )
+
+
+def _training_data(records: Records, hub: HubArguments) -> Rows:
+    data = records.data
+    if not data:
+        return []
+    rows = [("source", f"`{records.data_name}`"), ("sha256 of its content", f"`{data['sha256']}`")]
+    rows += [("licence", hub.data_license)] if hub.data_license else []
+    rows += [("rows read", _format(data["rows_read"])), ("rows kept", _format(data["rows_kept"]))]
+    rows += [(f"rows dropped: {reason}", _format(count)) for reason, count in sorted(data["dropped"].items())]
+    counted = {
+        "truncated": "rows cut to the context",
+        "duplicated": "rows whose text was already there, kept",
+        "kept_together": "rows that share their text with others, kept on one side",
+        "near_duplicates": "test rows that are almost a training row",
+        "leaked": "rows of validation or test that are also in training",
+    }
+    rows += [(label, _format(data[name])) for name, label in counted.items() if data.get(name)]
+    rows += [("held out by", data["split_by"])] if data.get("split_by") else []
+    for split, sizes in data["splits"].items():
+        counts = {name.replace("_", " "): size for name, size in sizes.items() if size and name != "labels"}
+        counts |= {f"`{label}`": size for label, size in sizes.get("labels", {}).items()}
+        rows.append((split, ", ".join(f"{size:,} {name}" for name, size in counts.items()) or "empty"))
+    return rows
+
+
+def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
+    facts = run | run.get("actual", {})
+    names = {
+        "steps": "optimizer steps",
+        "tokens": "tokens",
+        "seed": "seed",
+        "trained_parameters": "parameters trained",
+        "device": "hardware",
+        "processes": "processes",
+        "precision": "precision",
+        "training_seconds": "seconds of training",
+        "total_seconds": "seconds in all, with data and evaluation",
+        "tokens_per_second": "tokens a second",
+        "peak_memory_bytes": "peak memory, bytes",
+    }
+    rows = [(label, _format(facts[name])) for name, label in names.items() if name in facts]
+    return rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
+
+
+def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
+    """What metrics.json holds: the name there, what it is, the Hub's name if it is a result, and the value."""
+    named = [(name, *METRICS[name], metrics[name]) for name in METRICS if name in metrics]
+    for name, value in metrics.items():
+        if found := re.fullmatch(r"eval_(precision|recall)_(.*)", name, re.DOTALL):
+            named.append((name, f"{found[1]} of `{found[2]}`", None, value))
+    return named
+
+
+def _measured_on(records: Records) -> str:
+    sha = records.run.get("weights_sha256")
+    weights = f", with the weights of sha256 `{sha}`" if sha else ""
+    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}."
+
+
+def _relations(records: Records, hub: HubArguments) -> list[str]:
+    relations, merge, conversion = [], records.merge, records.conversion
+    base = hub.base_model or (public_name(records.base) if records.base else None)
+    if records.adapter:
+        sha = records.run.get("base_weights_sha256")
+        weights = f", whose weights have the sha256 `{sha}`" if sha else ""
+        relations.append(f"The adapter is of use on its own base model only: `{base}`{weights}.")
+    elif records.recipe:
+        relations.append(f"Trained from `{base}`." if base else "Trained from random weights.")
+    if "pretraining" in records.recipe:
+        relations.append("Before that, a first pass of language modelling over the texts of the training split.")
+    if records.recipe.get("model", {}).get("load_in_4bit"):
+        relations.append("Trained on the base model with its weights quantized, measured on it in float32.")
+    if merge:
+        relations.append(
+            f"The adapter `{public_name(merge['adapter'])}`, merged into `{base}` in float32: the largest difference "
+            f"of logits from the two apart is {merge['difference']:.1e} over {merge['tokens']:,} random tokens, where "
+            f"the largest logit is {merge['largest_logit']:.2f}."
+        )
+    if conversion:
+        largest = max(row["absolute"] for row in conversion["differences"])
+        what = "" if conversion["format"].startswith("to ") else "from "
+        relations.append(
+            f"Converted {what}{conversion['format']}; the largest difference of logits from the source is "
+            f"{largest:.1e}."
+        )
+    return relations
+
+
+def _sampling(records: Records) -> str:
+    if records.task == "classify":
+        return "Texts, and the likeliest class of each with its probability."
+    if records.task == "instruct":
+        return "Questions, and the answers of always taking the likeliest token."
+    if not (samples := records.run.get("samples")):
+        return ""
+    return (
+        f"Sampled with seed {samples['seed']}, temperature {samples['temperature']:g}, top_k {samples['top_k']} and "
+        f"at most {samples['max_new_tokens']} new tokens: one continuation of each prompt, the first."
+    )
+
+
+def _citation(title: str, run: dict[str, Any]) -> str:
+    key = re.sub(r"\W+", "-", title).strip("-").lower()
+    fields = {"title": title, "note": "Trained with hfgpt", "year": run.get("finished", "")[:4]}
+    lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
+    return "\n".join([f"@misc{{{key},", *lines, "}"])
+
+
+def _versions(run: dict[str, Any]) -> dict[str, str]:
+    return {name: run[name] for name in ("hfgpt", "python") if name in run} | run.get("versions", {})
+
+
+def _format(value: Any, name: str = "") -> str:
+    """A value for people: shares in per cent, at most four digits after the point."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2%}" if SHARE.match(name) else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _enumerate(words: Sequence[str]) -> str:
+    words = [f"`{word}`" for word in words] or ["texts"]
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]

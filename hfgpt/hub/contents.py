@@ -1,0 +1,165 @@
+"""What of a folder is published, what stays on this machine, and what stops the publication altogether.
+
+Only safetensors, JSON, plain text, PNG and the two Python files of the model go. A file of another kind is refused by
+name rather than left out: somebody put it there, and should know that it would not arrive.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
+
+from hfgpt.configuration_hfgpt import AUTO_MAP
+from hfgpt.errors import InputError
+from hfgpt.hub.records import is_checkpoint
+
+CODE = sorted({f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()})
+TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
+STAYING = {
+    "answers.jsonl": "rows of the data",
+    "judgements.jsonl": "rows of the data",
+    ".gitattributes": "the Hub's own",
+}
+# What Trainer leaves in a checkpoint to go on from; elsewhere these are refused.
+STATE = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin|trainer_state\.json")
+# Each begins with letters of its own, by which Python's search skips through large files; nothing random is so formed.
+SECRETS = (
+    ("a Hugging Face token", rb"hf_[A-Za-z0-9]{30,}"),
+    ("a Hugging Face token", rb"api_org_[A-Za-z0-9]{30,}"),
+    ("a GitHub token", rb"gh[pousr]_[A-Za-z0-9]{36,}"),
+    ("a GitHub token", rb"github_pat_[A-Za-z0-9_]{60,}"),
+    ("a GitLab token", rb"glpat-[A-Za-z0-9_-]{20,}"),
+    ("an OpenAI or Anthropic key", rb"sk-[A-Za-z0-9_-]{36,}"),
+    ("an AWS key", rb"AKIA[A-Z0-9]{16}(?![A-Za-z0-9])"),
+    ("an AWS key", rb"ASIA[A-Z0-9]{16}(?![A-Za-z0-9])"),
+    ("a Google key", rb"AIza[A-Za-z0-9_-]{35}"),
+    ("a Slack token", rb"xox[abeoprs]-[A-Za-z0-9-]{20,}"),
+    ("a PyPI token", rb"pypi-AgEI[A-Za-z0-9_-]{30,}"),
+    ("an npm token", rb"npm_[A-Za-z0-9]{36}"),
+    ("a private key", rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"),
+    ("a private key", rb"PuTTY-User-Key-File-\d"),
+    ("a password in an address", rb"://[^\s/:@\"']{1,64}:[^\s/:@\"']{3,128}@"),
+)
+PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in SECRETS]
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HFGPT_JUDGE_API_KEY")
+CHUNK, OVERLAP = 2**24, 2**10  # bytes; no pattern is longer than the overlap
+
+
+@dataclass
+class Contents:
+    """The files of a folder.
+
+    Args:
+        going: Names of those to publish.
+        staying: Name -> why it stays.
+    """
+
+    going: list[str]
+    staying: dict[str, str]
+
+
+def sort_contents(folder: Path) -> Contents:
+    """Divides a folder into what goes and what stays.
+
+    Raises:
+        InputError: It holds what must not be published and is not known to stay; each file is named with its reason.
+    """
+    going, staying, refused = [], {}, {}
+    for path in sorted(folder.iterdir()):
+        if fault := _find_fault(path):
+            refused[path.name] = fault
+        elif reason := _reason_to_stay(path):
+            staying[path.name] = reason
+        else:
+            going.append(path.name)
+    if refused:
+        named = "; ".join(f"'{name}' {fault}" for name, fault in refused.items())
+        raise InputError(f"'{folder}' holds what is not published: {named}: move it out of the folder")
+    return Contents(going, staying)
+
+
+def find_secrets(folder: Path, names: Iterable[str]) -> list[str]:
+    """Where files hold what looks like a token, a key or a password, in words that do not repeat it.
+
+    Args:
+        folder: Of the files.
+        names: Theirs, relative to it.
+    """
+    own = [value.encode() for value in (get_token(), *map(os.environ.get, TOKEN_VARIABLES)) if value]
+    found = []
+    for name in names:
+        tail, offset = b"", 0
+        with open(folder / name, "rb") as file:
+            while chunk := file.read(CHUNK):
+                text = tail + chunk
+                matches = ((kind, pattern.search(text)) for kind, pattern in PATTERNS)
+                if hit := next(((kind, match) for kind, match in matches if match), None):
+                    place = offset - len(tail) + hit[1].start()
+                    found.append(f"'{name}' holds {hit[0]} at byte {place:,}")
+                    break
+                if any(secret in text for secret in own):
+                    found.append(f"'{name}' holds a token that is in use on this machine")
+                    break
+                tail, offset = text[-OVERLAP:], offset + len(chunk)
+    return found
+
+
+def _find_fault(path: Path) -> str | None:
+    """Why a file or folder must not be there; None: it may."""
+    name = path.name
+    if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
+        return "is a link to something outside the folder"
+    if name in STAYING or (STATE.fullmatch(name) and is_checkpoint(path.parent)):
+        return None
+    if name.startswith("."):
+        return "is hidden: settings and caches are not published"
+    if path.is_dir():
+        return None if _is_known_folder(path) else "is a folder: a model is published without any"
+    if name in CODE or re.fullmatch(r"LICEN[CS]E|NOTICE", name):
+        return None
+    if path.suffix == ".safetensors":
+        return _fault_of_tensors(path)
+    if path.suffix == ".png":
+        with open(path, "rb") as file:
+            return None if file.read(8) == b"\x89PNG\r\n\x1a\n" else "is no PNG"
+    if path.suffix in TEXT:
+        return _fault_of_text(path)
+    return "is neither safetensors, JSON, plain text nor PNG"
+
+
+def _reason_to_stay(path: Path) -> str | None:
+    if path.is_dir():
+        return "a checkpoint" if re.fullmatch(r"checkpoint-\d+", path.name) else "a model of its own"
+    return STAYING.get(path.name) or ("state to resume from" if STATE.fullmatch(path.name) else None)
+
+
+def _is_known_folder(path: Path) -> bool:
+    """Whether a folder is a checkpoint of the run or another model inside it, as a first pass leaves one."""
+    models = ("config.json", "adapter_config.json", "trainer_state.json")
+    return any((path / name).is_file() for name in models)
+
+
+def _fault_of_tensors(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return None if list(file.keys()) else "holds no tensors"
+    except (OSError, SafetensorError):
+        return "is no safetensors file"
+
+
+def _fault_of_text(path: Path) -> str | None:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8")
+        if path.suffix == ".json":
+            json.loads(text)
+    except UnicodeDecodeError:
+        return "is not UTF-8 text"
+    except json.JSONDecodeError:
+        return "is not JSON"
+    return "is no plain text: it holds zero bytes" if b"\0" in content else None

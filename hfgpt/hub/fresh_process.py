@@ -1,0 +1,68 @@
+"""A stranger's machine: run as a script in a Python process of its own, it loads a folder without hfgpt.
+
+Never imported: `hfgpt.hub.stranger` starts it with one argument, a JSON file that says what to load and to compute,
+and reads its answer from another.
+"""
+
+import importlib.abc
+import json
+import sys
+
+
+class NotInstalled(importlib.abc.MetaPathFinder):
+    """Makes hfgpt a package that this process has not, wherever it is installed."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hfgpt":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+
+def main(path: str):
+    """Does what the file asks for; see `hfgpt.hub.stranger.check_as_stranger` for its entries."""
+    with open(path, encoding="utf-8") as file:
+        job = json.load(file)
+
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(job["threads"])
+    folder = job["folder"]
+    trust = {"trust_remote_code": True} if job["remote_code"] else {}
+    kind = "ForSequenceClassification" if job["classify"] else "ForCausalLM"
+    options = {**trust, "dtype": torch.float32}
+    if job["adapter"]:
+        import peft
+
+        if job["labels"]:
+            options["id2label"] = {int(index): label for index, label in job["labels"].items()}
+        model = getattr(peft, f"AutoPeftModel{kind}").from_pretrained(folder, **options)
+    else:
+        transformers.AutoConfig.from_pretrained(folder, **trust)
+        transformers.AutoModel.from_pretrained(folder, **options)
+        model = getattr(transformers, f"AutoModel{kind}").from_pretrained(folder, **options)
+    model.eval()
+    rows = torch.tensor(job["rows"])  # (B, T)
+    with torch.no_grad():
+        # One at a time: a classifier without a padding token takes no more.
+        logits = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows.split(1)])
+    save_file({"logits": logits}, job["logits"])
+    answer = {}
+    if not job["classify"]:
+        prompt = rows[:1, : rows.shape[1] // 2]
+        settings = {"max_new_tokens": job["new_tokens"], "do_sample": False, "pad_token_id": 0}
+        answer["greedy"] = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+        answer["greedy"] = answer["greedy"][0].tolist()
+    if job["text"] is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        task = "text-classification" if job["classify"] else "text-generation"
+        given = {"model": model} if job["adapter"] else {"model": folder, **trust}
+        pipe = transformers.pipeline(task, tokenizer=tokenizer, **given)
+        answer["pipeline"] = pipe(job["text"], **({} if job["classify"] else {"max_new_tokens": 1}))
+    with open(job["answer"], "w", encoding="utf-8") as file:
+        json.dump(answer, file)
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NotInstalled())
+    main(sys.argv[1])

@@ -1,0 +1,108 @@
+"""Whether a stranger, who has transformers and not hfgpt, gets from a folder what was measured here.
+
+What the model computes is recorded in this process, by hfgpt; a fresh process without hfgpt then loads the same files
+and must come to the same logits, bit for bit, and to the same greedy continuation.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from hfgpt.errors import InputError
+from hfgpt.hub.records import Records
+from hfgpt.loading import load_model
+
+SCRIPT = Path(__file__).with_name("fresh_process.py")
+ROWS, LENGTH, NEW_TOKENS = 2, 32, 16
+
+
+@torch.no_grad()
+def check_as_stranger(folder: Path, records: Records, native: bool = False):
+    """Loads a folder in a fresh process without hfgpt and compares what it computes.
+
+    Args:
+        folder: With the exact files that are to be published.
+        records: Of that folder.
+        native: Whether it holds a native GPT-2, to be loaded without remote code.
+
+    Raises:
+        InputError: It does not load there, or computes something else.
+    """
+    classify = records.task == "classify"
+    auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    model = _load(folder, auto_class, native)
+    rows = _draw_rows(model.config)
+    text = next(filter(None, records.prompts), None) if records.has_tokenizer else None
+    new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - rows.shape[1] // 2)
+    job = {
+        "folder": str(folder.resolve()),
+        "classify": classify,
+        "adapter": bool(records.adapter),
+        "labels": records.labels,
+        "remote_code": not native,
+        "threads": torch.get_num_threads(),
+        "rows": rows.tolist(),
+        "text": text,
+        "new_tokens": new_tokens,
+    }
+    with tempfile.TemporaryDirectory(prefix="hfgpt-stranger-") as place:
+        answer, logits = _ask(job, Path(place))
+    ours = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows.split(1)])
+    if logits.shape != ours.shape or not torch.equal(logits, ours):
+        apart = f" (by up to {(logits - ours).abs().max():.1e})" if logits.shape == ours.shape else ""
+        raise InputError(
+            f"a fresh Python process without hfgpt computes other logits from these files{apart}: save the model again"
+        )
+    if not classify:
+        prompt = rows[:1, : rows.shape[1] // 2]
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        greedy = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+        if answer["greedy"] != greedy[0].tolist():
+            raise InputError("a fresh Python process without hfgpt continues a text otherwise with these files")
+
+
+def _load(folder: Path, auto_class, native: bool) -> PreTrainedModel:
+    if native:
+        return auto_class.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_model(str(folder), auto_class=auto_class)
+
+
+def _draw_rows(config) -> torch.Tensor:
+    """Token ids (B, T) without padding, the same every time."""
+    size, padding = config.vocab_size, config.pad_token_id
+    length = max(2, min(LENGTH, config.max_position_embeddings))
+    rows = torch.randint(size, (ROWS, length), generator=torch.Generator().manual_seed(0))
+    return rows if padding is None else rows.where(rows != padding, (padding + 1) % size)
+
+
+def _ask(job: dict[str, Any], place: Path) -> tuple[dict[str, Any], torch.Tensor]:
+    """Has the job done in a fresh process; returns its answer, and the logits it computed."""
+    job |= {"logits": str(place / "logits.safetensors"), "answer": str(place / "answer.json")}
+    (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(place / "modules"),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not job["adapter"]:  # whose base model may have to be fetched, as strangers will
+        environment["HF_HUB_OFFLINE"] = "1"
+    # -P: without the script's own folder, which is hfgpt's.
+    command = [sys.executable, "-P", str(SCRIPT), str(place / "job.json")]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        raise InputError(
+            "a fresh Python process without hfgpt cannot load these files "
+            f"({said[-1] if said else 'no reason given'}): save the model again"
+        )
+    return json.loads((place / "answer.json").read_text(encoding="utf-8")), load_file(job["logits"])["logits"]

@@ -1,0 +1,233 @@
+"""The way to the Hub: one commit with huggingface_hub's own client, then a look at what arrived.
+
+The client sends each large file once: what a broken upload has brought over is found there by its hash. The commit
+comes last and whole, so a repository never holds half of the files.
+"""
+
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hfgpt.errors import InputError
+from hfgpt.loading import hash_file
+
+# Seconds before each further attempt; the client itself has by then repeated most requests for half a minute.
+WAITS = (2, 10)
+# What of an earlier publication would be read with a new one: weights, settings, records.
+OURS = re.compile(
+    r".*\.safetensors(\.index\.json)?|pytorch_model.*|(adapter_)?config\.json|generation_config\.json|.*_hfgpt\.py|"
+    r"tokenizer.*|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|labels\.json|"
+    r"(run|metrics|data_report|conversion|merge)\.json|recipe\.yaml|training_log\.jsonl|(loss|confusion)\.png|"
+    r"\.eval_results/.*\.yaml"
+)
+
+
+@dataclass
+class Target:
+    """Where to publish.
+
+    Args:
+        repo_id: `user/name`.
+        private: Whether a new repository is private.
+        revision: A branch, made if it is not there; None: main.
+        create_pr: Whether to open a pull request instead of writing to the branch.
+        message: Of the commit.
+    """
+
+    repo_id: str
+    private: bool = True
+    revision: str | None = None
+    create_pr: bool = False
+    message: str = "Publish with hfgpt"
+
+    def __str__(self) -> str:
+        return self.repo_id if self.revision is None else f"{self.repo_id} (branch {self.revision})"
+
+
+def upload(folder: Path, names: list[str], target: Target) -> CommitInfo:
+    """Sends files in one commit, which also removes what an earlier publication left.
+
+    Args:
+        folder: Of the files.
+        names: Theirs, relative to it.
+        target: Where to.
+
+    Returns:
+        The commit; the existing one where nothing has changed.
+
+    Raises:
+        InputError: The Hub refused, cannot be reached, or holds something else under this name.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return _commit(folder, names, target)
+        # Everything that the client and its HTTP library raise; what is not of the network is raised again.
+        except (HTTPError, OSError, RuntimeError) as error:
+            # After a pull request nobody knows whether a second one would be the first again.
+            if wait is None or target.create_pr or not _is_passing(error):
+                raise InputError(explain(error, target.repo_id)) from error
+        time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def verify(folder: Path, names: list[str], target: Target, commit: CommitInfo):
+    """Downloads a commit to a new cache and compares the hash of each file.
+
+    Raises:
+        InputError: A file did not arrive as it was sent, or cannot be read back.
+    """
+    revision = commit.pr_revision or commit.oid
+    cache = tempfile.mkdtemp(prefix="hfgpt-verify-")
+    try:
+        for wait in (*WAITS, None):
+            try:
+                arrived = Path(snapshot_download(target.repo_id, revision=revision, cache_dir=cache))
+                break
+            except (HTTPError, OSError, RuntimeError) as error:
+                if wait is None or not _is_passing(error):
+                    raise InputError(f"it was sent, but not read back: {explain(error, target.repo_id)}") from error
+                time.sleep(wait)
+        for name in names:
+            if not (arrived / name).is_file() or hash_file(arrived / name) != hash_file(folder / name):
+                raise InputError(f"'{name}' did not arrive at {target} as it was sent: publish again")
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+def check_login(repo_id: str):
+    """Asks the Hub who is logged in, so that a missing token is known before hours of training.
+
+    Raises:
+        InputError: Nobody is, or the Hub cannot be reached.
+    """
+    try:
+        HfApi().whoami()
+    except (HTTPError, OSError) as error:
+        raise InputError(explain(error, repo_id)) from error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the Hub has answered and said no, rather than been out of reach."""
+    causes = _causes(error)
+    return any(isinstance(cause, LocalTokenNotFoundError) or _status(cause) in (401, 403) for cause in causes)
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """One line for what the client raised, with its remedy."""
+    causes = _causes(error)
+    status = next(filter(None, map(_status, causes)), None)
+    if any(isinstance(cause, LocalTokenNotFoundError) for cause in causes) or status == 401:
+        return f"the Hub does not know who asks for '{repo_id}': log in with `hf auth login`"
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return f"'{repo_id}' cannot be reached: HF_HUB_OFFLINE is set, so unset it"
+    if status == 403:
+        return f"the Hub does not let you write to '{repo_id}': use a token that may write, or a name of your own"
+    if status == 404:
+        return f"the Hub has no '{repo_id}', or no such branch, for who is logged in: check the name and the login"
+    if status in (409, 412):
+        return f"'{repo_id}' is being changed by somebody else: publish again"
+    last = causes[-1]
+    fact = re.sub(r"\s+", " ", str(last))[:200] or type(last).__name__
+    what = "the Hub fails" if status else "the Hub cannot be reached"
+    return f"{what} ({fact}): publish again later; what has arrived is not sent again"
+
+
+def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
+    api = HfApi()
+    head, present = _prepare(api, target)
+    stale = sorted(name for name in present if OURS.fullmatch(name) and name not in names)
+    operations = [CommitOperationAdd(name, folder / name) for name in names]
+    return api.create_commit(
+        target.repo_id,
+        [*operations, *(CommitOperationDelete(name) for name in stale)],
+        commit_message=target.message,
+        revision=target.revision,
+        create_pr=target.create_pr,
+        parent_commit=head,  # refused if somebody else has written in the meantime
+    )
+
+
+def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
+    """Makes the repository and the branch if they are not there; returns the branch's head and its files.
+
+    Raises:
+        InputError: The repository is public and the publication is not, or the other way round; or it holds a model of
+            another kind.
+    """
+    repo_id, revision = target.repo_id, target.revision
+    try:
+        private = api.repo_info(repo_id).private
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=target.private, exist_ok=True)
+        private = target.private
+    if bool(private) != target.private:
+        raise InputError(
+            f"'{repo_id}' exists and is public: pass --public to publish there, or name another"
+            if target.private
+            else f"'{repo_id}' exists and is private: leave out --public, or change it in its settings"
+        )
+    try:
+        info = api.repo_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        info = api.repo_info(repo_id, revision=revision)
+    present = [file.rfilename for file in info.siblings or []]
+    if "config.json" in present:
+        _check_kind(repo_id, info.sha)
+    return info.sha, present
+
+
+def _check_kind(repo_id: str, revision: str):
+    """Refuses to write over a model of another kind, whose name was mistaken for one's own."""
+    with tempfile.TemporaryDirectory(prefix="hfgpt-look-") as cache:
+        try:
+            path = hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
+        except EntryNotFoundError:
+            return
+        found = re.search(r'"model_type"\s*:\s*"([^"]*)"', Path(path).read_text(encoding="utf-8"))
+    if found is None or found[1] not in ("hfgpt", "gpt2"):
+        kind = f"of type {found[1]}" if found else "of another kind"
+        raise InputError(f"'{repo_id}' holds a model {kind}, which would be written over: name another repository")
+
+
+def _is_passing(error: BaseException) -> bool:
+    """Whether trying again may help: the server failed, somebody else wrote, or the connection broke."""
+    statuses = [status for status in map(_status, _causes(error)) if status]
+    if statuses:
+        return statuses[0] >= 500 or statuses[0] in (408, 409, 412, 429)
+    local = (FileNotFoundError, PermissionError, LocalTokenNotFoundError, OfflineModeIsEnabled)
+    return not any(isinstance(cause, local) for cause in _causes(error))
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an answer that is an error."""
+    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and what it was raised from, outermost first."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    return causes

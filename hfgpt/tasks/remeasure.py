@@ -1,0 +1,97 @@
+"""Measuring a saved model again before it is published, on the rows that its run held out."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification
+
+from hfgpt.errors import InputError
+from hfgpt.hub.records import Records
+from hfgpt.loading import classifies, load_model
+from hfgpt.recipe import Recipe, load_recipe, parse_sections
+from hfgpt.tasks import classify, instruct, pretrain
+from hfgpt.training.hardware import find_device
+
+# How far a measurement may be from that at the end of the run: another machine rounds otherwise, no more.
+TOLERANCE = 1e-3
+
+
+def measure_again(
+    folder: Path, records: Records, overrides: Sequence[str], console: Console
+) -> tuple[dict[str, Any], str]:
+    """Measures the weights that are to be published, on the rows that the run held out, or on those that are named.
+
+    Returns:
+        The metrics, and what was done, in a line.
+
+    Raises:
+        InputError: The data is not that of the run, or the metrics are not.
+    """
+    named = any(override.startswith("--data.path") for override in overrides)
+    if not records.recipe:
+        if not named:
+            return records.metrics, "nothing was measured: name data with --data.path, and the card will say"
+        metrics, source = _measure_on_named(folder, records, overrides)
+        records.run["data_source"] = source
+        return metrics, f"measured on all rows of {source}"
+    run_folder = folder if (folder / "recipe.yaml").is_file() else folder.parent
+    recipe = load_recipe(str(run_folder / "recipe.yaml"), list(overrides))
+    measure: Callable = {"pretrain": _measure_text, "classify": _measure_classes, "instruct": _measure_answers}[
+        recipe.task
+    ]
+    source = Path(recipe.data.path)
+    if not named and source.is_absolute() and not source.exists():
+        return records.metrics, f"its metrics are those of the end of the run: its data is no longer at '{source}'"
+    with console.status("measuring the weights"):
+        metrics, sha = measure(recipe, folder, run_folder, console)
+    if records.data and sha != records.data["sha256"]:
+        raise InputError(
+            f"the data at '{recipe.data.path}' is not that of the run (its sha256 is another): put that back, or name "
+            "it with --data.path"
+        )
+    for name, before in records.metrics.items():
+        now = metrics.setdefault(name, before)  # what is not of the weights: baselines, a judge's scores
+        if not math.isclose(now, before, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            raise InputError(
+                f"metrics.json says {name} {before:.6g}, but the weights give {now:.6g} on the same rows: metrics, "
+                "tokenizer or the configuration was changed; train again"
+            )
+    return metrics, f"measured again on {records.measured_on}, as at the end of the run"
+
+
+def _measure_text(recipe: Recipe, folder: Path, run_folder: Path, console: Console) -> tuple[dict[str, Any], str]:
+    data = pretrain.load_pretraining_data(recipe, run_folder)
+    saved = load_model(str(folder)).to(find_device())
+    batch_size = recipe.training.per_device_eval_batch_size
+    return pretrain.measure(saved, data.tokenizer, data.validation, data.report, batch_size), data.report.sha256
+
+
+def _measure_classes(recipe: Recipe, folder: Path, run_folder: Path, console: Console) -> tuple[dict[str, Any], str]:
+    data = classify.load_classification_data(recipe, run_folder)
+    saved = load_model(str(folder), auto_class=AutoModelForSequenceClassification).to(find_device())
+    batch_size = recipe.training.per_device_eval_batch_size
+    tested = classify.measure(saved, data.tokenizer, data.encoded["test"], data.labels, batch_size)
+    return tested.to_dict(), data.report.sha256
+
+
+def _measure_answers(recipe: Recipe, folder: Path, run_folder: Path, console: Console) -> tuple[dict[str, Any], str]:
+    data = instruct.load_instruction_data(recipe, run_folder)
+    saved = load_model(str(folder)).to(find_device())
+    batch_size = recipe.training.per_device_eval_batch_size
+    metrics = instruct.measure(saved, data.tokenizer, data.encoded["test"], batch_size)
+    answers = instruct.answer(saved, data.tokenizer, data.conversations["test"], recipe.evaluation, console)
+    return metrics | instruct.match_answers(answers), data.report.sha256
+
+
+def _measure_on_named(folder: Path, records: Records, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """`hfgpt evaluate` on what the command line names."""
+    task = "classify" if classifies(str(folder)) else "pretrain"
+    sections = parse_sections(list(overrides), task, ["data", "evaluation", "hub"])
+    data = sections["data"]
+    source = str(Path(data.path).resolve()) if Path(data.path).exists() else data.path
+    if task == "classify":
+        return classify.evaluate_classifier(str(folder), data), source
+    return pretrain.evaluate_model(str(folder), data, sections["evaluation"]), source

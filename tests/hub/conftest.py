@@ -1,0 +1,58 @@
+"""Small finished runs to publish: a language model, a classifier, an adapter."""
+
+import io
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+PRETRAIN = """
+task: pretrain
+tokenizer: {{kind: char}}
+model: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 64}}
+data: {{path: "synthetic:stories", max_documents: 9, validation_fraction: 0.25, num_proc: 1, cache_dir: {cache}}}
+training: {{per_device_train_batch_size: 16, max_steps: 3, save_steps: 2, use_cpu: true, bf16: false}}
+evaluation: {{prompts: ["The"], max_new_tokens: 8}}
+hub: {{license: mit, language: [en]}}
+"""
+CLASSIFY = """
+task: classify
+tokenizer: {kind: char}
+data: {path: "synthetic:messages", max_rows: 60, validation_fraction: 0.2, test_fraction: 0.2}
+training: {per_device_train_batch_size: 16, max_steps: 2, use_cpu: true, bf16: false}
+evaluation: {prompts: ["Dear Mia!"], baseline: false}
+"""
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder with the runs `text`, `classes` and `adapter`; nothing may be changed in it."""
+    from hfgpt.recipe import load_recipe
+    from hfgpt.tasks.classify import classify
+    from hfgpt.tasks.pretrain import pretrain
+    from hfgpt.training import estimate
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.yaml").write_text(PRETRAIN.format(cache=folder / "cache"))
+    (folder / "classes.yaml").write_text(CLASSIFY)
+    console = Console(file=io.StringIO())
+    with pytest.MonkeyPatch.context() as patch:
+        probe = estimate.probe_tokens_per_second
+        patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
+
+        def recipe(name: str, out: str, *overrides: str):
+            output = ["--training.output_dir", str(folder / out)]
+            return load_recipe(str(folder / f"{name}.yaml"), [*output, *overrides])
+
+        pretrain(recipe("text", "text"), console=console)
+        path = ["--model.path", str(folder / "text")]
+        classify(recipe("classes", "classes", *path), console=console)
+        classify(recipe("classes", "adapter", *path, "--adapters.r", "2"), console=console)
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path) -> Path:
+    """A copy of the language model's run, to spoil."""
+    return shutil.copytree(runs / "text", tmp_path / "text")

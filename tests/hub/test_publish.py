@@ -1,0 +1,346 @@
+"""What leaves the machine, and what must not: over HTTP, with the real client, against a Hub on 127.0.0.1."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hfgpt.errors import InputError
+from hfgpt.hub.contents import SECRETS, find_secrets
+from hfgpt.hub.records import read_records, without_paths
+from hfgpt.loading import load_model
+from hfgpt.tasks import publish as task
+from hfgpt.tasks.publish import PublishArguments, publish
+
+
+@pytest.fixture
+def trusting(monkeypatch):
+    """Without the check that needs a process of its own, which takes ten seconds."""
+    monkeypatch.setattr(task, "check_as_stranger", lambda *args, **kwargs: None)
+
+
+def send(folder, repo_id="me/model", *overrides, **options):
+    """Publishes; returns the code to load it, and what was shown."""
+    console = Console(file=io.StringIO(), width=400)
+    code = publish(str(folder), repo_id, PublishArguments(**options), overrides, console)
+    return code, console.file.getvalue()
+
+
+def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
+    before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
+    code, shown = send(run, dry_run=True)
+    assert hub.log == []
+    assert sorted(path.stat().st_mtime_ns for path in run.rglob("*")) == before
+    assert "# model" in shown
+    assert f"{(run / 'model.safetensors').stat().st_size:,}  model.safetensors" in shown
+    assert "stays here  checkpoint-2: a checkpoint" in shown
+    assert shown.count("  ok  ") == 7
+    assert code.splitlines()[1] == 'model = AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)'
+
+
+def test_a_run_arrives_in_one_commit(hub, run, trusting):
+    send(run, commit_message="First")
+    files = hub.files("me/model")
+    assert hub.repositories["me/model"].private
+    assert hub.repositories["me/model"].messages == ["First"]
+    assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert {"configuration_hfgpt.py", "modeling_hfgpt.py", "tokenizer.json", "loss.png"} <= files.keys()
+    assert not {name for name in files if name.endswith((".pt", ".bin", ".pth")) or name.startswith("checkpoint")}
+    assert not any(str(run.parent).encode() in content for content in files.values()), "no path of this machine"
+    card = ModelCard(files["README.md"].decode())
+    assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("mit", ["en"], "text-generation")
+    metrics = json.loads(files["metrics.json"])
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["perplexity"] == metrics["eval_perplexity"]
+    entries = parse_eval_result_entries(yaml.safe_load(files[".eval_results/hfgpt.yaml"]))
+    assert {entry.task_id: entry.value for entry in entries} == results
+    # Once more: nothing has changed, so nothing is sent.
+    puts = sum("PUT" in line for line in hub.log)
+    send(run)
+    assert hub.repositories["me/model"].messages == ["First"]
+    assert sum("PUT" in line for line in hub.log) == puts
+
+
+def test_what_an_earlier_publication_left_goes(hub, run, trusting):
+    repository = hub.create("me/model", private=True)
+    for name in ("model-00001-of-00002.safetensors", "adapter_config.json", "notes.md"):
+        hub.blobs[name] = b"{}"
+        repository.commits[repository.branches["main"]][name] = (False, name)
+    send(run)
+    assert {"model-00001-of-00002.safetensors", "adapter_config.json"} & hub.files("me/model").keys() == set()
+    assert "notes.md" in hub.files("me/model"), "not ours"
+
+
+def test_branches_and_pull_requests(hub, run, trusting):
+    send(run, revision="dev")
+    assert hub.files("me/model") == {}
+    assert "model.safetensors" in hub.files("me/model", "dev")
+    send(run, create_pr=True)
+    assert hub.files("me/model") == {}
+    assert "model.safetensors" in hub.files("me/model", "refs/pr/1")
+    with pytest.raises(InputError, match="leave out --revision"):
+        PublishArguments(create_pr=True, revision="dev")
+
+
+def test_visibility_is_never_a_surprise(hub, run, trusting):
+    send(run, "me/open", private=False)
+    assert not hub.repositories["me/open"].private
+    with pytest.raises(InputError, match="exists and is public: pass --public"):
+        send(run, "me/open")
+    send(run, "me/closed")
+    with pytest.raises(InputError, match="exists and is private: leave out --public"):
+        send(run, "me/closed", private=False)
+
+
+def test_a_model_of_another_kind_is_not_written_over(hub, run, trusting):
+    repository = hub.create("me/llama", private=True)
+    hub.blobs["x"] = b'{"model_type": "llama"}'
+    repository.commits[repository.branches["main"]]["config.json"] = (False, "x")
+    with pytest.raises(InputError, match="holds a model of type llama"):
+        send(run, "me/llama")
+    assert hub.files("me/llama").keys() == {"config.json"}
+
+
+def plant_nan(run: Path):
+    weights = load_file(run / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_weight(run: Path):
+    weights = load_file(run / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, run / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_metric(run: Path):
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps(metrics | {"eval_perplexity": 1.5}))
+
+
+def write(name: str, content: bytes):
+    def plant(run: Path):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes(content)
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("plant", "match"),
+    [
+        (write("notes.txt", b"my token is hf_" + b"a1B2" * 9), "'notes.txt' holds a Hugging Face token at byte 12"),
+        (write("key.txt", b"-----BEGIN OPENSSH PRIVATE KEY-----\n"), "'key.txt' holds a private key"),
+        (write("model.pkl", b"\x80\x04."), "'model.pkl' is neither safetensors, JSON, plain text nor PNG"),
+        (write("optimizer.pt", b"PK"), r"'optimizer\.pt' is neither"),
+        (write("weights.json", b"\x80\x04."), "'weights.json' is not UTF-8 text"),
+        (write("extra.safetensors", b"\x80\x04."), "'extra.safetensors' is no safetensors file"),
+        (write("plot.png", b"\x80\x04."), "'plot.png' is no PNG"),
+        (write("evil.py", b"import os"), r"'evil\.py' is neither"),
+        (write(".env", b"A=b"), r"'\.env' is hidden"),
+        (write("__pycache__/a.pyc", b"x"), "'__pycache__' is a folder"),
+        (lambda run: (run / "link.txt").symlink_to("/etc/hostname"), "'link.txt' is a link to something outside"),
+        (plant_nan, "model.norm.weight holds NaN or infinity"),
+        (edit_weight, "were changed after they were measured"),
+        (edit_metric, "metrics.json says eval_perplexity 1.5, but the weights give"),
+    ],
+)
+def test_what_must_not_leave_is_refused_by_name(hub, run, plant, match):
+    plant(run)
+    with pytest.raises(InputError, match=match):
+        send(run)
+    assert hub.log == []
+
+
+def test_all_that_is_wrong_is_named_at_once(hub, run):
+    for name in (".env", "a.pkl", "b.bin"):
+        (run / name).touch()
+    with pytest.raises(InputError, match=r"'\.env' .*'a\.pkl' .*'b\.bin' .*: move it out of the folder"):
+        send(run)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"ghp_" + b"a1" * 18,
+        b"github_pat_" + b"a1" * 35,
+        b"glpat-" + b"a1" * 12,
+        b"sk-proj-" + b"a1" * 20,
+        b"sk-ant-" + b"a1" * 20,
+        b"AKIA" + b"A1B2" * 4,
+        b"AIza" + b"a" * 35,
+        b"xoxb-" + b"1" * 24,
+        b"pypi-AgEI" + b"a" * 40,
+        b"npm_" + b"a" * 36,
+        b"https://user:secret@example.org/data.csv",
+        b"-----BEGIN PGP PRIVATE KEY BLOCK-----",
+    ],
+)
+def test_secrets_are_found_wherever_they_are(text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * (2**24 - 10) + b" " + text + b" ")  # across two chunks
+    (found,) = find_secrets(tmp_path, ["a.txt"])
+    assert found.startswith("'a.txt' holds a")
+    assert text.decode() not in found
+    assert any(kind in found for kind, _ in SECRETS)
+
+
+def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "my-very-own")
+    (tmp_path / "a.txt").write_text("it is my-very-own one")
+    assert find_secrets(tmp_path, ["a.txt"]) == ["'a.txt' holds a token that is in use on this machine"]
+    monkeypatch.delenv("HF_TOKEN")
+    assert find_secrets(tmp_path, ["a.txt"]) == []
+
+
+def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
+    with pytest.raises(InputError, match="is no folder"):
+        send(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        send(tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil/repo--modeling.X"}}))
+    with pytest.raises(InputError, match=r"names code of others \(auto_map\)"):
+        send(run)
+    with pytest.raises(InputError, match="which nobody else has: publish it too"):
+        send(runs / "adapter")
+    with pytest.raises(InputError, match="does not say whose it is: write it user/model"):
+        send(run, "model")
+    assert hub.log == []
+
+
+def numbers_of(text: str) -> set[str]:
+    """The numbers in a text that are no part of a word, a name or a hash."""
+    return set(re.findall(r"(?<![\w.\-`/])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?(?![\w-])", text))
+
+
+def values_of(tree) -> list:
+    if isinstance(tree, dict):
+        return [value for pair in tree.items() for inner in pair for value in values_of(inner)]
+    if isinstance(tree, list):
+        return [value for inner in tree for value in values_of(inner)]
+    return [tree]
+
+
+@pytest.mark.parametrize("name", ["text", "classes", "adapter"])
+def test_every_number_of_a_card_was_measured(runs, name):
+    records = read_records(runs / name)
+    known = values_of([records.run, records.metrics, records.data, records.recipe])
+    figures = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
+    texts = " ".join(str(value) for value in known if isinstance(value, str))
+
+    def is_known(number: str) -> bool:
+        share, digits = number.endswith("%"), number.rstrip("%").replace(",", "").rstrip(".")
+        places = len(digits.partition(".")[2])
+        matching = [
+            value for value in figures if abs(value * (100 if share else 1) - float(digits)) <= 0.5001 * 10**-places
+        ]
+        return bool(matching) or number in texts
+
+    found = numbers_of((runs / name / "README.md").read_text().split("---\n", 2)[2])
+    assert len(found) > 25
+    assert {number for number in found if not is_known(number)} == set()
+    assert is_known("123456789") is False
+
+
+def test_paths_of_this_machine_do_not_travel():
+    tree = {"a": "/home/me/data.txt", "b": ["~/x/y", "me/model", "a/b text"], "c": 1, "d": "../up/z"}
+    assert without_paths(tree) == {"a": "data.txt", "b": ["y", "me/model", "a/b text"], "c": 1, "d": "z"}
+
+
+# A clean virtual environment -------------------------------------------------------------------------------------
+
+CLEAN = """
+import importlib.util, sys, torch, transformers
+from safetensors.torch import save_file
+found = importlib.util.find_spec("hfgpt")  # an editable installation leaves a folder of recipes, and no module
+assert found is None or found.origin is None
+ids = torch.arange(8)[None]
+options = dict(trust_remote_code=True, dtype=torch.float32)
+text = transformers.AutoModelForCausalLM.from_pretrained("me/text", **options)
+classes = transformers.AutoModelForSequenceClassification.from_pretrained("me/classes", **options)
+native = transformers.AutoModelForCausalLM.from_pretrained("me/text", revision="gpt2", dtype=torch.float32)
+assert type(native) is transformers.GPT2LMHeadModel
+transformers.AutoConfig.from_pretrained("me/text", trust_remote_code=True)
+transformers.AutoModel.from_pretrained("me/text", **options)
+import peft
+labels = {labels}
+adapter = peft.AutoPeftModelForSequenceClassification.from_pretrained("me/adapter", id2label=labels, **options)
+with torch.no_grad():
+    logits = {{name: model.eval()(input_ids=ids).logits.contiguous() for name, model in
+              [("text", text), ("classes", classes), ("native", native), ("adapter", adapter)]}}
+save_file(logits, "logits.safetensors")
+pipe = transformers.pipeline("text-generation", model="me/text", trust_remote_code=True)
+print(pipe("The", max_new_tokens=4))
+print(transformers.pipeline("text-classification", model="me/classes", trust_remote_code=True)("Dear Mia!"))
+{card}
+"""
+
+
+def make_clean_environment(folder: Path) -> Path:
+    """A virtual environment with the packages of this one, and without hfgpt; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # Files .pth in that folder, by which an editable hfgpt is found, are not read from there.
+    (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return folder / "bin" / "python"
+
+
+def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
+    """The whole way: all checks, a fresh process too, then a clean environment that knows the Hub alone."""
+    send(runs / "text", "me/text", "--hub.native_branch", "true")
+    send(runs / "classes", "me/classes")
+    send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
+    python = make_clean_environment(tmp_path / "venv")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    card = hub.files("me/text")["README.md"].decode()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    script = CLEAN.format(labels=read_records(runs / "adapter").labels, card=code)
+    done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "generated_text" in done.stdout
+    assert "score" in done.stdout
+    theirs, ids = load_file(tmp_path / "logits.safetensors"), torch.arange(8)[None]
+    with torch.no_grad():
+        for name, auto_class in (
+            ("text", AutoModelForCausalLM),
+            ("classes", AutoModelForSequenceClassification),
+            ("adapter", AutoModelForSequenceClassification),
+        ):
+            ours = load_model(str(runs / name), auto_class=auto_class)(input_ids=ids).logits
+            assert torch.equal(theirs[name], ours), name
+            if name == "text":
+                assert torch.equal(theirs["native"], ours)
+    record = json.loads(hub.files("me/adapter")["adapter_config.json"])
+    assert record["base_model_name_or_path"] == "me/text"
+
+
+def test_a_folder_that_computes_something_else_elsewhere_is_refused(hub, run, monkeypatch):
+    """Where the code that travels is not what runs here, a stranger would get another model."""
+    shutil.rmtree(run / "checkpoint-2")
+    stage = task.stage
+
+    def spoil(folder, branch, *args):
+        stage(folder, branch, *args)
+        code = (branch.folder / "modeling_hfgpt.py").read_text()
+        assert "self.norm(hidden_states)" in code
+        code = code.replace("self.norm(hidden_states)", "2 * self.norm(hidden_states)")
+        (branch.folder / "modeling_hfgpt.py").write_text(code)
+
+    monkeypatch.setattr(task, "stage", spoil)
+    with pytest.raises(InputError, match="computes other logits from these files"):
+        send(run)
+    assert hub.log == []
