@@ -119,18 +119,14 @@ def check_login(repo_id: str):
     """Asks the Hub who is logged in, so that a missing token is known before hours of training.
 
     Raises:
-        InputError: Nobody is, or the Hub cannot be reached.
+        InputError: The Hub says no. That it does not answer is no reason not to train.
     """
     try:
         HfApi().whoami()
     except (HTTPError, OSError) as error:
-        raise InputError(explain(error, repo_id)) from error
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether the Hub has answered and said no, rather than been out of reach."""
-    causes = _causes(error)
-    return any(isinstance(cause, LocalTokenNotFoundError) or _status(cause) in (401, 403) for cause in causes)
+        causes = _causes(error)
+        if any(isinstance(cause, LocalTokenNotFoundError) or _status(cause) in (401, 403) for cause in causes):
+            raise InputError(explain(error, repo_id)) from error
 
 
 def explain(error: BaseException, repo_id: str) -> str:

@@ -49,6 +49,7 @@ from hfgpt.tasks.training_run import (
     find_tokenizer,
     padding_collator,
     plan_rows,
+    publish_run,
     run_training,
     save_run,
     sorted_by_length,
@@ -144,7 +145,7 @@ def classify(recipe: Recipe, resume: bool = False, console: Console | None = Non
         compute_loss_func=classification_loss(data.weights, recipe.training.label_smoothing_factor),
         measure=functools.partial(measure_classifier, labels=data.labels),
     )
-    training = run_training(trainer, estimate, checkpoint, started, console)
+    training = run_training(trainer, estimate, checkpoint, started, console, recipe.hub)
     return finish_run(recipe, training, data, console) if trainer.is_world_process_zero() else {}
 
 
@@ -184,6 +185,7 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
         f"hfgpt classify {folder} 'your text'",
     )
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
+    publish_run(recipe, training, console)
     return metrics
 
 

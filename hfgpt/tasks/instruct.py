@@ -43,6 +43,7 @@ from hfgpt.tasks.training_run import (
     find_tokenizer,
     padding_collator,
     plan_rows,
+    publish_run,
     run_training,
     save_run,
     sorted_by_length,
@@ -120,7 +121,7 @@ def instruct(recipe: Recipe, resume: bool = False, console: Console | None = Non
         processing_class=data.tokenizer,
         data_collator=padding_collator(data.tokenizer),
     )
-    training = run_training(trainer, estimate, checkpoint, started, console)
+    training = run_training(trainer, estimate, checkpoint, started, console, recipe.hub)
     return finish_run(recipe, training, data, console) if trainer.is_world_process_zero() else {}
 
 
@@ -156,6 +157,7 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
     write_card(recipe)
     following = f"hfgpt chat {folder}"
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
+    publish_run(recipe, training, console)
     return metrics
 
 

@@ -29,6 +29,7 @@ from hfgpt.tasks.training_run import (
     context_length,
     describe_run,
     find_tokenizer,
+    publish_run,
     run_training,
     save_run,
     write_card,
@@ -101,7 +102,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
         eval_dataset=data.validation,
         processing_class=data.tokenizer,
     )
-    training = run_training(trainer, estimate, checkpoint, started, console)
+    training = run_training(trainer, estimate, checkpoint, started, console, recipe.hub)
     return finish_run(recipe, training, data, console) if trainer.is_world_process_zero() else {}
 
 
@@ -142,6 +143,7 @@ def finish_run(recipe: Recipe, training: Training, data: PretrainingData, consol
     write_card(recipe)
     measured, following = f"validation {describe_metrics(metrics)}", f"hfgpt generate {folder} 'your prompt'"
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
+    publish_run(recipe, training, console)
     return metrics
 
 

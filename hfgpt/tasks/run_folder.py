@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
+from hfgpt.hub.upload import check_login
 from hfgpt.recipe import Recipe, first_difference, render_recipe
 from hfgpt.training.trainer import explain_full_disk, find_last_checkpoint
 
@@ -38,6 +39,8 @@ def check_run_folder(recipe: Recipe, resume: bool) -> Path | None:
         InputError: The folder holds another run, or there is nothing to resume.
     """
     folder = Path(recipe.training.output_dir)
+    if recipe.hub and recipe.hub.repo_id:
+        check_login(recipe.hub.repo_id)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"training.output_dir '{folder}' is a file: name a folder")
     occupied = folder.is_dir() and any(folder.iterdir())

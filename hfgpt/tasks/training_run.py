@@ -29,13 +29,15 @@ from hfgpt.data.collators import PaddingCollator
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.hub import HubArguments
+from hfgpt.hub.background import CheckpointPushes
 from hfgpt.hub.card import build_card, describe_architecture
 from hfgpt.hub.records import read_records
 from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer, save_labels
 from hfgpt.recipe import Recipe
+from hfgpt.tasks.publish import PublishArguments, publish
 from hfgpt.tasks.run_folder import describe_environment, staged_files, write_text
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
-from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback
+from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, append_log
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.hardware import describe_device, peak_memory_bytes
 from hfgpt.training.trainer import HfGPTTrainer
@@ -51,6 +53,7 @@ class Training:
         first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
         seconds: Of training.
         started: When the run began, by `time.perf_counter`.
+        pushes: Of its checkpoints to the Hub, maybe still on their way; None: there are none.
     """
 
     trainer: HfGPTTrainer
@@ -58,6 +61,7 @@ class Training:
     first_step: int
     seconds: float
     started: float
+    pushes: CheckpointPushes | None = None
 
 
 def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -161,7 +165,12 @@ def freeze_model(model: PreTrainedModel, last_blocks: int):
 
 
 def run_training(
-    trainer: HfGPTTrainer, estimate: Estimate, checkpoint: Path | None, started: float, console: Console
+    trainer: HfGPTTrainer,
+    estimate: Estimate,
+    checkpoint: Path | None,
+    started: float,
+    console: Console,
+    hub: HubArguments | None = None,
 ) -> Training:
     """Trains to the end.
 
@@ -171,6 +180,7 @@ def run_training(
         checkpoint: Where to go on from; None: from the start.
         started: When the run began, by `time.perf_counter`.
         console: Where to show progress.
+        hub: Where the run is published, its checkpoints perhaps in the background; None: nowhere.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
@@ -181,6 +191,10 @@ def run_training(
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
     for callback in (LogCallback(), progress, interrupt):
         trainer.add_callback(callback)
+    pushes = None
+    if hub and hub.repo_id and hub.strategy == "checkpoints" and trainer.is_world_process_zero():
+        pushes = CheckpointPushes(hub, console)
+        trainer.add_callback(pushes)
     begun = time.perf_counter()
     try:
         with interrupt:
@@ -192,7 +206,7 @@ def run_training(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
             f"{trainer.args.output_dir}: go on with the same command and --resume"
         )
-    return Training(trainer, estimate, progress.first_step, time.perf_counter() - begun, started)
+    return Training(trainer, estimate, progress.first_step, time.perf_counter() - begun, started, pushes)
 
 
 def save_run(trainer: HfGPTTrainer, folder: Path):
@@ -282,3 +296,30 @@ def write_card(recipe: Recipe):
     folder = Path(recipe.training.output_dir)
     card = build_card(read_records(folder), recipe.hub or HubArguments(), folder.as_posix())
     write_text(folder / "README.md", str(card.render()).rstrip() + "\n")
+
+
+def publish_run(recipe: Recipe, training: Training, console: Console):
+    """Publishes a finished run, if its recipe says so, once the pushes of its checkpoints have come to their end.
+
+    Raises:
+        InputError: Something did not arrive; the run itself is finished.
+    """
+    hub, folder = recipe.hub, Path(recipe.training.output_dir)
+    if hub is None or hub.repo_id is None:
+        return
+    failed = []
+    for step, reason in (training.pushes.finish() if training.pushes else {}).items():
+        append_log(folder, {"step": step, "hub_error": reason})
+        failed.append(f"checkpoint {step}: {reason}")
+    try:
+        # What was measured a moment ago need not be measured again.
+        code = publish(str(folder), hub.repo_id, PublishArguments(private=hub.private, measure=False), (), console)
+        console.print(code, highlight=False, markup=False)
+    except InputError as error:
+        append_log(folder, {"step": training.trainer.state.global_step, "hub_error": str(error)})
+        failed.append(f"the finished model: {error}")
+    if failed:
+        raise InputError(
+            f"the run in {folder} is finished, but not all of it was published: {'; '.join(failed)}; publish it with: "
+            f"hfgpt publish {folder} {hub.repo_id}"
+        )

@@ -57,6 +57,11 @@ class HfGPTTrainingArguments(TrainingArguments):
                 raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_steps < 1 and not self.num_train_epochs > 0:
             raise InputError(f"training.num_train_epochs is {self.num_train_epochs}; it must be above 0")
+        if self.push_to_hub:
+            raise InputError(
+                "training.push_to_hub would push checkpoints without the model's code, and hide what fails: use the "
+                "section hub, with repo_id, instead"
+            )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"training.seed is {self.seed}; it must be at least 0 and below {2**32}")
         device = torch.device("cpu") if self.use_cpu else find_device()

@@ -1,0 +1,87 @@
+"""Checkpoints on their way to the Hub while training goes on.
+
+Trainer's own pushes leave out the Python files of the model, hide errors, and read files that the next save writes
+over. These send a copy, one after another, with the code beside the weights; what fails is told at the end.
+"""
+
+import queue
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from rich.console import Console
+from transformers import TrainerCallback
+
+from hfgpt.errors import InputError
+from hfgpt.hub import HubArguments
+from hfgpt.hub.card import build_card
+from hfgpt.hub.contents import find_secrets, sort_contents
+from hfgpt.hub.records import read_records
+from hfgpt.hub.upload import Target, upload
+
+
+class CheckpointPushes(TrainerCallback):
+    """Sends each checkpoint as a commit of its own; where they come faster than the network, only the newest waits.
+
+    Args:
+        hub: Where to.
+        console: Where to say that a push has failed; training goes on.
+    """
+
+    def __init__(self, hub: HubArguments, console: Console):
+        self.hub, self.console = hub, console
+        self.failures: dict[int, str] = {}  # step -> why
+        self.waiting: queue.Queue[tuple[int, Path] | None] = queue.Queue()
+        # A daemon: where training is stopped, nobody waits for the network; a commit is whole or not there.
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def on_save(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        copy = Path(tempfile.mkdtemp(prefix="hfgpt-push-"))
+        try:
+            for name in sort_contents(checkpoint).going:
+                shutil.copy(checkpoint / name, copy)
+            card = build_card(read_records(checkpoint), self.hub, self.hub.repo_id)
+            (copy / "README.md").write_text(str(card.render()).rstrip() + "\n", encoding="utf-8")
+        except (InputError, OSError) as error:
+            shutil.rmtree(copy, ignore_errors=True)
+            self._fail(state.global_step, error)
+            return
+        self.waiting.put((state.global_step, copy))
+
+    def finish(self) -> dict[int, str]:
+        """Waits for what is on its way; returns step -> why its push failed."""
+        self.waiting.put(None)
+        self.thread.join()
+        return self.failures
+
+    def _work(self):
+        while (item := self.waiting.get()) is not None:
+            step, folder = item
+            try:
+                if self.waiting.empty():  # else a newer one waits
+                    self._push(step, folder)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _push(self, step: int, folder: Path):
+        names = sorted(path.name for path in folder.iterdir())
+        disable_progress_bars()  # they would tear training's
+        try:
+            if secrets := find_secrets(folder, names):
+                raise InputError("; ".join(secrets))
+            upload(folder, names, Target(self.hub.repo_id, self.hub.private, message=f"Step {step}"))
+        # Whatever it is: training is not stopped by it, and it is told at the end.
+        except Exception as error:
+            self._fail(step, error)
+        finally:
+            enable_progress_bars()
+
+    def _fail(self, step: int, error: Exception):
+        self.failures[step] = str(error)
+        self.console.print(f"checkpoint {step} was not pushed: {error}", highlight=False, markup=False)
