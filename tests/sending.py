@@ -1,4 +1,4 @@
-"""What a process that is to be killed does: a module of its own, which a fork server imports once."""
+"""What a process that is to be killed does: a module of its own, so that it imports nothing else."""
 
 from pathlib import Path
 

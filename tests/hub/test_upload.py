@@ -106,7 +106,7 @@ def test_what_arrives_otherwise_is_found(hub, folder, impatient):
 def test_killed_anywhere_it_ends_complete(hub, folder):
     """50 processes, each killed while the server holds a request of its, chosen at random; then one is let through."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sending"])
+    context.set_forkserver_preload(["hfgpt.hub.upload"])
     generator, killed = random.Random(0), 0
     expected = content_of(folder)
 
