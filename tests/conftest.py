@@ -10,7 +10,7 @@ from hub_server import Hub
 
 # No test asks the real Hub: huggingface_hub reads this when it is first imported, which is after this file.
 HUB = Hub()
-os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1"}
 
 
 @pytest.fixture
