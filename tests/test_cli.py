@@ -32,6 +32,7 @@ COMMANDS = [
     "merge",
     "import",
     "export",
+    "publish",
     "inspect",
     "plan",
     "doctor",

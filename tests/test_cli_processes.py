@@ -8,7 +8,19 @@ import time
 
 import pytest
 
-COMMANDS = ["train", "generate", "chat", "classify", "evaluate", "merge", "inspect", "plan", "doctor", "demo"]
+COMMANDS = [
+    "train",
+    "generate",
+    "chat",
+    "classify",
+    "evaluate",
+    "merge",
+    "publish",
+    "inspect",
+    "plan",
+    "doctor",
+    "demo",
+]
 
 
 def test_help_imports_nothing_heavy():
