@@ -140,8 +140,7 @@ def publish(
             console.print(f"  {'stays here':>15}  {name}: {reason}", highlight=False, markup=False)
         code = loading_code(read_records(branches[0].folder), repo_id, branches[0].native)
         if arguments.dry_run:
-            card = (branches[0].folder / "README.md").read_text(encoding="utf-8")
-            console.print(f"the card:\n\n{card}\nnothing was sent (--dry-run)", highlight=False, markup=False)
+            show_card(branches[0], console)
             return code
 
         # 7. Send, and look at what arrived.
@@ -344,6 +343,12 @@ def send(branch: Branch, repo_id: str, arguments: PublishArguments, message: str
     commit = upload(branch.folder, branch.names, target)
     verify(branch.folder, branch.names, target, commit)
     return commit
+
+
+def show_card(branch: Branch, console: Console):
+    """Prints the card that a dry run would have sent."""
+    card = (branch.folder / "README.md").read_text(encoding="utf-8")
+    console.print(f"the card:\n\n{card}\nnothing was sent (--dry-run)", highlight=False, markup=False)
 
 
 def show_files(branch: Branch, console: Console):
