@@ -136,8 +136,7 @@ def publish(
             check_as_stranger(branch.folder, read_records(branch.folder), branch.native)
             passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
             show_files(branch, console)
-        for name, reason in contents.staying.items():
-            console.print(f"  {'stays here':>15}  {name}: {reason}", highlight=False, markup=False)
+        show_staying(contents, console)
         code = loading_code(read_records(branches[0].folder), repo_id, branches[0].native)
         if arguments.dry_run:
             show_card(branches[0], console)
@@ -145,10 +144,9 @@ def publish(
 
         # 7. Send, and look at what arrived.
         for branch in branches:
-            commit = send(branch, repo_id, arguments, arguments.commit_message or f"Publish {folder.resolve().name}")
+            commit = send(branch, repo_id, arguments, f"Publish {folder.resolve().name}")
             passed(f"{len(branch.names)} files arrived as they were sent: {commit.pr_url or commit.commit_url}")
-    visible = "private" if arguments.private else "public"
-    console.print(f"published ({visible}): {constants.ENDPOINT}/{repo_id}", highlight=False, soft_wrap=True)
+    console.print(f"published: {constants.ENDPOINT}/{repo_id}", highlight=False, soft_wrap=True)
     return code
 
 
@@ -339,10 +337,16 @@ def check_metadata(path: Path):
 def send(branch: Branch, repo_id: str, arguments: PublishArguments, message: str) -> CommitInfo:
     """Uploads a branch in one commit and compares what arrived with what was sent."""
     create_pr = arguments.create_pr and branch.revision is None
-    target = Target(repo_id, arguments.private, branch.revision, create_pr, message)
+    target = Target(repo_id, arguments.private, branch.revision, create_pr, arguments.commit_message or message)
     commit = upload(branch.folder, branch.names, target)
     verify(branch.folder, branch.names, target, commit)
     return commit
+
+
+def show_staying(contents: Contents, console: Console):
+    """Prints what of the folder is not sent, and why."""
+    for name, reason in contents.staying.items():
+        console.print(f"  {'stays here':>15}  {name}: {reason}", highlight=False, markup=False)
 
 
 def show_card(branch: Branch, console: Console):
