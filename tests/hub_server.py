@@ -93,6 +93,7 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which holds back each body until the headers before it are acknowledged
     server: Hub
 
     def log_message(self, *args):

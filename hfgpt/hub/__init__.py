@@ -21,6 +21,7 @@ class HubArguments:
         license: Of the weights, as the Hub writes it: apache-2.0, mit, cc-by-4.0, ...
         language: Codes of the languages the model writes or reads: [en].
         base_model: Hub id of the base model, where the recipe names a folder.
+        base_revision: Its branch, tag or commit; None: what is newest when an adapter is published.
         data_license: Of the training data, as its owner gives it.
         energy_kwh: Of the training, as a meter showed it, in kWh.
     """
@@ -32,6 +33,7 @@ class HubArguments:
     license: str | None = None
     language: list[str] | None = None
     base_model: str | None = None
+    base_revision: str | None = None
     data_license: str | None = None
     energy_kwh: float | None = None
 

@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
-from hfgpt.hub.card import build_card
-from hfgpt.hub.contents import find_secrets, sort_contents
+from hfgpt.hub.card import describe_architecture
+from hfgpt.hub.contents import find_secrets
 from hfgpt.hub.records import read_records
+from hfgpt.hub.staging import files_in, stage
 from hfgpt.hub.upload import Target, upload
 
 
@@ -38,17 +39,19 @@ class CheckpointPushes(TrainerCallback):
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         copy = Path(tempfile.mkdtemp(prefix="hfgpt-push-"))
         try:
-            for name in sort_contents(checkpoint).going:
-                shutil.copy(checkpoint / name, copy)
-            card = build_card(read_records(checkpoint), self.hub, self.hub.repo_id)
-            (copy / "README.md").write_text(str(card.render()).rstrip() + "\n", encoding="utf-8")
-        except (InputError, OSError) as error:
+            records = read_records(checkpoint)
+            records.run["architecture"] = describe_architecture(model)
+            stage(checkpoint, copy / "links", records, self.hub, self.hub.repo_id)
+            # The checkpoint itself may be rotated away before it is sent.
+            shutil.copytree(copy / "links", copy / "files")
+        # Whatever it is, here and below: training is not stopped by it, and it is told at the end.
+        except Exception as error:
             shutil.rmtree(copy, ignore_errors=True)
             self._fail(state.global_step, error)
             return
@@ -62,21 +65,20 @@ class CheckpointPushes(TrainerCallback):
 
     def _work(self):
         while (item := self.waiting.get()) is not None:
-            step, folder = item
+            step, copy = item
             try:
                 if self.waiting.empty():  # else a newer one waits
-                    self._push(step, folder)
+                    self._push(step, copy / "files")
             finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(copy, ignore_errors=True)
 
     def _push(self, step: int, folder: Path):
-        names = sorted(path.name for path in folder.iterdir())
+        names = files_in(folder)
         disable_progress_bars()  # they would tear training's
         try:
             if secrets := find_secrets(folder, names):
                 raise InputError("; ".join(secrets))
             upload(folder, names, Target(self.hub.repo_id, self.hub.private, message=f"Step {step}"))
-        # Whatever it is: training is not stopped by it, and it is told at the end.
         except Exception as error:
             self._fail(step, error)
         finally:

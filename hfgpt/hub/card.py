@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
+from hfgpt.adapters import base_of
 from hfgpt.hub import HubArguments
 from hfgpt.hub.records import Records, is_hub_id, public_name
 from hfgpt.hub.usage import pipeline_tag, usage_code
+from hfgpt.saving import write_text
 
 Rows = list[tuple[str, str]]
 # Name in metrics.json -> what it is, and the Hub's name of such a result; None: of no result, but of its size.
@@ -102,11 +105,11 @@ class Card:
     citation: str
     versions: str
 
-    def render(self) -> ModelCard:
-        """The card as the Hub wants it."""
+    def render(self) -> str:
+        """The text of README.md."""
         template = (card_folder() / "card.md.jinja").read_text(encoding="utf-8")
         text = ModelCard.from_template(self.metadata, template_str=template, card=self).content
-        return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
+        return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
 
 
 def card_folder() -> Path:
@@ -115,14 +118,17 @@ def card_folder() -> Path:
     return package / "model_cards" if (package / "model_cards").is_dir() else package.parent / "model_cards"
 
 
-def describe_architecture(config: PreTrainedConfig, parameters: int) -> dict[str, Any]:
-    """The entry `architecture` of run.json, which the table of the card shows.
+def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """The entry `architecture` of run.json, which the table of the card shows; of the base model below an adapter."""
+    network = base_of(model)
+    with torch.device("meta"):  # without the adapter that the model at hand may carry
+        parameters = type(network)(network.config).num_parameters()
+    return {"parameters": parameters} | {name: getattr(network.config, name) for name in ARCHITECTURE}
 
-    Args:
-        config: Of the model, or of the base model below an adapter.
-        parameters: How many it has, tied ones once.
-    """
-    return {"parameters": parameters} | {name: getattr(config, name) for name in ARCHITECTURE}
+
+def write_card(folder: Path, records: Records, hub: HubArguments, name: str, native: bool = False):
+    """Writes README.md into a folder; arguments as of `build_card`."""
+    write_text(folder / "README.md", build_card(records, hub, name, native).render())
 
 
 def build_card(records: Records, hub: HubArguments, name: str, native: bool = False) -> Card:
@@ -153,8 +159,8 @@ def build_card(records: Records, hub: HubArguments, name: str, native: bool = Fa
         pictures={file: what for file, what in PICTURES.items() if (records.folder / file).is_file()},
         samples=[text.replace("```", "'''") for text in run.get("samples", {}).get("texts", [])],
         sampling=_sampling(records),
-        citation=_citation(title, run),
-        versions=", ".join(f"{package} {version}" for package, version in _versions(run).items()),
+        citation=_citation(title, records),
+        versions=", ".join(f"{package} {version}" for package, version in _versions(records.origin).items()),
     )
 
 
@@ -166,7 +172,7 @@ def evaluation_results(records: Records) -> list[dict[str, Any]]:
             dataset_id=records.data_name,
             task_id=kind,
             value=value,
-            date=records.run.get("finished"),
+            date=records.run.get("measured_again") or records.run.get("finished"),
             notes=f"{label}, on {records.measured_on}; hfgpt evaluate" + (f"; weights sha256 {sha}" if sha else ""),
         )
         for _, label, kind, value in _results(records.metrics)
@@ -285,9 +291,18 @@ def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
 
 
 def _measured_on(records: Records) -> str:
-    sha = records.run.get("weights_sha256")
+    sha, again, finished = (records.run.get(name) for name in ("weights_sha256", "measured_again", "finished"))
     weights = f", with the weights of sha256 `{sha}`" if sha else ""
-    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}."
+    if sha and records.conversion.get("format", "").startswith("to "):
+        weights += ", of which those here are a conversion"
+    when = (
+        f", before it was published ({again})"
+        if again
+        else f", at the end of the run ({finished})"
+        if finished
+        else ""
+    )
+    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}."
 
 
 def _relations(records: Records, hub: HubArguments) -> list[str]:
@@ -297,8 +312,10 @@ def _relations(records: Records, hub: HubArguments) -> list[str]:
         sha = records.run.get("base_weights_sha256")
         weights = f", whose weights have the sha256 `{sha}`" if sha else ""
         relations.append(f"The adapter is of use on its own base model only: `{base}`{weights}.")
-    elif records.recipe:
+    elif records.recipe and not merge:
         relations.append(f"Trained from `{base}`." if base else "Trained from random weights.")
+    if records.run.get("checkpoint"):
+        relations.append("This is a checkpoint: what the run had come to before its end.")
     if "pretraining" in records.recipe:
         relations.append("Before that, a first pass of language modelling over the texts of the training split.")
     if records.recipe.get("model", {}).get("load_in_4bit"):
@@ -332,15 +349,16 @@ def _sampling(records: Records) -> str:
     )
 
 
-def _citation(title: str, run: dict[str, Any]) -> str:
+def _citation(title: str, records: Records) -> str:
     key = re.sub(r"\W+", "-", title).strip("-").lower()
-    fields = {"title": title, "note": "Trained with hfgpt", "year": run.get("finished", "")[:4]}
+    note = f"{'Trained' if records.recipe else 'Converted'} with hfgpt"
+    fields = {"title": title, "note": note, "year": records.origin.get("finished", "")[:4]}
     lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
     return "\n".join([f"@misc{{{key},", *lines, "}"])
 
 
-def _versions(run: dict[str, Any]) -> dict[str, str]:
-    return {name: run[name] for name in ("hfgpt", "python") if name in run} | run.get("versions", {})
+def _versions(origin: dict[str, Any]) -> dict[str, str]:
+    return {name: origin[name] for name in ("hfgpt", "python") if name in origin} | origin.get("versions", {})
 
 
 def _format(value: Any, name: str = "") -> str:

@@ -8,6 +8,31 @@ from typing import Any
 
 import yaml
 
+# Entries of run.json that are true of its checkpoints, too: the others are of its end.
+OF_EVERY_CHECKPOINT = (
+    *(
+        "task",
+        "recipe",
+        "seed",
+        "data_source",
+        "data_sha256",
+        "tokenizer_sha256",
+        "architecture",
+        "trained_parameters",
+    ),
+    *(
+        "labels",
+        "base_model",
+        "base_weights_sha256",
+        "device",
+        "processes",
+        "precision",
+        "hfgpt",
+        "python",
+        "versions",
+    ),
+)
+
 
 @dataclass
 class Records:
@@ -39,6 +64,11 @@ class Records:
         return self.recipe.get("task") or ("classify" if self.labels else None)
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """The record of how the folder came about, with versions and date: its run, merge or conversion."""
+        return self.run if "versions" in self.run else {**self.merge, **self.conversion}
+
+    @property
     def prompts(self) -> list[str]:
         return self.recipe.get("evaluation", {}).get("prompts", [])
 
@@ -67,7 +97,7 @@ class Records:
 
 
 def read_records(folder: Path) -> Records:
-    """Reads what lies beside the weights in a saved folder; a checkpoint's recipe and data are those of its run."""
+    """Reads what lies beside the weights in a saved folder; beside a checkpoint, what is known of its run."""
 
     def read(name: str, folder: Path = folder) -> dict[str, Any]:
         path = folder / name
@@ -75,13 +105,17 @@ def read_records(folder: Path) -> Records:
         return json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
 
     run_folder = folder.parent if is_checkpoint(folder) else folder
+    run = read("run.json", run_folder)
+    if is_checkpoint(folder):
+        run = {name: run[name] for name in OF_EVERY_CHECKPOINT if name in run}
+        run |= {"checkpoint": True, "steps": read("trainer_state.json")["global_step"]}
     config, adapter = read("config.json"), read("adapter_config.json")
     classifies = any("SequenceClassification" in name for name in config.get("architectures") or [])
     labels = read("labels.json").get("id2label") or (config.get("id2label") if classifies else None) or {}
     return Records(
         folder,
         recipe=read("recipe.yaml", run_folder),
-        run=read("run.json"),
+        run=run,
         metrics=read("metrics.json"),
         data=read("data_report.json", run_folder),
         merge=read("merge.json"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from hfgpt.errors import InputError
-from hfgpt.hub.records import Records
+from hfgpt.hub.records import read_records
 from hfgpt.loading import load_model
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
@@ -25,20 +25,21 @@ ROWS, LENGTH, NEW_TOKENS = 2, 32, 16
 
 
 @torch.no_grad()
-def check_as_stranger(folder: Path, records: Records, native: bool = False):
+def check_as_stranger(folder: Path, source: Path, native: bool = False):
     """Loads a folder in a fresh process without hfgpt and compares what it computes.
 
     Args:
         folder: With the exact files that are to be published.
-        records: Of that folder.
+        source: What they must compute the same as: the folder that was measured, or for a native one its own.
         native: Whether it holds a native GPT-2, to be loaded without remote code.
 
     Raises:
         InputError: It does not load there, or computes something else.
     """
+    records = read_records(folder)
     classify = records.task == "classify"
     auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
-    model = _load(folder, auto_class, native)
+    model = _load(source, auto_class, native)
     rows = _draw_rows(model.config)
     text = next(filter(None, records.prompts), None) if records.has_tokenizer else None
     new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - rows.shape[1] // 2)

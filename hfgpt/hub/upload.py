@@ -4,12 +4,16 @@ The client sends each large file once: what a broken upload has brought over is 
 comes last and whole, so a repository never holds half of the files.
 """
 
+import functools
 import re
 import shutil
+import socket
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import (
     CommitInfo,
@@ -32,6 +36,8 @@ from huggingface_hub.errors import (
 from hfgpt.errors import InputError
 from hfgpt.loading import hash_file
 
+T = TypeVar("T")
+WEIGHTS_FILE = "model.safetensors"
 # Seconds before each further attempt; the client itself has by then repeated most requests for half a minute.
 WAITS = (2, 10)
 # What of an earlier publication would be read with a new one: weights, settings, records.
@@ -79,16 +85,9 @@ def upload(folder: Path, names: list[str], target: Target) -> CommitInfo:
     Raises:
         InputError: The Hub refused, cannot be reached, or holds something else under this name.
     """
-    for wait in (*WAITS, None):
-        try:
-            return _commit(folder, names, target)
-        # Everything that the client and its HTTP library raise; what is not of the network is raised again.
-        except (HTTPError, OSError, RuntimeError) as error:
-            # After a pull request nobody knows whether a second one would be the first again.
-            if wait is None or target.create_pr or not _is_passing(error):
-                raise InputError(explain(error, target.repo_id)) from error
-        time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+    # A second pull request would not be the first one again.
+    waits = () if target.create_pr else WAITS
+    return _persist(lambda: _commit(folder, names, target), target.repo_id, waits)
 
 
 def verify(folder: Path, names: list[str], target: Target, commit: CommitInfo):
@@ -100,19 +99,31 @@ def verify(folder: Path, names: list[str], target: Target, commit: CommitInfo):
     revision = commit.pr_revision or commit.oid
     cache = tempfile.mkdtemp(prefix="hfgpt-verify-")
     try:
-        for wait in (*WAITS, None):
-            try:
-                arrived = Path(snapshot_download(target.repo_id, revision=revision, cache_dir=cache))
-                break
-            except (HTTPError, OSError, RuntimeError) as error:
-                if wait is None or not _is_passing(error):
-                    raise InputError(f"it was sent, but not read back: {explain(error, target.repo_id)}") from error
-                time.sleep(wait)
+        download = functools.partial(snapshot_download, target.repo_id, revision=revision, cache_dir=cache)
+        try:
+            arrived = Path(_persist(download, target.repo_id, WAITS))
+        except InputError as error:
+            raise InputError(f"it was sent, but not read back: {error}") from error
         for name in names:
             if not (arrived / name).is_file() or hash_file(arrived / name) != hash_file(folder / name):
                 raise InputError(f"'{name}' did not arrive at {target} as it was sent: publish again")
     finally:
         shutil.rmtree(cache, ignore_errors=True)
+
+
+def find_weights(repo_id: str, revision: str | None = None) -> tuple[str, Path | None]:
+    """The commit that a revision of a model on the Hub stands at, and its weights, fetched if they are in one file.
+
+    Raises:
+        InputError: The Hub has no such model, or cannot be reached.
+    """
+
+    def find() -> tuple[str, Path | None]:
+        info = HfApi().model_info(repo_id, revision=revision)
+        single = any(file.rfilename == WEIGHTS_FILE for file in info.siblings or [])
+        return info.sha, Path(hf_hub_download(repo_id, WEIGHTS_FILE, revision=info.sha)) if single else None
+
+    return _persist(find, repo_id, WAITS)
 
 
 def check_login(repo_id: str):
@@ -143,10 +154,28 @@ def explain(error: BaseException, repo_id: str) -> str:
         return f"the Hub has no '{repo_id}', or no such branch, for who is logged in: check the name and the login"
     if status in (409, 412):
         return f"'{repo_id}' is being changed by somebody else: publish again"
-    last = causes[-1]
+    last = next((cause for cause in causes if _is_local(cause)), causes[-1])
     fact = re.sub(r"\s+", " ", str(last))[:200] or type(last).__name__
+    if _is_local(last):
+        return f"a file of this machine cannot be read or written ({fact}): mend that and publish again"
     what = "the Hub fails" if status else "the Hub cannot be reached"
     return f"{what} ({fact}): publish again later; what has arrived is not sent again"
+
+
+def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float]) -> T:
+    """Does what asks the Hub, and again after each wait while what goes wrong may pass.
+
+    Raises:
+        InputError: It does not pass.
+    """
+    for wait in (*waits, None):
+        try:
+            return attempt()
+        except (HTTPError, OSError, RuntimeError) as error:  # all that the client and its HTTP library raise
+            if wait is None or not _is_passing(error):
+                raise InputError(explain(error, repo_id)) from error
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
@@ -212,8 +241,14 @@ def _is_passing(error: BaseException) -> bool:
     statuses = [status for status in map(_status, _causes(error)) if status]
     if statuses:
         return statuses[0] >= 500 or statuses[0] in (408, 409, 412, 429)
-    local = (FileNotFoundError, PermissionError, LocalTokenNotFoundError, OfflineModeIsEnabled)
-    return not any(isinstance(cause, local) for cause in _causes(error))
+    lasting = (LocalTokenNotFoundError, OfflineModeIsEnabled)
+    return not any(isinstance(cause, lasting) or _is_local(cause) for cause in _causes(error))
+
+
+def _is_local(error: BaseException) -> bool:
+    """Whether a file or the disk is at fault: an error of the system that is not of a connection."""
+    network = (ConnectionError, TimeoutError, socket.gaierror)
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, network)
 
 
 def _status(error: BaseException) -> int | None:

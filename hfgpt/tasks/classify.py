@@ -38,14 +38,17 @@ from hfgpt.evaluation.classification import (
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.loading import classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
+from hfgpt.saving import write_json
 from hfgpt.tasks.first_pass import build_blocks, model_after_first_pass, run_first_pass
 from hfgpt.tasks.messages import describe_choices, describe_classification, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json
+from hfgpt.tasks.run_folder import begin_run, check_run_folder
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
+    check_publication,
     context_length,
     describe_run,
+    end_run,
     find_tokenizer,
     padding_collator,
     plan_rows,
@@ -53,7 +56,6 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
-    write_card,
 )
 from hfgpt.tokenizer import wrap_in_end_of_text
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
@@ -112,8 +114,9 @@ def classify(recipe: Recipe, resume: bool = False, console: Console | None = Non
     console = console or stderr_console(quiet=recipe.training.process_index > 0)
     started = time.perf_counter()
 
-    # 1. The run folder: free, or that of the run to go on with.
+    # 1. The run folder: free, or that of the run to go on with; and the Hub, if it goes there.
     checkpoint = check_run_folder(recipe, resume)
+    check_publication(recipe)
     folder = Path(recipe.training.output_dir)
 
     # 2. Rows to splits to tokens, and the model, so that what is wrong with it is known before anything is written.
@@ -179,7 +182,7 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
         pairs = [(list(data.texts.splits[split]["text"]), labels[split]) for split in ("train", "test")]
         metrics["baseline_accuracy"] = baseline_accuracy(*pairs, balanced=data.weights is not None)
         write_json(folder / "metrics.json", metrics)
-    write_card(recipe)
+    end_run(recipe)
     measured, following = (
         f"on the test split {describe_classification(metrics)}",
         f"hfgpt classify {folder} 'your text'",

@@ -1,11 +1,7 @@
 """Stage 6, loading weights: others' checkpoints in, native GPT-2 out, each with proof that it computes the same."""
 
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,6 +25,9 @@ from hfgpt.conversion.parity import Parity, compare, compute_with, record
 from hfgpt.conversion.sources import LARGE, ImportArguments, Source, open_weights
 from hfgpt.data.synthetic import generate_stories
 from hfgpt.errors import InputError
+from hfgpt.hub import HubArguments
+from hfgpt.hub.card import describe_architecture, write_card
+from hfgpt.hub.records import read_records
 from hfgpt.loading import (
     check_vocabulary,
     classifies,
@@ -40,10 +39,10 @@ from hfgpt.loading import (
     load_model_tokenizer,
     quiet_bars,
 )
-from hfgpt.tasks.run_folder import write_json
+from hfgpt.saving import appearing_folder, check_free, write_json
+from hfgpt.tasks.run_folder import describe_environment
 from hfgpt.tokenizer import GPT2_FILES, build_char_tokenizer, load_tokenizer
 from hfgpt.training.callbacks import stderr_console
-from hfgpt.training.trainer import explain_full_disk
 
 GREEDY_TOKENS = 16
 PARITY_TOKENS = 64
@@ -93,7 +92,7 @@ def import_checkpoint(
             expected, record(compute_with(saved), rows, greedy_tokens), opened.recomputed
         )
         report = Parity(source, opened.format, parameters, opened.parameters, differences, greedy_equal, opened.notes)
-        _finish(report, staging, console)
+        _finish(report, staging, out, describe_architecture(saved), console)
     return report
 
 
@@ -120,7 +119,7 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
     rows = parity_rows(model.config, tokenizer)
     greedy_tokens = count_greedy_tokens(model.config)
     expected = record(compute_with(model), rows, greedy_tokens)
-    config, parameters = model.config, model.num_parameters()
+    config, parameters, architecture = model.config, model.num_parameters(), describe_architecture(model)
     generation_config = model.generation_config if model.can_generate() else None
     weights = dict(model.state_dict())
     del model  # the weights are taken out of the dictionary one by one: one copy of them at a time
@@ -141,7 +140,7 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
             saved = native_class.from_pretrained(staging, dtype="auto").eval()
         differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
         report = Parity(model_path, "to gpt2", saved.num_parameters(), parameters, differences, greedy_equal, notes)
-        _finish(report, staging, console)
+        _finish(report, staging, out, architecture, console)
     return report
 
 
@@ -288,38 +287,12 @@ def _save_gpt2_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path
         tokenizer.backend_tokenizer.model.save(str(folder))
 
 
-def check_free(out: Path) -> Path:
-    """The path of a folder that can be made, without `.` and `..`.
-
-    Raises:
-        InputError: It exists, or what should hold it is no folder.
-    """
-    out = Path(os.path.normpath(out))
-    if os.path.lexists(out):
-        raise InputError(f"'{out}' exists: name a folder that does not")
-    above = next(path for path in out.absolute().parents if os.path.lexists(path))
-    if not above.is_dir():
-        raise InputError(f"'{out}' cannot be made, for '{above}' is no folder: name another place")
-    return out
-
-
-@contextmanager
-def appearing_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when all went well, and is gone when not."""
-    parent = next(folder for folder in out.absolute().parents if folder.is_dir())
-    staging = parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
-    staging.mkdir()
-    try:
-        with explain_full_disk(parent):
-            yield staging
-            out.parent.mkdir(parents=True, exist_ok=True)
-            staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _finish(report: Parity, staging: Path, console: Console | None):
+def _finish(report: Parity, staging: Path, out: Path, architecture: dict[str, Any], console: Console | None):
+    """Tells what came of a conversion, and writes it and a card beside the weights if they are right."""
     (console or stderr_console()).print(report.render(), highlight=False, markup=False)
     if not report.passed:
         raise InputError("the converted model computes something else than its source, so nothing was written")
-    write_json(staging / "conversion.json", report.to_dict())
+    write_json(staging / "conversion.json", {**report.to_dict(), **describe_environment()})
+    records = read_records(staging)
+    records.run["architecture"] = architecture
+    write_card(staging, records, HubArguments(), out.as_posix(), native=report.format.startswith("to "))

@@ -33,13 +33,16 @@ from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
+from hfgpt.saving import write_json, write_text
 from hfgpt.tasks.messages import describe_answers, describe_choices, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json, write_text
+from hfgpt.tasks.run_folder import begin_run, check_run_folder
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
+    check_publication,
     context_length,
     describe_run,
+    end_run,
     find_tokenizer,
     padding_collator,
     plan_rows,
@@ -47,7 +50,6 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
-    write_card,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.hardware import find_device
@@ -92,8 +94,9 @@ def instruct(recipe: Recipe, resume: bool = False, console: Console | None = Non
     console = console or stderr_console(quiet=recipe.training.process_index > 0)
     started = time.perf_counter()
 
-    # 1. The run folder: free, or that of the run to go on with; and the judge, if there is to be one.
+    # 1. The run folder: free, or that of the run to go on with; the Hub and the judge, if they are asked for.
     checkpoint = check_run_folder(recipe, resume)
+    check_publication(recipe)
     folder = Path(recipe.training.output_dir)
     if recipe.evaluation.judge.base_url:
         check_judge(recipe.evaluation.judge)
@@ -154,7 +157,7 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
             # Without its README.md the run is not finished: --resume goes on here, and asks only for what is missing.
             raise InputError(f"{error}; all else is written: go on with the same command and --resume") from error
     measured = f"on the test split {describe_answers(metrics)}"
-    write_card(recipe)
+    end_run(recipe)
     following = f"hfgpt chat {folder}"
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     publish_run(recipe, training, console)

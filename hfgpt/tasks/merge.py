@@ -1,5 +1,6 @@
 """`hfgpt merge`: an adapter and its base model become one ordinary model, proven the same."""
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,9 +10,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hfgpt.adapters import merge_adapter
 from hfgpt.errors import InputError
-from hfgpt.loading import check_same_tokens, classifies, find_base, load_model, load_model_tokenizer, quiet_bars
-from hfgpt.tasks.convert import appearing_folder, check_free
-from hfgpt.tasks.run_folder import write_json, write_text
+from hfgpt.hub import HubArguments
+from hfgpt.hub.card import describe_architecture, write_card
+from hfgpt.hub.records import read_records
+from hfgpt.loading import (
+    check_same_tokens,
+    classifies,
+    find_base,
+    hash_file,
+    load_model,
+    load_model_tokenizer,
+    quiet_bars,
+)
+from hfgpt.saving import appearing_folder, check_free, write_json
+from hfgpt.tasks.run_folder import describe_environment
 from hfgpt.training.callbacks import stderr_console
 
 TOLERANCE = 1e-5
@@ -82,23 +94,26 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
     with appearing_folder(out) as staging, quiet_bars():
         merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        write_json(staging / "merge.json", asdict(report))
-        write_text(staging / "README.md", render_card(report, out))
+        write_json(staging / "merge.json", {**asdict(report), **describe_environment()})
+        if Path(path).is_dir():
+            _keep_records(Path(path), staging)
+        records = read_records(staging)
+        records.run["architecture"] = describe_architecture(merged)
+        write_card(staging, records, HubArguments(), out.as_posix())
     console.print(f"saved to {out}", highlight=False)
     return report
 
 
-def render_card(report: Merge, out: Path) -> str:
-    """A README.md that says what was merged; what the adapter measured is in its own folder."""
-    relation = [] if Path(report.base_model).is_dir() else [f"base_model: {report.base_model}"]
-    head = "\n".join(["---", "library_name: transformers", *relation, "tags: [hfgpt]", "---"])
-    return f"""{head}
-# {out.name}
-
-The adapter `{Path(report.adapter).name}` merged by hfgpt into its base model `{report.base_model}`, in float32.
-The largest difference of logits from the two apart is {report.difference:.1e}, over {report.tokens} random tokens,
-where the largest logit is {report.largest_logit:.2f}.
-"""
+def _keep_records(adapter: Path, staging: Path):
+    """Takes over how the adapter was trained. What was measured is of other weights, and stays with it."""
+    run = read_records(adapter).run
+    if not run:
+        return
+    for name in ("recipe.yaml", "data_report.json"):
+        shutil.copy(adapter / name, staging)
+    of_adapter = ("saved_parameters", "samples")
+    run = {name: value for name, value in run.items() if name not in of_adapter}
+    write_json(staging / "run.json", run | {"weights_sha256": hash_file(staging / "model.safetensors")})
 
 
 def _rows(config) -> torch.Tensor:

@@ -21,18 +21,20 @@ from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, genera
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
+from hfgpt.saving import write_json
 from hfgpt.tasks.messages import describe_choices, describe_data, describe_metrics, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder, write_json
+from hfgpt.tasks.run_folder import begin_run, check_run_folder
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
+    check_publication,
     context_length,
     describe_run,
+    end_run,
     find_tokenizer,
     publish_run,
     run_training,
     save_run,
-    write_card,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.estimate import plan_run
@@ -75,8 +77,9 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     console = console or stderr_console(quiet=recipe.training.process_index > 0)
     started = time.perf_counter()
 
-    # 1. The run folder: free, or that of the run to go on with.
+    # 1. The run folder: free, or that of the run to go on with; and the Hub, if it goes there.
     checkpoint = check_run_folder(recipe, resume)
+    check_publication(recipe)
     folder = Path(recipe.training.output_dir)
 
     # 2. Text to tokens to blocks.
@@ -140,7 +143,7 @@ def finish_run(recipe: Recipe, training: Training, data: PretrainingData, consol
     # of an epoch may have fewer than the others.
     tokens = round(trainer.state.total_flos / training.estimate.flops_per_token)
     write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
-    write_card(recipe)
+    end_run(recipe)
     measured, following = f"validation {describe_metrics(metrics)}", f"hfgpt generate {folder} 'your prompt'"
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     publish_run(recipe, training, console)

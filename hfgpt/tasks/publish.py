@@ -9,30 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CommitInfo, ModelCard, constants, hf_hub_download
+from huggingface_hub import CommitInfo, ModelCard, constants
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hfgpt import configuration_hfgpt, modeling_hfgpt
-from hfgpt.adapters import base_of
+from hfgpt.configuration_hfgpt import AUTO_MAP
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments, check_repo_id
-from hfgpt.hub.card import PICTURES, build_card, describe_architecture, evaluation_results
+from hfgpt.hub.card import describe_architecture
 from hfgpt.hub.contents import Contents, find_secrets, sort_contents
-from hfgpt.hub.records import Records, is_hub_id, read_records, without_paths
+from hfgpt.hub.records import Records, is_hub_id, read_records
+from hfgpt.hub.staging import files_in, stage, stage_native
 from hfgpt.hub.stranger import check_as_stranger
-from hfgpt.hub.upload import Target, explain, upload, verify
+from hfgpt.hub.upload import Target, find_weights, upload, verify
 from hfgpt.hub.usage import loading_code
 from hfgpt.loading import hash_file, load_model, load_model_config
 from hfgpt.recipe import parse_sections
 from hfgpt.tasks.convert import export_model
-from hfgpt.tasks.run_folder import describe_environment
 from hfgpt.training.callbacks import stderr_console
 
-# Entries of data_report.json that are texts of the data.
-ROWS_OF_DATA = ("near_duplicate_examples",)
-RESULTS_FILE = ".eval_results/hfgpt.yaml"
 NATIVE_BRANCH = "gpt2"
 
 
@@ -81,9 +77,8 @@ class Branch:
 
     @property
     def names(self) -> list[str]:
-        """Of all files below the folder, relative to it."""
-        files = (path for path in self.folder.rglob("*") if path.is_file())
-        return sorted(path.relative_to(self.folder).as_posix() for path in files)
+        """Of its files."""
+        return files_in(self.folder)
 
     def __str__(self) -> str:
         return f"{self.revision or 'main'}: {'gpt2' if self.native else 'hfgpt'}"
@@ -118,40 +113,41 @@ def publish(
     def passed(what: str):
         console.print(f"  ok  {what}", highlight=False, markup=False)
 
-    records, hub, contents = check_folder(folder, overrides, passed)
-    if arguments.measure:
-        from hfgpt.tasks.remeasure import measure_again  # of the tasks, whose runs end here
-
-        records.metrics, told = measure_again(folder, records, overrides, console)
-        passed(told)
     with tempfile.TemporaryDirectory(prefix="hfgpt-publish-") as temporary:
-        # 5. and 6. The files as they will be, with their card, and as strangers will load them.
-        branches = [Branch(Path(temporary) / "main", arguments.revision, arguments.format == "gpt2")]
-        if hub.native_branch and not branches[0].native:
-            branches.append(Branch(Path(temporary) / NATIVE_BRANCH, NATIVE_BRANCH, native=True))
+        # 1. to 4. What lies in the folder.
+        records, hub, contents = check_folder(folder, arguments, overrides, passed)
+        branches = plan_branches(Path(temporary), arguments, hub)
+
+        # 5. What the card will say: measured now, on these very weights.
+        if arguments.measure:
+            from hfgpt.tasks.remeasure import measure_again  # of the tasks, whose runs end here
+
+            passed(measure_again(folder, records, overrides, console))
+        if records.adapter and not branches[0].native:
+            hub = pin_base(records, hub)
+            passed(f"its base model will be loaded from {hub.base_model} at commit {hub.base_revision}")
+
+        # 6. and 7. The files as they will be, with their card, and as strangers will load them.
         for branch in branches:
-            stage(folder, branch, records, hub, repo_id)
-            check_metadata(branch.folder / "README.md")
-            passed(f"the metadata of the card is valid ({branch})")
-            check_as_stranger(branch.folder, read_records(branch.folder), branch.native)
-            passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
+            make_branch(branch, folder, records, hub, repo_id, passed)
             show_files(branch, console)
-        show_staying(contents, console)
+        show_missing(contents, records, hub, console)
         code = loading_code(read_records(branches[0].folder), repo_id, branches[0].native)
         if arguments.dry_run:
             show_card(branches[0], console)
             return code
 
-        # 7. Send, and look at what arrived.
+        # 8. Send, and look at what arrived.
         for branch in branches:
             commit = send(branch, repo_id, arguments, f"Publish {folder.resolve().name}")
             passed(f"{len(branch.names)} files arrived as they were sent: {commit.pr_url or commit.commit_url}")
-    console.print(f"published: {constants.ENDPOINT}/{repo_id}", highlight=False, soft_wrap=True)
+    place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
+    console.print(f"published: {place}", highlight=False, soft_wrap=True)
     return code
 
 
 def check_folder(
-    folder: Path, overrides: Sequence[str], passed: Callable[[str], None]
+    folder: Path, arguments: PublishArguments, overrides: Sequence[str], passed: Callable[[str], None]
 ) -> tuple[Records, HubArguments, Contents]:
     """The checks of what lies in a folder, in order, each told when it has passed.
 
@@ -161,10 +157,11 @@ def check_folder(
     Raises:
         InputError: The first check that fails says what is wrong.
     """
-    # 1. A folder of ours.
+    # 1. A folder of ours, whose base model others can have.
     records = open_folder(folder)
     hub = read_hub_arguments(records, overrides)
-    check_base(records, hub)
+    if records.adapter and arguments.format == "hfgpt":
+        check_base(records.adapter["base_model_name_or_path"], hub)
     passed(f"'{folder}' is {'an adapter' if records.adapter else 'a model'} of hfgpt's")
 
     # 2. The weights that were measured.
@@ -176,8 +173,7 @@ def check_folder(
     passed(f"it holds safetensors, JSON, text and PNG: {len(contents.going)} files to publish")
 
     # 4. Nothing secret in them.
-    if secrets := find_secrets(folder, contents.going):
-        raise InputError(f"{'; '.join(secrets)}: remove it, and have it revoked if it was ever published")
+    refuse_secrets(folder, contents.going)
     passed("no token, key or password is in them")
     return records, hub, contents
 
@@ -198,7 +194,7 @@ def open_folder(folder: Path) -> Records:
             f"'{folder}' holds a model of type {config.model_type}, not hfgpt: {remedy or 'name one of hfgpt'}"
         )
     auto_map = getattr(config, "auto_map", None)
-    if not adapter and auto_map not in (None, configuration_hfgpt.AUTO_MAP):
+    if not adapter and auto_map not in (None, AUTO_MAP):
         raise InputError(f"the config.json of '{folder}' names code of others (auto_map): save the model again")
     return read_records(folder)
 
@@ -211,30 +207,80 @@ def read_hub_arguments(records: Records, overrides: Sequence[str]) -> HubArgumen
     return parse_sections([*written, *overrides], task, ["data", "evaluation", "hub"])["hub"]
 
 
-def check_base(records: Records, hub: HubArguments):
-    """Refuses an adapter whose base model strangers cannot have.
-
-    Raises:
-        InputError: It lies on this machine alone, or the published one has other weights.
-    """
-    if not records.adapter:
-        return
-    base = records.adapter["base_model_name_or_path"]
+def check_base(base: str, hub: HubArguments):
+    """Refuses an adapter whose base model lies on this machine alone, unless `hub` names it as others know it."""
     if hub.base_model is None and not is_hub_id(base):
         raise InputError(
             f"the base model of the adapter is '{base}' on this machine, which nobody else has: publish it too and "
             "name it with --hub.base_model user/name, or merge them with hfgpt merge"
         )
-    expected = records.run.get("base_weights_sha256")
-    if hub.base_model is not None and expected:
-        try:
-            weights = hf_hub_download(hub.base_model, "model.safetensors")
-        except OSError as error:
-            raise InputError(explain(error, hub.base_model)) from error
-        if hash_file(Path(weights)) != expected:
+
+
+def plan_branches(temporary: Path, arguments: PublishArguments, hub: HubArguments) -> list[Branch]:
+    """The branches to write, none of them made yet.
+
+    Raises:
+        InputError: Two of them are one.
+    """
+    branches = [Branch(temporary / "main", arguments.revision, arguments.format == "gpt2")]
+    if hub.native_branch and not branches[0].native:
+        if arguments.create_pr or arguments.revision == NATIVE_BRANCH:
+            option = "--create-pr" if arguments.create_pr else f"--revision {NATIVE_BRANCH}"
             raise InputError(
-                f"'{hub.base_model}' has other weights than the adapter was trained on: publish the right base model"
+                f"hub.native_branch writes to the branch {NATIVE_BRANCH} of the repository: leave out {option}, or "
+                "pass --hub.native_branch false"
             )
+        branches.append(Branch(temporary / NATIVE_BRANCH, NATIVE_BRANCH, native=True))
+    return branches
+
+
+def pin_base(records: Records, hub: HubArguments) -> HubArguments:
+    """The section `hub` with the base model of an adapter and the commit that others will load it from.
+
+    Raises:
+        InputError: The base model is not there, or has other weights than the adapter was trained on.
+    """
+    base, revision = hub.base_model, hub.base_revision
+    if base is None:
+        base, revision = records.adapter["base_model_name_or_path"], revision or records.adapter.get("revision")
+    commit, weights = find_weights(base, revision)
+    expected = records.run.get("base_weights_sha256")
+    if weights and expected and hash_file(weights) != expected:
+        raise InputError(f"'{base}' has other weights than the adapter was trained on: publish the right base model")
+    return dataclasses.replace(hub, base_model=base, base_revision=commit)
+
+
+def make_branch(
+    branch: Branch,
+    folder: Path,
+    records: Records,
+    hub: HubArguments,
+    repo_id: str,
+    passed: Callable[[str], None],
+):
+    """Makes the files that a branch gets, and checks what was not in the folder before.
+
+    Raises:
+        InputError: GPT-2 cannot express the model, the card is not valid or holds a token, or a process without hfgpt
+            computes something else.
+    """
+    if branch.native:
+        quiet = Console(file=io.StringIO())
+        export_model(str(folder), branch.folder, merge_adapter=bool(records.adapter), console=quiet)
+        stage_native(folder, branch.folder, records, hub, repo_id)
+    else:
+        stage(folder, branch.folder, records, hub, repo_id)
+    refuse_secrets(branch.folder, [name for name in branch.names if not (branch.folder / name).is_symlink()])
+    check_metadata(branch.folder / "README.md")
+    passed(f"the metadata of the card is valid ({branch})")
+    check_as_stranger(branch.folder, branch.folder if branch.native else folder, branch.native)
+    passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
+
+
+def refuse_secrets(folder: Path, names: Sequence[str]):
+    """Refuses files that hold what looks like a token, a key or a password."""
+    if secrets := find_secrets(folder, names):
+        raise InputError(f"{'; '.join(secrets)}: remove it, and have it revoked if it was ever published")
 
 
 def check_weights(folder: Path, records: Records) -> Records:
@@ -247,7 +293,7 @@ def check_weights(folder: Path, records: Records) -> Records:
         InputError: They are damaged, or others than those that were measured.
     """
     file = folder / ("adapter_model.safetensors" if records.adapter else "model.safetensors")
-    network = base_of(load_model(str(folder), auto_class=_auto_class(records)))
+    model = load_model(str(folder), auto_class=_auto_class(records))
     run = dict(records.run)
     if file.is_file():
         actual = hash_file(file)
@@ -257,65 +303,8 @@ def check_weights(folder: Path, records: Records) -> Records:
                 f"that in run.json {run['weights_sha256'][:12]}...: put the measured ones back, or train again"
             )
         run["weights_sha256"] = actual
-    if "architecture" not in run:
-        parameters = sum(value.numel() for name, value in network.named_parameters() if "lora_" not in name)
-        run["architecture"] = describe_architecture(network.config, parameters)
-    return dataclasses.replace(records, run={**describe_environment(), **run})
-
-
-def stage(folder: Path, branch: Branch, records: Records, hub: HubArguments, repo_id: str):
-    """Makes the folder that is sent: links to what goes as it is, and written anew what names places of this machine.
-
-    Args:
-        folder: Of the model.
-        branch: Its folder is made.
-        records: Of the model, with the metrics to publish.
-        hub: For the card.
-        repo_id: For the card.
-    """
-    staging = branch.folder
-    if branch.native:
-        quiet = Console(file=io.StringIO())
-        export_model(str(folder), staging, merge_adapter=bool(records.adapter), console=quiet)
-    else:
-        staging.mkdir()
-        _link_files(folder, staging, sort_contents(folder).going)
-        _write_code(staging, records, hub)
-    _link_files(folder, staging, [name for name in PICTURES if (folder / name).is_file()])
-    kept = {"run.json": records.run, "metrics.json": records.metrics, "merge.json": records.merge}
-    # Its near duplicates are shown by their texts, which are rows of the data.
-    kept["data_report.json"] = {key: value for key, value in records.data.items() if key not in ROWS_OF_DATA}
-    kept["conversion.json"] = read_records(staging).conversion
-    for name, content in kept.items():
-        if content:
-            _replace(staging / name, json.dumps(without_paths(content), indent=2, ensure_ascii=False) + "\n")
-    if records.recipe:
-        said = {key: value for key, value in vars(hub).items() if value is not None}
-        recipe = {**without_paths(records.recipe), "hub": said}
-        _replace(staging / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
-    final = dataclasses.replace(read_records(staging), recipe=without_paths(records.recipe))
-    _replace(staging / "README.md", str(build_card(final, hub, repo_id, branch.native).render()).rstrip() + "\n")
-    if results := evaluation_results(final):
-        (staging / RESULTS_FILE).parent.mkdir()
-        _replace(staging / RESULTS_FILE, yaml.safe_dump(results, sort_keys=False, allow_unicode=True))
-
-
-def _link_files(folder: Path, staging: Path, names: Sequence[str]):
-    for name in names:
-        if not (staging / name).exists():
-            (staging / name).symlink_to((folder / name).resolve())
-
-
-def _write_code(staging: Path, records: Records, hub: HubArguments):
-    """The two Python files as they are installed here, whatever lay in the folder; or an adapter's public base."""
-    if records.adapter:
-        if hub.base_model is not None:
-            adapter = {**records.adapter, "base_model_name_or_path": hub.base_model}
-            _replace(staging / "adapter_config.json", json.dumps(adapter, indent=2) + "\n")
-        return
-    for module in (configuration_hfgpt, modeling_hfgpt):
-        path = Path(module.__file__)
-        _replace(staging / path.name, path.read_text(encoding="utf-8"))
+    run["architecture"] = describe_architecture(model)
+    return dataclasses.replace(records, run=run)
 
 
 def check_metadata(path: Path):
@@ -343,10 +332,17 @@ def send(branch: Branch, repo_id: str, arguments: PublishArguments, message: str
     return commit
 
 
-def show_staying(contents: Contents, console: Console):
-    """Prints what of the folder is not sent, and why."""
-    for name, reason in contents.staying.items():
-        console.print(f"  {'stays here':>15}  {name}: {reason}", highlight=False, markup=False)
+def show_missing(contents: Contents, records: Records, hub: HubArguments, console: Console):
+    """Prints what of the folder is not sent, and why; and what the card does not say, and how it would."""
+    lines = [f"  {'stays here':>15}  {name}: {reason}" for name, reason in contents.staying.items()]
+    if hub.license is None:
+        lines.append(
+            "the card names no licence, without which nobody may use the model: --hub.license mit, for instance"
+        )
+    if not records.metrics:
+        lines.append("the card has no evaluation: name data to measure on with --data.path")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
 
 
 def show_card(branch: Branch, console: Console):
@@ -361,12 +357,6 @@ def show_files(branch: Branch, console: Console):
     console.print(f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({branch}):", highlight=False)
     for name, size in sizes.items():
         console.print(f"  {size:>15,}  {name}", highlight=False, markup=False)
-
-
-def _replace(path: Path, text: str):
-    """Writes a file anew: through a link it would be the run's own that changes."""
-    path.unlink(missing_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def _auto_class(records: Records):

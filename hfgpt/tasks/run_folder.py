@@ -2,12 +2,8 @@
 
 import datetime
 import importlib.metadata
-import json
-import os
 import platform
 import shutil
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
-from hfgpt.hub.upload import check_login
 from hfgpt.recipe import Recipe, first_difference, render_recipe
-from hfgpt.training.trainer import explain_full_disk, find_last_checkpoint
+from hfgpt.saving import explain_full_disk, staged_files, write_text
+from hfgpt.training.trainer import find_last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
@@ -39,8 +35,6 @@ def check_run_folder(recipe: Recipe, resume: bool) -> Path | None:
         InputError: The folder holds another run, or there is nothing to resume.
     """
     folder = Path(recipe.training.output_dir)
-    if recipe.hub and recipe.hub.repo_id:
-        check_login(recipe.hub.repo_id)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"training.output_dir '{folder}' is a file: name a folder")
     occupied = folder.is_dir() and any(folder.iterdir())
@@ -85,33 +79,6 @@ def _describe(folder: Path) -> str:
         state = "finished" if (folder / "metrics.json").is_file() else "unfinished"
         return f"a run ({state})"
     return f"other files ({sorted(path.name for path in folder.iterdir())[0]}, ...)"
-
-
-def write_text(path: Path, text: str):
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]):
-    """Writes JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def staged_files(folder: Path):
-    """A folder to write several files into that then appear in `folder` together, or not at all if writing fails."""
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
-    try:
-        yield staging
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def describe_environment() -> dict[str, Any]:

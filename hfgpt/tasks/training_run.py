@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.utils import cached_file
 
 from hfgpt.adapters import (
     CAUSAL_LM,
@@ -30,12 +30,14 @@ from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.background import CheckpointPushes
-from hfgpt.hub.card import build_card, describe_architecture
+from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import read_records
+from hfgpt.hub.upload import check_login
 from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer, save_labels
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.publish import PublishArguments, publish
-from hfgpt.tasks.run_folder import describe_environment, staged_files, write_text
+from hfgpt.saving import staged_files
+from hfgpt.tasks.publish import PublishArguments, check_base, publish
+from hfgpt.tasks.run_folder import describe_environment
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, append_log
 from hfgpt.training.estimate import Estimate, plan_run
@@ -62,6 +64,20 @@ class Training:
     seconds: float
     started: float
     pushes: CheckpointPushes | None = None
+
+
+def check_publication(recipe: Recipe):
+    """Refuses a run that is to be published and could not be, before hours of training rather than after.
+
+    Raises:
+        InputError: Nobody is logged in, or its adapter would be of use on this machine alone.
+    """
+    if recipe.hub is None or recipe.hub.repo_id is None:
+        return
+    if recipe.adapters is not None:
+        # Without a path, its base is the first pass of this very run.
+        check_base(recipe.model.path or str(Path(recipe.training.output_dir).resolve()), recipe.hub)
+    check_login(recipe.hub.repo_id)
 
 
 def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -271,10 +287,8 @@ def _describe_weights(recipe: Recipe, trainer: HfGPTTrainer) -> dict[str, Any]:
     """What was trained, on what, and the hashes that bind the measurements to it."""
     folder, model = Path(recipe.training.output_dir), base_of(trainer.model)
     weights = folder / (WEIGHTS_FILE if is_adapted(trainer.model) else "model.safetensors")
-    with torch.device("meta"):  # without the adapter that the model at hand may carry
-        parameters = type(model)(model.config).num_parameters()
     described = {
-        "architecture": describe_architecture(model.config, parameters),
+        "architecture": describe_architecture(model),
         "trained_parameters": trainable_parameters(trainer.model)[0],
         "weights_sha256": hash_file(weights) if weights.is_file() else None,
     }
@@ -282,20 +296,19 @@ def _describe_weights(recipe: Recipe, trainer: HfGPTTrainer) -> dict[str, Any]:
         described["labels"] = {str(index): label for index, label in model.config.id2label.items()}
     base = read_adapter(str(folder)).base if is_adapted(trainer.model) else recipe.model.path
     if base is not None:
-        local = Path(base).is_dir()
-        described["base_model"] = str(Path(base).resolve()) if local else base
-        if local and (Path(base) / "model.safetensors").is_file():
-            described["base_weights_sha256"] = hash_file(Path(base) / "model.safetensors")
+        described["base_model"] = str(Path(base).resolve()) if Path(base).is_dir() else base
+        settings = {"revision": recipe.model.revision or "main", "_raise_exceptions_for_missing_entries": False}
+        if file := cached_file(base, "model.safetensors", **settings):
+            described["base_weights_sha256"] = hash_file(Path(file))
     if is_adapted(trainer.model):
         described["saved_parameters"] = count_saved_parameters(str(folder))
     return described
 
 
-def write_card(recipe: Recipe):
+def end_run(recipe: Recipe):
     """Writes the model card; with it the run is finished."""
     folder = Path(recipe.training.output_dir)
-    card = build_card(read_records(folder), recipe.hub or HubArguments(), folder.as_posix())
-    write_text(folder / "README.md", str(card.render()).rstrip() + "\n")
+    write_card(folder, read_records(folder), recipe.hub or HubArguments(), folder.as_posix())
 
 
 def publish_run(recipe: Recipe, training: Training, console: Console):

@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import quiet_bars
+from hfgpt.saving import explain_full_disk
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
 from hfgpt.training.optimizers import MuonFactory
@@ -256,27 +256,6 @@ class HfGPTTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         with explain_full_disk(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
-
-
-@contextmanager
-def explain_full_disk(folder: str | Path):
-    """Turns the full disk that safetensors and torch.save report in words of their own into one line with a remedy.
-
-    Raises:
-        InputError: The disk is full.
-    """
-    try:
-        yield
-    except OSError:
-        raise  # names the file itself
-    # tokenizers raises a bare Exception; whatever does not speak of a full disk goes on.
-    except Exception as error:
-        full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
-        if not any(sign in str(error) for sign in full):
-            raise
-        raise InputError(
-            f"no space left on the disk of '{folder}': free some, then go on from the last checkpoint with --resume"
-        ) from error
 
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:

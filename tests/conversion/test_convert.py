@@ -68,7 +68,7 @@ def test_gpt2_in_and_out_is_bit_identical(tied, ids, tmp_path, caplog):
     assert [row.absolute for row in report.differences if row.dtype == "float32"] == [0.0, 0.0]
     assert {row.rows for row in report.differences} == {"random", "story"}
     assert (report.greedy_equal, report.passed) == (True, True)
-    assert json.loads((tmp_path / "ours" / "conversion.json").read_text()) == report.to_dict()
+    assert report.to_dict().items() <= json.loads((tmp_path / "ours" / "conversion.json").read_text()).items()
     assert AutoTokenizer.from_pretrained(tmp_path / "ours")("words")["input_ids"]
 
     assert caplog.records == []

@@ -17,7 +17,8 @@ from hfgpt.conversion.nanogpt import read_meta
 from hfgpt.conversion.sources import ImportArguments
 from hfgpt.data.sources import DataArguments
 from hfgpt.evaluation import EvaluationArguments
-from hfgpt.tasks.convert import check_free, export_model, import_checkpoint
+from hfgpt.saving import check_free
+from hfgpt.tasks.convert import export_model, import_checkpoint
 from hfgpt.tasks.pretrain import evaluate_model
 from hfgpt.tokenizer import train_tokenizer
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hfgpt.errors import InputError
+from hfgpt.hub import fresh_process
 from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.records import read_records, without_paths
 from hfgpt.loading import load_model
@@ -30,6 +32,21 @@ from hfgpt.tasks.publish import PublishArguments, publish
 def trusting(monkeypatch):
     """Without the check that needs a process of its own, which takes ten seconds."""
     monkeypatch.setattr(task, "check_as_stranger", lambda *args, **kwargs: None)
+
+
+@contextmanager
+def nearby(tmp_path):
+    """The stranger's script in this process, which has already loaded what takes a new one ten seconds."""
+
+    def run(command, **kwargs):
+        fresh_process.main(command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        patch.syspath_prepend(tmp_path / "modules")
+        yield
 
 
 def send(folder, repo_id="me/model", *overrides, **options):
@@ -301,8 +318,9 @@ def make_clean_environment(folder: Path) -> Path:
 def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
     """The whole way: all checks, a fresh process too, then a clean environment that knows the Hub alone."""
     send(runs / "text", "me/text", "--hub.native_branch", "true")
-    send(runs / "classes", "me/classes")
-    send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
+    with nearby(tmp_path):
+        send(runs / "classes", "me/classes")
+        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
     python = make_clean_environment(tmp_path / "venv")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -333,12 +351,12 @@ def test_a_folder_that_computes_something_else_elsewhere_is_refused(hub, run, mo
     shutil.rmtree(run / "checkpoint-2")
     stage = task.stage
 
-    def spoil(folder, branch, *args):
-        stage(folder, branch, *args)
-        code = (branch.folder / "modeling_hfgpt.py").read_text()
+    def spoil(folder, staging, *args):
+        stage(folder, staging, *args)
+        code = (staging / "modeling_hfgpt.py").read_text()
         assert "self.norm(hidden_states)" in code
         code = code.replace("self.norm(hidden_states)", "2 * self.norm(hidden_states)")
-        (branch.folder / "modeling_hfgpt.py").write_text(code)
+        (staging / "modeling_hfgpt.py").write_text(code)
 
     monkeypatch.setattr(task, "stage", spoil)
     with pytest.raises(InputError, match="computes other logits from these files"):

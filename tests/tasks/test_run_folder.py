@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hfgpt import HfGPTForCausalLM
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
+from hfgpt.saving import staged_files, write_json, write_text
 from hfgpt.tasks.pretrain import load_pretraining_data
-from hfgpt.tasks.run_folder import begin_run, check_run_folder, staged_files, write_json, write_text
+from hfgpt.tasks.run_folder import begin_run, check_run_folder
 from hfgpt.tokenizer import tokenizer_hash
 
 FILES = {
