@@ -30,6 +30,7 @@ def test_wheel_holds_every_recipe_and_module(installed):
         expected = {path.relative_to(source) for path in source.glob(pattern)}
         assert expected
         assert expected <= {path.relative_to(target) for path in target.glob(pattern)}
+    assert [path.name for path in (installed / "hfgpt/model_cards").iterdir()] == ["card.md.jinja"]
     assert not (installed / "tests").exists()
 
 
@@ -42,6 +43,7 @@ def test_train_runs_from_the_wheel_in_any_folder(installed, tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "runs/shakespeare-char/model.safetensors").is_file()
+    assert "# shakespeare-char" in (tmp_path / "runs/shakespeare-char/README.md").read_text(), "by the template inside"
     where = [sys.executable, "-c", "import hfgpt; print(hfgpt.__file__)"]
     printed = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert Path(printed.stdout.strip()).is_relative_to(installed)

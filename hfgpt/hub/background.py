@@ -21,6 +21,7 @@ from hfgpt.hub.contents import find_secrets
 from hfgpt.hub.records import read_records
 from hfgpt.hub.staging import files_in, stage
 from hfgpt.hub.upload import Target, upload
+from hfgpt.hub.usage import Place
 
 
 class CheckpointPushes(TrainerCallback):
@@ -47,7 +48,7 @@ class CheckpointPushes(TrainerCallback):
         try:
             records = read_records(checkpoint)
             records.run["architecture"] = describe_architecture(model)
-            stage(checkpoint, copy / "links", records, self.hub, self.hub.repo_id)
+            stage(checkpoint, copy / "links", records, self.hub, Place(self.hub.repo_id))
             # The checkpoint itself may be rotated away before it is sent.
             shutil.copytree(copy / "links", copy / "files")
         # Whatever it is, here and below: training is not stopped by it, and it is told at the end.

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hfgpt.adapters import base_of
 from hfgpt.hub import HubArguments
 from hfgpt.hub.records import Records, is_hub_id, public_name
-from hfgpt.hub.usage import pipeline_tag, usage_code
+from hfgpt.hub.usage import Place, pipeline_tag, usage_code
 from hfgpt.saving import write_text
 
 Rows = list[tuple[str, str]]
@@ -50,17 +50,25 @@ METRICS = {
     "eval_truncated": ("rows cut to the context", None),
 }
 SHARE = re.compile(r".*accuracy|.*match|eval_(precision|recall)_")
-ARCHITECTURE = (
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_size",
-    "intermediate_size",
-    "max_position_embeddings",
-    "vocab_size",
-    "hidden_act",
-    "qkv_bias",
-    "tie_word_embeddings",
-)
+ARCHITECTURE = {
+    "parameters": "parameters",
+    "num_hidden_layers": "blocks",
+    "num_attention_heads": "attention heads",
+    "hidden_size": "hidden size",
+    "intermediate_size": "size within the MLP",
+    "max_position_embeddings": "context, tokens",
+    "vocab_size": "vocabulary, tokens",
+    "hidden_act": "activation",
+    "qkv_bias": "biases on query, key and value",
+    "tie_word_embeddings": "embedding is also the output layer",
+}
+SPLIT_BY = {
+    "given": "the source, in splits of its own",
+    "documents": "whole documents",
+    "rows": "rows, those of the same text together",
+    "order": "order: the first rows train",
+    "position": "position in the one text",
+}
 PICTURES = {"loss.png": "Loss in training", "confusion.png": "Right classes down, predicted ones across"}
 
 
@@ -123,33 +131,33 @@ def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
     network = base_of(model)
     with torch.device("meta"):  # without the adapter that the model at hand may carry
         parameters = type(network)(network.config).num_parameters()
-    return {"parameters": parameters} | {name: getattr(network.config, name) for name in ARCHITECTURE}
+    settings = [name for name in ARCHITECTURE if name != "parameters"]
+    return {"parameters": parameters} | {name: getattr(network.config, name) for name in settings}
 
 
-def write_card(folder: Path, records: Records, hub: HubArguments, name: str, native: bool = False):
+def write_card(folder: Path, records: Records, hub: HubArguments, place: Place):
     """Writes README.md into a folder; arguments as of `build_card`."""
-    write_text(folder / "README.md", build_card(records, hub, name, native).render())
+    write_text(folder / "README.md", build_card(records, hub, place).render())
 
 
-def build_card(records: Records, hub: HubArguments, name: str, native: bool = False) -> Card:
+def build_card(records: Records, hub: HubArguments, place: Place) -> Card:
     """Collects what a card says.
 
     Args:
         records: Of the model's folder.
         hub: What no run can know.
-        name: Where to load it from: a folder or a repository.
-        native: Whether the weights are in GPT-2's own layout, which needs no code of ours.
+        place: Where the card says to load the model from.
     """
     run, recipe = records.run, {key: value for key, value in records.recipe.items() if key != "hub"}
-    title = name.rpartition("/")[2]
+    title = place.name.rpartition("/")[2]
     return Card(
         title=title,
         task=records.task,
         metadata=_metadata(records, hub, title),
         summary=_summary(records),
-        usage=usage_code(records, name, native),
-        loading=_loading(records, native),
-        architecture=[(key.replace("_", " "), _format(value)) for key, value in run.get("architecture", {}).items()],
+        usage=usage_code(records, place),
+        loading=_loading(records, place.native),
+        architecture=[(ARCHITECTURE[name], _format(value)) for name, value in run.get("architecture", {}).items()],
         training_data=_training_data(records, hub),
         procedure=_procedure(run, hub),
         evaluation=[(label, _format(value, key)) for key, label, _, value in _results(records.metrics)],
@@ -254,9 +262,12 @@ def _training_data(records: Records, hub: HubArguments) -> Rows:
         "leaked": "rows of validation or test that are also in training",
     }
     rows += [(label, _format(data[name])) for name, label in counted.items() if data.get(name)]
-    rows += [("held out by", data["split_by"])] if data.get("split_by") else []
+    rows += [("divided by", SPLIT_BY[data["split_by"]])] if data.get("split_by") else []
+    # A task that reads rows counts them as documents.
+    names = {"predicted_tokens": "tokens predicted", "tail_tokens": "tokens left over at the end"}
+    names |= {} if records.task == "pretrain" else {"documents": "rows"}
     for split, sizes in data["splits"].items():
-        counts = {name.replace("_", " "): size for name, size in sizes.items() if size and name != "labels"}
+        counts = {names.get(name, name): size for name, size in sizes.items() if size and name != "labels"}
         counts |= {f"`{label}`": size for label, size in sizes.get("labels", {}).items()}
         rows.append((split, ", ".join(f"{size:,} {name}" for name, size in counts.items()) or "empty"))
     return rows
@@ -266,7 +277,7 @@ def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
     facts = run | run.get("actual", {})
     names = {
         "steps": "optimizer steps",
-        "tokens": "tokens",
+        "tokens": "tokens seen",
         "seed": "seed",
         "trained_parameters": "parameters trained",
         "device": "hardware",
@@ -277,7 +288,8 @@ def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
         "tokens_per_second": "tokens a second",
         "peak_memory_bytes": "peak memory, bytes",
     }
-    rows = [(label, _format(facts[name])) for name, label in names.items() if name in facts]
+    times = {name: f"{value:,.1f}" for name, value in run.get("actual", {}).items() if "second" in name}
+    rows = [(label, times.get(name, _format(facts[name]))) for name, label in names.items() if name in facts]
     return rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
 
 
@@ -317,7 +329,7 @@ def _relations(records: Records, hub: HubArguments) -> list[str]:
     if records.run.get("checkpoint"):
         relations.append("This is a checkpoint: what the run had come to before its end.")
     if "pretraining" in records.recipe:
-        relations.append("Before that, a first pass of language modelling over the texts of the training split.")
+        relations.append("A pass of language modelling over the texts of the training split came first.")
     if records.recipe.get("model", {}).get("load_in_4bit"):
         relations.append("Trained on the base model with its weights quantized, measured on it in float32.")
     if merge:

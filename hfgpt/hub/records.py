@@ -122,7 +122,9 @@ def read_records(folder: Path) -> Records:
         conversion=read("conversion.json"),
         adapter=adapter,
         labels={int(index): label for index, label in labels.items()},
-        has_tokenizer=any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")),
+        has_tokenizer=any(
+            (folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+        ),
     )
 
 

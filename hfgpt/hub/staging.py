@@ -11,6 +11,7 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import PICTURES, evaluation_results, write_card
 from hfgpt.hub.contents import sort_contents
 from hfgpt.hub.records import Records, read_records, without_paths
+from hfgpt.hub.usage import Place
 from hfgpt.saving import write_json, write_text
 
 # Entries of data_report.json that are texts of the data.
@@ -18,7 +19,7 @@ ROWS_OF_DATA = ("near_duplicate_examples",)
 RESULTS_FILE = ".eval_results/hfgpt.yaml"
 
 
-def stage(folder: Path, staging: Path, records: Records, hub: HubArguments, repo_id: str):
+def stage(folder: Path, staging: Path, records: Records, hub: HubArguments, place: Place):
     """Makes the folder that is sent, with the code that runs here, the records and the card.
 
     Args:
@@ -26,7 +27,7 @@ def stage(folder: Path, staging: Path, records: Records, hub: HubArguments, repo
         staging: The folder to make.
         records: Of the model, with the metrics to publish.
         hub: For the card; the public base model of an adapter.
-        repo_id: For the card.
+        place: Where it is sent to, for the card.
     """
     staging.mkdir()
     _link(folder, staging, sort_contents(folder).going)
@@ -38,16 +39,16 @@ def stage(folder: Path, staging: Path, records: Records, hub: HubArguments, repo
         for module in (configuration_hfgpt, modeling_hfgpt):
             path = Path(module.__file__)
             write_text(staging / path.name, path.read_text(encoding="utf-8"))
-    _stage_records(staging, records, hub, repo_id, native=False)
+    _stage_records(staging, records, hub, place)
 
 
-def stage_native(folder: Path, staging: Path, records: Records, hub: HubArguments, repo_id: str):
+def stage_native(folder: Path, staging: Path, records: Records, hub: HubArguments, place: Place):
     """Adds records, pictures and the card to what `hfgpt export` made of a folder; arguments as of `stage`."""
     _link(folder, staging, [name for name in PICTURES if (folder / name).is_file()])
-    _stage_records(staging, records, hub, repo_id, native=True)
+    _stage_records(staging, records, hub, place)
 
 
-def _stage_records(staging: Path, records: Records, hub: HubArguments, repo_id: str, native: bool):
+def _stage_records(staging: Path, records: Records, hub: HubArguments, place: Place):
     kept = {"run.json": records.run, "metrics.json": records.metrics, "merge.json": records.merge}
     kept["data_report.json"] = {key: value for key, value in records.data.items() if key not in ROWS_OF_DATA}
     kept["conversion.json"] = read_records(staging).conversion
@@ -60,7 +61,7 @@ def _stage_records(staging: Path, records: Records, hub: HubArguments, repo_id: 
         text = yaml.safe_dump({**recipe, "hub": said}, sort_keys=False, allow_unicode=True)
         write_text(staging / "recipe.yaml", text)
     final = dataclasses.replace(read_records(staging), recipe=recipe)
-    write_card(staging, final, hub, repo_id, native)
+    write_card(staging, final, hub, place)
     if results := evaluation_results(final):
         (staging / RESULTS_FILE).parent.mkdir(exist_ok=True)
         write_text(staging / RESULTS_FILE, yaml.safe_dump(results, sort_keys=False, allow_unicode=True))

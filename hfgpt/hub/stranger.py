@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hfgpt.errors import InputError
 from hfgpt.hub.records import read_records
-from hfgpt.loading import load_model
+from hfgpt.loading import load_model, quiet_bars
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 ROWS, LENGTH, NEW_TOKENS = 2, 32, 16
@@ -72,7 +72,8 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False):
 
 def _load(folder: Path, auto_class, native: bool) -> PreTrainedModel:
     if native:
-        return auto_class.from_pretrained(folder, dtype=torch.float32).eval()
+        with quiet_bars():
+            return auto_class.from_pretrained(folder, dtype=torch.float32).eval()
     return load_model(str(folder), auto_class=auto_class)
 
 

@@ -1,5 +1,8 @@
 """Python for the card: how to load a model, and how to use it, where hfgpt is not installed."""
 
+import json
+from dataclasses import dataclass
+
 from hfgpt.hub.records import Records
 
 AUTO_CLASSES = {"classify": "ForSequenceClassification", None: "ForCausalLM"}
@@ -11,51 +14,78 @@ def pipeline_tag(records: Records) -> str:
     return PIPELINES.get(records.task, PIPELINES[None])
 
 
-def loading_code(records: Records, name: str, native: bool = False) -> str:
-    """Three lines that load a model and its tokenizer; four for an adapter.
+WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is loaded from.
 
     Args:
-        records: Of the model's folder.
-        name: Where to load it from: a folder or a repository.
-        native: Whether the weights are in GPT-2's own layout, which needs no code of ours.
+        name: A folder or a repository.
+        revision: A branch of the repository; None: main.
+        native: Whether the weights there are in GPT-2's own layout, which needs no code of ours.
     """
-    imports, assignments = _load(records, name, native)
+
+    name: str
+    revision: str | None = None
+    native: bool = False
+
+    @property
+    def options(self) -> str:
+        """The arguments that loading needs beside the name, each with a comma before it."""
+        revision = f', revision="{self.revision}"' if self.revision else ""
+        return revision + ("" if self.native else ", trust_remote_code=True")
+
+
+def loading_code(records: Records, place: Place) -> str:
+    """Three lines that load a model and its tokenizer; four for an adapter."""
+    imports, assignments = _load(records, place)
     return "\n".join([*imports, *assignments])
 
 
-def usage_code(records: Records, name: str, native: bool = False) -> str:
-    """Python that loads a model and uses it; arguments as of `loading_code`."""
+def usage_code(records: Records, place: Place) -> str:
+    """Python that loads a model and uses it."""
     if not records.has_tokenizer:
-        return loading_code(records, name, native) + "\nprint(model)"
-    trust = "" if native else ", trust_remote_code=True"
+        return loading_code(records, place) + "\nprint(model)"
     imports, assignments = ["from transformers import pipeline"], []
-    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model="{name}"{trust})'
+    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model="{place.name}"{place.options})'
     if records.adapter:
-        imports, assignments = _load(records, name, native)
+        imports, assignments = _load(records, place)
         imports[-1] += ", pipeline"
         pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model=model, tokenizer=tokenizer)'
     call = ", ".join([_example(records), *(f"{key}={value}" for key, value in _options(records).items())])
     return "\n".join([*imports, "", *assignments, pipeline, f"print(pipe({call}))"])
 
 
-def _load(records: Records, name: str, native: bool) -> tuple[list[str], list[str]]:
+def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
     """The lines that import and those that assign."""
     model_class = "AutoModel" + AUTO_CLASSES.get(records.task, AUTO_CLASSES[None])
-    classes, trust = "", "" if native else ", trust_remote_code=True"
+    classes = ""
     tokenizer = ["AutoTokenizer"] if records.has_tokenizer else []
     if records.adapter:
         model_class = model_class.replace("AutoModel", "AutoPeftModel")
-        classes = f", id2label={records.labels}" if records.labels else ""
+        names = [f"{index}: {_quote(label)}" for index, label in records.labels.items()]
+        classes = f", id2label={{{', '.join(names)}}}" if names else ""
         imports = [f"from peft import {model_class}", *(f"from transformers import {name}" for name in tokenizer)]
     else:
         imports = [f"from transformers import {', '.join([model_class, *tokenizer])}"]
-    assignments = [f'model = {model_class}.from_pretrained("{name}"{classes}{trust})']
-    return imports, assignments + [f'tokenizer = AutoTokenizer.from_pretrained("{name}")' for _ in tokenizer]
+    arguments = f'"{place.name}"{classes}{place.options}'
+    load = f"model = {model_class}.from_pretrained({arguments})"
+    assignments = [load if len(load) < WIDTH else f"model = {model_class}.from_pretrained(\n    {arguments}\n)"]
+    if tokenizer:
+        revision = f', revision="{place.revision}"' if place.revision else ""
+        assignments.append(f'tokenizer = AutoTokenizer.from_pretrained("{place.name}"{revision})')
+    return imports, assignments
 
 
 def _example(records: Records) -> str:
-    prompt = repr(next(filter(None, records.prompts), "The"))
+    prompt = _quote(next(filter(None, records.prompts), "The"))
     return f'[{{"role": "user", "content": {prompt}}}]' if records.task == "instruct" else prompt
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _options(records: Records) -> dict[str, object]:

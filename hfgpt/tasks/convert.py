@@ -28,6 +28,7 @@ from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import read_records
+from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     check_vocabulary,
     classifies,
@@ -274,6 +275,7 @@ def _load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedMo
     model = load_model(model_path, auto_class=auto_class, dtype=torch.float32 if base else "auto")
     if base:
         model = merge_adapter(model, model_path)
+        model.config.architectures = [type(model).__name__]  # a language model's, where its base was one
     tokenizer = find_tokenizer(Path(model_path), ImportArguments())
     return model, tokenizer
 
@@ -295,4 +297,5 @@ def _finish(report: Parity, staging: Path, out: Path, architecture: dict[str, An
     write_json(staging / "conversion.json", {**report.to_dict(), **describe_environment()})
     records = read_records(staging)
     records.run["architecture"] = architecture
-    write_card(staging, records, HubArguments(), out.as_posix(), native=report.format.startswith("to "))
+    place = Place(out.as_posix(), native=report.format.startswith("to "))
+    write_card(staging, records, HubArguments(), place)

@@ -20,11 +20,6 @@ from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.hardware import find_device
 
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")
-MESSAGES = (
-    "Dear Mia! Come to the lake tomorrow. You can fly my red kite. Your old friend Tom.",
-    "Tom, please read this. You won a white doll! Come quickly to the mill today. But first pay a coin. Yours, Sam.",
-)
-QUESTIONS = ("What do the rabbit and the owl eat?", "Say it in the past.\nNora finds a green basket.")
 
 
 def run_demo(
@@ -67,7 +62,7 @@ def run_demo(
     progress.rule("3  Teach it, with LoRA, to tell what kind of note a villager has left")
     metrics["demo-messages"] = classify(recipe("demo-messages"), console=progress)
     model, tokenizer, _ = load_classifier(str(folders["demo-messages"]))
-    for found in predict(model, tokenizer, MESSAGES):
+    for found in predict(model, tokenizer, recipe("demo-messages").evaluation.prompts):
         console.print(f"{found.text}\n  -> {found.label} ({found.score:.3f})", highlight=False, end="\n\n")
 
     progress.rule("4  Teach it, with all its weights, to follow instructions")
@@ -76,7 +71,7 @@ def run_demo(
         load_model(str(folders["demo-instructions"])),
         load_model_tokenizer(str(folders["demo-instructions"])),
     )
-    for question in QUESTIONS:
+    for question in recipe("demo-instructions").evaluation.prompts:
         answer = Chat(model.to(find_device()), tokenizer, SamplingArguments(greedy=True)).answer(question)
         console.print(f"{question}\n  -> {answer}", highlight=False, end="\n\n")
 

@@ -13,6 +13,7 @@ from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import read_records
+from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     check_same_tokens,
     classifies,
@@ -99,7 +100,7 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
             _keep_records(Path(path), staging)
         records = read_records(staging)
         records.run["architecture"] = describe_architecture(merged)
-        write_card(staging, records, HubArguments(), out.as_posix())
+        write_card(staging, records, HubArguments(), Place(out.as_posix()))
     console.print(f"saved to {out}", highlight=False)
     return report
 

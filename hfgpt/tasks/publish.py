@@ -23,7 +23,7 @@ from hfgpt.hub.records import Records, is_hub_id, read_records
 from hfgpt.hub.staging import files_in, stage, stage_native
 from hfgpt.hub.stranger import check_as_stranger
 from hfgpt.hub.upload import Target, find_weights, upload, verify
-from hfgpt.hub.usage import loading_code
+from hfgpt.hub.usage import Place, loading_code
 from hfgpt.loading import hash_file, load_model, load_model_config
 from hfgpt.recipe import parse_sections
 from hfgpt.tasks.convert import export_model
@@ -67,13 +67,11 @@ class Branch:
 
     Args:
         folder: With the exact files.
-        revision: The branch; None: main.
-        native: Whether they are a native GPT-2.
+        place: Where they go.
     """
 
     folder: Path
-    revision: str | None
-    native: bool
+    place: Place
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +79,7 @@ class Branch:
         return files_in(self.folder)
 
     def __str__(self) -> str:
-        return f"{self.revision or 'main'}: {'gpt2' if self.native else 'hfgpt'}"
+        return f"branch {self.place.revision or 'main'}, format {'gpt2' if self.place.native else 'hfgpt'}"
 
 
 def publish(
@@ -116,31 +114,31 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="hfgpt-publish-") as temporary:
         # 1. to 4. What lies in the folder.
         records, hub, contents = check_folder(folder, arguments, overrides, passed)
-        branches = plan_branches(Path(temporary), arguments, hub)
+        branches = plan_branches(Path(temporary), repo_id, arguments, hub)
 
         # 5. What the card will say: measured now, on these very weights.
         if arguments.measure:
             from hfgpt.tasks.remeasure import measure_again  # of the tasks, whose runs end here
 
             passed(measure_again(folder, records, overrides, console))
-        if records.adapter and not branches[0].native:
+        if records.adapter and arguments.format == "hfgpt":
             hub = pin_base(records, hub)
             passed(f"its base model will be loaded from {hub.base_model} at commit {hub.base_revision}")
 
         # 6. and 7. The files as they will be, with their card, and as strangers will load them.
         for branch in branches:
-            make_branch(branch, folder, records, hub, repo_id, passed)
+            make_branch(branch, folder, records, hub, passed)
             show_files(branch, console)
         show_missing(contents, records, hub, console)
-        code = loading_code(read_records(branches[0].folder), repo_id, branches[0].native)
         if arguments.dry_run:
             show_card(branches[0], console)
-            return code
+            return describe_loading(branches)
 
         # 8. Send, and look at what arrived.
         for branch in branches:
-            commit = send(branch, repo_id, arguments, f"Publish {folder.resolve().name}")
+            commit = send(branch, arguments, f"Publish {folder.resolve().name}")
             passed(f"{len(branch.names)} files arrived as they were sent: {commit.pr_url or commit.commit_url}")
+        code = describe_loading(branches)
     place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
     console.print(f"published: {place}", highlight=False, soft_wrap=True)
     return code
@@ -216,21 +214,22 @@ def check_base(base: str, hub: HubArguments):
         )
 
 
-def plan_branches(temporary: Path, arguments: PublishArguments, hub: HubArguments) -> list[Branch]:
+def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hub: HubArguments) -> list[Branch]:
     """The branches to write, none of them made yet.
 
     Raises:
         InputError: Two of them are one.
     """
-    branches = [Branch(temporary / "main", arguments.revision, arguments.format == "gpt2")]
-    if hub.native_branch and not branches[0].native:
+    native = arguments.format == "gpt2"
+    branches = [Branch(temporary / "main", Place(repo_id, arguments.revision, native))]
+    if hub.native_branch and not native:
         if arguments.create_pr or arguments.revision == NATIVE_BRANCH:
             option = "--create-pr" if arguments.create_pr else f"--revision {NATIVE_BRANCH}"
             raise InputError(
                 f"hub.native_branch writes to the branch {NATIVE_BRANCH} of the repository: leave out {option}, or "
                 "pass --hub.native_branch false"
             )
-        branches.append(Branch(temporary / NATIVE_BRANCH, NATIVE_BRANCH, native=True))
+        branches.append(Branch(temporary / NATIVE_BRANCH, Place(repo_id, NATIVE_BRANCH, native=True)))
     return branches
 
 
@@ -255,7 +254,6 @@ def make_branch(
     folder: Path,
     records: Records,
     hub: HubArguments,
-    repo_id: str,
     passed: Callable[[str], None],
 ):
     """Makes the files that a branch gets, and checks what was not in the folder before.
@@ -264,16 +262,17 @@ def make_branch(
         InputError: GPT-2 cannot express the model, the card is not valid or holds a token, or a process without hfgpt
             computes something else.
     """
-    if branch.native:
+    native = branch.place.native
+    if native:
         quiet = Console(file=io.StringIO())
         export_model(str(folder), branch.folder, merge_adapter=bool(records.adapter), console=quiet)
-        stage_native(folder, branch.folder, records, hub, repo_id)
+        stage_native(folder, branch.folder, records, hub, branch.place)
     else:
-        stage(folder, branch.folder, records, hub, repo_id)
+        stage(folder, branch.folder, records, hub, branch.place)
     refuse_secrets(branch.folder, [name for name in branch.names if not (branch.folder / name).is_symlink()])
     check_metadata(branch.folder / "README.md")
     passed(f"the metadata of the card is valid ({branch})")
-    check_as_stranger(branch.folder, branch.folder if branch.native else folder, branch.native)
+    check_as_stranger(branch.folder, branch.folder if native else folder, native)
     passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
 
 
@@ -323,13 +322,19 @@ def check_metadata(path: Path):
         raise InputError("the card has no metadata: correct the section hub")
 
 
-def send(branch: Branch, repo_id: str, arguments: PublishArguments, message: str) -> CommitInfo:
-    """Uploads a branch in one commit and compares what arrived with what was sent."""
-    create_pr = arguments.create_pr and branch.revision is None
-    target = Target(repo_id, arguments.private, branch.revision, create_pr, arguments.commit_message or message)
+def send(branch: Branch, arguments: PublishArguments, message: str) -> CommitInfo:
+    """Uploads a branch in one commit and compares what arrived with what was sent; its place may be a pull request."""
+    place, message = branch.place, arguments.commit_message or message
+    target = Target(place.name, arguments.private, place.revision, arguments.create_pr, message)
     commit = upload(branch.folder, branch.names, target)
     verify(branch.folder, branch.names, target, commit)
+    branch.place = dataclasses.replace(place, revision=commit.pr_revision or place.revision)
     return commit
+
+
+def describe_loading(branches: Sequence[Branch]) -> str:
+    """The lines that load each branch."""
+    return "\n\n".join(loading_code(read_records(branch.folder), branch.place) for branch in branches)
 
 
 def show_missing(contents: Contents, records: Records, hub: HubArguments, console: Console):

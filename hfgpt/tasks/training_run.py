@@ -33,6 +33,7 @@ from hfgpt.hub.background import CheckpointPushes
 from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import read_records
 from hfgpt.hub.upload import check_login
+from hfgpt.hub.usage import Place
 from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer, save_labels
 from hfgpt.recipe import Recipe
 from hfgpt.saving import staged_files
@@ -308,7 +309,7 @@ def _describe_weights(recipe: Recipe, trainer: HfGPTTrainer) -> dict[str, Any]:
 def end_run(recipe: Recipe):
     """Writes the model card; with it the run is finished."""
     folder = Path(recipe.training.output_dir)
-    write_card(folder, read_records(folder), recipe.hub or HubArguments(), folder.as_posix())
+    write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place(folder.as_posix()))
 
 
 def publish_run(recipe: Recipe, training: Training, console: Console):

@@ -153,8 +153,8 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
     for key, label, style in curves:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
-            axes.annotate(f"{points[-1][1]:.3f}", points[-1], textcoords="offset points", xytext=(6, -3), fontsize=9)
+            last = f"{label}: {points[-1][1]:.3f}"
+            axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
     axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
     axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=Path(output_dir).name)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Small finished runs to publish: a language model, a classifier, an adapter."""
+"""Small finished runs to publish: a language model, a classifier, an adapter, one that follows instructions."""
 
 import io
 import shutil
@@ -25,18 +25,36 @@ evaluation: {prompts: ["Dear Mia!"], baseline: false}
 """
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Path:
-    """A folder with the runs `text`, `classes` and `adapter`; nothing may be changed in it."""
-    from hfgpt.recipe import load_recipe
-    from hfgpt.tasks.classify import classify
-    from hfgpt.tasks.pretrain import pretrain
-    from hfgpt.training import estimate
+INSTRUCT = """
+task: instruct
+tokenizer: {kind: bpe, vocab_size: 300}
+model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 1, max_position_embeddings: 96}
+data: {path: "synthetic:instructions", max_rows: 30}
+training: {per_device_train_batch_size: 16, max_steps: 1, use_cpu: true, bf16: false}
+evaluation: {max_new_tokens: 4, prompts: ["Who is there?"]}
+"""
 
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory) -> Path:
+    """A folder with the recipes."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.yaml").write_text(PRETRAIN.format(cache=folder / "cache"))
     (folder / "classes.yaml").write_text(CLASSIFY)
-    console = Console(file=io.StringIO())
+    (folder / "answers.yaml").write_text(INSTRUCT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(recipes) -> Path:
+    """A folder with the runs `text`, `classes`, `adapter` and `answers`; nothing may be changed in it."""
+    from hfgpt.recipe import load_recipe
+    from hfgpt.tasks.classify import classify
+    from hfgpt.tasks.instruct import instruct
+    from hfgpt.tasks.pretrain import pretrain
+    from hfgpt.training import estimate
+
+    folder, console = recipes, Console(file=io.StringIO())
     with pytest.MonkeyPatch.context() as patch:
         probe = estimate.probe_tokens_per_second
         patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
@@ -49,6 +67,7 @@ def runs(tmp_path_factory) -> Path:
         path = ["--model.path", str(folder / "text")]
         classify(recipe("classes", "classes", *path), console=console)
         classify(recipe("classes", "adapter", *path, "--adapters.r", "2"), console=console)
+        instruct(recipe("answers", "answers"), console=console)
     return folder
 
 

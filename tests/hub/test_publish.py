@@ -17,15 +17,28 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from hfgpt.errors import InputError
 from hfgpt.hub import fresh_process
 from hfgpt.hub.contents import SECRETS, find_secrets
-from hfgpt.hub.records import read_records, without_paths
+from hfgpt.hub.records import read_records
 from hfgpt.loading import load_model
+from hfgpt.recipe import load_recipe
 from hfgpt.tasks import publish as task
+from hfgpt.tasks.convert import import_checkpoint
+from hfgpt.tasks.merge import merge
+from hfgpt.tasks.pretrain import pretrain
 from hfgpt.tasks.publish import PublishArguments, publish
+from hfgpt.tokenizer import train_tokenizer
+
+WORDS = """
+task: pretrain
+tokenizer: {kind: char}
+model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 1, max_position_embeddings: 8}
+data: {path: words.txt, num_proc: 1, cache_dir: cache}
+training: {output_dir: run, per_device_train_batch_size: 4, max_steps: 1, use_cpu: true, bf16: false}
+"""
 
 
 @pytest.fixture
@@ -110,6 +123,13 @@ def test_branches_and_pull_requests(hub, run, trusting):
     assert "model.safetensors" in hub.files("me/model", "refs/pr/1")
     with pytest.raises(InputError, match="leave out --revision"):
         PublishArguments(create_pr=True, revision="dev")
+
+
+def test_two_branches_are_never_one(hub, run, trusting):
+    for options in ({"create_pr": True}, {"revision": "gpt2"}):
+        with pytest.raises(InputError, match=r"hub\.native_branch writes to the branch gpt2 .*: leave out --"):
+            send(run, "me/model", "--hub.native_branch", "true", **options)
+    assert hub.log == []
 
 
 def test_visibility_is_never_a_surprise(hub, run, trusting):
@@ -238,43 +258,108 @@ def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
     assert hub.log == []
 
 
-def numbers_of(text: str) -> set[str]:
-    """The numbers in a text that are no part of a word, a name or a hash."""
-    return set(re.findall(r"(?<![\w.\-`/])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?(?![\w-])", text))
+# Folders that are no finished runs ---------------------------------------------------------------------------------
 
 
-def values_of(tree) -> list:
-    if isinstance(tree, dict):
-        return [value for pair in tree.items() for inner in pair for value in values_of(inner)]
-    if isinstance(tree, list):
-        return [value for inner in tree for value in values_of(inner)]
-    return [tree]
+def card_of(shown: str) -> str:
+    return shown.partition("the card:\n")[2]
 
 
-@pytest.mark.parametrize("name", ["text", "classes", "adapter"])
-def test_every_number_of_a_card_was_measured(runs, name):
-    records = read_records(runs / name)
-    known = values_of([records.run, records.metrics, records.data, records.recipe])
-    figures = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
-    texts = " ".join(str(value) for value in known if isinstance(value, str))
-
-    def is_known(number: str) -> bool:
-        share, digits = number.endswith("%"), number.rstrip("%").replace(",", "").rstrip(".")
-        places = len(digits.partition(".")[2])
-        matching = [
-            value for value in figures if abs(value * (100 if share else 1) - float(digits)) <= 0.5001 * 10**-places
-        ]
-        return bool(matching) or number in texts
-
-    found = numbers_of((runs / name / "README.md").read_text().split("---\n", 2)[2])
-    assert len(found) > 25
-    assert {number for number in found if not is_known(number)} == set()
-    assert is_known("123456789") is False
+def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
+    _, shown = send(run / "checkpoint-2", dry_run=True)
+    assert "measured again on the whole validation split" in shown
+    assert "stays here  optimizer.pt: state to resume from" in shown
+    card = card_of(shown)
+    assert "This is a checkpoint: what the run had come to before its end." in card
+    assert "| optimizer steps | 2 |" in card
+    assert "seconds of training" not in card, "those are of the whole run"
 
 
-def test_paths_of_this_machine_do_not_travel():
-    tree = {"a": "/home/me/data.txt", "b": ["~/x/y", "me/model", "a/b text"], "c": 1, "d": "../up/z"}
-    assert without_paths(tree) == {"a": "data.txt", "b": ["y", "me/model", "a/b text"], "c": 1, "d": "z"}
+def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
+    merge(str(runs / "adapter"), tmp_path / "merged", console=Console(file=io.StringIO()))
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "The adapter `adapter`, merged into `text` in float32" in card
+    assert "## Evaluation" not in card, "nothing was measured on these weights yet"
+    _, shown = send(tmp_path / "merged", dry_run=True)
+    assert "measured again on the test split" in shown
+    measured = json.loads((runs / "adapter" / "metrics.json").read_text())
+    assert f"| accuracy | {measured['eval_accuracy']:.2%} |" in card_of(shown)
+    assert "A GPT of " in card_of(shown)
+
+
+def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting):
+    config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    train_tokenizer(["abc " * 9], "char").save_pretrained(tmp_path / "gpt2")
+    import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
+    assert "Converted from gpt2; the largest difference" in (tmp_path / "ours" / "README.md").read_text()
+    _, shown = send(tmp_path / "ours", dry_run=True)
+    assert "the card has no evaluation: name data to measure on with --data.path" in shown
+    assert "the card names no licence" in shown
+    (tmp_path / "text.txt").write_text("a b c " * 40)
+    _, shown = send(tmp_path / "ours", "me/ours", "--data.path", str(tmp_path / "text.txt"), dry_run=True)
+    assert "Measured on all rows of `text.txt`, with the weights of sha256" in card_of(shown)
+    assert "| perplexity |" in card_of(shown)
+    assert str(tmp_path) not in card_of(shown)
+
+
+def test_a_run_that_follows_instructions(hub, runs, trusting):
+    _, shown = send(runs / "answers", dry_run=True)
+    assert "measured again on the test split, and found as at the end of the run" in shown
+    assert "'role': 'user'" in card_of(shown) or '"role": "user"' in card_of(shown)
+    assert "- instruct" in card_of(shown)
+
+
+def test_an_adapter_as_native_gpt2_needs_no_base(hub, runs, trusting):
+    send(runs / "adapter", format="gpt2")
+    files = hub.files("me/model")
+    config = json.loads(files["config.json"])
+    assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2ForSequenceClassification"])
+    assert config["id2label"] == {str(index): label for index, label in read_records(runs / "adapter").labels.items()}
+    assert not {"adapter_config.json", "modeling_hfgpt.py"} & files.keys()
+    card = files["README.md"].decode()
+    assert "of which those here are a conversion" in card
+    assert "trust_remote_code" not in card
+    assert ModelCard(card).data.library_name == "transformers"
+
+
+def test_an_adapters_base_is_pinned(hub, runs, trusting):
+    send(runs / "text", "me/text")
+    commit = hub.repositories["me/text"].branches["main"]
+    send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
+    config = json.loads(hub.files("me/adapter")["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/text", commit)
+    weights = hub.files("me/text")["model.safetensors"]
+    repository = hub.create("me/other", private=True)
+    hub.blobs["other"] = weights[:-1] + bytes([weights[-1] ^ 1])
+    repository.commits[repository.branches["main"]]["model.safetensors"] = (True, "other")
+    with pytest.raises(InputError, match="'me/other' has other weights than the adapter was trained on"):
+        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/other")
+    with pytest.raises(InputError, match="the Hub has no 'me/nothing'"):
+        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/nothing")
+
+
+def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("to be or not to be " * 30)
+    Path("words.yaml").write_text(WORDS)
+    pretrain(load_recipe("words.yaml", []), console=Console(file=io.StringIO()))
+    monkeypatch.chdir("/")
+    _, shown = send(tmp_path / "run", dry_run=True)
+    assert "measured again on the whole validation split" in shown
+    (tmp_path / "words.txt").write_text("something else")
+    with pytest.raises(InputError, match="is not that of the run"):
+        send(tmp_path / "run", dry_run=True)
+    (tmp_path / "words.txt").unlink()
+    _, shown = send(tmp_path / "run", dry_run=True)
+    assert "its metrics are those of the end of the run: its data is no longer at" in shown
+    assert re.search(r"with the weights of sha256 `\w+`, at the end of the run \(20", card_of(shown))
+
+
+def test_a_token_on_the_command_line_does_not_reach_the_card(hub, run, trusting):
+    with pytest.raises(InputError, match=r"'README\.md' holds a Hugging Face token"):
+        send(run, "me/model", "--hub.data_license", "hf_" + "a1B2" * 9)
+    assert hub.log == []
 
 
 # A clean virtual environment -------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The way to the Hub under fire: servers that fail, connections that break, and a client that is killed."""
 
+import errno
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 from pathlib import Path
@@ -17,6 +19,7 @@ from hfgpt.hub import upload as way
 from hfgpt.hub.upload import Target, check_login, upload, verify
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.pretrain import pretrain
+from hfgpt.tasks.training_run import check_publication
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
 TARGET = Target("me/model")
@@ -103,6 +106,19 @@ def test_what_arrives_otherwise_is_found(hub, folder, impatient):
         verify(folder, names_in(folder), TARGET, commit)
 
 
+def test_a_fault_of_this_machine_is_not_the_hubs(hub, folder, impatient, monkeypatch):
+    attempts = []
+
+    def fail(*args):
+        attempts.append(args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
+
+    monkeypatch.setattr(way, "_commit", fail)
+    with pytest.raises(InputError, match=r"a file of this machine cannot be read or written \(.*No space left"):
+        upload(folder, names_in(folder), TARGET)
+    assert len(attempts) == 1, "waiting would not help"
+
+
 def test_killed_anywhere_it_ends_complete(hub, folder):
     """50 processes, each killed while the server holds a request of its, chosen at random; then one is let through."""
     context = multiprocessing.get_context("forkserver")
@@ -145,6 +161,18 @@ def test_a_login_is_asked_for_before_training(hub, monkeypatch):
     check_login("me/model")  # a dead network is no reason not to train
 
 
+def test_an_adapter_that_could_not_be_published_is_refused_before_training(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "some")
+    (tmp_path / "recipe.yaml").write_text(
+        "task: classify\ndata: {path: synthetic:messages}\nhub: {repo_id: me/lora}\n"
+    )
+    (tmp_path / "base").mkdir()
+    overrides = ["--model.path", str(tmp_path / "base"), "--adapters.r", "2"]
+    with pytest.raises(InputError, match=r"which nobody else has: .*--hub\.base_model user/name"):
+        check_publication(load_recipe(str(tmp_path / "recipe.yaml"), overrides))
+    check_publication(load_recipe(str(tmp_path / "recipe.yaml"), [*overrides, "--hub.base_model", "me/base"]))
+
+
 def test_trainers_own_pushes_are_refused():
     with pytest.raises(InputError, match="use the section hub"):
         HfGPTTrainingArguments(output_dir="x", push_to_hub=True)
@@ -154,7 +182,7 @@ def test_trainers_own_pushes_are_refused():
 
 
 @pytest.fixture
-def train(runs, tmp_path, monkeypatch):
+def train(recipes, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "some")
     monkeypatch.setattr("hfgpt.tasks.publish.check_as_stranger", lambda *args, **kwargs: None)
     monkeypatch.setattr(way, "WAITS", ())
@@ -163,7 +191,7 @@ def train(runs, tmp_path, monkeypatch):
         console = Console(file=io.StringIO(), width=300)
         out = ["--training.output_dir", str(tmp_path / "run"), "--hub.repo_id", "me/run", *overrides]
         try:
-            pretrain(load_recipe(str(runs / "text.yaml"), out), console=console)
+            pretrain(load_recipe(str(recipes / "text.yaml"), out), console=console)
         finally:
             train.shown = console.file.getvalue()
         return tmp_path / "run"

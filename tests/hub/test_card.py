@@ -1,0 +1,72 @@
+"""The example cards: as the template renders them now, every number of them measured, and valid for the Hub."""
+
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from render_examples import FOLDERS, render
+
+from hfgpt.hub.records import read_records, without_paths
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_an_example_is_what_is_rendered(folder):
+    kept = (folder / "README.md").read_text(encoding="utf-8")
+    assert render(folder) == kept, "run: python model_cards/render_examples.py"
+
+
+def test_there_is_one_of_each_kind():
+    records = {folder.name: read_records(folder) for folder in FOLDERS}
+    kinds = {(record.task, bool(record.adapter)) for record in records.values()}
+    assert {("pretrain", False), ("classify", False), ("instruct", False), ("classify", True)} <= kinds
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_hub_reads_it(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.model_name == folder.name
+    assert {"hfgpt", read_records(folder).task} <= {*card.data.tags}
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/hfgpt.yaml").read_text()))
+    assert {entry.task_id: entry.value for entry in entries} == results
+
+
+def numbers_of(text: str) -> set[str]:
+    """The numbers in a text that are no part of a word, a name or a hash."""
+    return set(re.findall(r"(?<![\w.\-`/])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?(?![\w-])", text))
+
+
+def values_of(tree) -> list:
+    if isinstance(tree, dict):
+        return [value for pair in tree.items() for inner in pair for value in values_of(inner)]
+    if isinstance(tree, list):
+        return [value for inner in tree for value in values_of(inner)]
+    return [tree]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_number_of_a_card_was_measured(folder):
+    records = read_records(folder)
+    known = values_of([records.run, records.metrics, records.data, records.recipe])
+    figures = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
+    texts = " ".join(value for value in known if isinstance(value, str))
+    texts = numbers_of(re.sub(r"(?<=\d)[-:+T](?=\d)", " ", texts))  # dates and times have theirs apart
+
+    def is_known(number: str) -> bool:
+        share, digits = number.endswith("%"), number.rstrip("%").replace(",", "").rstrip(".")
+        places = len(digits.partition(".")[2])
+        matching = [
+            value for value in figures if abs(value * (100 if share else 1) - float(digits)) <= 0.5001 * 10**-places
+        ]
+        return bool(matching) or number in texts
+
+    found = numbers_of((folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2])
+    assert len(found) > 25
+    assert {number for number in found if not is_known(number)} == set()
+    assert is_known("123456789") is False
+
+
+def test_paths_of_this_machine_do_not_travel():
+    tree = {"a": "/home/me/data.txt", "b": ["~/x/y", "me/model", "a/b text"], "c": 1, "d": "../up/z"}
+    assert without_paths(tree) == {"a": "data.txt", "b": ["y", "me/model", "a/b text"], "c": 1, "d": "z"}
