@@ -325,7 +325,8 @@ def _relations(records: Records, hub: HubArguments) -> list[str]:
         weights = f", whose weights have the sha256 `{sha}`" if sha else ""
         relations.append(f"The adapter is of use on its own base model only: `{base}`{weights}.")
     elif records.recipe and not merge:
-        relations.append(f"Trained from `{base}`." if base else "Trained from random weights.")
+        merged = ", as a LoRA adapter that is merged into it" if "adapters" in records.recipe else ""
+        relations.append(f"Trained from `{base}`{merged}." if base else "Trained from random weights.")
     if records.run.get("checkpoint"):
         relations.append("This is a checkpoint: what the run had come to before its end.")
     if "pretraining" in records.recipe:
@@ -340,10 +341,10 @@ def _relations(records: Records, hub: HubArguments) -> list[str]:
         )
     if conversion:
         largest = max(row["absolute"] for row in conversion["differences"])
-        what = "" if conversion["format"].startswith("to ") else "from "
+        form = conversion["format"]
         relations.append(
-            f"Converted {what}{conversion['format']}; the largest difference of logits from the source is "
-            f"{largest:.1e}."
+            f"Converted {form if form.startswith('to ') else f'from {form}'}, out of "
+            f"`{public_name(conversion['source'])}`; the largest difference of logits between them is {largest:.1e}."
         )
     return relations
 

@@ -34,7 +34,7 @@ from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import read_records
 from hfgpt.hub.upload import check_login
 from hfgpt.hub.usage import Place
-from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer, save_labels
+from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import staged_files
 from hfgpt.tasks.publish import PublishArguments, check_base, publish
@@ -231,10 +231,6 @@ def save_run(trainer: HfGPTTrainer, folder: Path):
     with staged_files(folder) as staging:
         trainer.save_model(str(staging))
         (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
-        if is_adapted(trainer.model):
-            (staging / "README.md").unlink(missing_ok=True)  # PEFT's; ours is written last
-            if trainer.model.config.problem_type:  # a classifier
-                save_labels(list(trainer.model.config.id2label.values()), staging)
 
 
 def describe_run(

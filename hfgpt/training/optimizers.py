@@ -148,5 +148,6 @@ class MuonFactory:
             {"params": [p for name, p in rest.items() if name in decay_names], "weight_decay": weight_decay},
             {"params": [p for name, p in rest.items() if name not in decay_names], "weight_decay": 0.0},
         ]
-        adamw = torch.optim.AdamW([group for group in groups if group["params"]], **adamw_arguments)
+        # Of an adapter all that is trained may be hidden matrices; AdamW wants a group, be it empty.
+        adamw = torch.optim.AdamW([group for group in groups if group["params"]] or groups[:1], **adamw_arguments)
         return MuonWithAdamW(muon, adamw)

@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
-from hfgpt.loading import quiet_bars
+from hfgpt.loading import quiet_bars, save_labels
 from hfgpt.saving import explain_full_disk
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
@@ -231,14 +232,22 @@ class HfGPTTrainer(Trainer):
         return inputs["input_ids"].numel() * training_flops_per_token(config, inputs["input_ids"].shape[-1])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """Trainer turns `config.use_cache` off for training and would save it so: slow generation for every user."""
-        config = self.model.config
+        """Trainer turns `config.use_cache` off for training and would save it so: slow generation for every user.
+
+        Beside an adapter PEFT writes an empty README.md, and not the classes of a classifier, without which nobody can
+        load it.
+        """
+        config, folder = self.model.config, Path(output_dir or self.args.output_dir)
         config.use_cache, use_cache = True, config.use_cache
         try:
             with quiet_bars():
                 super()._save(output_dir, state_dict)
         finally:
             config.use_cache = use_cache
+        if is_adapted(self.model):
+            (folder / "README.md").unlink(missing_ok=True)
+            if config.problem_type:  # a classifier
+                save_labels(list(config.id2label.values()), folder)
 
     def _save_checkpoint(self, model, trial):
         """Trainer leaves the half of a checkpoint that still fit on the disk, and would resume from it."""

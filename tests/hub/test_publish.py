@@ -292,7 +292,9 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     train_tokenizer(["abc " * 9], "char").save_pretrained(tmp_path / "gpt2")
     import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
-    assert "Converted from gpt2; the largest difference" in (tmp_path / "ours" / "README.md").read_text()
+    assert (
+        "Converted from gpt2, out of `gpt2`; the largest difference" in (tmp_path / "ours" / "README.md").read_text()
+    )
     _, shown = send(tmp_path / "ours", dry_run=True)
     assert "the card has no evaluation: name data to measure on with --data.path" in shown
     assert "the card names no licence" in shown

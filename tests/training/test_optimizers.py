@@ -180,6 +180,17 @@ def train_steps(model: nn.Module, optimizer: MuonWithAdamW, steps: range):
         optimizer.zero_grad()
 
 
+def test_all_that_is_trained_may_be_matrices(make_model):
+    """As the updates of an adapter are: nothing is left for AdamW then."""
+    model = make_model().requires_grad_(False)
+    (name, *_) = [name for name, _ in model.named_parameters() if name.endswith("up_proj.weight")]
+    before = model.get_parameter(name).requires_grad_(True).detach().clone()
+    optimizer = build_optimizer(model)
+    train_steps(model, optimizer, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not torch.equal(model.get_parameter(name), before)
+
+
 def test_state_dict_goes_on_bit_for_bit(make_model):
     straight, stopped = make_model(), make_model()
     train_steps(straight, build_optimizer(straight), range(6))
