@@ -27,7 +27,8 @@ STAYING = {
 }
 # What Trainer leaves in a checkpoint to go on from; elsewhere these are refused.
 STATE = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin|trainer_state\.json")
-# Each begins with letters of its own, by which Python's search skips through large files; nothing random is so formed.
+# Each begins with letters of its own, by which Python's search skips through large files. All of it is printable: in
+# the random bytes of a gigabyte of weights none is to be expected, by a factor of a thousand and more.
 SECRETS = (
     ("a Hugging Face token", rb"hf_[A-Za-z0-9]{30,}"),
     ("a Hugging Face token", rb"api_org_[A-Za-z0-9]{30,}"),
@@ -43,7 +44,7 @@ SECRETS = (
     ("an npm token", rb"npm_[A-Za-z0-9]{36}"),
     ("a private key", rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"),
     ("a private key", rb"PuTTY-User-Key-File-\d"),
-    ("a password in an address", rb"://[^\s/:@\"']{1,64}:[^\s/:@\"']{3,128}@"),
+    ("a password in an address", rb"://(?<=[a-z]{2}://)[!#-&(-.0-9;-?A-~]{1,64}:[!#-&(-.0-9;-?A-~]{3,128}@"),
 )
 PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in SECRETS]
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HFGPT_JUDGE_API_KEY")

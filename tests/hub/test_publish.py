@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -232,6 +233,13 @@ def test_secrets_are_found_wherever_they_are(text, tmp_path):
     assert found.startswith("'a.txt' holds a")
     assert text.decode() not in found
     assert any(kind in found for kind, _ in SECRETS)
+
+
+def test_random_bytes_are_no_secret(tmp_path):
+    generator = random.Random(0)
+    noise = [generator.randbytes(12) for _ in range(200_000)]
+    (tmp_path / "a.safetensors").write_bytes(b"".join(b"://" + some + b"sk-" + some[:9] for some in noise))
+    assert find_secrets(tmp_path, ["a.safetensors"]) == []
 
 
 def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch):
