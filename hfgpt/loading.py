@@ -198,6 +198,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def hash_weights(folder: Path) -> str | None:
+    """SHA-256 of the weights in a folder, a model's or an adapter's; None where they are not in one file."""
+    files = [folder / name for name in (WEIGHTS_FILE, "model.safetensors") if (folder / name).is_file()]
+    return hash_file(files[0]) if files else None
+
+
 @contextmanager
 def quiet_bars(quiet: bool = True):
     """Switches off transformers' progress bars, which for a local file of some megabytes are noise."""

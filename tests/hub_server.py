@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,12 +20,20 @@ LFS_SUFFIXES = (".safetensors", ".png")
 
 @dataclass
 class Fault:
-    """Spoils `times` requests that match, after `skip` of them: by a status, by `cut`, by `slow`, or by a function."""
+    """Spoils `times` requests that match, after `skip` of them.
+
+    Args:
+        pattern: Of what to spoil.
+        act: A status to answer with; `cut`, `slow`, `deaf` (it is done, and nobody answers); or a function to call.
+        skip, times: How many to let pass first, and how many to spoil.
+        late: Whether the function is called when the request has been done, and not instead.
+    """
 
     pattern: str
     act: int | str | Callable[[], None]
     skip: int = 0
     times: int = 1
+    late: bool = False
 
 
 @dataclass
@@ -76,7 +83,7 @@ class Hub(ThreadingHTTPServer):
         files = repository.commits[repository.branches[revision]]
         return {path: self.blobs[oid] for path, (_, oid) in files.items()}
 
-    def fault_for(self, request: str) -> int | str | Callable[[], None] | None:
+    def fault_for(self, request: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, request):
@@ -84,7 +91,7 @@ class Hub(ThreadingHTTPServer):
                         fault.skip -= 1
                         continue
                     fault.times -= 1
-                    return fault.act
+                    return fault
         return None
 
     def handle_error(self, request, client_address):
@@ -126,7 +133,8 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {self.path}"
         self.server.log.append(request)
-        act = self.server.fault_for(request)
+        fault = self.server.fault_for(request)
+        act = fault and fault.act
         if act == "cut":  # in the middle of the body
             self.rfile.read(min(100, int(self.headers.get("Content-Length") or 0)))
             self.close_connection = True
@@ -134,7 +142,10 @@ class Handler(BaseHTTPRequestHandler):
             return None
         body = self.read_body() if self.command in ("POST", "PUT") else b""
         if act == "slow":
-            time.sleep(0.5)
+            threading.Event().wait(0.5)  # unlike time.sleep, which tests may make short
+        elif act == "deaf" or (fault and fault.late):
+            self.reply = lambda *args, **kwargs: (fault.late and act(), self.connection.shutdown(2))
+            self.close_connection = True
         elif callable(act):
             act()
             self.close_connection = True

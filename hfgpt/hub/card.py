@@ -35,7 +35,7 @@ METRICS = {
     "eval_bits_per_byte": ("bits a byte", "bits_per_byte"),
     "eval_exact_match": ("answers right to the letter", "exact_match"),
     "eval_normalised_match": ("answers right but for case, punctuation and articles", "normalised_match"),
-    "eval_judge_score": ("mean score of the judge", "judge_score"),
+    "eval_judge_score": ("mean score of the judge, at the end of the run", "judge_score"),
     "eval_judge_scored": ("answers judged", None),
     "eval_judge_failures": ("answers that the judge failed to score", None),
     "majority_accuracy": ("beside it, always naming the largest class", None),
@@ -175,13 +175,14 @@ def build_card(records: Records, hub: HubArguments, place: Place) -> Card:
 def evaluation_results(records: Records) -> list[dict[str, Any]]:
     """What was measured, in the form of the Hub's `.eval_results/*.yaml`."""
     sha = records.run.get("weights_sha256")
+    weights = f"; {'converted from ' if _is_exported(records) else ''}weights of sha256 {sha}" if sha else ""
     entries = [
         EvalResultEntry(
             dataset_id=records.data_name,
             task_id=kind,
             value=value,
             date=records.run.get("measured_again") or records.run.get("finished"),
-            notes=f"{label}, on {records.measured_on}; hfgpt evaluate" + (f"; weights sha256 {sha}" if sha else ""),
+            notes=f"{label}, on {records.measured_on}; hfgpt evaluate{weights}",
         )
         for _, label, kind, value in _results(records.metrics)
         if kind
@@ -215,7 +216,7 @@ def _metadata(records: Records, hub: HubArguments, title: str) -> ModelCardData:
         language=hub.language,
         base_model=base,
         base_model_relation=("adapter" if records.adapter else "finetune") if base else None,
-        datasets=[data] if is_hub_id(data) else None,
+        datasets=[data] if records.recipe and is_hub_id(data) else None,
         tags=["hfgpt", *filter(None, [records.task]), *(["lora"] if records.adapter else [])],
         model_name=title if results else None,
         eval_results=results or None,
@@ -289,6 +290,9 @@ def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
         "peak_memory_bytes": "peak memory, bytes",
     }
     times = {name: f"{value:,.1f}" for name, value in run.get("actual", {}).items() if "second" in name}
+    if step := run.get("resumed_from_step"):
+        for name in times:
+            names[name] += f", from step {step:,} on, where the run was resumed"
     rows = [(label, times.get(name, _format(facts[name]))) for name, label in names.items() if name in facts]
     return rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
 
@@ -305,7 +309,7 @@ def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
 def _measured_on(records: Records) -> str:
     sha, again, finished = (records.run.get(name) for name in ("weights_sha256", "measured_again", "finished"))
     weights = f", with the weights of sha256 `{sha}`" if sha else ""
-    if sha and records.conversion.get("format", "").startswith("to "):
+    if sha and _is_exported(records):
         weights += ", of which those here are a conversion"
     when = (
         f", before it was published ({again})"
@@ -315,6 +319,10 @@ def _measured_on(records: Records) -> str:
         else ""
     )
     return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}."
+
+
+def _is_exported(records: Records) -> bool:
+    return records.conversion.get("format", "").startswith("to ")
 
 
 def _relations(records: Records, hub: HubArguments) -> list[str]:

@@ -21,6 +21,7 @@ from hfgpt.hub.records import is_checkpoint
 CODE = sorted({f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()})
 TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
 STAYING = {
+    "README.md": "the card is written anew",
     "answers.jsonl": "rows of the data",
     "judgements.jsonl": "rows of the data",
     ".gitattributes": "the Hub's own",

@@ -54,11 +54,8 @@ def main(path: str):
         answer["greedy"] = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
         answer["greedy"] = answer["greedy"][0].tolist()
     if job["text"] is not None:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        task = "text-classification" if job["classify"] else "text-generation"
-        given = {"model": model} if job["adapter"] else {"model": folder, **trust}
-        pipe = transformers.pipeline(task, tokenizer=tokenizer, **given)
-        answer["pipeline"] = pipe(job["text"], **({} if job["classify"] else {"max_new_tokens": 1}))
+        answer["ids"] = transformers.AutoTokenizer.from_pretrained(folder)(job["text"])["input_ids"]
+    exec(job["code"], {})  # what the card tells a stranger to run
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(answer, file)
 

@@ -8,29 +8,24 @@ from typing import Any
 
 import yaml
 
-# Entries of run.json that are true of its checkpoints, too: the others are of its end.
-OF_EVERY_CHECKPOINT = (
-    *(
-        "task",
-        "recipe",
-        "seed",
-        "data_source",
-        "data_sha256",
-        "tokenizer_sha256",
-        "architecture",
-        "trained_parameters",
-    ),
-    *(
-        "labels",
-        "base_model",
-        "base_weights_sha256",
-        "device",
-        "processes",
-        "precision",
-        "hfgpt",
-        "python",
-        "versions",
-    ),
+from hfgpt.errors import InputError
+
+# Entries of run.json that are of its end; a checkpoint has the others in common with its run.
+OF_THE_END = (
+    *("weights_sha256", "saved_parameters", "steps", "tokens", "resumed_from_step", "actual", "samples", "finished"),
+    *("plan", "platform", "measured_again"),
+)
+# What a record must hold to be one of hfgpt's.
+REQUIRED = {
+    "data_report.json": {"sha256", "rows_read", "rows_kept", "dropped", "splits"},
+    "conversion.json": {"format", "source", "differences"},
+    "merge.json": {"adapter", "base_model", "difference", "tokens", "largest_logit"},
+    "recipe.yaml": {"task"},
+}
+# Keys of recipes and records whose values are places on this machine, or Hub ids.
+PLACES = (
+    *("path", "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint"),
+    *("data_source", "base_model", "adapter", "source"),
 )
 
 
@@ -92,35 +87,36 @@ class Records:
     def measured_on(self) -> str:
         """Which rows of the data the metrics are of."""
         if not self.recipe:
-            return "all rows"
+            options = self.run.get("measured_with")
+            return f"what `{options}` chooses" if options else "all rows"
         return "the whole validation split" if self.task == "pretrain" else "the test split"
 
 
 def read_records(folder: Path) -> Records:
-    """Reads what lies beside the weights in a saved folder; beside a checkpoint, what is known of its run."""
+    """Reads what lies beside the weights in a saved folder; beside a checkpoint, what is known of its run.
 
-    def read(name: str, folder: Path = folder) -> dict[str, Any]:
-        path = folder / name
-        content = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-        return json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
-
+    Raises:
+        InputError: A file cannot be read, or is none of hfgpt's.
+    """
     run_folder = folder.parent if is_checkpoint(folder) else folder
-    run = read("run.json", run_folder)
+    run, metrics = _read(run_folder / "run.json"), _read(folder / "metrics.json")
     if is_checkpoint(folder):
-        run = {name: run[name] for name in OF_EVERY_CHECKPOINT if name in run}
-        run |= {"checkpoint": True, "steps": read("trainer_state.json")["global_step"]}
-    config, adapter = read("config.json"), read("adapter_config.json")
+        run = {name: value for name, value in run.items() if name not in OF_THE_END}
+        run |= {"checkpoint": True, "steps": _read(folder / "trainer_state.json")["global_step"]}
+    if wrong := [name for name, value in metrics.items() if not isinstance(value, int | float)]:
+        raise InputError(f"{wrong[0]} in '{folder / 'metrics.json'}' is no number: take the one that the run wrote")
+    config = _read(folder / "config.json")
     classifies = any("SequenceClassification" in name for name in config.get("architectures") or [])
-    labels = read("labels.json").get("id2label") or (config.get("id2label") if classifies else None) or {}
+    labels = _read(folder / "labels.json").get("id2label") or (config.get("id2label") if classifies else None) or {}
     return Records(
         folder,
-        recipe=read("recipe.yaml", run_folder),
+        recipe=_read(run_folder / "recipe.yaml"),
         run=run,
-        metrics=read("metrics.json"),
-        data=read("data_report.json", run_folder),
-        merge=read("merge.json"),
-        conversion=read("conversion.json"),
-        adapter=adapter,
+        metrics=metrics,
+        data=_read(run_folder / "data_report.json"),
+        merge=_read(folder / "merge.json"),
+        conversion=_read(folder / "conversion.json"),
+        adapter=_read(folder / "adapter_config.json"),
         labels={int(index): label for index, label in labels.items()},
         has_tokenizer=any(
             (folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")
@@ -143,12 +139,26 @@ def public_name(name: str) -> str:
     return name if is_hub_id(name) or name.startswith("synthetic:") else Path(name).name
 
 
-def without_paths(value: Any) -> Any:
-    """A record whose texts are no paths of this machine: of each the last part alone is left."""
+def without_paths(value: Any, key: str = "") -> Any:
+    """A recipe or a record in which no place of this machine is named: of each the last part alone is left."""
     if isinstance(value, dict):
-        return {key: without_paths(inner) for key, inner in value.items()}
+        return {name: without_paths(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [without_paths(inner) for inner in value]
-    if isinstance(value, str) and re.match(r"(/|~|\.\.?/|[A-Za-z]:\\)[^\n]*$", value) and len(value) < 4096:
-        return Path(value).name or value
-    return value
+        return [without_paths(inner, key) for inner in value]
+    return public_name(value) if isinstance(value, str) and key in PLACES else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a record holds; nothing, if it is not there."""
+    if not path.is_file():
+        return {}
+    remedy = "take the one that was saved with the model, or move it away"
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"'{path}' cannot be read ({' '.join(str(error).split())[:200]}): {remedy}") from error
+    lacking = REQUIRED.get(path.name, set()) - content.keys() if isinstance(content, dict) else {"a mapping"}
+    if lacking:
+        raise InputError(f"'{path}' is not as hfgpt writes it, it lacks {', '.join(sorted(lacking))}: {remedy}")
+    return content

@@ -1,6 +1,8 @@
 """The folder that is sent: links to what goes as it is, and written anew what names places of this machine."""
 
 import dataclasses
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,29 +10,34 @@ import yaml
 
 from hfgpt import configuration_hfgpt, modeling_hfgpt
 from hfgpt.hub import HubArguments
-from hfgpt.hub.card import PICTURES, evaluation_results, write_card
-from hfgpt.hub.contents import sort_contents
+from hfgpt.hub.card import evaluation_results, write_card
 from hfgpt.hub.records import Records, read_records, without_paths
 from hfgpt.hub.usage import Place
 from hfgpt.saving import write_json, write_text
 
-# Entries of data_report.json that are texts of the data.
-ROWS_OF_DATA = ("near_duplicate_examples",)
+# Entries of data_report.json that are texts of the data, or names of files that are none of it.
+KEPT_BACK = ("near_duplicate_examples", "unused_files")
+# What of the section hub is said of the model; the rest says where its owner publishes it.
+SAID = ("license", "language", "base_model", "base_revision", "data_license", "energy_kwh")
+# Files of the other layout, which a native GPT-2 must not have beside it.
+NOT_NATIVE = re.compile(r".*\.safetensors(\.index\.json)?|.*_hfgpt\.py|adapter_config\.json|labels\.json")
+LOG_FILE = "training_log.jsonl"
 RESULTS_FILE = ".eval_results/hfgpt.yaml"
 
 
-def stage(folder: Path, staging: Path, records: Records, hub: HubArguments, place: Place):
+def stage(folder: Path, staging: Path, names: Sequence[str], records: Records, hub: HubArguments, place: Place):
     """Makes the folder that is sent, with the code that runs here, the records and the card.
 
     Args:
         folder: Of the model.
         staging: The folder to make.
+        names: Of the files in `folder` that go, see `hfgpt.hub.contents.sort_contents`.
         records: Of the model, with the metrics to publish.
         hub: For the card; the public base model of an adapter.
         place: Where it is sent to, for the card.
     """
     staging.mkdir()
-    _link(folder, staging, sort_contents(folder).going)
+    _link(folder, staging, names)
     if records.adapter:
         base = {"base_model_name_or_path": hub.base_model, "revision": hub.base_revision} if hub.base_model else {}
         write_json(staging / "adapter_config.json", records.adapter | base)
@@ -42,25 +49,33 @@ def stage(folder: Path, staging: Path, records: Records, hub: HubArguments, plac
     _stage_records(staging, records, hub, place)
 
 
-def stage_native(folder: Path, staging: Path, records: Records, hub: HubArguments, place: Place):
-    """Adds records, pictures and the card to what `hfgpt export` made of a folder; arguments as of `stage`."""
-    _link(folder, staging, [name for name in PICTURES if (folder / name).is_file()])
-    _stage_records(staging, records, hub, place)
+def stage_native(folder: Path, staging: Path, names: Sequence[str], records: Records, hub: HubArguments, place: Place):
+    """Adds the other files and the card to what `hfgpt export` made of a folder; arguments as of `stage`."""
+    _link(folder, staging, [name for name in names if not NOT_NATIVE.fullmatch(name)])
+    architecture = read_records(staging).conversion["architecture"]
+    _stage_records(staging, dataclasses.replace(records, run=records.run | {"architecture": architecture}), hub, place)
 
 
 def _stage_records(staging: Path, records: Records, hub: HubArguments, place: Place):
     kept = {"run.json": records.run, "metrics.json": records.metrics, "merge.json": records.merge}
-    kept["data_report.json"] = {key: value for key, value in records.data.items() if key not in ROWS_OF_DATA}
-    kept["conversion.json"] = read_records(staging).conversion
+    kept["data_report.json"] = {key: value for key, value in records.data.items() if key not in KEPT_BACK}
+    staged = read_records(staging)
+    kept["conversion.json"] = staged.conversion
     for name, content in kept.items():
         if content:
             write_json(staging / name, without_paths(content))
     recipe = without_paths(records.recipe)
     if recipe:
-        said = {key: value for key, value in vars(hub).items() if value is not None}
+        said = {name: getattr(hub, name) for name in SAID if getattr(hub, name) is not None}
         text = yaml.safe_dump({**recipe, "hub": said}, sort_keys=False, allow_unicode=True)
         write_text(staging / "recipe.yaml", text)
-    final = dataclasses.replace(read_records(staging), recipe=recipe)
+    if (staging / LOG_FILE).is_file():  # what went wrong on this machine is nobody else's
+        lines = (staging / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(staging / LOG_FILE, "".join(line for line in lines if "hub_error" not in json.loads(line)))
+    # Of the folder itself rather than of its copy, where a base on this machine could pass for one on the Hub.
+    final = dataclasses.replace(
+        records, folder=staging, recipe=recipe, adapter=staged.adapter, conversion=staged.conversion
+    )
     write_card(staging, final, hub, place)
     if results := evaluation_results(final):
         (staging / RESULTS_FILE).parent.mkdir(exist_ok=True)

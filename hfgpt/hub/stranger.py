@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hfgpt.errors import InputError
 from hfgpt.hub.records import read_records
-from hfgpt.loading import load_model, quiet_bars
+from hfgpt.hub.usage import Place, usage_code
+from hfgpt.loading import load_model, load_model_tokenizer, quiet_bars
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 ROWS, LENGTH, NEW_TOKENS = 2, 32, 16
@@ -41,7 +42,7 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False):
     auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     model = _load(source, auto_class, native)
     rows = _draw_rows(model.config)
-    text = next(filter(None, records.prompts), None) if records.has_tokenizer else None
+    text = next(filter(None, records.prompts), "The") if records.has_tokenizer else None
     new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - rows.shape[1] // 2)
     job = {
         "folder": str(folder.resolve()),
@@ -52,6 +53,7 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False):
         "threads": torch.get_num_threads(),
         "rows": rows.tolist(),
         "text": text,
+        "code": usage_code(records, Place(str(folder.resolve()), native=native)),
         "new_tokens": new_tokens,
     }
     with tempfile.TemporaryDirectory(prefix="hfgpt-stranger-") as place:
@@ -62,12 +64,18 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False):
         raise InputError(
             f"a fresh Python process without hfgpt computes other logits from these files{apart}: save the model again"
         )
+    if text is not None and answer["ids"] != load_model_tokenizer(str(source))(text)["input_ids"]:
+        raise InputError(
+            "a fresh Python process without hfgpt makes other tokens of a text with these files: save the model again"
+        )
     if not classify:
         prompt = rows[:1, : rows.shape[1] // 2]
         settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
         greedy = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
         if answer["greedy"] != greedy[0].tolist():
-            raise InputError("a fresh Python process without hfgpt continues a text otherwise with these files")
+            raise InputError(
+                "a fresh Python process without hfgpt continues a text otherwise with these files: save them again"
+            )
 
 
 def _load(folder: Path, auto_class, native: bool) -> PreTrainedModel:
@@ -100,7 +108,9 @@ def _ask(job: dict[str, Any], place: Path) -> tuple[dict[str, Any], torch.Tensor
         environment["HF_HUB_OFFLINE"] = "1"
     # -P: without the script's own folder, which is hfgpt's.
     command = [sys.executable, "-P", str(SCRIPT), str(place / "job.json")]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    # No terminal: whoever asked a question, of trust for instance, would wait for ever.
+    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, cwd=place, env=environment, check=False, **quiet)
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise InputError(

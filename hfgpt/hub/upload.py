@@ -5,6 +5,7 @@ comes last and whole, so a repository never holds half of the files.
 """
 
 import functools
+import json
 import re
 import shutil
 import socket
@@ -15,16 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import yaml
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    ModelCard,
     hf_hub_download,
     snapshot_download,
 )
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HTTPError,
     LocalTokenNotFoundError,
@@ -38,12 +40,14 @@ from hfgpt.loading import hash_file
 
 T = TypeVar("T")
 WEIGHTS_FILE = "model.safetensors"
+# What a repository may hold that nobody would miss: it is new.
+EMPTY = (".gitattributes", "README.md", "LICENSE")
 # Seconds before each further attempt; the client itself has by then repeated most requests for half a minute.
 WAITS = (2, 10)
 # What of an earlier publication would be read with a new one: weights, settings, records.
 OURS = re.compile(
-    r".*\.safetensors(\.index\.json)?|pytorch_model.*|(adapter_)?config\.json|generation_config\.json|.*_hfgpt\.py|"
-    r"tokenizer.*|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|labels\.json|"
+    r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*|(adapter_)?config\.json|generation_config\.json|"
+    r"[^/]*_hfgpt\.py|tokenizer[^/]*|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|labels\.json|"
     r"(run|metrics|data_report|conversion|merge)\.json|recipe\.yaml|training_log\.jsonl|(loss|confusion)\.png|"
     r"\.eval_results/.*\.yaml"
 )
@@ -90,8 +94,13 @@ def upload(folder: Path, names: list[str], target: Target) -> CommitInfo:
     return _persist(lambda: _commit(folder, names, target), target.repo_id, waits)
 
 
-def verify(folder: Path, names: list[str], target: Target, commit: CommitInfo):
+def verify(hashes: dict[str, str], target: Target, commit: CommitInfo):
     """Downloads a commit to a new cache and compares the hash of each file.
+
+    Args:
+        hashes: Name -> sha256 of the files that were sent.
+        target: Where to.
+        commit: Theirs.
 
     Raises:
         InputError: A file did not arrive as it was sent, or cannot be read back.
@@ -99,13 +108,15 @@ def verify(folder: Path, names: list[str], target: Target, commit: CommitInfo):
     revision = commit.pr_revision or commit.oid
     cache = tempfile.mkdtemp(prefix="hfgpt-verify-")
     try:
-        download = functools.partial(snapshot_download, target.repo_id, revision=revision, cache_dir=cache)
+        download = functools.partial(
+            snapshot_download, target.repo_id, revision=revision, cache_dir=cache, allow_patterns=list(hashes)
+        )
         try:
             arrived = Path(_persist(download, target.repo_id, WAITS))
         except InputError as error:
             raise InputError(f"it was sent, but not read back: {error}") from error
-        for name in names:
-            if not (arrived / name).is_file() or hash_file(arrived / name) != hash_file(folder / name):
+        for name, sent in hashes.items():
+            if not (arrived / name).is_file() or hash_file(arrived / name) != sent:
                 raise InputError(f"'{name}' did not arrive at {target} as it was sent: publish again")
     finally:
         shutil.rmtree(cache, ignore_errors=True)
@@ -154,6 +165,8 @@ def explain(error: BaseException, repo_id: str) -> str:
         return f"the Hub has no '{repo_id}', or no such branch, for who is logged in: check the name and the login"
     if status in (409, 412):
         return f"'{repo_id}' is being changed by somebody else: publish again"
+    if status and status < 500 and status not in (408, 429):
+        return f"the Hub refuses '{repo_id}' ({_in_one_line(causes)}): mend that and publish again"
     last = next((cause for cause in causes if _is_local(cause)), causes[-1])
     fact = re.sub(r"\s+", " ", str(last))[:200] or type(last).__name__
     if _is_local(last):
@@ -180,6 +193,8 @@ def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float]) -> 
 
 def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
     api = HfApi()
+    if "README.md" in names:
+        _validate(folder / "README.md")
     head, present = _prepare(api, target)
     stale = sorted(name for name in present if OURS.fullmatch(name) and name not in names)
     operations = [CommitOperationAdd(name, folder / name) for name in names]
@@ -191,6 +206,21 @@ def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
         create_pr=target.create_pr,
         parent_commit=head,  # refused if somebody else has written in the meantime
     )
+
+
+def _validate(card: Path):
+    """Has the Hub check the metadata of a card, before anything is made there.
+
+    Raises:
+        InputError: It does not take them.
+    """
+    try:
+        ModelCard.load(card).validate()
+    except ValueError as error:
+        said = re.sub(r"\s+", " ", str(error)).strip()[:300]
+        raise InputError(
+            f"the Hub does not take the metadata of the card ({said}): correct the section hub"
+        ) from error
 
 
 def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
@@ -218,22 +248,34 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.repo_info(repo_id, revision=revision)
     present = [file.rfilename for file in info.siblings or []]
-    if "config.json" in present:
-        _check_kind(repo_id, info.sha)
+    foreign = [name for name in present if name not in EMPTY]
+    if foreign and not _is_ours(repo_id, info.sha, present):
+        raise InputError(
+            f"'{repo_id}' holds {foreign[0]} and no card of hfgpt's, so something else would be written over: name "
+            "another repository"
+        )
     return info.sha, present
 
 
-def _check_kind(repo_id: str, revision: str):
-    """Refuses to write over a model of another kind, whose name was mistaken for one's own."""
+def _is_ours(repo_id: str, revision: str, present: Sequence[str]) -> bool:
+    """Whether what a repository holds was published by hfgpt: its card says so, or its model is one of hfgpt's."""
     with tempfile.TemporaryDirectory(prefix="hfgpt-look-") as cache:
-        try:
-            path = hf_hub_download(repo_id, "config.json", revision=revision, cache_dir=cache)
-        except EntryNotFoundError:
-            return
-        found = re.search(r'"model_type"\s*:\s*"([^"]*)"', Path(path).read_text(encoding="utf-8"))
-    if found is None or found[1] not in ("hfgpt", "gpt2"):
-        kind = f"of type {found[1]}" if found else "of another kind"
-        raise InputError(f"'{repo_id}' holds a model {kind}, which would be written over: name another repository")
+        read = {
+            name: Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)).read_text(encoding="utf-8")
+            for name in ("README.md", "config.json")
+            if name in present
+        }
+    try:
+        card, config = ModelCard(read.get("README.md", "")), json.loads(read.get("config.json", "{}"))
+    except (ValueError, yaml.YAMLError):
+        return False
+    return "hfgpt" in (card.data.tags or []) or config.get("model_type") == "hfgpt"
+
+
+def _in_one_line(causes: Sequence[BaseException]) -> str:
+    """What the server says, or else the last error."""
+    said = next((cause.server_message for cause in causes if isinstance(cause, HfHubHTTPError)), None)
+    return re.sub(r"\s+", " ", said or str(causes[-1])).strip()[:200]
 
 
 def _is_passing(error: BaseException) -> bool:

@@ -159,28 +159,19 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     # 6. Save, then measure the weights as they were saved: on the test split once.
     save_run(trainer, folder)
     saved = load_model(str(folder), auto_class=AutoModelForSequenceClassification).to(recipe.training.device)
-    batch_size = recipe.training.per_device_eval_batch_size
-    results = {
-        split: measure(saved, data.tokenizer, data.encoded[split], data.labels, batch_size)
-        for split in ("validation", "test")
-    }
-    metrics = results["test"].to_dict()
-    metrics["validation_accuracy"] = results["validation"].to_dict("validation")["validation_accuracy"]
-    labels = {split: list(data.texts.splits[split]["label"]) for split in ("train", "test")}
-    metrics["majority_accuracy"] = majority_accuracy(labels["train"], labels["test"])
+    metrics, tested = measure_splits(saved, data, recipe.training.per_device_eval_batch_size)
     write_json(folder / "metrics.json", metrics)
-    tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
-    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
+    logged = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
+    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **logged})
 
     # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
     samples = sample(saved, data.tokenizer, recipe)
     write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
     plot_loss(folder, len(data.labels), "row")
-    plot_confusion(results["test"], folder / "confusion.png", f"{recipe.name}, test split")
+    plot_confusion(tested, folder / "confusion.png", f"{recipe.name}, test split")
     if recipe.evaluation.baseline:
-        pairs = [(list(data.texts.splits[split]["text"]), labels[split]) for split in ("train", "test")]
-        metrics["baseline_accuracy"] = baseline_accuracy(*pairs, balanced=data.weights is not None)
+        metrics["baseline_accuracy"] = measure_baseline(data)
         write_json(folder / "metrics.json", metrics)
     end_run(recipe)
     measured, following = (
@@ -190,6 +181,28 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     publish_run(recipe, training, console)
     return metrics
+
+
+def measure_splits(
+    model: PreTrainedModel, data: ClassificationData, batch_size: int
+) -> tuple[dict[str, Any], ClassifierResult]:
+    """What `metrics.json` holds of a classifier but for the baseline, and the test split's predictions."""
+    validated, tested = (
+        measure(model, data.tokenizer, data.encoded[split], data.labels, batch_size)
+        for split in ("validation", "test")
+    )
+    metrics = tested.to_dict()
+    metrics["validation_accuracy"] = validated.to_dict("validation")["validation_accuracy"]
+    labels = [list(data.texts.splits[split]["label"]) for split in ("train", "test")]
+    metrics["majority_accuracy"] = majority_accuracy(*labels)
+    return metrics, tested
+
+
+def measure_baseline(data: ClassificationData) -> float:
+    """The test accuracy of a logistic regression on the same rows."""
+    splits = [data.texts.splits[split] for split in ("train", "test")]
+    pairs = [(list(split["text"]), list(split["label"])) for split in splits]
+    return baseline_accuracy(*pairs, balanced=data.weights is not None)
 
 
 def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = None) -> ClassificationData:

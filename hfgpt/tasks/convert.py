@@ -27,13 +27,14 @@ from hfgpt.data.synthetic import generate_stories
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
-from hfgpt.hub.records import read_records
+from hfgpt.hub.records import public_name, read_records
 from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     check_vocabulary,
     classifies,
     explained,
     find_base,
+    hash_weights,
     is_classifier,
     load_model,
     load_model_config,
@@ -78,7 +79,8 @@ def import_checkpoint(
         if tokenizer is None:
             opened.notes.append("no tokenizer: none lies beside the weights, and none was named (--tokenizer)")
         else:
-            opened.notes.append(f"tokenizer: {len(tokenizer):,} tokens, {arguments.tokenizer or 'beside the weights'}")
+            place = public_name(arguments.tokenizer) if arguments.tokenizer else "beside the weights"
+            opened.notes.append(f"tokenizer: {len(tokenizer):,} tokens, {place}")
             check_vocabulary(model, tokenizer)
             tokenizer.model_max_length = model.config.max_position_embeddings
             tokenizer.save_pretrained(staging)
@@ -141,6 +143,8 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
             saved = native_class.from_pretrained(staging, dtype="auto").eval()
         differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
         report = Parity(model_path, "to gpt2", saved.num_parameters(), parameters, differences, greedy_equal, notes)
+        # GPT-2 always has biases on query, key and value.
+        architecture |= {"parameters": saved.num_parameters(), "qkv_bias": True}
         _finish(report, staging, out, architecture, console)
     return report
 
@@ -294,7 +298,8 @@ def _finish(report: Parity, staging: Path, out: Path, architecture: dict[str, An
     (console or stderr_console()).print(report.render(), highlight=False, markup=False)
     if not report.passed:
         raise InputError("the converted model computes something else than its source, so nothing was written")
-    write_json(staging / "conversion.json", {**report.to_dict(), **describe_environment()})
+    made = {"architecture": architecture, "weights_sha256": hash_weights(staging), **describe_environment()}
+    write_json(staging / "conversion.json", {**report.to_dict(), **made})
     records = read_records(staging)
     records.run["architecture"] = architecture
     place = Place(out.as_posix(), native=report.format.startswith("to "))

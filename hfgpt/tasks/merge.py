@@ -12,13 +12,13 @@ from hfgpt.adapters import merge_adapter
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
-from hfgpt.hub.records import read_records
+from hfgpt.hub.records import is_checkpoint, read_records
 from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     check_same_tokens,
     classifies,
     find_base,
-    hash_file,
+    hash_weights,
     load_model,
     load_model_tokenizer,
     quiet_bars,
@@ -95,7 +95,8 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
     with appearing_folder(out) as staging, quiet_bars():
         merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        write_json(staging / "merge.json", {**asdict(report), **describe_environment()})
+        made = {"weights_sha256": hash_weights(staging), **describe_environment()}
+        write_json(staging / "merge.json", {**asdict(report), **made})
         if Path(path).is_dir():
             _keep_records(Path(path), staging)
         records = read_records(staging)
@@ -107,14 +108,13 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
 
 def _keep_records(adapter: Path, staging: Path):
     """Takes over how the adapter was trained. What was measured is of other weights, and stays with it."""
-    run = read_records(adapter).run
+    run, run_folder = read_records(adapter).run, adapter.parent if is_checkpoint(adapter) else adapter
     if not run:
         return
     for name in ("recipe.yaml", "data_report.json"):
-        shutil.copy(adapter / name, staging)
-    of_adapter = ("saved_parameters", "samples")
-    run = {name: value for name, value in run.items() if name not in of_adapter}
-    write_json(staging / "run.json", run | {"weights_sha256": hash_file(staging / "model.safetensors")})
+        shutil.copy(run_folder / name, staging)
+    of_adapter = ("weights_sha256", "saved_parameters", "samples")
+    write_json(staging / "run.json", {name: value for name, value in run.items() if name not in of_adapter})
 
 
 def _rows(config) -> torch.Tensor:

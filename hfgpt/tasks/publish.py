@@ -3,9 +3,10 @@
 import dataclasses
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -24,9 +25,10 @@ from hfgpt.hub.staging import files_in, stage, stage_native
 from hfgpt.hub.stranger import check_as_stranger
 from hfgpt.hub.upload import Target, find_weights, upload, verify
 from hfgpt.hub.usage import Place, loading_code
-from hfgpt.loading import hash_file, load_model, load_model_config
+from hfgpt.loading import hash_file, hash_weights, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import parse_sections
 from hfgpt.tasks.convert import export_model
+from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training.callbacks import stderr_console
 
 NATIVE_BRANCH = "gpt2"
@@ -59,6 +61,8 @@ class PublishArguments:
             raise InputError(f"--format is '{self.format}'; it must be hfgpt or gpt2")
         if self.create_pr and self.revision is not None:
             raise InputError("--create-pr opens a pull request against main: leave out --revision")
+        if self.revision is not None and not re.fullmatch(r"\w[\w./-]*", self.revision):
+            raise InputError(f"--revision '{self.revision}' is no name of a branch: use letters, digits and . - _ /")
 
 
 @dataclass
@@ -68,15 +72,16 @@ class Branch:
     Args:
         folder: With the exact files.
         place: Where they go.
+        hashes: The files that were checked: name -> sha256.
     """
 
     folder: Path
     place: Place
+    hashes: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def names(self) -> list[str]:
-        """Of its files."""
-        return files_in(self.folder)
+    def hash_files(self) -> dict[str, str]:
+        """The hash of each file as it is now."""
+        return {name: hash_file(self.folder / name) for name in files_in(self.folder)}
 
     def __str__(self) -> str:
         return f"branch {self.place.revision or 'main'}, format {'gpt2' if self.place.native else 'hfgpt'}"
@@ -127,7 +132,7 @@ def publish(
 
         # 6. and 7. The files as they will be, with their card, and as strangers will load them.
         for branch in branches:
-            make_branch(branch, folder, records, hub, passed)
+            make_branch(branch, contents.going, records, hub, passed)
             show_files(branch, console)
         show_missing(contents, records, hub, console)
         if arguments.dry_run:
@@ -137,7 +142,7 @@ def publish(
         # 8. Send, and look at what arrived.
         for branch in branches:
             commit = send(branch, arguments, f"Publish {folder.resolve().name}")
-            passed(f"{len(branch.names)} files arrived as they were sent: {commit.pr_url or commit.commit_url}")
+            passed(f"{len(branch.hashes)} files arrived as they were sent: {commit.pr_url or commit.commit_url}")
         code = describe_loading(branches)
     place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
     console.print(f"published: {place}", highlight=False, soft_wrap=True)
@@ -192,14 +197,24 @@ def open_folder(folder: Path) -> Records:
             f"'{folder}' holds a model of type {config.model_type}, not hfgpt: {remedy or 'name one of hfgpt'}"
         )
     auto_map = getattr(config, "auto_map", None)
-    if not adapter and auto_map not in (None, AUTO_MAP):
-        raise InputError(f"the config.json of '{folder}' names code of others (auto_map): save the model again")
+    settings = folder / "tokenizer_config.json"
+    foreign = settings.is_file() and '"auto_map"' in settings.read_text(encoding="utf-8")
+    if foreign or (not adapter and auto_map not in (None, AUTO_MAP)):
+        name = settings.name if foreign else "config.json"
+        raise InputError(f"the {name} of '{folder}' names code of others (auto_map): save the model again")
     return read_records(folder)
 
 
 def read_hub_arguments(records: Records, overrides: Sequence[str]) -> HubArguments:
     """The section `hub` of the run's recipe, with what the command line changes."""
-    given = records.recipe.get("hub", {})
+    for option, instead in {
+        "repo_id": "REPO_ID",
+        "private": "--private or --public",
+        "strategy": "hfgpt train",
+    }.items():
+        if any(override.partition("=")[0] == f"--hub.{option}" for override in overrides):
+            raise InputError(f"--hub.{option} is of a recipe: here it is {instead} that says so")
+    given = records.recipe.get("hub") or {}
     written = [f"--hub.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
     task = records.task or "pretrain"
     return parse_sections([*written, *overrides], task, ["data", "evaluation", "hub"])["hub"]
@@ -223,11 +238,11 @@ def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hu
     native = arguments.format == "gpt2"
     branches = [Branch(temporary / "main", Place(repo_id, arguments.revision, native))]
     if hub.native_branch and not native:
-        if arguments.create_pr or arguments.revision == NATIVE_BRANCH:
-            option = "--create-pr" if arguments.create_pr else f"--revision {NATIVE_BRANCH}"
+        if arguments.create_pr or arguments.revision is not None:
+            option = "--create-pr" if arguments.create_pr else f"--revision {arguments.revision}"
             raise InputError(
-                f"hub.native_branch writes to the branch {NATIVE_BRANCH} of the repository: leave out {option}, or "
-                "pass --hub.native_branch false"
+                f"hub.native_branch writes beside main to the branch {NATIVE_BRANCH}: leave out {option}, or pass "
+                "--hub.native_branch false"
             )
         branches.append(Branch(temporary / NATIVE_BRANCH, Place(repo_id, NATIVE_BRANCH, native=True)))
     return branches
@@ -251,25 +266,36 @@ def pin_base(records: Records, hub: HubArguments) -> HubArguments:
 
 def make_branch(
     branch: Branch,
-    folder: Path,
+    names: Sequence[str],
     records: Records,
     hub: HubArguments,
     passed: Callable[[str], None],
 ):
     """Makes the files that a branch gets, and checks what was not in the folder before.
 
+    Args:
+        branch: Gets the hashes of its files.
+        names: Of the files in the folder that go.
+        records: Of the folder.
+        hub: For the card.
+        passed: Told of each check.
+
     Raises:
         InputError: GPT-2 cannot express the model, the card is not valid or holds a token, or a process without hfgpt
             computes something else.
     """
-    native = branch.place.native
+    native, folder = branch.place.native, records.folder
     if native:
         quiet = Console(file=io.StringIO())
         export_model(str(folder), branch.folder, merge_adapter=bool(records.adapter), console=quiet)
-        stage_native(folder, branch.folder, records, hub, branch.place)
+        stage_native(folder, branch.folder, names, records, hub, branch.place)
     else:
-        stage(folder, branch.folder, records, hub, branch.place)
-    refuse_secrets(branch.folder, [name for name in branch.names if not (branch.folder / name).is_symlink()])
+        stage(folder, branch.folder, names, records, hub, branch.place)
+    branch.hashes = branch.hash_files()
+    if hash_weights(folder) != records.run["weights_sha256"]:
+        raise InputError(f"the weights in '{folder}' were changed while they were checked: publish again")
+    # The weights themselves were looked through before; all else may have come or changed since.
+    refuse_secrets(branch.folder, [name for name in branch.hashes if not name.endswith(".safetensors")])
     check_metadata(branch.folder / "README.md")
     passed(f"the metadata of the card is valid ({branch})")
     check_as_stranger(branch.folder, branch.folder if native else folder, native)
@@ -291,17 +317,18 @@ def check_weights(folder: Path, records: Records) -> Records:
     Raises:
         InputError: They are damaged, or others than those that were measured.
     """
-    file = folder / ("adapter_model.safetensors" if records.adapter else "model.safetensors")
     model = load_model(str(folder), auto_class=_auto_class(records))
     run = dict(records.run)
-    if file.is_file():
-        actual = hash_file(file)
-        if run.get("weights_sha256") not in (None, actual):
+    actual = hash_weights(folder)
+    for record in (run, records.merge, records.conversion):
+        if actual and record.get("weights_sha256") not in (None, actual):
             raise InputError(
-                f"the weights in '{file}' were changed after they were measured: their sha256 is {actual[:12]}..., "
-                f"that in run.json {run['weights_sha256'][:12]}...: put the measured ones back, or train again"
+                f"the weights in '{folder}' were changed after they were measured: their sha256 is {actual[:12]}..., "
+                f"that on record {record['weights_sha256'][:12]}...: put the measured ones back, or train again"
             )
-        run["weights_sha256"] = actual
+    run["weights_sha256"] = actual
+    if (expected := run.get("tokenizer_sha256")) and tokenizer_hash(load_model_tokenizer(str(folder))) != expected:
+        raise InputError(f"the tokenizer in '{folder}' is not the one of the run: put that back")
     run["architecture"] = describe_architecture(model)
     return dataclasses.replace(records, run=run)
 
@@ -326,8 +353,10 @@ def send(branch: Branch, arguments: PublishArguments, message: str) -> CommitInf
     """Uploads a branch in one commit and compares what arrived with what was sent; its place may be a pull request."""
     place, message = branch.place, arguments.commit_message or message
     target = Target(place.name, arguments.private, place.revision, arguments.create_pr, message)
-    commit = upload(branch.folder, branch.names, target)
-    verify(branch.folder, branch.names, target, commit)
+    if branch.hash_files() != branch.hashes:
+        raise InputError("files of the model were changed after they were checked: publish again")
+    commit = upload(branch.folder, list(branch.hashes), target)
+    verify(branch.hashes, target, commit)
     branch.place = dataclasses.replace(place, revision=commit.pr_revision or place.revision)
     return commit
 
@@ -358,7 +387,7 @@ def show_card(branch: Branch, console: Console):
 
 def show_files(branch: Branch, console: Console):
     """Prints what a branch gets, and how large it is."""
-    sizes = {name: (branch.folder / name).stat().st_size for name in branch.names}
+    sizes = {name: (branch.folder / name).stat().st_size for name in branch.hashes}
     console.print(f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({branch}):", highlight=False)
     for name, size in sizes.items():
         console.print(f"  {size:>15,}  {name}", highlight=False, markup=False)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hfgpt.data.files import find_files, looks_local
 from hfgpt.errors import InputError
-from hfgpt.hub.records import Records
+from hfgpt.hub.records import Records, is_checkpoint
 from hfgpt.loading import classifies, load_model
 from hfgpt.recipe import Recipe, load_recipe, parse_sections
 from hfgpt.tasks import classify, instruct, pretrain
@@ -36,24 +36,17 @@ def measure_again(folder: Path, records: Records, overrides: Sequence[str], cons
     Raises:
         InputError: The data is not that of the run, or the metrics are not.
     """
-    named = any(override.startswith("--data.path") for override in overrides)
     now = datetime.datetime.now(datetime.UTC).date().isoformat()  # publishing twice on a day changes nothing
     if not records.recipe:
-        if not named:
-            return "nothing is measured: it is not recorded on what to"
-        records.metrics, source = _measure_on_named(folder, overrides)
-        records.run |= {"data_source": source, "measured_again": now}
-        return f"measured on all rows of {source}"
-    run_folder = folder if (folder / "recipe.yaml").is_file() else folder.parent
-    recipe = load_recipe(str(run_folder / "recipe.yaml"), list(overrides))
-    source = records.run.get("data_source") or recipe.data.path  # there as it was found, here as it was written
-    if not named:
-        if looks_local(source) and not find_files(source):
-            return f"its metrics are those of the end of the run: its data is no longer at '{source}'"
-        recipe.data.path = source
+        return _measure_what_is_named(folder, records, overrides, now)
+    recipe = _find_rows(records, overrides)
+    if recipe is None:
+        kept = "its metrics are those of the end of the run" if records.metrics else "nothing is measured"
+        return f"{kept}: its data is no longer at '{records.run.get('data_source')}'"
     measure: Callable = {"pretrain": _measure_text, "classify": _measure_classes, "instruct": _measure_answers}[
         recipe.task
     ]
+    run_folder = _run_folder(folder)
     with console.status("measuring the weights"):
         metrics, sha = measure(recipe, folder, run_folder, console)
     if records.data and sha != records.data["sha256"]:
@@ -61,17 +54,53 @@ def measure_again(folder: Path, records: Records, overrides: Sequence[str], cons
             f"the data at '{recipe.data.path}' is not that of the run (its sha256 is another): put that back, or name "
             "it with --data.path"
         )
-    for name, before in records.metrics.items():
-        after = metrics.setdefault(name, before)  # what is not of the weights: baselines, a judge's scores
-        if not math.isclose(after, before, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
-            raise InputError(
-                f"metrics.json says {name} {before:.6g}, but the weights give {after:.6g} on the same rows: metrics, "
-                "tokenizer or the configuration was changed; train again"
-            )
     as_before = ", and found as at the end of the run" if records.metrics else ""
-    records.metrics = metrics
+    records.metrics = _compare(records.metrics, metrics)
     records.run["measured_again"] = now
     return f"measured again on {records.measured_on}{as_before}"
+
+
+def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe of the run with its data where it now is; None: it is gone."""
+    options = [
+        override.partition("=")[0] for override in overrides if override.startswith(("--data.", "--evaluation."))
+    ]
+    if others := [option for option in options if option != "--data.path"]:
+        raise InputError(
+            f"{others[0]} would measure other rows than the run held out: leave it out; only --data.path, where the "
+            "data now is, can be given"
+        )
+    recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), list(overrides))
+    if options:
+        return recipe
+    source = records.run.get("data_source") or recipe.data.path  # there as it was found, here as it was written
+    if looks_local(source) and not find_files(source):
+        return None
+    recipe.data.path = source
+    return recipe
+
+
+def _run_folder(folder: Path) -> Path:
+    return folder.parent if is_checkpoint(folder) else folder
+
+
+def _compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What was measured now, and what a judge said at the end of the run.
+
+    Raises:
+        InputError: metrics.json says something else, or something that is not measured.
+    """
+    for name, value in before.items():
+        if name.startswith("eval_judge"):  # whoever judged is not asked again
+            after[name] = value
+        elif name not in after:
+            raise InputError(f"metrics.json has {name}, which is not measured of such a model: take it out")
+        elif not math.isclose(after[name], value, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            raise InputError(
+                f"metrics.json says {name} {value:.6g}, but the weights give {after[name]:.6g} on the same rows: "
+                "metrics, tokenizer or the configuration was changed; train again"
+            )
+    return after
 
 
 def _measure_text(recipe: Recipe, folder: Path, run_folder: Path, console: Console) -> tuple[dict[str, Any], str]:
@@ -84,9 +113,10 @@ def _measure_text(recipe: Recipe, folder: Path, run_folder: Path, console: Conso
 def _measure_classes(recipe: Recipe, folder: Path, run_folder: Path, console: Console) -> tuple[dict[str, Any], str]:
     data = classify.load_classification_data(recipe, run_folder)
     saved = load_model(str(folder), auto_class=AutoModelForSequenceClassification).to(find_device())
-    batch_size = recipe.training.per_device_eval_batch_size
-    tested = classify.measure(saved, data.tokenizer, data.encoded["test"], data.labels, batch_size)
-    return tested.to_dict(), data.report.sha256
+    metrics, _ = classify.measure_splits(saved, data, recipe.training.per_device_eval_batch_size)
+    if recipe.evaluation.baseline:
+        metrics["baseline_accuracy"] = classify.measure_baseline(data)
+    return metrics, data.report.sha256
 
 
 def _measure_answers(recipe: Recipe, folder: Path, run_folder: Path, console: Console) -> tuple[dict[str, Any], str]:
@@ -98,12 +128,31 @@ def _measure_answers(recipe: Recipe, folder: Path, run_folder: Path, console: Co
     return metrics | instruct.match_answers(answers), data.report.sha256
 
 
-def _measure_on_named(folder: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """`hfgpt evaluate` on what the command line names."""
+def _measure_what_is_named(folder: Path, records: Records, overrides: Sequence[str], now: str) -> str:
+    """`hfgpt evaluate` on what the command line names, for a model of which no recipe says what it was kept from."""
+    others = _without_path(overrides)
+    if not any(override.partition("=")[0] == "--data.path" for override in overrides):
+        return "nothing is measured: it is not recorded on what to"
     task = "classify" if classifies(str(folder)) else "pretrain"
     sections = parse_sections(list(overrides), task, ["data", "evaluation", "hub"])
     data = sections["data"]
     source = str(Path(data.path).resolve()) if Path(data.path).exists() else data.path
     if task == "classify":
-        return classify.evaluate_classifier(str(folder), data), source
-    return pretrain.evaluate_model(str(folder), data, sections["evaluation"]), source
+        records.metrics = classify.evaluate_classifier(str(folder), data)
+    else:
+        records.metrics = pretrain.evaluate_model(str(folder), data, sections["evaluation"])
+    records.run |= {"data_source": source, "measured_again": now}
+    if others:
+        records.run["measured_with"] = " ".join(others)
+    return f"measured on {records.measured_on} of {source}"
+
+
+def _without_path(overrides: Sequence[str]) -> list[str]:
+    """The overrides of the section `data` but for its path, as they were written."""
+    given, kept = list(overrides), []
+    while given:
+        option = given.pop(0)
+        value = [] if "=" in option or not given or given[0].startswith("--") else [given.pop(0)]
+        if option.startswith("--data.") and option.partition("=")[0] != "--data.path":
+            kept += [option, *value]
+    return kept

@@ -14,7 +14,7 @@ import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe, first_difference, render_recipe
-from hfgpt.saving import explain_full_disk, staged_files, write_text
+from hfgpt.saving import explain_full_disk, staged_files, write_json, write_text
 from hfgpt.training.trainer import find_last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
@@ -68,6 +68,7 @@ def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataRe
             write_text(staging / RECIPE_FILE, render_recipe(recipe))
             tokenizer.save_pretrained(staging)
             report.save(staging / "data_report.json")
+            write_json(staging / "run.json", describe_sources(recipe, report))
     except BaseException:
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
@@ -79,6 +80,21 @@ def _describe(folder: Path) -> str:
         state = "finished" if (folder / "metrics.json").is_file() else "unfinished"
         return f"a run ({state})"
     return f"other files ({sorted(path.name for path in folder.iterdir())[0]}, ...)"
+
+
+def describe_sources(recipe: Recipe, report: DataReport) -> dict[str, Any]:
+    """What a run is made from, for `run.json`: known before it starts, and of its checkpoints all that is known."""
+    place = Path(recipe.data.path)
+    sources = {
+        "task": recipe.task,
+        "recipe": recipe.name,
+        "seed": recipe.training.seed,
+        "data_source": str(place.resolve()) if place.exists() else recipe.data.path,
+        "data_sha256": report.sha256,
+    }
+    if base := recipe.model.path:
+        sources["base_model"] = str(Path(base).resolve()) if Path(base).is_dir() else base
+    return sources
 
 
 def describe_environment() -> dict[str, Any]:

@@ -38,7 +38,7 @@ from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import staged_files
 from hfgpt.tasks.publish import PublishArguments, check_base, publish
-from hfgpt.tasks.run_folder import describe_environment
+from hfgpt.tasks.run_folder import describe_environment, describe_sources
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, append_log
 from hfgpt.training.estimate import Estimate, plan_run
@@ -218,6 +218,8 @@ def run_training(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
+        if pushes:
+            pushes.stop()
     if trainer.state.global_step < trainer.state.max_steps and interrupt.interrupted:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
@@ -251,14 +253,9 @@ def describe_run(
         tokens: Seen in training.
         samples: `texts` of the trained model, and how they were sampled.
     """
-    trainer, source = training.trainer, Path(recipe.data.path)
-    steps = trainer.state.global_step
+    trainer, steps = training.trainer, training.trainer.state.global_step
     return {
-        "task": recipe.task,
-        "recipe": recipe.name,
-        "seed": recipe.training.seed,
-        "data_source": str(source.resolve()) if source.exists() else recipe.data.path,
-        "data_sha256": report.sha256,
+        **describe_sources(recipe, report),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         **_describe_weights(recipe, trainer),
         "device": describe_device(recipe.training.device),

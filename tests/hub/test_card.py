@@ -7,7 +7,10 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from render_examples import FOLDERS, render
 
+from hfgpt.hub.card import METRICS
 from hfgpt.hub.records import read_records, without_paths
+
+LABELS = ("ham", "spam", "invitation", "lost", "thanks", "trick")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -28,6 +31,8 @@ def test_the_hub_reads_it(folder):
     assert card.data.model_name == folder.name
     assert {"hfgpt", read_records(folder).task} <= {*card.data.tags}
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    metrics = read_records(folder).metrics
+    assert results == {kind: metrics[name] for name, (_, kind) in METRICS.items() if kind and name in metrics}
     entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/hfgpt.yaml").read_text()))
     assert {entry.task_id: entry.value for entry in entries} == results
 
@@ -67,6 +72,22 @@ def test_every_number_of_a_card_was_measured(folder):
     assert is_known("123456789") is False
 
 
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_number_of_the_evaluation_stands_at_its_name(folder):
+    text = (folder / "README.md").read_text(encoding="utf-8").split("## Evaluation")[1].split("## ")[0]
+    rows = dict(re.findall(r"^\| (.*) \| (.*) \|$", text, re.MULTILINE))
+    metrics = read_records(folder).metrics
+    names = {label: name for name, (label, _) in METRICS.items()}
+    names |= {f"{kind} of `{label}`": f"eval_{kind}_{label}" for kind in ("precision", "recall") for label in LABELS}
+    assert len(rows) == len(metrics)
+    for label, shown in rows.items():
+        value = metrics[names[label]]
+        number = float(shown.replace(",", "").rstrip("%")) / (100 if shown.endswith("%") else 1)
+        assert number == pytest.approx(value, abs=0.6e-4 * max(1, abs(value)))
+
+
 def test_paths_of_this_machine_do_not_travel():
-    tree = {"a": "/home/me/data.txt", "b": ["~/x/y", "me/model", "a/b text"], "c": 1, "d": "../up/z"}
-    assert without_paths(tree) == {"a": "data.txt", "b": ["y", "me/model", "a/b text"], "c": 1, "d": "z"}
+    tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y", "source": "../up/z"}
+    assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y", "source": "z"}
+    kept = {"path": "me/model", "source": "synthetic:stories", "prompts": ["/help me and/or you", "~"]}
+    assert without_paths(kept) == kept

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hub_server import Fault
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from hfgpt.errors import InputError
-from hfgpt.hub import fresh_process
+from hfgpt.hub import fresh_process, stranger
 from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.records import read_records
 from hfgpt.loading import load_model
@@ -30,7 +31,7 @@ from hfgpt.tasks import publish as task
 from hfgpt.tasks.convert import import_checkpoint
 from hfgpt.tasks.merge import merge
 from hfgpt.tasks.pretrain import pretrain
-from hfgpt.tasks.publish import PublishArguments, publish
+from hfgpt.tasks.publish import PublishArguments, check_metadata, publish
 from hfgpt.tokenizer import train_tokenizer
 
 WORDS = """
@@ -53,7 +54,10 @@ def nearby(tmp_path):
     """The stranger's script in this process, which has already loaded what takes a new one ten seconds."""
 
     def run(command, **kwargs):
-        fresh_process.main(command[-1])
+        try:
+            fresh_process.main(command[-1])
+        except Exception as error:  # whatever it is ends the process that is played here
+            return subprocess.CompletedProcess(command, 1, stderr=str(error))
         return subprocess.CompletedProcess(command, 0)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -107,12 +111,13 @@ def test_a_run_arrives_in_one_commit(hub, run, trusting):
 
 def test_what_an_earlier_publication_left_goes(hub, run, trusting):
     repository = hub.create("me/model", private=True)
-    for name in ("model-00001-of-00002.safetensors", "adapter_config.json", "notes.md"):
-        hub.blobs[name] = b"{}"
+    stale, kept = {"model-00001-of-00002.safetensors", "adapter_config.json"}, {"notes.md", "onnx/model.safetensors"}
+    for name in ("README.md", *stale, *kept):
+        hub.blobs[name] = b"---\ntags: [hfgpt]\n---\n"
         repository.commits[repository.branches["main"]][name] = (False, name)
     send(run)
-    assert {"model-00001-of-00002.safetensors", "adapter_config.json"} & hub.files("me/model").keys() == set()
-    assert "notes.md" in hub.files("me/model"), "not ours"
+    assert not stale & hub.files("me/model").keys()
+    assert kept <= hub.files("me/model").keys(), "not ours"
 
 
 def test_branches_and_pull_requests(hub, run, trusting):
@@ -126,9 +131,127 @@ def test_branches_and_pull_requests(hub, run, trusting):
         PublishArguments(create_pr=True, revision="dev")
 
 
+def test_what_arrives_otherwise_is_told(hub, run, trusting):
+    def spoil():
+        _, sha256 = hub.repositories["me/model"].commits[hub.repositories["me/model"].branches["main"]]["metrics.json"]
+        hub.blobs[sha256] += b" "
+
+    hub.faults.append(Fault("GET /me/model/resolve/.*/metrics.json|HEAD /me/model/resolve/.*/metrics.json", spoil))
+    with pytest.raises(InputError, match=r"'metrics\.json' did not arrive at me/model as it was sent"):
+        send(run)
+
+
+def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, trusting):
+    report = json.loads((run / "data_report.json").read_text())
+    report |= {"near_duplicate_examples": [["a row of mine", "another"]], "unused_files": ["salaries.txt"]}
+    (run / "data_report.json").write_text(json.dumps(report))
+    with open(run / "training_log.jsonl", "a") as log:
+        log.write(json.dumps({"step": 3, "hub_error": "no /home/me/secret"}) + "\n")
+    send(run)
+    sent = b"".join(content for name, content in hub.files("me/model").items() if not name.endswith(".safetensors"))
+    for text in (b"a row of mine", b"salaries", b"/home/me"):
+        assert text not in sent
+    assert b'"step"' in hub.files("me/model")["training_log.jsonl"]
+    _, shown = send(runs / "answers", "me/answers")
+    assert "stays here  answers.jsonl: rows of the data" in shown
+    assert "answers.jsonl" not in hub.files("me/answers")
+    recipe = yaml.safe_load(hub.files("me/model")["recipe.yaml"])
+    assert recipe["hub"] == {"license": "mit", "language": ["en"]}, "nobody else is to publish there"
+
+
+def test_notes_and_licence_go_to_both_branches(hub, run, trusting):
+    (run / "LICENSE").write_text("Do what you like.")
+    (run / "notes.txt").write_text("By hand.")
+    _, shown = send(run, "me/model", "--hub.native_branch", "true")
+    for branch in ("main", "gpt2"):
+        assert {"LICENSE", "notes.txt", "loss.png", "README.md"} <= hub.files("me/model", branch).keys()
+    native = hub.files("me/model", "gpt2")
+    assert not {"modeling_hfgpt.py", "configuration_hfgpt.py"} & native.keys()
+    assert 'revision="gpt2"' in native["README.md"].decode()
+    assert "stays here  README.md: the card is written anew" in shown
+
+
+def test_what_changes_while_it_is_checked_is_not_sent(hub, run, trusting, monkeypatch):
+    plan = task.plan_branches
+
+    def late(*args):
+        (run / "late.txt").write_text("hf_" + "a1B2" * 9)
+        return plan(*args)
+
+    monkeypatch.setattr(task, "plan_branches", late)
+    send(run, "me/late")
+    assert "late.txt" not in hub.files("me/late")
+    (run / "late.txt").unlink()
+    monkeypatch.setattr(task, "plan_branches", lambda *args: (edit_weight(run), plan(*args))[1])
+    with pytest.raises(InputError, match="were changed while they were checked"):
+        send(run, "me/other", measure=False)
+    assert "me/other" not in hub.repositories
+
+
+def test_metadata_that_nobody_reads_is_refused(tmp_path):
+    for text in ("# no metadata\n", "---\nlicense: [\n---\n# It\n"):
+        (tmp_path / "README.md").write_text(text)
+        with pytest.raises(InputError, match="metadata"):
+            check_metadata(tmp_path / "README.md")
+
+
+def test_where_it_goes_is_said_in_one_way(hub, run):
+    for option, value in (("repo_id", "me/other"), ("private", "false"), ("strategy", "end")):
+        with pytest.raises(InputError, match=rf"--hub\.{option} is of a recipe"):
+            send(run, "me/model", f"--hub.{option}", value)
+    for name in ("", "my branch", "-x"):
+        with pytest.raises(InputError, match="is no name of a branch"):
+            PublishArguments(revision=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("metrics.json", "{", r"metrics\.json' cannot be read .*: take the one"),
+        ("metrics.json", '{"eval_loss": null}', "eval_loss in .* is no number"),
+        ("metrics.json", '{"eval_judge_scre": 1, "x": 9}', "metrics.json has x, which is not measured"),
+        ("recipe.yaml", "a: [", r"recipe\.yaml' cannot be read"),
+        ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
+        ("data_report.json", "{}", r"data_report\.json' .* lacks dropped, rows_kept, rows_read, sha256, splits"),
+        ("conversion.json", "[]", r"conversion\.json' is not as hfgpt writes it"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "evil/repo--tok.Evil"}}', "names code of others"),
+    ],
+)
+def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
+    (run / name).write_text(content)
+    with pytest.raises(InputError, match=match):
+        send(run, dry_run=True)
+
+
+def test_another_tokenizer_is_refused(hub, run):
+    tokenizer = json.loads((run / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [token for token in vocabulary if len(token) == 1][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (run / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="is not the one of the run"):
+        send(run)
+
+
+def test_a_stranger_who_gets_something_else_is_heard(run, tmp_path, monkeypatch):
+    ask = stranger._ask
+    for key, value, match in (("greedy", [1, 2], "continues a text otherwise"), ("ids", [0], "makes other tokens")):
+        monkeypatch.setattr(
+            stranger, "_ask", lambda *args, key=key, value=value: (ask(*args)[0] | {key: value}, ask(*args)[1])
+        )
+        with nearby(tmp_path), pytest.raises(InputError, match=match):
+            stranger.check_as_stranger(run, run)
+    monkeypatch.setattr(stranger, "_ask", ask)
+    monkeypatch.setattr(stranger, "usage_code", lambda *args: "raise RuntimeError('the card is wrong')")
+    with nearby(tmp_path), pytest.raises(InputError, match=r"cannot load these files \(the card is wrong\)"):
+        stranger.check_as_stranger(run, run)
+
+
 def test_two_branches_are_never_one(hub, run, trusting):
-    for options in ({"create_pr": True}, {"revision": "gpt2"}):
-        with pytest.raises(InputError, match=r"hub\.native_branch writes to the branch gpt2 .*: leave out --"):
+    for options in ({"create_pr": True}, {"revision": "gpt2"}, {"revision": "dev"}):
+        with pytest.raises(
+            InputError, match=r"hub\.native_branch writes beside main to the branch gpt2: leave out --"
+        ):
             send(run, "me/model", "--hub.native_branch", "true", **options)
     assert hub.log == []
 
@@ -147,9 +270,15 @@ def test_a_model_of_another_kind_is_not_written_over(hub, run, trusting):
     repository = hub.create("me/llama", private=True)
     hub.blobs["x"] = b'{"model_type": "llama"}'
     repository.commits[repository.branches["main"]]["config.json"] = (False, "x")
-    with pytest.raises(InputError, match="holds a model of type llama"):
+    with pytest.raises(InputError, match=r"'me/llama' holds config\.json and no card of hfgpt's"):
         send(run, "me/llama")
     assert hub.files("me/llama").keys() == {"config.json"}
+    # Nor an adapter or a pipeline, which have no such file.
+    for name in ("adapter_model.safetensors", "unet/model.safetensors"):
+        repository = hub.create("me/other", private=True)
+        repository.commits[repository.branches["main"]] = {name: (False, "x"), "README.md": (False, "x")}
+        with pytest.raises(InputError, match="no card of hfgpt's"):
+            send(run, "me/other")
 
 
 def plant_nan(run: Path):
@@ -243,10 +372,11 @@ def test_random_bytes_are_no_secret(tmp_path):
 
 
 def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "my-very-own")
     (tmp_path / "a.txt").write_text("it is my-very-own one")
-    assert find_secrets(tmp_path, ["a.txt"]) == ["'a.txt' holds a token that is in use on this machine"]
-    monkeypatch.delenv("HF_TOKEN")
+    for variable in ("HF_TOKEN", "HFGPT_JUDGE_API_KEY"):
+        monkeypatch.setenv(variable, "my-very-own")
+        assert find_secrets(tmp_path, ["a.txt"]) == ["'a.txt' holds a token that is in use on this machine"]
+        monkeypatch.delenv(variable)
     assert find_secrets(tmp_path, ["a.txt"]) == []
 
 
@@ -311,6 +441,23 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     assert "Measured on all rows of `text.txt`, with the weights of sha256" in card_of(shown)
     assert "| perplexity |" in card_of(shown)
     assert str(tmp_path) not in card_of(shown)
+
+
+def test_other_rows_than_were_held_out_are_not_measured(hub, run, tmp_path, trusting):
+    with pytest.raises(InputError, match=r"--data\.validation_fraction would measure other rows"):
+        send(run / "checkpoint-2", "me/model", "--data.validation_fraction", "0.9")
+
+
+def test_weights_that_are_no_longer_those_converted_are_refused(hub, runs, tmp_path, trusting):
+    merge(str(runs / "adapter"), tmp_path / "merged", console=Console(file=io.StringIO()))
+    edit_weight(tmp_path / "merged")
+    with pytest.raises(InputError, match="were changed after they were measured"):
+        send(tmp_path / "merged")
+
+
+def test_a_checkpoint_of_an_adapter_merges(runs, tmp_path):
+    merge(str(runs / "adapter" / "checkpoint-2"), tmp_path / "merged", console=Console(file=io.StringIO()))
+    assert "merged into `text`" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_run_that_follows_instructions(hub, runs, trusting):

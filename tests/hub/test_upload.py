@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hub_server import Fault
@@ -15,8 +18,11 @@ from rich.console import Console
 from sending import send
 
 from hfgpt.errors import InputError
+from hfgpt.hub import HubArguments
 from hfgpt.hub import upload as way
+from hfgpt.hub.background import CheckpointPushes
 from hfgpt.hub.upload import Target, check_login, upload, verify
+from hfgpt.loading import hash_file, load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.pretrain import pretrain
 from hfgpt.tasks.training_run import check_publication
@@ -46,6 +52,10 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def hashes_of(folder: Path) -> dict[str, str]:
+    return {path.name: hash_file(path) for path in folder.iterdir()}
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -67,15 +77,24 @@ def content_of(folder: Path) -> dict[str, bytes]:
 def test_what_passes_is_waited_for(hub, folder, impatient, act, pattern):
     hub.faults.append(Fault(pattern, act))
     commit = upload(folder, names_in(folder), TARGET)
-    verify(folder, names_in(folder), TARGET, commit)
+    verify(hashes_of(folder), TARGET, commit)
     assert hub.files("me/model") == content_of(folder)
     assert len(hub.repositories["me/model"].messages) == 1
     assert hub.faults[0].times == 0, "the fault has happened"
 
 
+def test_a_card_that_the_hub_does_not_take_makes_nothing(hub, folder, impatient):
+    hub.faults.append(Fault("validate-yaml", 400))
+    with pytest.raises(InputError, match=r"does not take the metadata of the card .*: correct the section hub"):
+        upload(folder, names_in(folder), TARGET)
+    assert hub.repositories == {}
+
+
 @pytest.mark.parametrize(
     ("act", "match"),
     [
+        (400, r"the Hub refuses 'me/model' \(told to fail with 400\)"),
+        (413, r"the Hub refuses 'me/model' \(told to fail with 413\)"),
         (401, "log in with `hf auth login`"),
         (403, "use a token that may write"),
         (404, "check the name and the login"),
@@ -97,13 +116,48 @@ def test_what_does_not_pass_is_one_line(hub, folder, impatient, act, match):
     assert sum("PUT" in line for line in hub.log) == sent, "what had arrived is not sent again"
 
 
+def test_a_pull_request_is_opened_once(hub, folder, impatient):
+    hub.faults.append(Fault("/commit/", 500, times=99))
+    with pytest.raises(InputError, match="the Hub fails"):
+        upload(folder, names_in(folder), Target("me/model", create_pr=True))
+    hub.faults.clear()
+    upload(folder, names_in(folder), Target("me/model", create_pr=True))
+    assert sum("/commit/" in line for line in hub.log) == 2
+
+
+def test_what_somebody_else_wrote_meanwhile_is_seen(hub, folder, impatient, tmp_path):
+    """The commit is refused if the branch has moved, and made again on top of what is there then."""
+    upload(folder, names_in(folder), TARGET)
+    (head,) = [hub.repositories["me/model"].branches["main"]]
+
+    def move():
+        repository = hub.repositories["me/model"]
+        repository.commits["a" * 40] = repository.commits[head] | {"old.safetensors": (False, "x")}
+        hub.blobs["x"] = b""
+        repository.branches["main"] = "a" * 40
+
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    (changed / "notes-1.txt").write_text("changed")
+    hub.faults.append(Fault("/preupload/", move))
+    upload(changed, names_in(changed), Target("me/model", message="Again"))
+    assert hub.files("me/model")["notes-1.txt"] == b"changed"
+    assert "old.safetensors" not in hub.files("me/model"), "it would have been overlooked"
+
+
+def test_an_answer_that_is_lost_makes_no_second_commit(hub, folder, impatient):
+    hub.faults.append(Fault("/commit/", "deaf"))
+    upload(folder, names_in(folder), TARGET)
+    assert hub.files("me/model") == content_of(folder)
+    assert len(hub.repositories["me/model"].messages) == 1
+
+
 def test_what_arrives_otherwise_is_found(hub, folder, impatient):
     commit = upload(folder, names_in(folder), TARGET)
     repository = hub.repositories["me/model"]
     hub.blobs["other"] = b"2!"
     repository.commits[commit.oid]["notes-2.txt"] = (False, "other")
     with pytest.raises(InputError, match=r"'notes-2\.txt' did not arrive"):
-        verify(folder, names_in(folder), TARGET, commit)
+        verify(hashes_of(folder), TARGET, commit)
 
 
 def test_a_fault_of_this_machine_is_not_the_hubs(hub, folder, impatient, monkeypatch):
@@ -135,7 +189,9 @@ def test_killed_anywhere_it_ends_complete(hub, folder):
         hub.reset()
         started: list = []
         for _ in range(2):  # killed once, and once more on the way to the end
-            hub.faults = [Fault("", lambda alive=started: alive[-1].kill(), skip=generator.randrange(14))]
+            # Before the server does what it was asked, or after it, when nobody hears of it.
+            skip, late = generator.randrange(15), generator.random() < 0.5
+            hub.faults = [Fault("", lambda alive=started: alive[-1].kill(), skip, late=late)]
             started.append(start())
             started[-1].join(60)
             killed += started[-1].exitcode == -9
@@ -214,6 +270,46 @@ def test_checkpoints_are_pushed_with_their_code(hub, train):
     first = list(repository.commits.values())[1]
     assert {"config.json", "model.safetensors", "modeling_hfgpt.py", "configuration_hfgpt.py", "README.md"} <= {*first}
     assert not any(name.endswith((".pt", ".pth", ".bin")) for name in first)
+
+
+def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "some")
+    busy, done = threading.Event(), threading.Event()
+    sent = []
+
+    def push(self, step, folder):
+        busy.set()
+        assert done.wait(60)
+        sent.append((step, (folder / "modeling_hfgpt.py").is_file()))
+
+    monkeypatch.setattr(CheckpointPushes, "_push", push)
+    pushes = CheckpointPushes(HubArguments("me/run"), Console(file=io.StringIO()))
+    arguments = SimpleNamespace(output_dir=str(tmp_path / "text"))
+    model = load_model(str(runs / "text"))
+    for step in (2, 4, 6, 8):
+        shutil.copytree(runs / "text" / "checkpoint-2", tmp_path / "text" / f"checkpoint-{step}")
+        pushes.on_save(arguments, SimpleNamespace(is_world_process_zero=True, global_step=step), None, model=model)
+        assert busy.wait(60)
+    copies = Path(pushes.copies.name)
+    assert {path.name for path in copies.iterdir()} == {"checkpoint-2", "checkpoint-8"}, "one on its way, one waits"
+    pushes.stop()
+    done.set()
+    assert pushes.finish() == {}
+    assert sent == [(2, True)]
+    assert list(copies.iterdir()) == []
+
+
+def test_no_secret_goes_with_a_checkpoint(hub, runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "my-very-own")
+    pushes = CheckpointPushes(HubArguments("me/run"), Console(file=io.StringIO()))
+    shutil.copytree(runs / "text", tmp_path / "text")
+    (tmp_path / "text" / "checkpoint-2" / "notes.txt").write_text("my-very-own")
+    arguments = SimpleNamespace(output_dir=str(tmp_path / "text"))
+    state = SimpleNamespace(is_world_process_zero=True, global_step=2)
+    pushes.on_save(arguments, state, None, model=load_model(str(runs / "text")))
+    pushes.waiting.put(None)  # not `stop`, which would drop it
+    assert "'notes.txt' holds a token that is in use" in pushes.finish()[2]
+    assert hub.log == []
 
 
 def test_a_dead_network_stops_no_training_and_is_told_at_the_end(hub, train, impatient):

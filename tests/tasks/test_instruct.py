@@ -194,7 +194,9 @@ def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, sta
     assert (metrics["eval_judge_scored"], metrics["eval_judge_failures"]) == (6, 0)
     assert len(other.requests) == 1 + 3, "a first word, and what was missing"
     assert hash_file(here / "judged" / "model.safetensors") == weights
-    assert "| mean score of the judge | 55.0000 |" in (here / "judged" / "README.md").read_text()
+    assert (
+        "| mean score of the judge, at the end of the run | 55.0000 |" in (here / "judged" / "README.md").read_text()
+    )
 
 
 # Inspection and chat

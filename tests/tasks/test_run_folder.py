@@ -263,6 +263,7 @@ def test_a_run_begins_whole_or_not_at_all(existed, finished, load, tmp_path):
     begin_run(recipe, tokenizer, DataReport(source="here"))
     assert content(tmp_path / "runs" / "new").keys() == {
         "recipe.yaml",
+        "run.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "data_report.json",
