@@ -46,32 +46,44 @@ def recipes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def runs(recipes) -> Path:
-    """A folder with the runs `text`, `classes`, `adapter` and `answers`; nothing may be changed in it."""
+def finish(recipes):
+    """Runs a recipe to its end."""
     from hfgpt.recipe import load_recipe
-    from hfgpt.tasks.classify import classify
-    from hfgpt.tasks.instruct import instruct
-    from hfgpt.tasks.pretrain import pretrain
     from hfgpt.training import estimate
 
-    folder, console = recipes, Console(file=io.StringIO())
+    def finish(task, name: str, out: str, *overrides: str) -> Path:
+        output = ["--training.output_dir", str(recipes / out)]
+        task(load_recipe(str(recipes / f"{name}.yaml"), [*output, *overrides]), console=Console(file=io.StringIO()))
+        return recipes / out
+
     with pytest.MonkeyPatch.context() as patch:
         probe = estimate.probe_tokens_per_second
         patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
+        yield finish
 
-        def recipe(name: str, out: str, *overrides: str):
-            output = ["--training.output_dir", str(folder / out)]
-            return load_recipe(str(folder / f"{name}.yaml"), [*output, *overrides])
 
-        pretrain(recipe("text", "text"), console=console)
-        path = ["--model.path", str(folder / "text")]
-        classify(recipe("classes", "classes", *path), console=console)
-        classify(recipe("classes", "adapter", *path, "--adapters.r", "2"), console=console)
-        instruct(recipe("answers", "answers"), console=console)
-    return folder
+@pytest.fixture(scope="session")
+def text_run(finish) -> Path:
+    """The run of a language model; nothing may be changed in it."""
+    from hfgpt.tasks.pretrain import pretrain
+
+    return finish(pretrain, "text", "text")
+
+
+@pytest.fixture(scope="session")
+def runs(text_run, finish) -> Path:
+    """A folder with the runs `text`, `classes`, `adapter` and `answers`; nothing may be changed in it."""
+    from hfgpt.tasks.classify import classify
+    from hfgpt.tasks.instruct import instruct
+
+    path = ["--model.path", str(text_run)]
+    finish(classify, "classes", "classes", *path)
+    finish(classify, "classes", "adapter", *path, "--adapters.r", "2")
+    finish(instruct, "answers", "answers")
+    return text_run.parent
 
 
 @pytest.fixture
-def run(runs, tmp_path) -> Path:
+def run(text_run, tmp_path) -> Path:
     """A copy of the language model's run, to spoil."""
-    return shutil.copytree(runs / "text", tmp_path / "text")
+    return shutil.copytree(text_run, tmp_path / "text")

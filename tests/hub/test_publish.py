@@ -558,9 +558,9 @@ def make_clean_environment(folder: Path) -> Path:
 
 
 def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
-    """The whole way: all checks, a fresh process too, then a clean environment that knows the Hub alone."""
-    send(runs / "text", "me/text", "--hub.native_branch", "true")
+    """The whole way: all checks, then a clean environment that knows the Hub alone."""
     with nearby(tmp_path):
+        send(runs / "text", "me/text", "--hub.native_branch", "true")
         send(runs / "classes", "me/classes")
         send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
     python = make_clean_environment(tmp_path / "venv")

@@ -188,7 +188,7 @@ def test_killed_anywhere_it_ends_complete(hub, folder):
     while killed < 50:
         hub.reset()
         started: list = []
-        for _ in range(2):  # killed once, and once more on the way to the end
+        for _ in range(4):  # killed once, and again and again on the way to the end
             # Before the server does what it was asked, or after it, when nobody hears of it.
             skip, late = generator.randrange(15), generator.random() < 0.5
             hub.faults = [Fault("", lambda alive=started: alive[-1].kill(), skip, late=late)]
@@ -203,7 +203,7 @@ def test_killed_anywhere_it_ends_complete(hub, folder):
         assert started[-1].exitcode == 0
         assert hub.files("me/model") == expected
         puts = [line for line in hub.log if line.startswith("PUT")]
-        assert len(puts) <= 3 + 2 * 3
+        assert len(puts) <= 3 + 4 * 3
         assert len(hub.repositories["me/model"].messages) == 1
 
 
@@ -272,7 +272,7 @@ def test_checkpoints_are_pushed_with_their_code(hub, train):
     assert not any(name.endswith((".pt", ".pth", ".bin")) for name in first)
 
 
-def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, runs, tmp_path, monkeypatch):
+def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, text_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "some")
     busy, done = threading.Event(), threading.Event()
     sent = []
@@ -285,9 +285,9 @@ def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, runs, tmp_path,
     monkeypatch.setattr(CheckpointPushes, "_push", push)
     pushes = CheckpointPushes(HubArguments("me/run"), Console(file=io.StringIO()))
     arguments = SimpleNamespace(output_dir=str(tmp_path / "text"))
-    model = load_model(str(runs / "text"))
+    model = load_model(str(text_run))
     for step in (2, 4, 6, 8):
-        shutil.copytree(runs / "text" / "checkpoint-2", tmp_path / "text" / f"checkpoint-{step}")
+        shutil.copytree(text_run / "checkpoint-2", tmp_path / "text" / f"checkpoint-{step}")
         pushes.on_save(arguments, SimpleNamespace(is_world_process_zero=True, global_step=step), None, model=model)
         assert busy.wait(60)
     copies = Path(pushes.copies.name)
@@ -299,14 +299,14 @@ def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, runs, tmp_path,
     assert list(copies.iterdir()) == []
 
 
-def test_no_secret_goes_with_a_checkpoint(hub, runs, tmp_path, monkeypatch):
+def test_no_secret_goes_with_a_checkpoint(hub, text_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "my-very-own")
     pushes = CheckpointPushes(HubArguments("me/run"), Console(file=io.StringIO()))
-    shutil.copytree(runs / "text", tmp_path / "text")
+    shutil.copytree(text_run, tmp_path / "text")
     (tmp_path / "text" / "checkpoint-2" / "notes.txt").write_text("my-very-own")
     arguments = SimpleNamespace(output_dir=str(tmp_path / "text"))
     state = SimpleNamespace(is_world_process_zero=True, global_step=2)
-    pushes.on_save(arguments, state, None, model=load_model(str(runs / "text")))
+    pushes.on_save(arguments, state, None, model=load_model(str(text_run)))
     pushes.waiting.put(None)  # not `stop`, which would drop it
     assert "'notes.txt' holds a token that is in use" in pushes.finish()[2]
     assert hub.log == []
