@@ -62,7 +62,7 @@ ORDERS = {
 # Those processes are forks of one that has imported what they need besides: a cold start takes 6 s, 5 s of it torch.
 FORKS = """
 import json, os, sys
-import accelerate, torch, torch.distributed.checkpoint, transformers.activations
+import accelerate, scipy.optimize, torch, torch.distributed.checkpoint, transformers.activations
 
 orders, unwanted = json.loads(sys.argv[1])
 CHECK = '''

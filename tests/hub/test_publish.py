@@ -45,7 +45,8 @@ training: {output_dir: run, per_device_train_batch_size: 4, max_steps: 1, use_cp
 
 @pytest.fixture
 def trusting(monkeypatch):
-    """Without the check that needs a process of its own, which takes ten seconds."""
+    """Without the check that needs a process of its own, which takes ten seconds, and the client's pauses."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(task, "check_as_stranger", lambda *args, **kwargs: None)
 
 
