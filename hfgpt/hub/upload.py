@@ -23,6 +23,7 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
+    constants,
     hf_hub_download,
     snapshot_download,
 )
@@ -34,6 +35,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from hfgpt.errors import InputError
 from hfgpt.loading import hash_file
@@ -211,16 +213,17 @@ def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
 def _validate(card: Path):
     """Has the Hub check the metadata of a card, before anything is made there.
 
+    As `ModelCard.validate` does, which in older versions asks huggingface.co whatever Hub is set.
+
     Raises:
         InputError: It does not take them.
     """
-    try:
-        ModelCard.load(card).validate()
-    except ValueError as error:
-        said = re.sub(r"\s+", " ", str(error)).strip()[:300]
-        raise InputError(
-            f"the Hub does not take the metadata of the card ({said}): correct the section hub"
-        ) from error
+    body = {"repoType": "model", "content": card.read_text(encoding="utf-8")}
+    answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body)
+    if answer.status_code == 400:
+        said = re.sub(r"\s+", " ", answer.text).strip()[:300]
+        raise InputError(f"the Hub does not take the metadata of the card ({said}): correct the section hub")
+    hf_raise_for_status(answer)
 
 
 def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:

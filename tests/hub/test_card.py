@@ -7,8 +7,10 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from render_examples import FOLDERS, render
 
-from hfgpt.hub.card import METRICS
+from hfgpt.hub import HubArguments
+from hfgpt.hub.card import METRICS, build_card
 from hfgpt.hub.records import read_records, without_paths
+from hfgpt.hub.usage import Place
 
 LABELS = ("ham", "spam", "invitation", "lost", "thanks", "trick")
 
@@ -84,6 +86,25 @@ def test_every_number_of_the_evaluation_stands_at_its_name(folder):
         value = metrics[names[label]]
         number = float(shown.replace(",", "").rstrip("%")) / (100 if shown.endswith("%") else 1)
         assert number == pytest.approx(value, abs=0.6e-4 * max(1, abs(value)))
+
+
+def test_times_of_a_resumed_run_are_of_its_last_part():
+    records = read_records(FOLDERS[-1])
+    records.run["resumed_from_step"] = 1390
+    rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
+    assert "seconds of training, from step 1,390 on, where the run was resumed" in rows
+    assert "seconds of training" not in rows
+    assert "optimizer steps" in rows
+
+
+def test_a_base_in_a_folder_is_no_repository(tmp_path):
+    """Though its name be that of one."""
+    records = read_records(FOLDERS[-1])
+    (tmp_path / "gpt2").mkdir()
+    records.run["base_model"] = str(tmp_path / "gpt2")
+    assert build_card(records, HubArguments(), Place("user/x")).metadata.base_model is None
+    records.run["base_model"] = "gpt2"
+    assert build_card(records, HubArguments(), Place("user/x")).metadata.base_model == "gpt2"
 
 
 def test_paths_of_this_machine_do_not_travel():

@@ -173,8 +173,9 @@ def test_a_fault_of_this_machine_is_not_the_hubs(hub, folder, impatient, monkeyp
     assert len(attempts) == 1, "waiting would not help"
 
 
-def test_killed_anywhere_it_ends_complete(hub, folder):
+def test_killed_anywhere_it_ends_complete(hub, folder, tmp_path, monkeypatch):
     """50 processes, each killed while the server holds a request of its, chosen at random; then one is let through."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # who is killed leaves what it had there
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hfgpt.hub.upload"])
     generator, killed = random.Random(0), 0
