@@ -17,6 +17,7 @@ from hfgpt.conversion import book, nanogpt
 from hfgpt.data.synthetic import generate_stories
 from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
 from hfgpt.tasks.demo import run_demo
+from hfgpt.training import estimate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +49,8 @@ def workplace(tmp_path_factory):
     (folder / "other-instructions.json").write_text(json.dumps(list(generate_instructions(5, split="test"))))
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", folder / "cache")
+    probe = estimate.probe_tokens_per_second  # half a second for each of the runs
+    monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
     with contextlib.chdir(folder):
         quick = ["--training.max_steps", "2", "--training.save_strategy", "no"]
         run_demo(
