@@ -42,7 +42,7 @@ def measure_again(folder: Path, records: Records, overrides: Sequence[str], cons
     recipe = _find_rows(records, overrides)
     if recipe is None:
         kept = "its metrics are those of the end of the run" if records.metrics else "nothing is measured"
-        return f"{kept}: its data is no longer at '{records.run.get('data_source')}'"
+        return f"{kept}: its data is no longer at '{_source(records)}'"
     measure: Callable = {"pretrain": _measure_text, "classify": _measure_classes, "instruct": _measure_answers}[
         recipe.task
     ]
@@ -73,11 +73,16 @@ def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
     recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), list(overrides))
     if options:
         return recipe
-    source = records.run.get("data_source") or recipe.data.path  # there as it was found, here as it was written
+    source = _source(records)
     if looks_local(source) and not find_files(source):
         return None
     recipe.data.path = source
     return recipe
+
+
+def _source(records: Records) -> str:
+    """Where the data was: as it was found, or else as it was written."""
+    return records.run.get("data_source") or records.recipe["data"]["path"]
 
 
 def _run_folder(folder: Path) -> Path:
