@@ -19,6 +19,8 @@ from hfgpt.training.hardware import find_device
 
 # How far a measurement may be from that at the end of the run: another machine rounds otherwise, no more.
 TOLERANCE = 1e-3
+# Options that say where and how the data is read here, and not which rows are measured.
+OF_THIS_MACHINE = ("--data.path", "--data.cache_dir", "--data.num_proc")
 
 
 def measure_again(folder: Path, records: Records, overrides: Sequence[str], console: Console) -> str:
@@ -65,13 +67,13 @@ def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
     options = [
         override.partition("=")[0] for override in overrides if override.startswith(("--data.", "--evaluation."))
     ]
-    if others := [option for option in options if option != "--data.path"]:
+    if others := [option for option in options if option not in OF_THIS_MACHINE]:
         raise InputError(
             f"{others[0]} would measure other rows than the run held out: leave it out; only --data.path, where the "
             "data now is, can be given"
         )
     recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), list(overrides))
-    if options:
+    if "--data.path" in options:
         return recipe
     source = _source(records)
     if looks_local(source) and not find_files(source):
@@ -135,7 +137,7 @@ def _measure_answers(recipe: Recipe, folder: Path, run_folder: Path, console: Co
 
 def _measure_what_is_named(folder: Path, records: Records, overrides: Sequence[str], now: str) -> str:
     """`hfgpt evaluate` on what the command line names, for a model of which no recipe says what it was kept from."""
-    others = _without_path(overrides)
+    others = _chosen_rows(overrides)
     if not any(override.partition("=")[0] == "--data.path" for override in overrides):
         return "nothing is measured: it is not recorded on what to"
     task = "classify" if classifies(str(folder)) else "pretrain"
@@ -152,12 +154,12 @@ def _measure_what_is_named(folder: Path, records: Records, overrides: Sequence[s
     return f"measured on {records.measured_on} of {source}"
 
 
-def _without_path(overrides: Sequence[str]) -> list[str]:
-    """The overrides of the section `data` but for its path, as they were written."""
+def _chosen_rows(overrides: Sequence[str]) -> list[str]:
+    """The overrides of the section `data` that say which rows are measured, as they were written."""
     given, kept = list(overrides), []
     while given:
         option = given.pop(0)
         value = [] if "=" in option or not given or given[0].startswith("--") else [given.pop(0)]
-        if option.startswith("--data.") and option.partition("=")[0] != "--data.path":
+        if option.startswith("--data.") and option.partition("=")[0] not in OF_THIS_MACHINE:
             kept += [option, *value]
     return kept

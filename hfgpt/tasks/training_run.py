@@ -15,7 +15,6 @@ from transformers.utils import cached_file
 from hfgpt.adapters import (
     CAUSAL_LM,
     SEQ_CLS,
-    WEIGHTS_FILE,
     attach_adapter,
     base_of,
     count_saved_parameters,
@@ -34,7 +33,7 @@ from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import read_records
 from hfgpt.hub.upload import check_login
 from hfgpt.hub.usage import Place
-from hfgpt.loading import hash_file, load_model_config, load_model_tokenizer
+from hfgpt.loading import hash_file, hash_weights, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import staged_files
 from hfgpt.tasks.publish import PublishArguments, check_base, publish
@@ -280,11 +279,10 @@ def describe_run(
 def _describe_weights(recipe: Recipe, trainer: HfGPTTrainer) -> dict[str, Any]:
     """What was trained, on what, and the hashes that bind the measurements to it."""
     folder, model = Path(recipe.training.output_dir), base_of(trainer.model)
-    weights = folder / (WEIGHTS_FILE if is_adapted(trainer.model) else "model.safetensors")
     described = {
         "architecture": describe_architecture(model),
         "trained_parameters": trainable_parameters(trainer.model)[0],
-        "weights_sha256": hash_file(weights) if weights.is_file() else None,
+        "weights_sha256": hash_weights(folder),
     }
     if recipe.task == "classify":
         described["labels"] = {str(index): label for index, label in model.config.id2label.items()}

@@ -440,6 +440,9 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     (tmp_path / "text.txt").write_text("a b c " * 40)
     _, shown = send(tmp_path / "ours", "me/ours", "--data.path", str(tmp_path / "text.txt"), dry_run=True)
     assert "Measured on all rows of `text.txt`, with the weights of sha256" in card_of(shown)
+    chosen = ["--data.path", str(tmp_path / "text.txt"), "--data.cache_dir", str(tmp_path), "--data.block_size=8"]
+    _, other = send(tmp_path / "ours", "me/ours", *chosen, dry_run=True)
+    assert "Measured on what `--data.block_size=8` chooses of `text.txt`" in card_of(other)
     assert "| perplexity |" in card_of(shown)
     assert str(tmp_path) not in card_of(shown)
 
