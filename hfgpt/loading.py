@@ -1,12 +1,13 @@
 """Models and tokenizers from folders and Hub ids, whole or not at all, or a clear line why not."""
 
 import functools
-import hashlib
 import json
 import re
+import sys
 import textwrap
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,6 +26,7 @@ from transformers.utils import cached_file, logging
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+from hfgpt.saving import CHECKSUMS_FILE, hash_file, read_checksums, read_json
 
 # Our classes for a GPT-2 checkpoint, which the Auto classes would load as transformers' own.
 OF_GPT2 = {
@@ -52,6 +54,7 @@ def load_model(
     revision: str | None = None,
     auto_class=AutoModelForCausalLM,
     new_head: list[str] | None = None,
+    changed_weights: Literal["refuse", "warn"] = "refuse",
     **kwargs,
 ) -> PreTrainedModel:
     """Loads a model, whole or not at all. A GPT-2 checkpoint becomes a model of ours; an adapter is put on its base.
@@ -61,6 +64,7 @@ def load_model(
         revision: Branch, tag or commit on the Hub.
         auto_class: `AutoModelForCausalLM`, or `AutoModelForSequenceClassification` for a classifier.
         new_head: Classes of a new head, drawn from torch's global generator, for a language model to classify with.
+        changed_weights: What to do when the weights in a folder are not those whose hash was saved with them.
         kwargs: Passed on to `from_pretrained`.
 
     Returns:
@@ -69,8 +73,12 @@ def load_model(
     Raises:
         InputError: There is no model there, its weights are damaged or not finite, or some are missing or left over.
     """
+    if changed := find_changed_weights(path):
+        if changed_weights == "refuse":
+            raise InputError(changed)
+        print(f"hfgpt: warning: {changed}", file=sys.stderr)
     if find_base(path, revision):
-        return _load_adapted(path, revision, auto_class, **kwargs)
+        return _load_adapted(path, revision, auto_class, changed_weights=changed_weights, **kwargs)
     config = load_model_config(path, revision)
     if is_classifier(config) and auto_class is AutoModelForCausalLM:
         raise InputError(f"'{path}' is a classifier, not a language model: name one that was trained to continue text")
@@ -157,7 +165,7 @@ def _check_same_base(path: str, base: str):
     """Refuses a base whose weights are not those the adapter was trained on, where its run wrote them down."""
     record, weights = Path(path) / "run.json", Path(base) / "model.safetensors"
     if record.is_file() and weights.is_file():
-        trained_on = json.loads(record.read_text(encoding="utf-8")).get("base_weights_sha256")
+        trained_on = read_json(record).get("base_weights_sha256")
         if trained_on and trained_on != hash_file(weights):
             raise InputError(
                 f"the adapter '{path}' was trained on other weights than '{base}' now has: put those back, or train "
@@ -192,16 +200,38 @@ def _adapter_labels(path: str, revision: str | None) -> list[str]:
     return [f"LABEL_{index}" for index in range(rows[0])]
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hash_weights(folder: Path) -> str | None:
     """SHA-256 of the weights in a folder, a model's or an adapter's; None where they are not in one file."""
-    files = [folder / name for name in (WEIGHTS_FILE, "model.safetensors") if (folder / name).is_file()]
-    return hash_file(files[0]) if files else None
+    file = _weights_file(folder)
+    return hash_file(file) if file else None
+
+
+def _weights_file(folder: Path) -> Path | None:
+    return next((folder / name for name in (WEIGHTS_FILE, "model.safetensors") if (folder / name).is_file()), None)
+
+
+def find_changed_weights(path: str) -> str | None:
+    """Compares the weights in a folder with the hash that was written when they were saved.
+
+    Returns:
+        What is wrong, in one line; None if nothing is, or no hash of one file of weights is on record.
+
+    Raises:
+        InputError: The record itself is damaged.
+    """
+    folder, weights = Path(path), _weights_file(Path(path))
+    if weights is None:
+        return None
+    recorded = {CHECKSUMS_FILE: read_checksums(folder).get(weights.name)}
+    for name in ("conversion.json", "merge.json", "run.json"):  # what was made from a run may keep its run.json
+        recorded[name] = read_json(folder / name).get("weights_sha256")
+    name, expected = next(((name, value) for name, value in recorded.items() if value), (None, None))
+    if expected is None or expected == (actual := hash_file(weights)):
+        return None
+    return (
+        f"the weights in '{path}' have changed since they were saved: {weights.name} has sha256 {actual[:12]}..., but "
+        f"{name} says {str(expected)[:12]}...; restore the original file"
+    )
 
 
 @contextmanager

@@ -60,13 +60,16 @@ TYPES = {
     "dict": "a mapping like {a: b}",
     "NoneType": "null",
 }
-# Keys that may differ when a run is resumed: they change what is watched, not what is learned.
+# Keys that may differ when a run is resumed: they change what is watched, not what is learned, or (the precision) are
+# compared as the machine resolved them.
 RESUMABLE = (
     "evaluation.",
     "hub.",
     "data.num_proc",
     "data.cache_dir",
     "training.output_dir",
+    "training.bf16",
+    "training.fp16",
     "training.logging_",
     "training.save_",
     "training.eval_",
@@ -192,12 +195,15 @@ def render_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
 
 
-def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first key, in dotted form, in which two recipes' values differ in what is learned; None if in none."""
+def first_difference(
+    old: dict[str, Any], new: dict[str, Any], ignoring: Sequence[str] = ()
+) -> tuple[str, Any, Any] | None:
+    """The first key, in dotted form, in which two recipes differ in what is learned, and its values; None: none."""
     flat_old, flat_new = _flatten(old), _flatten(new)
     for key in sorted(flat_old.keys() | flat_new.keys()):
-        if not key.startswith(RESUMABLE) and flat_old.get(key) != flat_new.get(key):
-            return key
+        before, now = flat_old.get(key), flat_new.get(key)
+        if before != now and key not in ignoring and not key.startswith(RESUMABLE):
+            return key, before, now
     return None
 
 
@@ -388,7 +394,9 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     flat = {}
     for section, content in values.items():
         flat |= (
-            {f"{section}.{key}": value for key, value in content.items()} if section != "task" else {section: content}
+            {f"{section}.{key}": value for key, value in content.items()}
+            if isinstance(content, dict)
+            else {section: content}
         )
     return flat
 

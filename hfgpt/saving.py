@@ -1,5 +1,6 @@
-"""Files and folders that are there whole or not at all, whatever happens while they are written."""
+"""Files and folders that are there whole or not at all, whatever happens meanwhile, and their checksums."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,10 +13,13 @@ from typing import Any
 
 from hfgpt.errors import InputError
 
+# Written last into a folder, so that a folder which has one is complete; `sha256sum --check` reads it.
+CHECKSUMS_FILE = "SHA256SUMS"
+
 
 def write_text(path: Path, text: str):
     """Writes a file whole or not at all; a link becomes a file of its own, and what it named stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -26,6 +30,49 @@ def write_text(path: Path, text: str):
 def write_json(path: Path, content: dict[str, Any]):
     """Writes JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that hfgpt wrote; empty if there is no such file.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"'{path}' is damaged ({error}): restore the file that was saved with the model") from error
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}' is not a JSON object: restore the file that was saved with the model")
+    return content
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path):
+    """Writes the SHA-256 of every file in a folder and below it, which completes the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+    lines = [f"{hash_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    write_text(folder / CHECKSUMS_FILE, "".join(lines))
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256, as `write_checksums` wrote them; empty if the folder has none."""
+    path = folder / CHECKSUMS_FILE
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+def remove_leftovers(folder: Path):
+    """Removes what a killed process left half-written in a folder that only this process writes to."""
+    for path in [*folder.glob(".staging-*"), *folder.glob(".*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager

@@ -217,6 +217,7 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
         ("training.logging_steps", 3, False),
         ("training.save_total_limit", 5, False),
         ("training.eval_strategy", "steps", False),
+        ("training.bf16", True, False),  # compared as the machine resolved it
         ("evaluation.prompts", ["x"], False),
         ("evaluation.stride", 8, False),
         ("data.num_proc", 2, False),
@@ -229,8 +230,11 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
     ):
         section, name = key.split(".")
         new = {**old, section: {**old[section], name: value}}
-        assert first_difference(old, new) == first_difference(new, old) == (key if differs else None)
-    assert first_difference(old, {**old, "task": "classify"}) == "task"
+        before = old[section].get(name)
+        assert first_difference(old, new) == ((key, before, value) if differs else None)
+        assert first_difference(new, old) == ((key, value, before) if differs else None)
+        assert first_difference(old, new, ignoring=[key]) is None
+    assert first_difference(old, {**old, "task": "classify"}) == ("task", "pretrain", "classify")
 
 
 # Faults

@@ -41,7 +41,7 @@ from hfgpt.recipe import Recipe
 from hfgpt.saving import write_json
 from hfgpt.tasks.first_pass import build_blocks, model_after_first_pass, run_first_pass
 from hfgpt.tasks.messages import describe_choices, describe_classification, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
@@ -96,6 +96,7 @@ class Prediction:
     probabilities: dict[str, float]
 
 
+@holds_run_folder
 def classify(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Trains a sequence classifier from labelled texts and leaves a complete run folder.
 
@@ -115,7 +116,7 @@ def classify(recipe: Recipe, resume: bool = False, console: Console | None = Non
     started = time.perf_counter()
 
     # 1. The run folder: free, or that of the run to go on with; and the Hub, if it goes there.
-    checkpoint = check_run_folder(recipe, resume)
+    checkpoint = check_run_folder(recipe, resume, console)
     check_publication(recipe)
     folder = Path(recipe.training.output_dir)
 
@@ -125,7 +126,7 @@ def classify(recipe: Recipe, resume: bool = False, console: Console | None = Non
     blocks = first_pass_blocks(recipe, data)
     PartialState().wait_for_everyone()  # all have seen the folder free
     if recipe.training.process_index == 0:
-        begin_run(recipe, data.tokenizer, data.report)
+        begin_run(recipe, data.tokenizer, data.report, checkpoint)
     console.print(data.report.summary(), highlight=False)
 
     # 3. A first pass over the texts without their labels, if the recipe has one; the model then begins there.
@@ -167,7 +168,7 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
     samples = sample(saved, data.tokenizer, recipe)
-    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
+    write_json(folder / "run.json", describe_run(recipe, training, tokens, samples))
     plot_loss(folder, len(data.labels), "row")
     plot_confusion(tested, folder / "confusion.png", f"{recipe.name}, test split")
     if recipe.evaluation.baseline:

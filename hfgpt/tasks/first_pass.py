@@ -1,6 +1,7 @@
 """The first pass of classification: language modelling over the training texts, in a folder of its own."""
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
+from hfgpt.saving import CHECKSUMS_FILE, remove_leftovers, write_checksums
 from hfgpt.tasks.training_run import context_length, run_training, save_run
+from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
 from hfgpt.training.estimate import Estimate, plan_run
-from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments, find_last_checkpoint
+from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 
 def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTokenizerBase, console: Console):
@@ -31,7 +34,7 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
         Interrupted: Ctrl-C; the run can be resumed.
     """
     folder = first_pass_folder(recipe)
-    if (folder / "model.safetensors").is_file():
+    if (folder / CHECKSUMS_FILE).is_file():
         return
     model, arguments = build_language_model(recipe, tokenizer), build_arguments(recipe)
     estimate = plan_run(model, arguments, blocks.block_size, len(blocks), seconds=0.5)
@@ -41,9 +44,13 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
         highlight=False,
     )
     trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)
-    run_training(trainer, estimate, find_last_checkpoint(folder), time.perf_counter(), console)
+    run_training(trainer, estimate, choose_checkpoint(folder, console), time.perf_counter(), console)
     if trainer.is_world_process_zero():
+        remove_leftovers(folder)
         save_run(trainer, folder)
+        for checkpoint in list_checkpoints(folder):  # of no use once it is done
+            shutil.rmtree(checkpoint)
+        write_checksums(folder)
     trainer.accelerator.wait_for_everyone()
 
 

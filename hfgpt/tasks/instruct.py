@@ -35,7 +35,7 @@ from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import write_json, write_text
 from hfgpt.tasks.messages import describe_answers, describe_choices, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
@@ -75,6 +75,7 @@ class InstructionData:
     report: DataReport
 
 
+@holds_run_folder
 def instruct(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Trains a language model to answer and leaves a complete run folder.
 
@@ -95,7 +96,7 @@ def instruct(recipe: Recipe, resume: bool = False, console: Console | None = Non
     started = time.perf_counter()
 
     # 1. The run folder: free, or that of the run to go on with; the Hub and the judge, if they are asked for.
-    checkpoint = check_run_folder(recipe, resume)
+    checkpoint = check_run_folder(recipe, resume, console)
     check_publication(recipe)
     folder = Path(recipe.training.output_dir)
     if recipe.evaluation.judge.base_url:
@@ -115,7 +116,7 @@ def instruct(recipe: Recipe, resume: bool = False, console: Console | None = Non
     # 5. Train.
     PartialState().wait_for_everyone()  # all have seen the folder free
     if recipe.training.process_index == 0:
-        begin_run(recipe, data.tokenizer, data.report)
+        begin_run(recipe, data.tokenizer, data.report, checkpoint)
     trainer = HfGPTTrainer(
         model=model,
         args=recipe.training,
@@ -148,7 +149,7 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
 
     # 7. What happened, for whoever repeats it or asks; the judge last, for he may fail.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
-    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
+    write_json(folder / "run.json", describe_run(recipe, training, tokens, samples))
     if evaluation.judge.base_url:
         try:
             metrics |= judge(answers, evaluation, folder, console)

@@ -23,7 +23,7 @@ from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import write_json
 from hfgpt.tasks.messages import describe_choices, describe_data, describe_metrics, render_summary
-from hfgpt.tasks.run_folder import begin_run, check_run_folder
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
 from hfgpt.tasks.training_run import (
     Training,
     build_recipe_model,
@@ -59,6 +59,7 @@ class PretrainingData:
     report: DataReport
 
 
+@holds_run_folder
 def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Trains a causal language model from text and leaves a complete run folder.
 
@@ -78,7 +79,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     started = time.perf_counter()
 
     # 1. The run folder: free, or that of the run to go on with; and the Hub, if it goes there.
-    checkpoint = check_run_folder(recipe, resume)
+    checkpoint = check_run_folder(recipe, resume, console)
     check_publication(recipe)
     folder = Path(recipe.training.output_dir)
 
@@ -97,7 +98,7 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     # 5. Train.
     PartialState().wait_for_everyone()  # all have seen the folder free
     if recipe.training.process_index == 0:
-        begin_run(recipe, data.tokenizer, data.report)
+        begin_run(recipe, data.tokenizer, data.report, checkpoint)
     trainer = HfGPTTrainer(
         model=model,
         args=recipe.training,
@@ -142,7 +143,7 @@ def finish_run(recipe: Recipe, training: Training, data: PretrainingData, consol
     # 7. What happened, for whoever repeats it or asks. Trainer sums the operations of the tokens it saw: the last step
     # of an epoch may have fewer than the others.
     tokens = round(trainer.state.total_flos / training.estimate.flops_per_token)
-    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
+    write_json(folder / "run.json", describe_run(recipe, training, tokens, samples))
     end_run(recipe)
     measured, following = f"validation {describe_metrics(metrics)}", f"hfgpt generate {folder} 'your prompt'"
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)

@@ -1,100 +1,260 @@
-"""The folder of a run: refused if it holds another one, filled with what makes the run repeatable."""
+"""The folder of a run: held by one process, refused if it holds another run, filled with what makes it repeatable."""
 
 import datetime
+import fcntl
+import functools
 import importlib.metadata
+import os
 import platform
-import shutil
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
-from hfgpt.recipe import Recipe, first_difference, render_recipe
-from hfgpt.saving import explain_full_disk, staged_files, write_json, write_text
-from hfgpt.training.trainer import find_last_checkpoint
+from hfgpt.loading import hash_file
+from hfgpt.recipe import Recipe, first_difference, load_recipe, render_recipe
+from hfgpt.saving import explain_full_disk, read_json, remove_leftovers, staged_files, write_json, write_text
+from hfgpt.tokenizer import tokenizer_hash
+from hfgpt.training.callbacks import stderr_console
+from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, remove_later_checkpoints, step_of
+from hfgpt.training.trainer import HfGPTTrainingArguments
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, CARD_FILE = "recipe.yaml", "README.md"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
+LENGTH = ("training.max_steps", "training.num_train_epochs")
 
 
-def check_run_folder(recipe: Recipe, resume: bool) -> Path | None:
-    """Checks that the run folder is free, or that the run in it is the one to go on with; writes nothing.
+def holds_run_folder(task: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a task hold its run folder from start to end, so that no other process trains into it meanwhile."""
+
+    @functools.wraps(task)
+    def run(recipe: Recipe, resume: bool = False, console: Console | None = None):
+        with hold_folder(Path(recipe.training.output_dir), recipe.training.process_index == 0):
+            return task(recipe, resume, console)
+
+    return run
+
+
+@contextmanager
+def hold_folder(folder: Path, main_process: bool = True) -> Iterator[None]:
+    """Makes a folder, and locks it until the end or the death of this process; an empty one is removed afterwards.
+
+    Args:
+        folder: Of a run.
+        main_process: Whether this is the one process of the run that writes to it.
+
+    Raises:
+        InputError: Another process holds the folder, or it cannot be written to.
+    """
+    if not main_process:
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"training.output_dir '{folder}' is a file: choose a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"training.output_dir '{folder}' is not writable: change its permissions, or choose another")
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()  # only an empty one
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path):
+    """Locks the folder itself, so that no file is left behind; closing the descriptor, or dying, unlocks it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"another process is training into '{folder}': wait until it has ended, or choose another "
+            "--training.output_dir"
+        ) from error
+    except OSError:
+        pass  # a file system without locks, as some network ones are
+
+
+def check_run_folder(recipe: Recipe, resume: bool, console: Console | None = None) -> Path | None:
+    """Checks that the run folder is free, or that the run in it is the one to resume; writes nothing.
 
     Args:
         recipe: Its `training.output_dir` is the folder.
-        resume: Whether to go on from the last checkpoint there.
+        resume: Whether to resume from the last checkpoint there.
+        console: Where to name damaged checkpoints; None: standard error.
 
     Returns:
-        The checkpoint to go on from, or None to start.
+        The checkpoint to resume from, or None to start.
 
     Raises:
         InputError: The folder holds another run, or there is nothing to resume.
     """
-    folder = Path(recipe.training.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"training.output_dir '{folder}' is a file: name a folder")
-    occupied = folder.is_dir() and any(folder.iterdir())
+    folder, console = Path(recipe.training.output_dir), console or stderr_console()
+    is_run, finished = (folder / RECIPE_FILE).is_file(), (folder / CARD_FILE).is_file()  # the card is written last
     if not resume:
-        if occupied:
+        if is_run and finished:
             raise InputError(
-                f"training.output_dir '{folder}' already holds {_describe(folder)}: pass --resume to go on with it, "
-                "or name another with --training.output_dir"
+                f"'{folder}' already holds a finished run: choose another --training.output_dir; "
+                f"{_advise_longer(recipe)}"
+            )
+        if is_run:
+            raise InputError(
+                f"'{folder}' already holds an unfinished run: pass --resume to continue it, or choose another "
+                "--training.output_dir"
+            )
+        if folder.is_dir() and (names := sorted(path.name for path in folder.iterdir())):
+            raise InputError(
+                f"'{folder}' already holds other files ({names[0]}, ...): choose another --training.output_dir"
             )
         return None
-    if not (folder / RECIPE_FILE).is_file():
+    if not is_run:
         raise InputError(f"there is no run to resume in '{folder}': leave out --resume to start one")
-    old = yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8"))
-    if key := first_difference(old, recipe.values):
-        raise InputError(
-            f"the run in '{folder}' has another {key} than this recipe, so going on would train neither: use the same "
-            "recipe and overrides, or another --training.output_dir"
-        )
-    if (folder / "README.md").is_file():  # written last
-        raise InputError(f"the run in '{folder}' is finished: there is nothing to resume")
-    return find_last_checkpoint(folder)
+    old = load_recipe(str(folder / RECIPE_FILE))
+    longer = _is_longer(old.training, recipe.training)
+    if difference := first_difference(old.values, recipe.values, LENGTH if longer else ()):
+        key, before, now = difference
+        remedy = ": use the same recipe and overrides, or choose another --training.output_dir"
+        if key in LENGTH and not _has_constant_rate(recipe.training):
+            schedule = recipe.training.lr_scheduler_type.value
+            remedy = f", on which its learning-rate schedule ({schedule}) depends; {_advise_longer(recipe)}"
+        now, before = ("the default" if value is None else repr(value) for value in (now, before))
+        raise InputError(f"{key} is {now}, but the run in '{folder}' began with {before}{remedy}")
+    if finished and not longer:
+        raise InputError(f"the run in '{folder}' is finished: there is nothing to resume; {_advise_longer(recipe)}")
+    checkpoint = choose_checkpoint(folder, console)
+    if checkpoint is None:
+        if finished:
+            raise InputError(f"'{folder}' has no checkpoint to train further from; {_advise_longer(recipe)}")
+        console.print(f"'{folder}' has no checkpoint yet: starting at step 0", highlight=False, markup=False)
+    return checkpoint
 
 
-def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport):
-    """Writes what is known before training: the recipe, the tokenizer and the data report, all or none of them."""
+def _is_longer(old: HfGPTTrainingArguments, new: HfGPTTrainingArguments) -> bool:
+    """Whether a run only goes further than before, at a learning rate that does not depend on where it ends."""
+    if old.max_steps > 0 or new.max_steps > 0:
+        return _has_constant_rate(new) and 0 < old.max_steps < new.max_steps
+    return _has_constant_rate(new) and old.num_train_epochs < new.num_train_epochs
+
+
+def _has_constant_rate(arguments: HfGPTTrainingArguments) -> bool:
+    """Whether the learning rate of a step does not depend on how many there are; a warm-up may be a share of them."""
+    warms_up_by_share = 0 < arguments.warmup_steps < 1
+    return arguments.lr_scheduler_type in ("constant", "constant_with_warmup") and not warms_up_by_share
+
+
+def _advise_longer(recipe: Recipe) -> str:
+    """How to train the run in the recipe's folder further."""
     folder = Path(recipe.training.output_dir)
-    existed = folder.is_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with explain_full_disk(folder), staged_files(folder) as staging:
-            write_text(staging / RECIPE_FILE, render_recipe(recipe))
-            tokenizer.save_pretrained(staging)
-            report.save(staging / "data_report.json")
-            write_json(staging / "run.json", describe_sources(recipe, report))
-    except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    last = find_last_checkpoint(folder)
+    if last and _has_constant_rate(recipe.training):
+        return "to train it further, pass --resume and a larger --training.max_steps"
+    if recipe.adapters is not None:
+        return (
+            "to train it further, merge its adapter with hfgpt merge and start a new run from the result (model.path)"
+        )
+    weights = folder if (folder / CARD_FILE).is_file() else last or folder
+    return (
+        f"to train it further, start a new run from its weights with --model.path {shlex.quote(str(weights))} and "
+        "another --training.output_dir"
+    )
 
 
-def _describe(folder: Path) -> str:
-    if (folder / RECIPE_FILE).is_file():
-        state = "finished" if (folder / "metrics.json").is_file() else "unfinished"
-        return f"a run ({state})"
-    return f"other files ({sorted(path.name for path in folder.iterdir())[0]}, ...)"
+def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport, checkpoint: Path | None = None):
+    """Writes what is known before training: the recipe, the tokenizer and the data report, all or none of them.
+
+    Args:
+        recipe: What is run.
+        tokenizer: The run's.
+        report: What became of its data.
+        checkpoint: Where the run is resumed from.
+
+    Raises:
+        InputError: Data, tokenizer, base model, precision or processes are not those that a resumed run began with.
+    """
+    folder = Path(recipe.training.output_dir)
+    sources = describe_sources(recipe, tokenizer, report)
+    check_same_sources(folder, read_json(folder / "run.json"), sources)
+    remove_leftovers(folder)
+    remove_later_checkpoints(folder, step_of(checkpoint) if checkpoint else 0)
+    for name in (CARD_FILE, "metrics.json"):  # of a finished run that is made longer
+        (folder / name).unlink(missing_ok=True)
+    with explain_full_disk(folder), staged_files(folder) as staging:
+        write_text(staging / RECIPE_FILE, render_recipe(recipe))
+        tokenizer.save_pretrained(staging)
+        report.save(staging / "data_report.json")
+        write_json(staging / "run.json", sources)
 
 
-def describe_sources(recipe: Recipe, report: DataReport) -> dict[str, Any]:
+def check_same_sources(folder: Path, before: dict[str, Any], now: dict[str, Any]):
+    """Refuses to resume a run on something else than it began with.
+
+    Args:
+        folder: Of the run.
+        before: Its run.json; empty for a new run.
+        now: See `describe_sources`.
+
+    Raises:
+        InputError: Names what has changed.
+    """
+    changed = {key for key in now.keys() & before.keys() if now[key] != before[key]}
+    anew = "or start another run in another --training.output_dir"
+    if "data_sha256" in changed:
+        raise InputError(f"'{now['data_source']}' has changed since the run in '{folder}' began: restore it, {anew}")
+    if "tokenizer_sha256" in changed:
+        raise InputError(f"the tokenizer in '{folder}' has changed since its run began: restore it, {anew}")
+    if "base_weights_sha256" in changed:
+        raise InputError(
+            f"the weights of '{now['base_model']}' have changed since the run in '{folder}' began: restore them, "
+            f"{anew}"
+        )
+    if "precision" in changed:
+        flag = {"bfloat16, mixed": "--training.bf16 true", "float16, mixed": "--training.fp16 true"}
+        raise InputError(
+            f"the run in '{folder}' began in {before['precision']}, and would continue in {now['precision']}: pass "
+            f"{flag.get(before['precision'], '--training.bf16 false')}, {anew}"
+        )
+    if "processes" in changed:
+        raise InputError(
+            f"the run in '{folder}' began on {before['processes']} processes, and would continue on "
+            f"{now['processes']}: start as many, {anew}"
+        )
+
+
+def describe_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> dict[str, Any]:
     """What a run is made from, for `run.json`: known before it starts, and of its checkpoints all that is known."""
-    place = Path(recipe.data.path)
+    place, arguments = Path(recipe.data.path), recipe.training
     sources = {
         "task": recipe.task,
         "recipe": recipe.name,
-        "seed": recipe.training.seed,
+        "seed": arguments.seed,
         "data_source": str(place.resolve()) if place.exists() else recipe.data.path,
         "data_sha256": report.sha256,
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "precision": "bfloat16, mixed" if arguments.bf16 else "float16, mixed" if arguments.fp16 else "float32",
+        "processes": arguments.world_size,
     }
-    if base := recipe.model.path:
-        sources["base_model"] = str(Path(base).resolve()) if Path(base).is_dir() else base
-    return sources
+    return sources | (describe_base(recipe.model.path, recipe.model.revision) if recipe.model.path else {})
+
+
+def describe_base(path: str, revision: str | None) -> dict[str, Any]:
+    """The base model of a run, and the hash of its weights where they are in one file."""
+    described = {"base_model": str(Path(path).resolve()) if Path(path).is_dir() else path}
+    settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+    if file := cached_file(path, "model.safetensors", **settings):
+        described["base_weights_sha256"] = hash_file(Path(file))
+    return described
 
 
 def describe_environment() -> dict[str, Any]:

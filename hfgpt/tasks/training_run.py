@@ -10,7 +10,6 @@ from typing import Any
 from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils import cached_file
 
 from hfgpt.adapters import (
     CAUSAL_LM,
@@ -25,7 +24,6 @@ from hfgpt.adapters import (
 from hfgpt.building import build_model
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.collators import PaddingCollator
-from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.background import CheckpointPushes
@@ -33,13 +31,14 @@ from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import read_records
 from hfgpt.hub.upload import check_login
 from hfgpt.hub.usage import Place
-from hfgpt.loading import hash_file, hash_weights, load_model_config, load_model_tokenizer
+from hfgpt.loading import hash_weights, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.saving import staged_files
+from hfgpt.saving import read_json, staged_files
 from hfgpt.tasks.publish import PublishArguments, check_base, publish
-from hfgpt.tasks.run_folder import describe_environment, describe_sources
-from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
+from hfgpt.tasks.run_folder import describe_base, describe_environment
+from hfgpt.tokenizer import build_tokenizer, load_tokenizer
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, append_log
+from hfgpt.training.checkpoints import step_of
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.hardware import describe_device, peak_memory_bytes
 from hfgpt.training.trainer import HfGPTTrainer
@@ -202,6 +201,12 @@ def run_training(
         Interrupted: Ctrl-C; a checkpoint was saved.
         InputError: The loss is not finite, or the disk full.
     """
+    if checkpoint:
+        console.print(
+            f"resuming from {checkpoint.name}: step {step_of(checkpoint):,} of {estimate.steps:,}, with the same data "
+            "order and random state",
+            highlight=False,
+        )
     progress = ProgressCallback(estimate.tokens_per_step, console)
     interrupt = InterruptCallback(console)
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
@@ -234,32 +239,20 @@ def save_run(trainer: HfGPTTrainer, folder: Path):
         (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
 
 
-def describe_run(
-    recipe: Recipe,
-    training: Training,
-    report: DataReport,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    samples: dict[str, Any],
-) -> dict[str, Any]:
+def describe_run(recipe: Recipe, training: Training, tokens: int, samples: dict[str, Any]) -> dict[str, Any]:
     """The content of `run.json`: plan and actual side by side, all that the weights depend on, what the card shows.
 
     Args:
         recipe: What was run.
         training: Its training.
-        report: What became of the data.
-        tokenizer: The run's.
         tokens: Seen in training.
         samples: `texts` of the trained model, and how they were sampled.
     """
     trainer, steps = training.trainer, training.trainer.state.global_step
     return {
-        **describe_sources(recipe, report),
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
         **_describe_weights(recipe, trainer),
+        **read_json(Path(recipe.training.output_dir) / "run.json"),  # what it began with
         "device": describe_device(recipe.training.device),
-        "processes": recipe.training.world_size,
-        "precision": "bfloat16, mixed" if trainer.args.bf16 else "float16, mixed" if trainer.args.fp16 else "float32",
         "attn_implementation": trainer.model.config._attn_implementation,
         "steps": steps,
         "tokens": tokens,
@@ -286,13 +279,8 @@ def _describe_weights(recipe: Recipe, trainer: HfGPTTrainer) -> dict[str, Any]:
     }
     if recipe.task == "classify":
         described["labels"] = {str(index): label for index, label in model.config.id2label.items()}
-    base = read_adapter(str(folder)).base if is_adapted(trainer.model) else recipe.model.path
-    if base is not None:
-        described["base_model"] = str(Path(base).resolve()) if Path(base).is_dir() else base
-        settings = {"revision": recipe.model.revision or "main", "_raise_exceptions_for_missing_entries": False}
-        if file := cached_file(base, "model.safetensors", **settings):
-            described["base_weights_sha256"] = hash_file(Path(file))
     if is_adapted(trainer.model):
+        described |= describe_base(read_adapter(str(folder)).base, recipe.model.revision)
         described["saved_parameters"] = count_saved_parameters(str(folder))
     return described
 

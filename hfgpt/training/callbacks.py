@@ -4,12 +4,19 @@ import json
 import math
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import distributed
 from transformers import TrainerCallback
+
+from hfgpt.errors import InputError
+from hfgpt.saving import write_text
 
 LOG_FILE = "training_log.jsonl"
 
@@ -78,10 +85,9 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        path = Path(args.output_dir) / LOG_FILE
         # A run that was stopped between two checkpoints repeats the steps since the first.
         kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        write_text(Path(args.output_dir) / LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -89,29 +95,42 @@ class LogCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns the first Ctrl-C into a checkpoint and an orderly end after the running step; the second ends at once.
+    """Turns the first SIGINT (Ctrl-C) or SIGTERM into a checkpoint and an orderly end; the second ends at once.
 
-    Use as a context manager around `Trainer.train`; `interrupted` says afterwards whether it happened.
+    All processes of a run stop after the same step, whichever of them was interrupted. Use as a context manager around
+    `Trainer.train`, in every process; `interrupted` says afterwards whether it happened.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, console: Console):
         self.console = console
-        self.interrupted = False
+        self.signalled = self.interrupted = False
+        # Of its own and on the CPU: agreeing must not wait for the device.
+        self.group = distributed.new_group(backend="gloo") if PartialState().num_processes > 1 else None
+        self.previous = {}
 
     def __enter__(self):
-        self.previous = signal.signal(signal.SIGINT, self._interrupt)
+        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+            self.previous = {number: signal.signal(number, self._interrupt) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *exception):
-        signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _interrupt(self, signum, frame):
-        if self.interrupted:
+        if self.signalled:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.signalled = True
         self.console.print("stopping after this step to save a checkpoint; Ctrl-C again stops at once, without one")
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = self.signalled
+        if self.group is not None:
+            anyone = torch.tensor(int(self.signalled))
+            distributed.all_reduce(anyone, distributed.ReduceOp.MAX, self.group)
+            self.interrupted = bool(anyone)
         if self.interrupted and state.global_step < state.max_steps:
             control.should_log = control.should_save = True
             control.should_training_stop = True
@@ -125,13 +144,26 @@ def append_log(output_dir: str | Path, entry: dict):
 
 
 def read_log(output_dir: str | Path) -> list[dict]:
-    """The entries of a run's `training_log.jsonl`, oldest first; none if there is no such file."""
+    """The entries of a run's `training_log.jsonl`, oldest first; none if there is no such file.
+
+    Raises:
+        InputError: A line is not an entry.
+    """
     path = Path(output_dir) / LOG_FILE
     if not path.exists():
         return []
     # A crash while writing leaves a line without its end.
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"'{path}' is damaged in line {number}: restore or delete it") from error
+        entries.append(entry)
+    return entries
 
 
 def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):

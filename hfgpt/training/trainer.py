@@ -6,20 +6,23 @@ Each override says what Trainer 5.23 does instead. Everything else, from accumul
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
+from transformers.trainer_utils import rotate_checkpoints
 
 from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
-from hfgpt.loading import quiet_bars, save_labels
-from hfgpt.saving import explain_full_disk
+from hfgpt.loading import fact_of, quiet_bars, save_labels
+from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, write_checksums
+from hfgpt.training.checkpoints import find_last_checkpoint, step_of
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
 from hfgpt.training.optimizers import MuonFactory
@@ -207,11 +210,15 @@ class HfGPTTrainer(Trainer):
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Trainer averages the means of batches; this sums over tokens, or rows."""
+        """Trainer averages the means of batches, and moves on the random state that dropout draws from.
+
+        This sums over tokens, or rows, and leaves what is learned the same however often it is called.
+        """
         dataloader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = dataloader
         start = time.perf_counter()
-        with self.compute_loss_context_manager():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager():
             result = self.measure(
                 self.model,
                 dataloader,
@@ -250,25 +257,72 @@ class HfGPTTrainer(Trainer):
                 save_labels(list(config.id2label.values()), folder)
 
     def _save_checkpoint(self, model, trial):
-        """Trainer leaves the half of a checkpoint that still fit on the disk, and would resume from it."""
+        """Trainer would resume from a checkpoint that was half written, or damaged since, and deletes by time stamps.
+
+        Here the checksums of its files, written when all processes have saved theirs, complete a checkpoint.
+        """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer then deletes none
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "weights")
         try:
             with explain_full_disk(folder):
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    write_checksums(folder)
         except BaseException:
-            if not (folder / "trainer_state.json").exists():  # written last
+            if not (folder / CHECKSUMS_FILE).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=False)
+        self.accelerator.wait_for_everyone()  # one that ends now may take the others with it
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if resume_from_checkpoint is not None:
+            with _readable(resume_from_checkpoint):
+                _check_state(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        with _readable(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None):
+        with _readable(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None):
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         with explain_full_disk(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
 
 
-def find_last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run folder; None if it holds none. Its state file is written last."""
-    states = Path(output_dir).glob("checkpoint-*/trainer_state.json")
-    checkpoints = [path.parent for path in states if path.parent.name.rpartition("-")[2].isdecimal()]
-    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+@contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Turns what torch, safetensors and json raise on a checkpoint that hfgpt did not write into one line."""
+    try:
+        yield
+    # Files that someone wrote by hand, checksums included, raise whatever their bytes spell.
+    except Exception as error:
+        raise InputError(
+            f"the checkpoint '{checkpoint}' cannot be resumed from ({fact_of(error)}): delete it, and --resume takes "
+            "the one before it"
+        ) from error
+
+
+def _check_state(checkpoint: Path):
+    """Refuses a trainer_state.json that is not of its checkpoint."""
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    if state.global_step != step_of(checkpoint) or not isinstance(state.log_history, list):
+        raise ValueError(f"trainer_state.json is not that of step {step_of(checkpoint)}")

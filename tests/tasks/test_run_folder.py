@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hfgpt import HfGPTForCausalLM
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
-from hfgpt.saving import staged_files, write_json, write_text
+from hfgpt.saving import remove_leftovers, staged_files, write_checksums, write_json, write_text
 from hfgpt.tasks.pretrain import load_pretraining_data
-from hfgpt.tasks.run_folder import begin_run, check_run_folder
+from hfgpt.tasks.run_folder import begin_run, check_run_folder, hold_folder
 from hfgpt.tokenizer import tokenizer_hash
 
 FILES = {
@@ -133,13 +135,13 @@ def test_the_readme_says_what_was_measured(finished):
 
 def test_an_occupied_folder_is_refused(finished, load, train, tmp_path):
     before = content(finished.folder)
-    with pytest.raises(InputError, match=r"already holds a run \(finished\): pass --resume .* --training.output_dir"):
+    with pytest.raises(InputError, match=r"already holds a finished run: choose another .* with --model.path '?/"):
         train(finished.folder)
     assert content(finished.folder) == before
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(InputError, match=r"already holds other files \(thesis.txt, ...\)"):
         train(tmp_path)
-    with pytest.raises(InputError, match=r"thesis\.txt' is a file: name a folder"):
+    with pytest.raises(InputError, match=r"thesis\.txt' is a file: choose a folder"):
         train(tmp_path / "thesis.txt")
     assert os.listdir(tmp_path) == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
@@ -150,9 +152,11 @@ def test_an_occupied_folder_is_refused(finished, load, train, tmp_path):
 def stopped(finished, load, tmp_path):
     """A run that ended before its last steps; only what `check_run_folder` looks at."""
     folder = tmp_path / "stopped"
-    (folder / "checkpoint-4").mkdir(parents=True)
-    (folder / "checkpoint-4" / "trainer_state.json").touch()
-    (folder / "checkpoint-8").mkdir()
+    for step in (4, 8):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+            (folder / f"checkpoint-{step}" / name).write_text(name)
+    write_checksums(folder / "checkpoint-4")
     values = {**finished.recipe.values, "training": {**finished.recipe.values["training"], "output_dir": str(folder)}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder
@@ -160,17 +164,18 @@ def stopped(finished, load, tmp_path):
 
 def test_resume_takes_the_last_whole_checkpoint(stopped, load):
     assert check_run_folder(load(stopped), resume=True) == stopped / "checkpoint-4"
-    with pytest.raises(InputError, match=r"already holds a run \(unfinished\): pass --resume"):
+    with pytest.raises(InputError, match="already holds an unfinished run: pass --resume to continue it"):
         check_run_folder(load(stopped), resume=False)
 
 
 @pytest.mark.parametrize(
     "override",
-    ["training.learning_rate=0.5", "training.num_train_epochs=3", "model.qkv_bias=false", "tokenizer.kind=bpe"],
+    ["training.learning_rate=0.5", "training.weight_decay=0.5", "model.qkv_bias=False", "tokenizer.kind=bpe"],
 )
-def test_resume_of_another_recipe_names_the_key(override, stopped, load):
-    key = override.partition("=")[0]
-    with pytest.raises(InputError, match=f"has another {re.escape(key)} than this recipe"):
+def test_resume_of_another_recipe_names_the_key_and_both_values(override, stopped, load):
+    key, _, value = override.partition("=")
+    said = rf"{re.escape(key)} is '?{value}'?, but the run in '.*' began with .*: use the same recipe"
+    with pytest.raises(InputError, match=said):
         check_run_folder(load(stopped, override), resume=True)
 
 
@@ -207,6 +212,43 @@ def test_resume_of_a_finished_run_is_refused(finished, load, train, tmp_path):
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe.values), encoding="utf-8")
     with pytest.raises(InputError, match="is finished: there is nothing to resume"):
         check_run_folder(recipe, resume=True)
+
+
+HOLDER = """
+import fcntl, os, sys, time
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends_or_dies(load, train, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for resume in (False, True):
+            with pytest.raises(InputError, match=rf"another process is training into '{folder}': wait"):
+                train(folder, resume=resume)
+        assert list(folder.iterdir()) == []
+    finally:
+        holder.kill()
+        holder.communicate()
+    with hold_folder(folder):  # a dead process holds nothing
+        pass
+    with hold_folder(folder), pytest.raises(InputError, match="another process"), hold_folder(folder):
+        pass
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    for name in (".staging-x1", "checkpoint-4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    for name in (".run.json.77.tmp", ".gitignore", "run.json"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", ".gitignore", "run.json"}
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -256,11 +298,12 @@ def test_a_run_begins_whole_or_not_at_all(existed, finished, load, tmp_path):
     recipe = load(tmp_path / "runs" / "new")
     if existed:
         (tmp_path / "runs" / "new").mkdir(parents=True)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space"), hold_folder(tmp_path / "runs" / "new"):
         begin_run(recipe, tokenizer, Full())
-    assert (tmp_path / "runs" / "new").exists() == existed
+    assert (tmp_path / "runs").exists() == existed
     assert content(tmp_path) == {}
-    begin_run(recipe, tokenizer, DataReport(source="here"))
+    with hold_folder(tmp_path / "runs" / "new"):
+        begin_run(recipe, tokenizer, DataReport(source="here"))
     assert content(tmp_path / "runs" / "new").keys() == {
         "recipe.yaml",
         "run.json",

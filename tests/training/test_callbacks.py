@@ -4,6 +4,7 @@ import io
 import json
 import math
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from matplotlib import pyplot
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
+from hfgpt.errors import InputError
 from hfgpt.training.callbacks import (
     LOG_FILE,
     InterruptCallback,
@@ -57,6 +59,13 @@ def test_log_has_one_object_a_logging_step(tmp_path):
     ]
     assert [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()] == expected
     assert read_log(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "2"}', "\x1b", "[" * 9999])
+def test_a_damaged_log_names_the_line(line, tmp_path):
+    (tmp_path / LOG_FILE).write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
+    with pytest.raises(InputError, match=r"training_log.jsonl' is damaged in line 2: restore or delete it"):
+        read_log(tmp_path)
 
 
 def test_log_of_a_resumed_run_drops_what_is_repeated(tmp_path):
@@ -124,14 +133,14 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "step 3/10" not in shown
 
 
-def test_first_interrupt_saves_and_stops_the_second_ends_at_once():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_interrupt_saves_and_stops_the_second_ends_at_once(number):
+    before = signal.getsignal(number)
     console = text_console()
     with InterruptCallback(console) as callback:
         control = callback.on_step_end(None, state_at(3), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (False, False)
-        signal.raise_signal(signal.SIGINT)
-        assert callback.interrupted
+        signal.raise_signal(number)
         assert "Ctrl-C again stops at once" in console.file.getvalue()
         control = callback.on_step_end(None, state_at(4), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (True, True)
@@ -140,9 +149,26 @@ def test_first_interrupt_saves_and_stops_the_second_ends_at_once():
         # After the last step there is nothing to stop.
         control = callback.on_step_end(None, state_at(10), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (False, False)
+        assert callback.interrupted
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_outside_the_main_thread_no_handler_is_set():
+    failed = []
+
+    def train():
+        try:
+            with InterruptCallback(text_console()) as callback:
+                callback.on_step_end(None, state_at(3), TrainerControl())
+        except ValueError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert failed == []
 
 
 def test_interrupts_are_given_back_after_an_error():

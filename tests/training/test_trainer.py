@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training import trainer as module
+from hfgpt.training.checkpoints import find_last_checkpoint
 from hfgpt.training.flops import training_flops_per_token
-from hfgpt.training.trainer import HfGPTTrainingArguments, find_last_checkpoint
+from hfgpt.training.trainer import HfGPTTrainingArguments
 
 # Float32 sums over a few hundred tokens in another order.
 ROUNDING = {"rel": 2e-6}
@@ -293,19 +294,3 @@ def test_failed_checkpoint_leaves_no_part(cause, make_model, make_blocks, make_t
         assert re.search("no space left on the disk of .*checkpoint-4.*--resume", str(stop.value))
     assert [path.name for path in output_dir.iterdir()] == ["checkpoint-2"]
     assert find_last_checkpoint(output_dir) == output_dir / "checkpoint-2"
-
-
-def test_find_last_checkpoint(tmp_path):
-    assert find_last_checkpoint(tmp_path) is None
-    assert find_last_checkpoint(tmp_path / "missing") is None
-    for name, files in {
-        "checkpoint-9": ["model.safetensors", "trainer_state.json"],
-        "checkpoint-10": ["model.safetensors", "trainer_state.json"],
-        "checkpoint-11": ["model.safetensors", "optimizer.pt"],
-        "other-12": ["trainer_state.json"],
-        "checkpoint-best": ["trainer_state.json"],
-    }.items():
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).touch()
-    assert find_last_checkpoint(str(tmp_path)) == tmp_path / "checkpoint-10"

@@ -1,0 +1,195 @@
+"""What a run is resumed on: the data, tokenizer, base model and precision it began with, and undamaged checkpoints."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from hfgpt.errors import InputError, Interrupted
+from hfgpt.loading import hash_file
+from hfgpt.tasks.run_folder import check_same_sources
+from hfgpt.training.checkpoints import list_checkpoints
+
+TEXT = "The fox saw the hen. The hen saw the fox. Neither said a word about it.\n" * 40
+
+
+def stop_at(step: int):
+    return lambda running: signal.raise_signal(signal.SIGTERM) if running == step else None
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "v.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(text, train, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole") / "run", f"data.path={text}")
+
+
+@pytest.fixture(scope="module")
+def stopped_once(text, train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(Interrupted, match="stopped at step 6 of"):
+        train(folder, f"data.path={text}", during=stop_at(6))
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, text, tmp_path):
+    """A run stopped at step 6, with checkpoints of the steps 4 and 6."""
+    text.write_text(TEXT)
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
+
+
+def test_where_it_resumes_is_said(stopped, text, whole, train):
+    steps = json.loads((whole.folder / "run.json").read_text())["steps"]
+    run = train(stopped, f"data.path={text}", resume=True)
+    assert f"resuming from checkpoint-6: step 6 of {steps}, with the same data order and random state" in run.shown
+    assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+
+
+def test_changed_data_is_refused_and_the_record_kept(stopped, text, train):
+    before = content(stopped)
+    text.write_text(TEXT.replace("hen", "cat"))
+    said = rf"'{text}' has changed since the run in '{stopped}' began: restore it, or start another run"
+    with pytest.raises(InputError, match=said):
+        train(stopped, f"data.path={text}", resume=True)
+    assert content(stopped) == before
+
+
+def test_a_changed_tokenizer_is_refused(stopped, text, train):
+    file = stopped / "tokenizer.json"
+    tokens = json.loads(file.read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    file.write_text(json.dumps(tokens))
+    with pytest.raises(InputError, match=rf"the tokenizer in '{stopped}' has changed since its run began"):
+        train(stopped, f"data.path={text}", resume=True)
+
+
+BEGAN = {
+    "data_source": "/d/v.txt",
+    "data_sha256": "1",
+    "tokenizer_sha256": "2",
+    "precision": "float32",
+    "processes": 2,
+    "base_model": "me/base",
+    "base_weights_sha256": "3",
+}
+
+
+@pytest.mark.parametrize(
+    ("began", "now", "said"),
+    [
+        ({}, {"base_weights_sha256": "4"}, "the weights of 'me/base' have changed since the run in 'r' began"),
+        (
+            {},
+            {"precision": "bfloat16, mixed"},
+            "began in float32, and would continue in bfloat16, mixed: pass --training.bf16 false",
+        ),
+        ({"precision": "bfloat16, mixed"}, {"precision": "float32"}, "pass --training.bf16 true"),
+        ({"precision": "float16, mixed"}, {"precision": "float32"}, "pass --training.fp16 true"),
+        ({}, {"processes": 1}, "began on 2 processes, and would continue on 1: start as many"),
+    ],
+)
+def test_what_a_run_began_with_is_compared(began, now, said):
+    check_same_sources(Path("r"), {**BEGAN, **began, "steps": 7}, {**BEGAN, **began})
+    check_same_sources(Path("r"), {}, BEGAN)
+    with pytest.raises(InputError, match=said):
+        check_same_sources(Path("r"), {**BEGAN, **began}, {**BEGAN, **now})
+
+
+def test_a_base_model_is_recorded_when_a_run_begins(whole, load, tmp_path):
+    from hfgpt.data.report import DataReport
+    from hfgpt.loading import load_model_tokenizer
+    from hfgpt.tasks.run_folder import describe_sources
+
+    recipe = load(tmp_path)
+    recipe.model.path = str(whole.folder)
+    sources = describe_sources(recipe, load_model_tokenizer(str(whole.folder)), DataReport(sha256="1"))
+    assert sources["base_weights_sha256"] == hash_file(whole.folder / "model.safetensors")
+    assert sources.keys() >= BEGAN.keys()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(name, stopped, text, whole, train):
+    file = stopped / "checkpoint-6" / name
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    trained = []
+    run = train(stopped, f"data.path={text}", resume=True, during=trained.append)
+    assert f"checkpoint-6 is damaged: {name} does not match its checksum" in run.shown
+    assert trained[0] == 5
+    assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "said"),
+    [
+        ("recipe.yaml", b"task: [", "recipe.yaml, line 1: "),
+        ("recipe.yaml", b"!!python/object/apply:os.system ['touch planted']", "recipe.yaml"),
+        ("recipe.yaml", b"training: 5\n", "'training' is a section"),
+        ("recipe.yaml", b"\xff\xfe", "recipe.yaml is not UTF-8"),
+        ("run.json", b'{"task": "pre', "run.json' is damaged"),
+        ("run.json", b"[1]", "run.json' is not a JSON object"),
+        ("training_log.jsonl", b"{\n", "training_log.jsonl' is damaged in line 1"),
+        ("tokenizer.json", b"{", "tokenizer"),
+    ],
+)
+def test_broken_files_of_a_run_are_one_line(name, broken, said, stopped, text, train, monkeypatch):
+    monkeypatch.chdir(stopped)
+    (stopped / name).write_bytes(broken)
+    with pytest.raises(InputError, match=said) as error:
+        train(stopped, f"data.path={text}", resume=True)
+    assert "\n" not in str(error.value)
+    assert not (stopped / "planted").exists()
+
+
+CONSTANT = ("training.lr_scheduler_type=constant", "training.save_steps=3")
+
+
+def test_a_run_goes_further_where_the_learning_rate_does_not_depend_on_its_end(train, tmp_path):
+    long, short = tmp_path / "long", tmp_path / "short"
+    train(long, *CONSTANT, "training.max_steps=9")
+    train(short, *CONSTANT, "training.max_steps=5")
+    with pytest.raises(InputError, match=r"finished run: .* pass --resume and a larger --training.max_steps"):
+        train(short, *CONSTANT, "training.max_steps=9")
+    with pytest.raises(InputError, match=r"is finished: there is nothing to resume; to train it further, pass"):
+        train(short, *CONSTANT, "training.max_steps=5", resume=True)
+    with pytest.raises(InputError, match=r"training.max_steps is 4, but the run in .* began with 5: use the"):
+        train(short, *CONSTANT, "training.max_steps=4", resume=True)
+    run = train(short, *CONSTANT, "training.max_steps=9", resume=True)
+    assert "resuming from checkpoint-5: step 5 of 9" in run.shown
+    assert hash_file(short / "model.safetensors") == hash_file(long / "model.safetensors")
+    assert json.loads((short / "metrics.json").read_text()) == json.loads((long / "metrics.json").read_text())
+
+
+def test_elsewhere_the_way_to_train_longer_is_said(stopped, text, whole, train):
+    said = (
+        rf"training.max_steps is 90, but the run in '{stopped}' began with the default, on which its learning-rate "
+        rf"schedule \(linear\) depends; to train it further, start a new run from its weights with --model.path "
+        rf"{stopped}/checkpoint-6 and another"
+    )
+    with pytest.raises(InputError, match=said):
+        train(stopped, f"data.path={text}", "training.max_steps=90", resume=True)
+    said = (
+        rf"nothing to resume; to train it further, start a new run from its weights with --model.path {whole.folder}"
+    )
+    with pytest.raises(InputError, match=said):
+        train(whole.folder, f"data.path={text}", resume=True)
+
+
+def test_evaluating_more_often_does_not_change_what_is_learned(whole, text, train, tmp_path):
+    other = train(tmp_path / "run", f"data.path={text}", "training.eval_steps=2")
+    assert hash_file(other.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")

@@ -1,0 +1,143 @@
+"""Checkpoints: complete ones only, none that is damaged, and never one newer than the run."""
+
+import io
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from rich.console import Console
+
+from hfgpt.errors import InputError
+from hfgpt.saving import CHECKSUMS_FILE, read_checksums, write_checksums
+from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, list_checkpoints
+
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+SAVING = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.fixture
+def output_dir(tmp_path):
+    """The checkpoints 9 and 10 are complete, 11 is not."""
+    for step in (9, 10, 11):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("model.safetensors", *STATE):
+            (folder / name).write_text(f"{name} of {step}")
+        if step < 11:
+            write_checksums(folder)
+    for name in ("checkpoint-best", "other-12"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CHECKSUMS_FILE).touch()
+    return tmp_path
+
+
+def choose(output_dir):
+    console = Console(file=io.StringIO(), width=500)
+    return choose_checkpoint(output_dir, console), console.file.getvalue()
+
+
+def test_checksums_are_those_of_sha256sum(output_dir):
+    folder = output_dir / "checkpoint-9"
+    assert set(read_checksums(folder)) == {"model.safetensors", *STATE}
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", CHECKSUMS_FILE], cwd=folder, check=True)
+
+
+def test_the_newest_complete_checkpoint_is_taken(output_dir):
+    assert find_last_checkpoint(str(output_dir)) == output_dir / "checkpoint-10"
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
+    chosen, shown = choose(output_dir)
+    assert chosen == output_dir / "checkpoint-10"
+    assert shown == f"{output_dir}/checkpoint-11 is incomplete: the run was stopped while it was saved\n"
+    assert find_last_checkpoint(output_dir / "missing") is None
+    assert choose(output_dir / "missing") == (None, "")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", *STATE])
+@pytest.mark.parametrize("damage", ["missing", "a flipped bit", "truncated"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, damage, output_dir):
+    file = output_dir / "checkpoint-10" / name
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content if damage == "a flipped bit" else content[:3])
+    chosen, shown = choose(output_dir)
+    assert chosen == output_dir / "checkpoint-9"
+    fault = "is missing" if damage == "missing" else "does not match its checksum"
+    assert f"{output_dir}/checkpoint-10 is damaged: {name} {fault}\n" in shown
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(output_dir):
+    for step in (9, 10):
+        (output_dir / f"checkpoint-{step}" / "optimizer.pt").unlink()
+    said = r"checkpoint-10: optimizer.pt is missing; checkpoint-9: optimizer.pt is missing\): restore one, or start"
+    with pytest.raises(InputError, match=said):
+        choose(output_dir)
+
+
+@pytest.mark.parametrize("state", STATE)
+def test_a_checkpoint_saved_without_state_is_not_resumed_from(state, output_dir):
+    (output_dir / "checkpoint-10" / state).unlink()
+    write_checksums(output_dir / "checkpoint-10")
+    assert choose(output_dir)[0] == output_dir / "checkpoint-9"
+
+
+def test_checkpoints_are_kept_by_step_whatever_the_clock_says(make_model, make_blocks, make_trainer, monkeypatch):
+    """After a clock set back, each new checkpoint looks like the oldest."""
+    write, times = torch.save, iter(range(2_000_000_000, 0, -1_000_000))
+
+    def write_earlier(content, path, *args, **kwargs):
+        write(content, path, *args, **kwargs)
+        moment = next(times)
+        os.utime(os.path.dirname(path), (moment, moment))
+
+    trainer = make_trainer(make_model(), make_blocks(200), save_total_limit=2, **SAVING)
+    monkeypatch.setattr(torch, "save", write_earlier)
+    monkeypatch.setattr("hfgpt.training.trainer.write_checksums", keep_time(write_checksums))
+    trainer.train()
+    assert [path.name for path in list_checkpoints(trainer.args.output_dir)] == ["checkpoint-6", "checkpoint-8"]
+    assert trainer.args.save_total_limit == 2
+
+
+def keep_time(write):
+    def write_and_restore(folder):
+        before = folder.stat().st_mtime
+        write(folder)
+        os.utime(folder, (before, before))
+
+    return write_and_restore
+
+
+@pytest.mark.parametrize("name", [*STATE, "model.safetensors"])
+def test_a_hostile_checkpoint_is_one_line(name, make_model, make_blocks, make_trainer, tmp_path):
+    """Its checksums are right: whoever made it wrote those, too."""
+    trainer = make_trainer(make_model(), make_blocks(200), **SAVING)
+    trainer.train()
+    folder, planted = list_checkpoints(trainer.args.output_dir)[-2], tmp_path / "planted"
+    if name.endswith((".pt", ".pth")):
+        torch.save(Hostile(planted), folder / name)
+    elif name == "trainer_state.json":
+        state = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(state | {"global_step": "6"}))
+    else:
+        (folder / name).write_bytes(b"\xff" * 100)
+    write_checksums(folder)
+    again = make_trainer(make_model(), make_blocks(200), **SAVING)
+    with pytest.raises(InputError, match="checkpoint-6' cannot be resumed from") as error:
+        again.train(resume_from_checkpoint=str(folder))
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
+    assert not planted.exists()
+
+
+class Hostile:
+    """What a pickle would run."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
