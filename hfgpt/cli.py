@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -72,7 +73,7 @@ def generate(
 
     arguments = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, num_samples, seed)
     tokenizer = load_model_tokenizer(model)
-    network = load_model(model).to(find_device())
+    network = load_model(model, changed_weights="warn").to(find_device())
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
     texts = generate_texts(network, tokenizer, prompt, arguments, streamer)
     if streamer is None:
@@ -110,7 +111,7 @@ def classify(
     from hfgpt.tasks.classify import load_classifier, predict, read_texts
 
     texts = read_texts(texts or [], file)
-    network, tokenizer, _ = load_classifier(model)
+    network, tokenizer, _ = load_classifier(model, changed_weights="warn")
     predictions = predict(network, tokenizer, texts)
     if as_json:
         rows = [{"text": found.text, "label": found.label, "score": found.score} for found in predictions]
@@ -293,6 +294,7 @@ def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and so cleans up as that does
     try:
         "".join(sys.argv).encode()  # bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes
         if app(sys.argv[1:] or ["--help"], prog_name="hfgpt", standalone_mode=False) == 130:
@@ -354,5 +356,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _stop(message: str) -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):  # it is ending
+        signal.signal(number, signal.SIG_IGN)
     print(f"hfgpt: {message}", file=sys.stderr)
     sys.exit(130)  # as shells report an end by Ctrl-C

@@ -73,12 +73,19 @@ def load_model(
     Raises:
         InputError: There is no model there, its weights are damaged or not finite, or some are missing or left over.
     """
-    if changed := find_changed_weights(path):
-        if changed_weights == "refuse":
-            raise InputError(changed)
-        print(f"hfgpt: warning: {changed}", file=sys.stderr)
+    changed = find_changed_weights(path)
+    if changed and changed_weights == "refuse":
+        raise InputError(changed)
     if find_base(path, revision):
-        return _load_adapted(path, revision, auto_class, changed_weights=changed_weights, **kwargs)
+        model = _load_adapted(path, revision, auto_class, changed_weights=changed_weights, **kwargs)
+    else:
+        model = _load_whole(path, revision, auto_class, new_head, **kwargs)
+    if changed:
+        print(f"hfgpt: warning: {changed}", file=sys.stderr)
+    return model
+
+
+def _load_whole(path: str, revision: str | None, auto_class, new_head: list[str] | None, **kwargs) -> PreTrainedModel:
     config = load_model_config(path, revision)
     if is_classifier(config) and auto_class is AutoModelForCausalLM:
         raise InputError(f"'{path}' is a classifier, not a language model: name one that was trained to continue text")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -19,6 +20,15 @@ def hub():
     HUB.reset()
     yield HUB
     HUB.reset()
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """The command line sets some for the rest of its process, which here is pytest's."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

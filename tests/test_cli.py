@@ -302,7 +302,7 @@ def test_ctrl_c(here, tmp_path, monkeypatch):
     assert hfgpt("train", "tiny.yaml", "--resume", *steps).status == 0
     assert (tmp_path / "run" / "metrics.json").is_file()
 
-    def interrupt(*args):
+    def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hfgpt.loading.load_model", interrupt)
@@ -333,9 +333,9 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("inspect wrong.yaml", "wrong.yaml, line 2: there is no key 'hiden_size' in section 'model'; did you mean"),
         ("train tiny.yaml --data.pth x", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
         ("train tiny.yaml --training.max_steps few", "training.max_steps is 'few'; it must be a whole number"),
-        ("train tiny.yaml", "training.output_dir 'runs/tiny' already holds a run (finished): pass --resume"),
+        ("train tiny.yaml", "'runs/tiny' already holds a finished run: choose another --training.output_dir"),
         ("train tiny.yaml --training.output_dir damaged", "'damaged' already holds other files (no-json, ...)"),
-        ("train tiny.yaml --training.output_dir tiny.yaml", "'tiny.yaml' is a file: name a folder"),
+        ("train tiny.yaml --training.output_dir tiny.yaml", "'tiny.yaml' is a file: choose a folder"),
         ("train tiny.yaml --resume", "the run in 'runs/tiny' is finished: there is nothing to resume"),
         (f"{TRAIN} --resume", "there is no run to resume in 'new': leave out --resume to start one"),
         ("evaluate runs/tiny", "data.path is not set: give a Hub id, a file, a folder or synthetic:stories"),
@@ -351,7 +351,10 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("generate stories.txt Once", "'stories.txt' is a file; a model is a folder with config.json and weights"),
         ("generate runs Once", "the folder 'runs' holds no config.json, so it is no model: name a finished run"),
         ("generate damaged/weights Once", "cannot load a model from 'damaged/weights' ("),
-        ("evaluate damaged/weights --data.path stories.txt", "file not fully covered): save or copy it again"),
+        (
+            "evaluate damaged/weights --data.path stories.txt",
+            "the weights in 'damaged/weights' have changed since they were saved: ",
+        ),
         ("evaluate damaged/tokenizer --data.path stories.txt", "cannot load a tokenizer from 'damaged/tokenizer' ("),
         ("generate damaged/no-json Once", "is not a valid JSON file): save or copy it again"),
         ("generate runs/tiny Once --max-new-tokens 29", "but the context is 32: ask for at most 28 new tokens, or"),

@@ -6,6 +6,8 @@ Weights are compared bit for bit. Only the spread of random weights has a tolera
 import builtins
 import contextlib
 import json
+import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,11 +24,13 @@ from hfgpt.errors import InputError
 from hfgpt.loading import (
     check_model_path,
     check_vocabulary,
+    find_changed_weights,
     load_model,
     load_model_config,
     load_model_tokenizer,
     quiet_bars,
 )
+from hfgpt.saving import hash_file, write_checksums
 from hfgpt.tokenizer import train_tokenizer
 
 SMALL = {
@@ -420,3 +424,37 @@ def test_progress_bars_come_back():
         assert logging.is_progress_bar_enabled()
     with quiet_bars(False):
         assert logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("record", ["run.json", "merge.json", "conversion.json", "SHA256SUMS"])
+def test_weights_that_no_longer_match_their_hash(record, saved, tmp_path, capsys):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    checksum = hash_file(folder / WEIGHTS)
+    if record == "SHA256SUMS":
+        write_checksums(folder)
+    else:
+        (folder / record).write_text(json.dumps({"weights_sha256": checksum}))
+    assert find_changed_weights(str(folder)) is None
+    load_model(str(folder))
+    changed = bytearray((folder / WEIGHTS).read_bytes())
+    changed[-2] ^= 1  # the lowest bits of a weight: all else would still load
+    (folder / WEIGHTS).write_bytes(changed)
+    said = f"the weights in '{folder}' have changed since they were saved: {WEIGHTS} has sha256 "
+    with pytest.raises(InputError, match=re.escape(said) + rf".* but {record} says {checksum[:12]}"):
+        load_model(str(folder))
+    load_model(str(folder), changed_weights="warn")
+    assert capsys.readouterr().err.startswith(f"hfgpt: warning: {said}")
+
+
+def test_a_folder_without_a_hash_is_loaded(saved):
+    assert find_changed_weights(str(saved)) is None
+    assert find_changed_weights("someone/model") is None
+
+
+def test_a_damaged_record_is_one_line(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "model")
+    for content in ('{"weights', "[" * 99999, "3", "\x00"):
+        (folder / "run.json").write_text(content)
+        with pytest.raises(InputError, match=r"run.json' is (damaged|not a JSON object)") as error:
+            load_model(str(folder))
+        assert "\n" not in str(error.value)

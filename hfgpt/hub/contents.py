@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from hfgpt.configuration_hfgpt import AUTO_MAP
 from hfgpt.errors import InputError
 from hfgpt.hub.records import is_checkpoint
+from hfgpt.saving import CHECKSUMS_FILE
 
 CODE = sorted({f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()})
 TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
@@ -25,6 +26,7 @@ STAYING = {
     "answers.jsonl": "rows of the data",
     "judgements.jsonl": "rows of the data",
     ".gitattributes": "the Hub's own",
+    CHECKSUMS_FILE: "of the files as they are here",
 }
 # What Trainer leaves in a checkpoint to go on from; elsewhere these are refused.
 STATE = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin|trainer_state\.json")

@@ -122,7 +122,8 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
         InputError: There is no model, or it was not trained to chat.
     """
     tokenizer = load_model_tokenizer(path)
-    chat = Chat(load_model(path).to(find_device()), tokenizer, sampling, system=system)
+    model = load_model(path, changed_weights="warn").to(find_device())
+    chat = Chat(model, tokenizer, sampling, system=system)
     console = Console(stderr=True)
     if sys.stdin.isatty() and lines is None:
         console.print(HELP, style="dim", highlight=False)

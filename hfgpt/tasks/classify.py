@@ -298,8 +298,12 @@ def evaluate_classifier(path: str, data: ClassificationDataArguments) -> dict[st
     return metrics | {"eval_truncated": cut} if cut else metrics
 
 
-def load_classifier(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+def load_classifier(path: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """A saved classifier on this machine's device, its tokenizer, and its classes in the order of their ids.
+
+    Args:
+        path: A folder or Hub id.
+        options: Those of `load_model`.
 
     Raises:
         InputError: There is none, or it is a language model.
@@ -307,7 +311,7 @@ def load_classifier(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     if not classifies(path):
         raise InputError(f"'{path}' is a language model, not a classifier: train one with task: classify")
     tokenizer = load_model_tokenizer(path)
-    model = load_model(path, auto_class=AutoModelForSequenceClassification).to(find_device())
+    model = load_model(path, auto_class=AutoModelForSequenceClassification, **options).to(find_device())
     return model, tokenizer, [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 
