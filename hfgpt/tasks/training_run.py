@@ -229,7 +229,8 @@ def run_training(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
             f"{trainer.args.output_dir}: go on with the same command and --resume"
         )
-    return Training(trainer, estimate, progress.first_step, time.perf_counter() - begun, started, pushes)
+    first_step = step_of(checkpoint) if checkpoint else 0
+    return Training(trainer, estimate, first_step, time.perf_counter() - begun, started, pushes)
 
 
 def save_run(trainer: HfGPTTrainer, folder: Path):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
@@ -282,10 +282,16 @@ class HfGPTTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # one that ends now may take the others with it
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        if resume_from_checkpoint is not None:
-            with _readable(resume_from_checkpoint):
-                _check_state(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **kwargs)
+        """Trainer takes one step more when it resumes at `max_steps`, as a run stopped after training does."""
+        if resume_from_checkpoint is None:
+            return super().train(**kwargs)
+        with _readable(resume_from_checkpoint):
+            state = _read_state(Path(resume_from_checkpoint))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return super().train(resume_from_checkpoint, **kwargs)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self.state = state
+        return TrainOutput(state.global_step, math.nan, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with _readable(resume_from_checkpoint):
@@ -321,8 +327,9 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def _check_state(checkpoint: Path):
-    """Refuses a trainer_state.json that is not of its checkpoint."""
+def _read_state(checkpoint: Path) -> TrainerState:
+    """The state in a checkpoint, which must be of its step."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step != step_of(checkpoint) or not isinstance(state.log_history, list):
         raise ValueError(f"trainer_state.json is not that of step {step_of(checkpoint)}")
+    return state

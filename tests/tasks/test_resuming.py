@@ -156,6 +156,26 @@ def test_broken_files_of_a_run_are_one_line(name, broken, said, stopped, text, t
     assert not (stopped / "planted").exists()
 
 
+def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path, monkeypatch):
+    """In the middle of an epoch: transformers' Trainer would."""
+    from hfgpt.tasks import pretrain
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    whole = train(tmp_path / "whole", "training.max_steps=5")
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", "training.max_steps=5")
+    trained = []
+    run = train(tmp_path / "run", "training.max_steps=5", resume=True, during=trained.append)
+    assert trained == []
+    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert run.metrics == whole.metrics
+    assert json.loads((run.folder / "run.json").read_text())["resumed_from_step"] == 5
+
+
 CONSTANT = ("training.lr_scheduler_type=constant", "training.save_steps=3")
 
 
