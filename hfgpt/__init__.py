@@ -82,7 +82,7 @@ _AFTER_IMPORT = {
 
 
 class _ImportHook(importlib.abc.MetaPathFinder):
-    """Calls what `_AFTER_IMPORT` holds for a module right after it is executed, not when somebody only looks for it."""
+    """Calls what `_AFTER_IMPORT` holds for a module right after it is executed, not when it is only looked for."""
 
     def find_spec(self, name, path, target=None):
         spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name in _AFTER_IMPORT else None
