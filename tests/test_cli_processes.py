@@ -58,7 +58,7 @@ REFUSED = {
     "generate ./r x": "there is no folder './r', and it is no Hub id either: check the path",
     "merge ./r out": "there is no folder './r', and it is no Hub id either: check the path",
     "evaluate folder": "the folder 'folder' holds no config.json, so it is no model: name a finished run",
-    "evaluate me/x --task classify --data.lable x": "there is no key 'lable' in section 'data'; did you mean 'name'?",
+    "evaluate me/x --task classify --data.pth x": "there is no key 'pth' in section 'data'; did you mean 'path'?",
     "evaluate me/x --task instruct --data.path r.txt": ("data.path 'r.txt' does not exist: check the path"),
 }
 
