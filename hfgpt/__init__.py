@@ -8,7 +8,8 @@ beside the Auto classes.
 
 import importlib
 import importlib.abc
-import importlib.util
+import importlib.machinery
+import logging
 import sys
 
 __version__ = "0.1.0"
@@ -60,7 +61,7 @@ def _name_models():
 def _name_adapter_targets():
     # Which modules PEFT adapts where the user names none. Ours have the names of Llama's, which has an entry in each
     # method's table but one or two; there LoRA's choice stands in.
-    constants = vars(sys.modules["peft.utils.constants"])
+    constants = vars(importlib.import_module("peft.utils.constants"))
     ours = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     norms = ("input_layernorm", "post_attention_layernorm", "norm")
     for name, table in constants.items():
@@ -81,23 +82,26 @@ _AFTER_IMPORT = {
 
 
 class _ImportHook(importlib.abc.MetaPathFinder):
-    """Calls what `_AFTER_IMPORT` holds for a module, once, right after somebody has imported it."""
+    """Calls what `_AFTER_IMPORT` holds for a module right after it is executed, not when it is only looked for."""
 
     def find_spec(self, name, path, target=None):
-        if name not in _AFTER_IMPORT:
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name in _AFTER_IMPORT else None
+        if spec is None:
             return None
-        call = _AFTER_IMPORT.pop(name)
-        spec = importlib.util.find_spec(name)  # by the other finders: the name is no longer ours
         execute = spec.loader.exec_module
 
         def execute_and_call(module):
             execute(module)
-            call()
+            _AFTER_IMPORT[name]()
 
         spec.loader.exec_module = execute_and_call
         return spec
 
 
+# transformers' Trainer imports PEFT, and PEFT bitsandbytes where that is installed, which then warns on CPUs with
+# AVX512_BF16 that an optional kernel for inference is missing: nobody has asked for it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
 sys.meta_path.insert(0, _ImportHook())
-for _name in [name for name in _AFTER_IMPORT if name in sys.modules]:
-    _AFTER_IMPORT.pop(_name)()
+for _name, _call in _AFTER_IMPORT.items():
+    if _name in sys.modules:
+        _call()

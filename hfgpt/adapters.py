@@ -111,6 +111,11 @@ def attach_adapter(
     config = LoraConfig(task_type=task_type, ensure_weight_tying=bool(tied), **fields)
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for module in model.modules():
+            # In eval mode bitsandbytes 0.49 and later repack the weights, on a CPU with AVX512_BF16, for a kernel that
+            # computes in bfloat16 whatever was asked for and has no gradient; `train` does not unpack them.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     try:
         with _quiet_peft():
             adapted = get_peft_model(model, config, revision=revision)

@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.saving import check_model_path
 
 app = typer.Typer(
     name="hfgpt",
@@ -30,7 +31,15 @@ app = typer.Typer(
 UsageError = typer.BadParameter.__base__
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from recipes/, or the path of a YAML file.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")]
+
+
+def _existing(model: str) -> str:
+    """Refuses a model that is not there, before torch is imported."""
+    check_model_path(model)
+    return model
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", callback=_existing)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
@@ -42,11 +51,12 @@ def train(
 ):
     """Run a recipe; override any of its keys with --section.key value."""
     from hfgpt.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(context), check_paths=True)
     from hfgpt.tasks.classify import classify
     from hfgpt.tasks.instruct import instruct
     from hfgpt.tasks.pretrain import pretrain
 
-    loaded = load_recipe(recipe, _overrides(context))
     {"pretrain": pretrain, "classify": classify, "instruct": instruct}[loaded.task](loaded, resume)
 
 
@@ -165,7 +175,10 @@ def evaluate(
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run that trained an adapter, or a Hub id.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="A run that trained an adapter, or a Hub id.", callback=_existing),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     tolerance: Annotated[
         float, typer.Option(help="Largest difference of logits, relative where they exceed 1.")
@@ -253,19 +266,23 @@ def inspect_data(
     rows: Annotated[int, typer.Option(help="Blocks to show.")] = 3,
 ):
     """Show what a recipe's data becomes: rows kept and dropped, blocks, and which tokens are learned."""
-    from hfgpt.inspection import inspect_recipe
     from hfgpt.recipe import load_recipe
 
-    inspect_recipe(load_recipe(recipe, _overrides(context)), rows)
+    loaded = load_recipe(recipe, _overrides(context), check_paths=True)
+    from hfgpt.inspection import inspect_recipe
+
+    inspect_recipe(loaded, rows)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
 def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
     """Say what a recipe will cost before it runs: parameters, memory, operations, time on this machine."""
-    from hfgpt.plan import plan_recipe, render_plan
     from hfgpt.recipe import load_recipe
 
-    estimate = plan_recipe(load_recipe(recipe, _overrides(context)))
+    loaded = load_recipe(recipe, _overrides(context), check_paths=True)
+    from hfgpt.plan import plan_recipe, render_plan
+
+    estimate = plan_recipe(loaded)
     print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 import sys
 import textwrap
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from transformers.utils import cached_file, logging
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
-from hfgpt.saving import CHECKSUMS_FILE, hash_file, read_checksums, read_json
+from hfgpt.saving import CHECKSUMS_FILE, check_model_path, hash_file, read_checksums, read_json
 
 # Our classes for a GPT-2 checkpoint, which the Auto classes would load as transformers' own.
 OF_GPT2 = {
@@ -322,22 +321,6 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
     check_model_path(path)
     with explained("a configuration", path):
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-
-
-def check_model_path(path: str):
-    """Refuses what cannot be a model, before anything asks the Hub for it.
-
-    Raises:
-        InputError: A file, a folder without config.json, or a path that does not exist and is no Hub id.
-    """
-    local = Path(path)
-    if local.is_file():
-        raise InputError(f"'{path}' is a file; a model is a folder with config.json and weights, or a Hub id")
-    if local.is_dir():
-        if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise InputError(f"the folder '{path}' holds no config.json, so it is no model: name a finished run")
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or ("/" in path and local.parent.is_dir()):
-        raise InputError(f"there is no folder '{path}', and it is no Hub id either: check the path")
 
 
 @contextmanager

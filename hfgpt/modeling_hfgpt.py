@@ -194,7 +194,7 @@ class HfGPTPreTrainedModel(PreTrainedModel):
         if is_main_process and not Path(save_directory).is_file():
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             for module in (HfGPTConfig.__module__, HfGPTPreTrainedModel.__module__):
-                shutil.copy(sys.modules[module].__file__, save_directory)
+                shutil.copyfile(code := sys.modules[module].__file__, Path(save_directory, Path(code).name))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 

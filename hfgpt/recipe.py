@@ -1,53 +1,40 @@
 """Recipes: nested YAML <-> typed arguments, overrides, and errors that name the key and the line.
 
 jsonargparse checks and converts every value by the type of its dataclass field. It does not look at keys of sections
-that it does not know, nor at a section that is no mapping, nor at a null where none is allowed, and YAML takes the
-last of two equal keys: that is done here.
+that it does not know, nor at a section that is no mapping (`recipe_keys.py` does), nor at a null where none is
+allowed, and YAML takes the last of two equal keys: that is done here.
 """
 
 import dataclasses
-import difflib
 import functools
+import importlib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from hfgpt.adapters import AdapterArguments
-from hfgpt.building import ModelArguments
-from hfgpt.data.classification import ClassificationDataArguments
-from hfgpt.data.files import nearest
-from hfgpt.data.instructions import InstructionDataArguments
-from hfgpt.data.sources import DataArguments
+from hfgpt.data.files import find_source, nearest
 from hfgpt.errors import InputError
-from hfgpt.evaluation import AnswerEvaluationArguments, ClassifierEvaluationArguments, EvaluationArguments
-from hfgpt.hub import HubArguments
-from hfgpt.tokenizer import TokenizerArguments
-from hfgpt.training.trainer import FineTuningArguments, FirstPassArguments, HfGPTTrainingArguments
+from hfgpt.recipe_keys import SECTIONS, check_overrides, find_unknown, section_keys, suggest
+from hfgpt.saving import check_model_path
 
+if TYPE_CHECKING:  # `section_types` imports them, and torch with them, once the keys are known to be right
+    from hfgpt.adapters import AdapterArguments
+    from hfgpt.building import ModelArguments
+    from hfgpt.data.classification import ClassificationDataArguments
+    from hfgpt.data.instructions import InstructionDataArguments
+    from hfgpt.data.sources import DataArguments
+    from hfgpt.evaluation import AnswerEvaluationArguments, ClassifierEvaluationArguments, EvaluationArguments
+    from hfgpt.hub import HubArguments
+    from hfgpt.tokenizer import TokenizerArguments
+    from hfgpt.training.trainer import FirstPassArguments, HfGPTTrainingArguments
 
-def _sections(data: type, training: type, evaluation: type, **more: type) -> dict[str, type]:
-    first = {"tokenizer": TokenizerArguments, "model": ModelArguments, "data": data, **more}
-    return {**first, "adapters": AdapterArguments, "training": training, "evaluation": evaluation, "hub": HubArguments}
-
-
-# The sections of each task, in the order of a recipe.
-SECTIONS: dict[str, dict[str, type]] = {
-    "pretrain": _sections(DataArguments, HfGPTTrainingArguments, EvaluationArguments),
-    "classify": _sections(
-        ClassificationDataArguments,
-        FineTuningArguments,
-        ClassifierEvaluationArguments,
-        pretraining=FirstPassArguments,
-    ),
-    "instruct": _sections(InstructionDataArguments, FineTuningArguments, AnswerEvaluationArguments),
-}
 # What these say is done only where a recipe has them.
 OPTIONAL = ("pretraining", "adapters", "hub")
 # Types as the author of a recipe calls them.
@@ -89,15 +76,15 @@ class Recipe:
 
     name: str
     task: str
-    tokenizer: TokenizerArguments
-    model: ModelArguments
-    data: DataArguments | ClassificationDataArguments | InstructionDataArguments
-    training: HfGPTTrainingArguments
-    evaluation: EvaluationArguments | ClassifierEvaluationArguments | AnswerEvaluationArguments
+    tokenizer: "TokenizerArguments"
+    model: "ModelArguments"
+    data: "DataArguments | ClassificationDataArguments | InstructionDataArguments"
+    training: "HfGPTTrainingArguments"
+    evaluation: "EvaluationArguments | ClassifierEvaluationArguments | AnswerEvaluationArguments"
     values: dict[str, Any]
-    pretraining: FirstPassArguments | None = None
-    adapters: AdapterArguments | None = None
-    hub: HubArguments | None = None
+    pretraining: "FirstPassArguments | None" = None
+    adapters: "AdapterArguments | None" = None
+    hub: "HubArguments | None" = None
 
 
 def recipe_folder() -> Path:
@@ -111,15 +98,24 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
+@functools.cache
+def section_types(task: str) -> dict[str, type]:
+    """The dataclass of each section of a task."""
+    places = {section: place.rpartition(".") for section, place in SECTIONS[task].items()}
+    return {section: getattr(importlib.import_module(module), name) for section, (module, _, name) in places.items()}
+
+
+def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool = False) -> Recipe:
     """Reads a recipe and applies overrides.
 
     Args:
         name: A name from `recipes/`, or the path of a YAML file.
         overrides: `--section.key value` or `--section.key=value`, as on the command line.
+        check_paths: Whether the files that `data.path` and `model.path` name must be there.
 
     Raises:
-        InputError: No such recipe, no YAML, an unknown key (with the nearest right one), or a wrong type.
+        InputError: No such recipe, no YAML, an unknown key (with the nearest right one), a missing file or a wrong
+            type. All but the last are found before torch is imported.
 
     Example:
 
@@ -135,19 +131,26 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         return f"{path.name}, line {lines.get(key) or lines.get(key.partition('.')[0], 1)}: "
 
     overrides = overrides or []
-    task = _find_task(tree, overrides)
+    task = _as_written("task", tree, overrides, "pretrain")
     if not isinstance(task, str) or task not in SECTIONS:
         fault = f"task is {task!r}; it must be one of {', '.join(SECTIONS)}" if task else "task cannot be empty"
         raise InputError((where("task") if "task" in tree and tree["task"] == task else "") + fault)
-    for key, fault in _find_faults(tree, {"task": str, **SECTIONS[task]}):
+    keys = {"task": None, **section_keys(task)}
+    for key, fault in find_unknown(tree, keys):
         raise InputError(where(key) + fault)
+    check_overrides(overrides, keys)
+    if check_paths:
+        _check_paths(tree, overrides)
+    kinds = section_types(task)
+    for section, kind in kinds.items():
+        for key in _find_empty(section, tree.get(section, {}), kind):
+            raise InputError(f"{where(key)}{key} cannot be empty")
     parser = _build_parser(task)
     try:
         values = parser.parse_object(tree)
     except ArgumentError as error:
         key, fact = _explain(error)
         raise InputError(where(key) + fact) from error
-    _check_overrides(overrides, {"task": str, **SECTIONS[task]})
     try:
         values = parser.parse_args(overrides, namespace=values) if overrides else values
     except ArgumentError as error:
@@ -156,7 +159,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         values.training.output_dir = str(Path("runs") / path.stem)
     unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
     try:
-        sections = {name: _build(kind, values[name]) for name, kind in SECTIONS[task].items() if name not in unused}
+        sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
         key, value, fact = _explain_refusal(error, values.training)
         written = key and tree.get("training", {}).get(key) == value
@@ -178,11 +181,12 @@ def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict
     Raises:
         InputError: An unknown key or section, or a wrong type.
     """
-    kinds = {section: SECTIONS[task][section] for section in sections}
+    check_overrides(overrides, section_keys(task, sections))
+    _check_paths({}, overrides)
+    kinds = {section: section_types(task)[section] for section in sections}
     parser = ArgumentParser(exit_on_error=False)
     for section, kind in kinds.items():
         parser.add_class_arguments(kind, section)
-    _check_overrides(overrides, kinds)
     try:
         values = parser.parse_args(overrides)
     except ArgumentError as error:
@@ -217,7 +221,7 @@ def _find_recipe(name: str) -> Path:
         raise InputError(f"recipe '{name}' is a folder: name a .yaml file in it")
     if path.suffix in (".yaml", ".yml"):
         raise InputError(f"there is no recipe file '{name}'{nearest(name)}: check the path")
-    raise InputError(f"there is no recipe or .yaml file '{name}'{_nearest(name, recipe_names(), most=99)}")
+    raise InputError(f"there is no recipe or .yaml file '{name}'{suggest(name, recipe_names(), most=99)}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -252,21 +256,34 @@ def _find_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, 
             yield from _find_keys(value, f"{prefix}{key.value}.")
 
 
-def _find_task(tree: dict[str, Any], overrides: list[str]) -> Any:
-    task = tree.get("task", "pretrain")
+def _as_written(key: str, tree: dict[str, Any], overrides: list[str], default: Any = None) -> Any:
+    """The value of a key as the last override or else the recipe has it."""
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.get(section, {})
+    value = tree.get(name, default)
     for override, following in zip(overrides, [*overrides[1:], ""], strict=False):
-        if override == "--task":
-            task = following
-        elif override.startswith("--task="):
-            task = override.partition("=")[2]
-    return task
+        if override == f"--{key}":
+            value = following
+        elif override.startswith(f"--{key}="):
+            value = override.partition("=")[2]
+    return value
+
+
+def _check_paths(tree: dict[str, Any], overrides: list[str]):
+    """Refuses local data and models that do not exist, as reading them would."""
+    data, model = (_as_written(f"{section}.path", tree, overrides) for section in ("data", "model"))
+    if isinstance(data, str) and data and not Path(data).expanduser().exists():
+        find_source(data)
+    if isinstance(model, str):
+        check_model_path(model)
 
 
 @functools.cache
 def _build_parser(task: str) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--task", type=str, default="pretrain")
-    for section, kind in SECTIONS[task].items():
+    for section, kind in section_types(task).items():
         parser.add_class_arguments(kind, section)
     return parser
 
@@ -283,56 +300,14 @@ def _build(kind: type, values: Namespace) -> Any:
     return kind(**built)
 
 
-def _find_faults(tree: dict[str, Any], sections: dict[str, type]) -> Iterator[tuple[str, str]]:
-    """What jsonargparse does not look at: keys and what is wrong with them."""
-    for section, content in tree.items():
-        if section == "task":
-            continue
-        if section not in sections:
-            yield str(section), _unknown_section(str(section), sections)
-        else:
-            yield from _find_section_faults(section, content, sections[section])
-
-
-def _find_section_faults(section: str, content: Any, kind: type) -> Iterator[tuple[str, str]]:
-    if not isinstance(content, dict):
-        yield section, f"'{section}' is a section: indent its keys below it"
-        return
+def _find_empty(section: str, content: dict[str, Any], kind: type) -> Iterator[str]:
+    """Keys without a value that need one, which jsonargparse does not look at."""
     hints = typing.get_type_hints(kind)
     for name, value in content.items():
-        key = f"{section}.{name}"
-        if name not in hints:
-            yield key, _unknown_key(str(name), section, hints)
-        elif dataclasses.is_dataclass(hints[name]):
-            yield from _find_section_faults(key, value, hints[name])
+        if dataclasses.is_dataclass(hints[name]):
+            yield from _find_empty(f"{section}.{name}", value, hints[name])
         elif value is None and not _allows_none(hints[name]):
-            yield key, f"{key} cannot be empty"
-
-
-def _check_overrides(overrides: list[str], sections: dict[str, type]):
-    for override in overrides:
-        if not override.startswith("--"):
-            continue
-        section, *names = override[2:].partition("=")[0].split(".")
-        if section not in sections:
-            raise InputError(_unknown_section(section, sections))
-        kind, path = sections[section], section
-        while names:
-            hints = typing.get_type_hints(kind)
-            if names[0] not in hints or (len(names) > 1 and not dataclasses.is_dataclass(hints[names[0]])):
-                raise InputError(_unknown_key(".".join(names), path, hints))
-            path = f"{path}.{names[0]}"
-            kind = hints[names.pop(0)]
-        if dataclasses.is_dataclass(kind):
-            raise InputError(f"--{path} is a section: name one of its keys, as in --{path}.key value")
-
-
-def _unknown_section(section: str, sections: dict[str, Any]) -> str:
-    return f"there is no section '{section}'{_nearest(section, list(sections))}"
-
-
-def _unknown_key(name: str, section: str, names: dict[str, Any]) -> str:
-    return f"there is no key '{name}' in section '{section}'{_nearest(name, list(names))}"
+            yield f"{section}.{name}"
 
 
 def _allows_none(hint: Any) -> bool:
@@ -364,7 +339,7 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, 
     if not key:
         return "", None, text if isinstance(error, InputError) else f"training: {text}"
     choices = re.findall("'(.*?)'", found[2])
-    remedy = _nearest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
+    remedy = suggest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
     return key, found[1], f"training.{key} is '{found[1]}'{remedy}"
 
 
@@ -399,10 +374,3 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
             else {section: content}
         )
     return flat
-
-
-def _nearest(name: str, names: Sequence[str], most: int = 11) -> str:
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return (
-        f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) <= most else ""
-    )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -100,6 +101,22 @@ def check_free(out: Path) -> Path:
     if not above.is_dir():
         raise InputError(f"'{out}' cannot be made, for '{above}' is no folder: name another place")
     return out
+
+
+def check_model_path(path: str):
+    """Refuses what cannot be a model, before anything asks the Hub for it.
+
+    Raises:
+        InputError: A file, a folder without config.json, or a path that does not exist and is no Hub id.
+    """
+    local = Path(path)
+    if local.is_file():
+        raise InputError(f"'{path}' is a file; a model is a folder with config.json and weights, or a Hub id")
+    if local.is_dir():
+        if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise InputError(f"the folder '{path}' holds no config.json, so it is no model: name a finished run")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or ("/" in path and local.parent.is_dir()):
+        raise InputError(f"there is no folder '{path}', and it is no Hub id either: check the path")
 
 
 @contextmanager

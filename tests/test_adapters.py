@@ -14,7 +14,7 @@ from peft import (
     get_peft_model,
 )
 from peft.utils import constants
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import hfgpt
 from hfgpt.adapters import AdapterArguments, attach_adapter, merge_adapter, put_adapter_on, trainable_parameters
@@ -141,6 +141,26 @@ def test_only_the_adapter_moves(base):
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name in before if "lora_" in name}
     assert len(moved) == 2 * 2 * 6
+
+
+def test_a_base_in_4_bits_is_trained_on_after_an_evaluation(tiny_config, tmp_path, monkeypatch):
+    """The kernel that bitsandbytes uses in eval mode, where a CPU has bfloat16 units, has no gradient."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True, raising=False)  # 0.48 has no kernel
+    HfGPTForCausalLM(tiny_config(hidden_size=64, pad_token_id=0)).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = load_model(str(tmp_path), quantization_config=quantization)
+    model = disturb(attach_adapter(base, AdapterArguments(r=4), "CAUSAL_LM"))
+
+    def train() -> dict[str, torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    before, logits, after = train(), logits_of(model), train()
+    assert len(before) == 24
+    assert all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+    assert torch.equal(logits, model.train()(IDS, use_cache=False).logits)
 
 
 # Loading

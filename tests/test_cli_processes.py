@@ -45,6 +45,46 @@ print(heavy or "light", os.environ["TRANSFORMERS_VERBOSITY"], os.environ["HF_HUB
     assert (result.returncode, result.stdout, result.stderr) == (0, "light error 1\n", "")
 
 
+REFUSED = {
+    "train r.yaml --training.lr 1": "there is no key 'lr' in section 'training'; did you mean 'learning_rate'?",
+    "train r.yaml --modle.path x": "there is no section 'modle'; did you mean 'model'?",
+    "plan key.yaml": "key.yaml, line 2: there is no key 'strid' in section 'data'; did you mean 'stride'?",
+    "inspect wrong.yaml": "wrong.yaml, line 2: this is no YAML: expected the node content, but found '<stream end>'",
+    "train shakespear-char": ("there is no recipe or .yaml file 'shakespear-char'; did you mean 'shakespeare-char'?"),
+    "train r.yaml --data.path r.txt": "data.path 'r.txt' does not exist: check the path",
+    "train r.yaml --model.path=r.yaml": (
+        "'r.yaml' is a file; a model is a folder with config.json and weights, or a Hub id"
+    ),
+    "generate ./r x": "there is no folder './r', and it is no Hub id either: check the path",
+    "merge ./r out": "there is no folder './r', and it is no Hub id either: check the path",
+    "evaluate folder": "the folder 'folder' holds no config.json, so it is no model: name a finished run",
+    "evaluate me/x --task classify --data.pth x": "there is no key 'pth' in section 'data'; did you mean 'path'?",
+    "evaluate me/x --task instruct --data.path r.txt": ("data.path 'r.txt' does not exist: check the path"),
+}
+
+
+def test_a_typo_and_a_missing_file_are_found_before_torch_is_imported(tmp_path):
+    (tmp_path / "r.yaml").write_text("data: {path: somebody/texts}\n")
+    (tmp_path / "key.yaml").write_text("data:\n  strid: 3\n")
+    (tmp_path / "wrong.yaml").write_text("data: [\n")
+    (tmp_path / "folder").mkdir()
+    script = f"""
+import contextlib, io, sys
+from hfgpt import cli
+for words, message in {REFUSED}.items():
+    sys.argv, err = ["hfgpt", *words.split()], io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert stop.code == 2, words
+    assert err.getvalue() == f"hfgpt: {{message}}\\n", err.getvalue()
+    assert "torch" not in sys.modules, words
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
 def test_help_is_quick():
     """At most half the time of importing torch; medians of three runs each, one after the other."""
     times = {"help": [], "torch": []}

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -330,6 +331,18 @@ def test_saved_folder_holds_the_code_and_says_where(model_class, tiny_config, tm
     loaded = model_class.from_pretrained(folder)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+
+
+def test_a_read_only_installation_saves_code_that_can_be_written(tiny_config, tmp_path, monkeypatch):
+    for module in (hfgpt.configuration_hfgpt, hfgpt.modeling_hfgpt):
+        installed = tmp_path / Path(module.__file__).name
+        installed.write_bytes(Path(module.__file__).read_bytes())
+        installed.chmod(0o444)
+        monkeypatch.setattr(module, "__file__", str(installed))
+    HfGPTModel(tiny_config()).save_pretrained(tmp_path / "saved")
+    saved = list((tmp_path / "saved").iterdir())
+    assert len(saved) == 4
+    assert all(path.stat().st_mode & stat.S_IWUSR for path in saved)
 
 
 def test_what_was_loaded_under_other_names_is_saved_under_ours(tiny_config, tmp_path):

@@ -21,10 +21,11 @@ from hfgpt.recipe import (
     recipe_folder,
     recipe_names,
     render_recipe,
+    section_types,
 )
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
-PRETRAIN = SECTIONS["pretrain"]
+PRETRAIN = section_types("pretrain")
 NAMES = ", ".join(sorted(path.stem for path in RECIPES))
 
 

@@ -58,6 +58,19 @@ ORDERS = {
     "half of Auto, then the model file": "from transformers import AutoConfig; import hfgpt.modeling_hfgpt",
     "the configuration alone": "from hfgpt import HfGPTConfig",
     "a model alone": "from hfgpt import HfGPTForCausalLM",
+    "a look at each, then Auto": """
+import hfgpt, importlib.util
+assert all(importlib.util.find_spec(name) for name in hfgpt._AFTER_IMPORT if not name.startswith("peft"))
+from transformers import AutoModelForCausalLM
+""",
+    "an import that fails half-way, then again": """
+import hfgpt
+sys.modules["hfgpt.configuration_hfgpt"] = None
+try:
+    import hfgpt.modeling_hfgpt
+except ImportError:
+    del sys.modules["hfgpt.configuration_hfgpt"]
+""",
 }
 # Those processes are forks of one that has imported what they need besides: a cold start takes 6 s, 5 s of it torch.
 FORKS = """
@@ -68,6 +81,7 @@ orders, unwanted = json.loads(sys.argv[1])
 CHECK = '''
 import sys
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 config = AutoConfig.for_model("hfgpt", hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
 with torch.device("meta"):
@@ -79,6 +93,7 @@ report = {
     "tables": [modeling_auto.MODEL_MAPPING_NAMES.get("hfgpt"),
                modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get("hfgpt"),
                modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get("hfgpt")],
+    "reads GPT-2": get_checkpoint_conversion_mapping("HfGPTForCausalLM") is not None,
     "unwanted": [name for name in unwanted if name in sys.modules],
 }
 '''
@@ -109,10 +124,18 @@ def test_auto_classes_know_hfgpt_in_whatever_order_they_are_imported(tmp_path):
     for name, report in reports.items():
         assert report["classes"] == ["HfGPTConfig", *REGISTERED.values()], name
         assert report["tables"] == list(REGISTERED.values()), name
+        assert report["reads GPT-2"], name
         assert report["unwanted"] == [], name
 
 
 # In this process
+
+
+def test_the_kernel_that_nobody_asked_for_is_not_warned_of(caplog):
+    operations = pytest.importorskip("bitsandbytes.backends.cpu.ops")
+    operations.logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    operations.logger.warning("something else")
+    assert caplog.messages == ["something else"]
 
 
 def test_auto_classes_build_ours(tiny_config):

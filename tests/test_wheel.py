@@ -1,6 +1,8 @@
 """The installed wheel is complete: recipes inside, runnable from any folder, without the checkout."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -32,6 +34,17 @@ def test_wheel_holds_every_recipe_and_module(installed):
         assert expected <= {path.relative_to(target) for path in target.glob(pattern)}
     assert [path.name for path in (installed / "hfgpt/model_cards").iterdir()] == ["card.md.jinja"]
     assert not (installed / "tests").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_installs_what_users_need_and_make_test_the_rest():
+    def installed(target: str) -> list[str]:
+        words = ["make", "--dry-run", "--always-make", target]
+        shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return re.findall(r"pip install .* (\S+)$", shown, re.MULTILINE)
+
+    assert installed("demo") == ["."]
+    assert installed("test")[:2] == [".", "'.[test]'"]
 
 
 def test_train_runs_from_the_wheel_in_any_folder(installed, tmp_path):

@@ -67,6 +67,7 @@ def gpt2_config(config: HfGPTConfig) -> GPT2Config:
         n_layer=config.num_hidden_layers,
         n_head=config.num_attention_heads,
         n_positions=config.max_position_embeddings,
+        n_ctx=config.max_position_embeddings,  # not read by transformers, but by llama.cpp's convert_hf_to_gguf.py
         n_inner=config.intermediate_size,
         activation_function=config.hidden_act,
         layer_norm_epsilon=config.layer_norm_eps,

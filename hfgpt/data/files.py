@@ -73,6 +73,18 @@ def find_files(path: str) -> list[Path]:
     return files
 
 
+def find_source(path: str) -> list[Path]:
+    """The files that `data.path` names, as `find_files` does; empty for what may be a data set of the Hub.
+
+    Raises:
+        InputError: As `find_files`, or nothing is there and the path is that of a file.
+    """
+    files = find_files(path)
+    if not files and looks_local(path):
+        raise InputError(f"data.path {path!r} does not exist{nearest(path)}: check the path")
+    return files
+
+
 def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Reads the rows of one local file, whatever its kind, with nothing in their values changed.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from hfgpt.data.files import family, find_files, hash_files, looks_local, nearest, read_rows, wrong_column
+from hfgpt.data.files import family, find_source, hash_files, nearest, read_rows, wrong_column
 from hfgpt.data.report import DataReport
 from hfgpt.data.synthetic import generate_stories
 from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
@@ -80,12 +80,10 @@ def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> 
     report.source = source.path
     if source.path.startswith("synthetic:"):
         return _generate_rows(source.path, reading)
-    if files := find_files(source.path):
+    if files := find_source(source.path):
         splits = _divide_files(files, source, reading, report)
         report.sha256 = hash_files([file for split in splits.values() for file in split])
         opened = {name: _read_files(split, source.path, reading) for name, split in splits.items()}
-    elif looks_local(source.path):
-        raise InputError(f"data.path {source.path!r} does not exist{nearest(source.path)}: check the path")
     else:
         opened = _open_hub(source, reading)
     return {name: itertools.islice(rows, reading.limit) for name, rows in opened.items()}

@@ -112,7 +112,7 @@ def _keep_records(adapter: Path, staging: Path):
     if not run:
         return
     for name in ("recipe.yaml", "data_report.json"):
-        shutil.copy(run_folder / name, staging)
+        shutil.copyfile(run_folder / name, staging / name)
     of_adapter = ("weights_sha256", "saved_parameters", "samples")
     write_json(staging / "run.json", {name: value for name, value in run.items() if name not in of_adapter})
 

@@ -82,7 +82,7 @@ def test_gpt2_in_and_out_is_bit_identical(tied, ids, tmp_path, caplog):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     kept = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("gpt2", "again")]
-    assert kept[0] | {"n_inner": 4 * WIDTH} == kept[1]
+    assert kept[0] | {"n_inner": 4 * WIDTH, "n_ctx": kept[0]["n_positions"]} == kept[1]
 
 
 def test_a_classifier_in_and_out(ids, tmp_path):
@@ -323,6 +323,15 @@ def test_an_exchange_of_weights_is_noticed_and_nothing_is_written(layout, pair, 
 
 
 # Export
+
+
+def test_the_configuration_has_what_llama_cpp_reads(tiny_config, tmp_path):
+    """The keys that conversion/gpt2.py of llama.cpp looks up, without a default."""
+    HfGPTForCausalLM(tiny_config()).save_pretrained(tmp_path / "ours")
+    export_model(str(tmp_path / "ours"), tmp_path / "gpt2", console=QUIET)
+    config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    read = ("architectures", "n_layer", "n_ctx", "n_embd", "n_head", "layer_norm_epsilon", "vocab_size")
+    assert [config[key] for key in read] == [["GPT2LMHeadModel"], 2, 32, 32, 4, 1e-5, 64]
 
 
 def test_an_adapter_is_merged_when_asked(tiny_config, ids, tmp_path):

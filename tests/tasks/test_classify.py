@@ -184,8 +184,10 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     assert record["base_weights_sha256"] == hash_file(here / "finished" / "pretrained" / "model.safetensors")
     trained = 2 * 4 * (4 * (32 + 32) + 2 * (32 + 128)) + 3 * 32
     assert f"trained: {trained:,} of" in shown
+    (folder / "recipe.yaml").chmod(0o444)
     merged = merge("adapter", here / "merged", console=Console(file=io.StringIO()))
     assert merged.difference <= 1e-5
+    assert (here / "merged" / "recipe.yaml").stat().st_mode & 0o200, "what is copied can be written"
     arguments = ClassificationDataArguments(path="rows.jsonl")
     assert evaluate_classifier("merged", arguments) == pytest.approx(
         evaluate_classifier("adapter", arguments), abs=1e-5

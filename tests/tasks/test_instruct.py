@@ -146,7 +146,9 @@ def test_a_base_without_a_padding_token_goes_on_after_an_interrupt(here, finishe
 
 def test_a_base_in_4_bits(here, finished):
     pytest.importorskip("bitsandbytes")
-    _, shown = run("quantized", "adapters.r=2", "model.load_in_4bit=true", "training.max_steps=3", recipe="based")
+    evaluated = ("training.eval_strategy=steps", "training.eval_steps=1")
+    quantized = ("adapters.r=2", "model.load_in_4bit=true", "training.max_steps=3", *evaluated)
+    _, shown = run("quantized", *quantized, recipe="based")
     everything = load_model("finished").num_parameters()
     trained = 2 * 2 * (4 * (32 + 32) + 2 * (32 + 128))
     assert f"trained: {trained:,} of {everything + trained:,} parameters" in shown
