@@ -23,8 +23,9 @@ from transformers.utils import cached_file, logging
 
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import without_remote_code
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
-from hfgpt.tokenizer import read_tokenizer, without_remote_code
+from hfgpt.tokenizer import read_tokenizer
 
 # Our classes for a GPT-2 checkpoint, which the Auto classes would load as transformers' own.
 OF_GPT2 = {

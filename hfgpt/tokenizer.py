@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,10 +26,10 @@ from transformers import (
     GPT2Tokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    dynamic_module_utils,
 )
 
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import without_remote_code
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -340,30 +339,6 @@ def read_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         raise InputError(f"'{path}' gives a {type(tokenizer).__name__}, not a tokenizer: correct its tokenizer_class")
     tokenizer.init_kwargs.pop("auto_map", None)  # which would be saved again
     return tokenizer
-
-
-@contextmanager
-def without_remote_code(path: str) -> Iterator[None]:
-    """Has transformers refuse to run Python from a model's repository, where it would ask on the terminal.
-
-    It asks wherever `trust_remote_code` is not passed on, as for a model within a model, or for a tokenizer whose
-    class is named `AutoProcessor`.
-
-    Raises:
-        InputError: What is loaded needs such code.
-    """
-    before, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
-    try:
-        yield
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise InputError(
-            f"'{path}' needs Python code from its own repository, which hfgpt never runs: use a model of type hfgpt "
-            "or gpt2, or a tokenizer that transformers itself has"
-        ) from error
-    finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def _find_files(location: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Python for the card: how to load a model, and how to use it, where hfgpt is not installed."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfgpt.hub.records import Records
 
@@ -15,6 +15,7 @@ def pipeline_tag(records: Records) -> str:
 
 
 WIDTH = 120
+NEW_TOKENS = 64  # in the example of a model without a recipe
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Place:
     @property
     def options(self) -> str:
         """The arguments that loading needs beside the name, each with a comma before it."""
-        revision = f', revision="{self.revision}"' if self.revision else ""
+        revision = f", revision={_quote(self.revision)}" if self.revision else ""
         return revision + ("" if self.native else ", trust_remote_code=True")
 
 
@@ -49,12 +50,12 @@ def usage_code(records: Records, place: Place) -> str:
     if not records.has_tokenizer:
         return loading_code(records, place) + "\nprint(model)"
     imports, assignments = ["from transformers import pipeline"], []
-    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model="{place.name}"{place.options})'
+    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model={_quote(place.name)}{place.options})'
     if records.adapter:
         imports, assignments = _load(records, place)
         imports[-1] += ", pipeline"
         pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model=model, tokenizer=tokenizer)'
-    call = ", ".join([_example(records), *(f"{key}={value}" for key, value in _options(records).items())])
+    call = ", ".join([_example(records), *(f"{key}={value!r}" for key, value in _options(records).items())])
     return "\n".join([*imports, "", *assignments, pipeline, f"print(pipe({call}))"])
 
 
@@ -70,12 +71,13 @@ def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
         imports = [f"from peft import {model_class}", *(f"from transformers import {name}" for name in tokenizer)]
     else:
         imports = [f"from transformers import {', '.join([model_class, *tokenizer])}"]
-    arguments = f'"{place.name}"{classes}{place.options}'
+    arguments = f"{_quote(place.name)}{classes}{place.options}"
     load = f"model = {model_class}.from_pretrained({arguments})"
     assignments = [load if len(load) < WIDTH else f"model = {model_class}.from_pretrained(\n    {arguments}\n)"]
     if tokenizer:
-        revision = f', revision="{place.revision}"' if place.revision else ""
-        assignments.append(f'tokenizer = AutoTokenizer.from_pretrained("{place.name}"{revision})')
+        # The folder of an adapter has no config.json, from which the tokenizer's loader would want to run its code.
+        options = replace(place, native=True).options if records.adapter else place.options
+        assignments.append(f"tokenizer = AutoTokenizer.from_pretrained({_quote(place.name)}{options})")
     return imports, assignments
 
 
@@ -85,14 +87,18 @@ def _example(records: Records) -> str:
 
 
 def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """A string as Python writes it, in double quotes where no character needs another escape than JSON's."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
 def _options(records: Records) -> dict[str, object]:
-    """How the recipe had the model write."""
+    """How the recipe had the model write; without one, no more than the context holds, as the pipeline may."""
     evaluation = records.recipe.get("evaluation", {})
+    if records.task == "classify":
+        return {}
     if records.task == "instruct":
         return {"max_new_tokens": evaluation["max_new_tokens"], "do_sample": False}
     if records.task == "pretrain":
         return {"do_sample": True} | {name: evaluation[name] for name in ("max_new_tokens", "temperature", "top_k")}
-    return {}
+    context = records.run.get("architecture", {}).get("max_position_embeddings")
+    return {"max_new_tokens": min(NEW_TOKENS, context // 2)} if context else {}
