@@ -66,7 +66,7 @@ def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
     tokenizer = ["AutoTokenizer"] if records.has_tokenizer else []
     if records.adapter:
         model_class = model_class.replace("AutoModel", "AutoPeftModel")
-        names = [f"{index}: {_quote(label)}" for index, label in records.labels.items()]
+        names = [f"{index}: {_quote(str(label))}" for index, label in records.labels.items()]
         classes = f", id2label={{{', '.join(names)}}}" if names else ""
         imports = [f"from peft import {model_class}", *(f"from transformers import {name}" for name in tokenizer)]
     else:
@@ -75,14 +75,18 @@ def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
     load = f"model = {model_class}.from_pretrained({arguments})"
     assignments = [load if len(load) < WIDTH else f"model = {model_class}.from_pretrained(\n    {arguments}\n)"]
     if tokenizer:
-        # The folder of an adapter has no config.json, from which the tokenizer's loader would want to run its code.
+        # AutoTokenizer reads config.json first, and asks before it runs the code named there; an adapter has none.
         options = replace(place, native=True).options if records.adapter else place.options
         assignments.append(f"tokenizer = AutoTokenizer.from_pretrained({_quote(place.name)}{options})")
     return imports, assignments
 
 
+def _prompt(records: Records) -> str:
+    return next(filter(None, records.prompts), "The")
+
+
 def _example(records: Records) -> str:
-    prompt = _quote(next(filter(None, records.prompts), "The"))
+    prompt = _quote(_prompt(records))
     return f'[{{"role": "user", "content": {prompt}}}]' if records.task == "instruct" else prompt
 
 
@@ -92,13 +96,16 @@ def _quote(text: str) -> str:
 
 
 def _options(records: Records) -> dict[str, object]:
-    """How the recipe had the model write; without one, no more than the context holds, as the pipeline may."""
-    evaluation = records.recipe.get("evaluation", {})
+    """How the recipe had the model write, with no more new tokens than the context surely has room for."""
     if records.task == "classify":
         return {}
+    evaluation = records.recipe.get("evaluation", {})
+    new_tokens = evaluation.get("max_new_tokens", NEW_TOKENS)
+    if context := records.run.get("architecture", {}).get("max_position_embeddings"):
+        # A token is at least a byte of the prompt; how many those of a conversation are is the chat template's matter.
+        taken = context // 2 if records.task == "instruct" else len(_prompt(records).encode(errors="replace"))
+        new_tokens = max(1, min(new_tokens, context - taken))
     if records.task == "instruct":
-        return {"max_new_tokens": evaluation["max_new_tokens"], "do_sample": False}
-    if records.task == "pretrain":
-        return {"do_sample": True} | {name: evaluation[name] for name in ("max_new_tokens", "temperature", "top_k")}
-    context = records.run.get("architecture", {}).get("max_position_embeddings")
-    return {"max_new_tokens": min(NEW_TOKENS, context // 2)} if context else {}
+        return {"max_new_tokens": new_tokens, "do_sample": False}
+    sampling = {name: evaluation[name] for name in ("temperature", "top_k") if name in evaluation}
+    return {"do_sample": True, "max_new_tokens": new_tokens} | sampling

@@ -46,6 +46,9 @@ training: {output_dir: run, per_device_train_batch_size: 4, max_steps: 1, use_cp
 """
 
 
+TOKEN = "hf_" + "plantedToken" * 3
+
+
 @pytest.fixture
 def trusting(monkeypatch):
     """Without the check that needs a process of its own, which takes ten seconds, and the client's pauses."""
@@ -94,6 +97,27 @@ def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
     assert "stays here  checkpoint-2: a checkpoint" in shown
     assert shown.count("  ok  ") == 7
     assert code.splitlines()[1] == 'model = AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)'
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [(None, "not logged in: run `hf auth login` before publishing"), (TOKEN, "a Hub token is set")]
+)
+def test_a_dry_run_says_whether_there_is_a_login(hub, run, trusting, monkeypatch, token, said):
+    monkeypatch.setattr(task, "get_token", lambda: token)
+    _, shown = send(run, dry_run=True, measure=False)
+    assert shown.endswith(f"nothing was sent (--dry-run); {said}\n")
+    assert hub.log == []
+
+
+def test_logs_of_tensorboard_stay_here(hub, run, trusting):
+    logs = run / "runs" / "Jan01_00-00-00_machine"
+    logs.mkdir(parents=True)
+    (logs / "events.out.tfevents.1.machine.2.0").write_bytes(b"\0")
+    _, shown = send(run, dry_run=True, measure=False)
+    assert "stays here  runs: logs of TensorBoard" in shown
+    (logs / "notes.txt").touch()
+    with pytest.raises(InputError, match="'runs' is a folder"):
+        send(run, dry_run=True, measure=False)
 
 
 def test_a_run_arrives_in_one_commit(hub, run, trusting):
@@ -403,8 +427,6 @@ def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
 
 # Code of others ---------------------------------------------------------------------------------------------------
 
-TOKEN = "hf_" + "plantedToken" * 3
-
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch) -> str:
@@ -577,6 +599,17 @@ def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
     assert "A GPT of " in card_of(shown)
 
 
+def test_an_imported_model_with_a_small_context_is_published(hub, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    train_tokenizer(["The cat"], "char").save_pretrained(tmp_path / "gpt2")
+    import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
+    with nearby(tmp_path):
+        _, shown = send(tmp_path / "ours", dry_run=True)
+    assert 'print(pipe("The", do_sample=True, max_new_tokens=13))' in card_of(shown)
+
+
 def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting):
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -596,6 +629,26 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     assert "Measured on what `--data.block_size=8` chooses of `text.txt`" in card_of(other)
     assert "| perplexity |" in card_of(shown)
     assert str(tmp_path) not in card_of(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "rows", "by"),
+    [
+        ("classes", "eval_accuracy", "eval_rows", "share"),
+        ("answers", "eval_exact_match", "eval_answers", "share"),
+        ("answers", "eval_unfinished_answers", "eval_answers", "count"),
+    ],
+)
+def test_a_row_that_flips_on_another_machine_is_no_forgery(hub, runs, tmp_path, trusting, name, metric, rows, by):
+    folder = shutil.copytree(runs / name, tmp_path / name)
+    measured = json.loads((folder / "metrics.json").read_text())
+    row = 1 / measured[rows] if by == "share" else 1
+    (folder / "metrics.json").write_text(json.dumps(measured | {metric: measured[metric] + row}))
+    send(folder, "me/x")
+    assert json.loads(hub.files("me/x")["metrics.json"])[metric] == measured[metric], "what was measured now"
+    (folder / "metrics.json").write_text(json.dumps(measured | {metric: measured[metric] + 2 * row}))
+    with pytest.raises(InputError, match=f"metrics.json says {metric}"):
+        send(folder, "me/x")
 
 
 def test_other_rows_than_were_held_out_are_not_measured(hub, run, tmp_path, trusting):
@@ -714,17 +767,22 @@ def make_clean_environment(folder: Path) -> Path:
 def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
     """The whole way: all checks, then a clean environment that knows the Hub alone."""
     with nearby(tmp_path):
-        send(runs / "text", "me/text", "--hub.native_branch", "true")
-        send(runs / "classes", "me/classes")
-        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
+        handed_out = [
+            send(runs / "text", "me/text", "--hub.native_branch", "true")[0],
+            send(runs / "classes", "me/classes")[0],
+            send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")[0],
+        ]
     python = make_clean_environment(tmp_path / "venv")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     card = hub.files("me/text")["README.md"].decode()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    script = CLEAN.format(labels=read_records(runs / "adapter").labels, card=code)
-    done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    script = CLEAN.format(labels=read_records(runs / "adapter").labels, card="\n".join([code, *handed_out]))
+    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, **quiet)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "[y/N]" not in done.stdout, "no question"
+    assert "You are using a model of type" not in done.stderr, "no doubt of the model"
     assert "generated_text" in done.stdout
     assert "score" in done.stdout
     theirs, ids = load_file(tmp_path / "logits.safetensors"), torch.arange(8)[None]
