@@ -51,7 +51,7 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False, base: Pa
     """
     for place in filter(None, (folder, base)):
         if fault := find_foreign_code(place, files_in(place)):
-            raise InputError(f"code that is not hfgpt's is not run: in the files to load {fault}: publish again")
+            raise InputError(f"the files to load hold code that hfgpt does not run, {fault}: save the model again")
     records = read_records(folder)
     classify = records.task == "classify"
     auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM

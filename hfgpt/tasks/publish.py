@@ -299,7 +299,7 @@ def make_branch(
     refuse_secrets(branch.folder, [name for name in branch.hashes if not name.endswith(".safetensors")])
     check_metadata(branch.folder / "README.md")
     passed(f"the metadata of the card is valid ({branch})")
-    check_as_stranger(branch.folder, branch.folder if native else folder, native, base)
+    check_as_stranger(branch.folder, branch.folder if native else folder, native, None if native else base)
     passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
 
 

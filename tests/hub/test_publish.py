@@ -564,9 +564,7 @@ def test_the_fresh_process_gets_no_token_no_network_and_no_more_than_its_time(fi
 def test_code_that_is_not_ours_is_not_run_by_the_fresh_process(final, planted):
     with open(final / "modeling_hfgpt.py", "a") as file:
         file.write(planted)
-    with pytest.raises(
-        InputError, match=r"is not run: in the files to load 'modeling_hfgpt\.py' is not a Python file"
-    ):
+    with pytest.raises(InputError, match=r"code that hfgpt does not run, 'modeling_hfgpt\.py' is not a Python file"):
         stranger.check_as_stranger(final, final)
 
 
@@ -770,7 +768,7 @@ def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
         handed_out = [
             send(runs / "text", "me/text", "--hub.native_branch", "true")[0],
             send(runs / "classes", "me/classes")[0],
-            send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")[0],
+            send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text", "--hub.native_branch", "true")[0],
         ]
     python = make_clean_environment(tmp_path / "venv")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
