@@ -147,6 +147,8 @@ def read_adapter(path: str, revision: str | None = None) -> SavedAdapter:
         raise InputError(f"the adapter '{path}' cannot be read ({_in_one_line(error)}): save it again") from error
     if not config.base_model_name_or_path:
         raise InputError(f"the adapter '{path}' does not name its base model: set base_model_name_or_path in its file")
+    if getattr(config, "megatron_config", None):  # PEFT would import the package that it names
+        raise InputError(f"the adapter '{path}' is for Megatron's layers: set megatron_config in its file to null")
     return SavedAdapter(config.base_model_name_or_path, config.revision, config.task_type)
 
 

@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,8 +23,10 @@ from transformers.utils import cached_file, logging
 
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import without_remote_code
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 from hfgpt.saving import CHECKSUMS_FILE, check_model_path, hash_file, read_checksums, read_json
+from hfgpt.tokenizer import read_tokenizer
 
 # Our classes for a GPT-2 checkpoint, which the Auto classes would load as transformers' own.
 OF_GPT2 = {
@@ -264,7 +265,7 @@ def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTo
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in files):
         raise InputError(f"the folder '{path}' holds no tokenizer: save the model's own beside it")
     with explained("a tokenizer", path):
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        tokenizer = read_tokenizer(path, revision)
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
         raise InputError(f"the tokenizer of '{path}' has no tokens but special ones: its files are not there")
     return tokenizer
@@ -320,14 +321,23 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
         return load_model_config(base, read_adapter(path, revision).revision)
     check_model_path(path)
     with explained("a configuration", path):
-        return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    if "/" in str(config._attn_implementation):
+        raise InputError(
+            f"the config.json of '{path}' names code on the Hub, attn_implementation '{config._attn_implementation}', "
+            "which hfgpt never runs: take that key out"
+        )
+    return config
 
 
 @contextmanager
 def explained(what: str, path: str):
     """Turns what `from_pretrained` raises into one line."""
     try:
-        yield
+        with without_remote_code(path):
+            yield
+    except InputError:
+        raise
     # Below it json, safetensors and tokenizers meet a damaged file, each with errors of its own, down to the bare one.
     except Exception as error:
         remedy = "save or copy it again" if Path(path).is_dir() else "check the name, the network and the login"

@@ -21,9 +21,15 @@ from pathlib import Path
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GPT2Tokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import without_remote_code
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -290,11 +296,13 @@ def load_tokenizer(
     files = _find_files(location) if looks_local or location.exists() else None
     try:
         if files is None:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            tokenizer = read_tokenizer(str(path))
         elif len(files) == 1:
-            tokenizer = AutoTokenizer.from_pretrained(str(files[0]))
+            tokenizer = read_tokenizer(str(files[0]))
         else:
             tokenizer = _build_gpt2(*models.BPE.read_file(*map(str, files)))
+    except InputError:
+        raise
     # The Rust library reports a damaged file by a bare Exception.
     except Exception as error:
         looked = "as a file, a folder or a Hub id" if files is None else "from its files: save it again"
@@ -312,6 +320,24 @@ def load_tokenizer(
         if pad_token == tokenizer.eos_token:
             raise InputError(f"pad_token {pad_token!r} is the end-of-text token of {path}; choose another, or None")
         tokenizer.add_special_tokens({"pad_token": pad_token})
+    return tokenizer
+
+
+def read_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer with the classes of transformers alone, whatever code its files name.
+
+    Args:
+        path: A folder or a Hub id.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: It needs code of its own, or is not a tokenizer.
+    """
+    with without_remote_code(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # `tokenizer_class` may be the name of any class
+        raise InputError(f"'{path}' gives a {type(tokenizer).__name__}, not a tokenizer: correct its tokenizer_class")
+    tokenizer.init_kwargs.pop("auto_map", None)  # which would be saved again
     return tokenizer
 
 

@@ -71,10 +71,15 @@ class Hub(ThreadingHTTPServer):
         self.log: list[str] = []
         self.faults: list[Fault] = []
 
-    def create(self, repo_id: str, private: bool) -> Repository:
+    def create(self, repo_id: str, private: bool, files: dict[str, bytes] | None = None) -> Repository:
         repository = self.repositories[repo_id] = Repository(private)
-        sha = hashlib.sha1(repo_id.encode()).hexdigest()
+        # Of its content, too: clients keep what they have seen of a commit.
+        sha = hashlib.sha1(repo_id.encode() + repr(sorted((files or {}).items())).encode()).hexdigest()
         repository.commits[sha], repository.branches["main"] = {}, sha
+        for path, content in (files or {}).items():
+            oid = hashlib.sha256(content).hexdigest()
+            self.blobs[oid] = content
+            repository.commits[sha][path] = (path.endswith(LFS_SUFFIXES), oid)
         return repository
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:

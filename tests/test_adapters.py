@@ -227,6 +227,14 @@ def test_an_adapter_with_nan(base, tmp_path):
         load_model(str(tmp_path / "nan"))
 
 
+def test_an_adapter_that_has_a_package_imported_is_refused(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    changes = {"megatron_config": {"a": 1}, "megatron_core": "megatron.planted"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match="is for Megatron's layers: set megatron_config in its file to null"):
+        load_model(str(adapter))
+
+
 # Heads, ties and vocabularies
 
 

@@ -31,7 +31,7 @@ from hfgpt.loading import (
     quiet_bars,
 )
 from hfgpt.saving import hash_file, write_checksums
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.tokenizer import load_tokenizer, train_tokenizer
 
 SMALL = {
     "hidden_size": 32,
@@ -381,13 +381,60 @@ def test_a_model_without_a_tokenizer(copy):
     assert message == f"the folder '{copy}' holds no tokenizer: save the model's own beside it"
 
 
-def test_code_of_the_folder_is_neither_run_nor_asked_for(copy, monkeypatch):
-    edit_config(model_type="other", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})(copy)
-    (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
+AUTO_MAP = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoProcessor": "evil.P"}
+FOREIGN_TOKENIZER = {"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer_class": "T"}
+
+
+@pytest.mark.parametrize("load", [load_model, load_model_config, load_model_tokenizer, load_tokenizer])
+@pytest.mark.parametrize(
+    ("files", "refused"),
+    [
+        ({"config.json": {"model_type": "other", "auto_map": AUTO_MAP}}, (load_model, load_model_config)),
+        ({"config.json": {"auto_map": AUTO_MAP}}, ()),
+        ({"tokenizer_config.json": FOREIGN_TOKENIZER}, (load_model_tokenizer, load_tokenizer)),
+        ({"tokenizer_config.json": {"auto_map": {"AutoTokenizer": [None, "evil.T"]}}}, ()),
+        (
+            {
+                "tokenizer_config.json": {"tokenizer_class": "AutoProcessor"},
+                "processor_config.json": {"auto_map": AUTO_MAP},
+            },
+            (load_model_tokenizer, load_tokenizer),
+        ),
+        (
+            {
+                "tokenizer_config.json": {"tokenizer_class": "AutoModelForCausalLM"},
+                "config.json": {"model_type": "other", "auto_map": AUTO_MAP},
+            },
+            (load_model, load_model_config, load_model_tokenizer, load_tokenizer),
+        ),
+    ],
+)
+def test_code_of_a_repository_is_neither_run_nor_asked_for(load, files, refused, copy, monkeypatch):
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
-    message = refusal(load_model, str(copy))
-    assert "custom code" in message
+    (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
+    for name, changes in files.items():
+        (copy / name).touch()
+        edit(name, lambda data, changes=changes: json.dumps({**json.loads(data or b"{}"), **changes}).encode())(copy)
+    if load in refused:
+        assert "needs Python code from its own repository, which hfgpt never runs" in refusal(load, str(copy))
+    else:
+        loaded = load(str(copy))
+        assert type(loaded).__module__.startswith(("hfgpt.", "transformers."))
+        if load in (load_model_tokenizer, load_tokenizer):
+            loaded.save_pretrained(copy / "again")
+            assert "auto_map" not in json.loads((copy / "again" / "tokenizer_config.json").read_text())
     assert not (copy / "ran").exists()
+
+
+def test_a_tokenizer_that_is_none_is_refused(copy):
+    edit("tokenizer_config.json", lambda data: b'{"tokenizer_class": "AutoModelForCausalLM"}')(copy)
+    for load in (load_model_tokenizer, load_tokenizer):
+        assert "gives a HfGPTForCausalLM, not a tokenizer: correct its tokenizer_class" in refusal(load, str(copy))
+
+
+def test_attention_from_the_hub_is_not_loaded(copy):
+    edit_config(attn_implementation="me/kernel")(copy)
+    assert "names code on the Hub, attn_implementation 'me/kernel'" in refusal(load_model, str(copy))
 
 
 # Paths

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
 from hfgpt import tokenizer as module
 from hfgpt.errors import InputError
@@ -351,12 +351,15 @@ def test_missing_local_path_stays_off_the_network(path, tmp_path, monkeypatch):
 
 
 def test_hub_ids(trained, monkeypatch):
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: {"me/tiny": trained["bpe"], "me/slow": 1}[name])
+    found = {"me/tiny": trained["bpe"], "me/slow": ByT5Tokenizer(), "me/model": 1}
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name, **options: found[name])
     assert load_tokenizer("me/tiny") is trained["bpe"]
     with pytest.raises(InputError, match="only fast tokenizers"):
         load_tokenizer("me/slow")
+    with pytest.raises(InputError, match="'me/model' gives a int, not a tokenizer"):
+        load_tokenizer("me/model")
 
-    def refuse(name):
+    def refuse(name, **options):
         raise OSError("not a\nrepository")
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)

@@ -4,7 +4,6 @@ Only safetensors, JSON, plain text, PNG and the two Python files of the model go
 name rather than left out: somebody put it there, and should know that it would not arrive.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -14,12 +13,11 @@ from pathlib import Path
 from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
-from hfgpt.configuration_hfgpt import AUTO_MAP
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import CODE, find_fault_of_json
 from hfgpt.hub.records import is_checkpoint
 from hfgpt.saving import CHECKSUMS_FILE
 
-CODE = sorted({f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()})
 TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
 STAYING = {
     "README.md": "the card is written anew",
@@ -83,7 +81,7 @@ def sort_contents(folder: Path) -> Contents:
             going.append(path.name)
     if refused:
         named = "; ".join(f"'{name}' {fault}" for name, fault in refused.items())
-        raise InputError(f"'{folder}' holds what is not published: {named}: move it out of the folder")
+        raise InputError(f"'{folder}' holds what is not published: {named}: remove it")
     return Contents(going, staying)
 
 
@@ -123,7 +121,7 @@ def _find_fault(path: Path) -> str | None:
     if name.startswith("."):
         return "is hidden: settings and caches are not published"
     if path.is_dir():
-        return None if _is_known_folder(path) else "is a folder: a model is published without any"
+        return None if _kind_of_folder(path) else "is a folder: a model is published without any"
     if name in CODE or re.fullmatch(r"LICEN[CS]E|NOTICE", name):
         return None
     if path.suffix == ".safetensors":
@@ -138,14 +136,17 @@ def _find_fault(path: Path) -> str | None:
 
 def _reason_to_stay(path: Path) -> str | None:
     if path.is_dir():
-        return "a checkpoint" if re.fullmatch(r"checkpoint-\d+", path.name) else "a model of its own"
+        return _kind_of_folder(path)
     return STAYING.get(path.name) or ("state to resume from" if STATE.fullmatch(path.name) else None)
 
 
-def _is_known_folder(path: Path) -> bool:
-    """Whether a folder is a checkpoint of the run or another model inside it, as a first pass leaves one."""
-    models = ("config.json", "adapter_config.json", "trainer_state.json")
-    return any((path / name).is_file() for name in models)
+def _kind_of_folder(path: Path) -> str | None:
+    """What a folder inside that of a model is: a model of its own is what a first pass leaves; None: not known."""
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json", "trainer_state.json")):
+        return "a checkpoint" if re.fullmatch(r"checkpoint-\d+", path.name) else "a model of its own"
+    files = [file.name for file in path.rglob("*") if not file.is_dir()]
+    logs = files and all(name.startswith("events.out.tfevents.") for name in files)
+    return "logs of TensorBoard" if logs else None
 
 
 def _fault_of_tensors(path: Path) -> str | None:
@@ -159,11 +160,9 @@ def _fault_of_tensors(path: Path) -> str | None:
 def _fault_of_text(path: Path) -> str | None:
     content = path.read_bytes()
     try:
-        text = content.decode("utf-8")
-        if path.suffix == ".json":
-            json.loads(text)
+        content.decode("utf-8")
     except UnicodeDecodeError:
         return "is not UTF-8 text"
-    except json.JSONDecodeError:
-        return "is not JSON"
+    if path.suffix == ".json" and (fault := find_fault_of_json(content)):
+        return fault
     return "is no plain text: it holds zero bytes" if b"\0" in content else None

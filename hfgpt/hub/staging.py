@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from hfgpt import configuration_hfgpt, modeling_hfgpt
+from hfgpt.foreign_code import CODE
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import evaluation_results, write_card
 from hfgpt.hub.records import Records, read_records, without_paths
@@ -37,16 +38,21 @@ def stage(folder: Path, staging: Path, names: Sequence[str], records: Records, h
         place: Where it is sent to, for the card.
     """
     staging.mkdir()
-    _link(folder, staging, names)
+    _link(folder, staging, [name for name in names if name not in CODE])
     if records.adapter:
         base = {"base_model_name_or_path": hub.base_model, "revision": hub.base_revision} if hub.base_model else {}
         write_json(staging / "adapter_config.json", records.adapter | base)
     else:
-        # As they are installed here, whatever lay in the folder.
-        for module in (configuration_hfgpt, modeling_hfgpt):
-            path = Path(module.__file__)
-            write_text(staging / path.name, path.read_text(encoding="utf-8"))
+        _add_code(staging)
     _stage_records(staging, records, hub, place)
+
+
+def stage_base(folder: Path, staging: Path, names: Sequence[str]):
+    """Makes a folder with the base model of an adapter, to be loaded without the network; arguments as of `stage`."""
+    staging.mkdir()
+    _link(folder, staging, [name for name in names if not name.endswith(".py")])
+    if json.loads((staging / "config.json").read_bytes()).get("model_type") == "hfgpt":
+        _add_code(staging)
 
 
 def stage_native(folder: Path, staging: Path, names: Sequence[str], records: Records, hub: HubArguments, place: Place):
@@ -85,6 +91,12 @@ def _stage_records(staging: Path, records: Records, hub: HubArguments, place: Pl
 def files_in(folder: Path) -> list[str]:
     """The names of all files below a folder, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _add_code(staging: Path):
+    """Adds the Python files of the model as they are installed here."""
+    for name, path in CODE.items():
+        shutil.copyfile(path, staging / name)
 
 
 def _link(folder: Path, staging: Path, names: Sequence[str]):

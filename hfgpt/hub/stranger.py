@@ -6,6 +6,8 @@ and must come to the same logits, bit for bit, and to the same greedy continuati
 
 import json
 import os
+import re
+import site
 import subprocess
 import sys
 import tempfile
@@ -17,26 +19,39 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub.records import read_records
+from hfgpt.hub.staging import files_in
 from hfgpt.hub.usage import Place, usage_code
 from hfgpt.loading import load_model, load_model_tokenizer, quiet_bars
+from hfgpt.saving import write_json
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 ROWS, LENGTH, NEW_TOKENS = 2, 32, 16
+TIMEOUT = 1800  # seconds, for the largest GPT-2 on few cores
+# The environment variables that the fresh process gets: what Python needs to start, and what numbers may depend on.
+PASSED_ON = re.compile(
+    r"PATH|PYTHON(PATH|HOME|UTF8)|LANG|LC_[A-Z]+|TZ|TMPDIR|TEMP|TMP|SYSTEMROOT|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|"
+    r"(OMP|KMP|MKL|ONEDNN|DNNL|ATEN|OPENBLAS)_[A-Z_]+"
+)
 
 
 @torch.no_grad()
-def check_as_stranger(folder: Path, source: Path, native: bool = False):
+def check_as_stranger(folder: Path, source: Path, native: bool = False, base: Path | None = None):
     """Loads a folder in a fresh process without hfgpt and compares what it computes.
 
     Args:
         folder: With the exact files that are to be published.
         source: What they must compute the same as: the folder that was measured, or for a native one its own.
         native: Whether it holds a native GPT-2, to be loaded without remote code.
+        base: The base model of an adapter, as others will load it: see `hfgpt.hub.staging.stage_base`.
 
     Raises:
-        InputError: It does not load there, or computes something else.
+        InputError: It does not load there, or computes something else; or it holds code that is not hfgpt's.
     """
+    for place in filter(None, (folder, base)):
+        if fault := find_foreign_code(place, files_in(place)):
+            raise InputError(f"the files to load hold code that hfgpt does not run, {fault}: save the model again")
     records = read_records(folder)
     classify = records.task == "classify"
     auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
@@ -45,7 +60,6 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False):
     text = next(filter(None, records.prompts), "The") if records.has_tokenizer else None
     new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - rows.shape[1] // 2)
     job = {
-        "folder": str(folder.resolve()),
         "classify": classify,
         "adapter": bool(records.adapter),
         "labels": records.labels,
@@ -53,11 +67,13 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False):
         "threads": torch.get_num_threads(),
         "rows": rows.tolist(),
         "text": text,
-        "code": usage_code(records, Place(str(folder.resolve()), native=native)),
         "new_tokens": new_tokens,
     }
-    with tempfile.TemporaryDirectory(prefix="hfgpt-stranger-") as place:
-        answer, logits = _ask(job, Path(place))
+    with tempfile.TemporaryDirectory(prefix="hfgpt-stranger-") as temporary:
+        place = Path(temporary)
+        loaded = folder.resolve() if base is None else _join(folder, base, place / "adapter")
+        code = usage_code(records, Place(str(loaded), native=native))
+        answer, logits = _ask(job | {"folder": str(loaded), "code": code}, place)
     ours = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows.split(1)])
     if logits.shape != ours.shape or not torch.equal(logits, ours):
         apart = f" (by up to {(logits - ours).abs().max():.1e})" if logits.shape == ours.shape else ""
@@ -78,10 +94,21 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False):
             )
 
 
+def _join(folder: Path, base: Path, copy: Path) -> Path:
+    """A copy of an adapter's folder that names its base model where it lies here, so that no network is needed."""
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).symlink_to(path.resolve())
+    adapter = json.loads((folder / "adapter_config.json").read_bytes())
+    here = {"base_model_name_or_path": str(base.resolve()), "revision": None}
+    write_json(copy / "adapter_config.json", adapter | here)
+    return copy
+
+
 def _load(folder: Path, auto_class, native: bool) -> PreTrainedModel:
     if native:
         with quiet_bars():
-            return auto_class.from_pretrained(folder, dtype=torch.float32).eval()
+            return auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     return load_model(str(folder), auto_class=auto_class)
 
 
@@ -98,19 +125,27 @@ def _ask(job: dict[str, Any], place: Path) -> tuple[dict[str, Any], torch.Tensor
     job |= {"logits": str(place / "logits.safetensors"), "answer": str(place / "answer.json")}
     (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)},
+        "HOME": str(place),
+        "PYTHONUSERBASE": site.getuserbase(),  # which Python would otherwise look for below HOME
+        "HF_HOME": str(place / "home"),
+        "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(place / "modules"),
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if not job["adapter"]:  # whose base model may have to be fetched, as strangers will
-        environment["HF_HUB_OFFLINE"] = "1"
     # -P: without the script's own folder, which is hfgpt's.
     command = [sys.executable, "-P", str(SCRIPT), str(place / "job.json")]
     # No terminal: whoever asked a question, of trust for instance, would wait for ever.
     quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
-    done = subprocess.run(command, cwd=place, env=environment, check=False, **quiet)
+    try:
+        done = subprocess.run(command, cwd=place, env=environment, check=False, timeout=TIMEOUT, **quiet)
+    except subprocess.TimeoutExpired as error:
+        raise InputError(
+            f"a fresh Python process without hfgpt has not loaded and tried these files in {TIMEOUT // 60} minutes: "
+            "publish from a faster machine, or when this one is less busy"
+        ) from error
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise InputError(

@@ -38,6 +38,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import CODE, find_foreign_code
 from hfgpt.loading import hash_file
 
 T = TypeVar("T")
@@ -124,19 +125,35 @@ def verify(hashes: dict[str, str], target: Target, commit: CommitInfo):
         shutil.rmtree(cache, ignore_errors=True)
 
 
-def find_weights(repo_id: str, revision: str | None = None) -> tuple[str, Path | None]:
-    """The commit that a revision of a model on the Hub stands at, and its weights, fetched if they are in one file.
+def fetch_base(repo_id: str, revision: str | None = None) -> tuple[str, Path, list[str]]:
+    """Fetches what a model on the Hub is loaded from, and runs nothing of it.
+
+    Returns:
+        The commit that the revision stands at, a folder, and the names of the files there: weights and settings.
 
     Raises:
-        InputError: The Hub has no such model, or cannot be reached.
+        InputError: The Hub has no such model or cannot be reached, or the model would run Python that is not hfgpt's.
     """
 
-    def find() -> tuple[str, Path | None]:
+    def fetch() -> tuple[str, Path, list[str]]:
         info = HfApi().model_info(repo_id, revision=revision)
-        single = any(file.rfilename == WEIGHTS_FILE for file in info.siblings or [])
-        return info.sha, Path(hf_hub_download(repo_id, WEIGHTS_FILE, revision=info.sha)) if single else None
+        present = [file.rfilename for file in info.siblings or []]
+        code = [name for name in present if name.endswith(".py")]
+        wanted = [name for name in present if name in CODE or re.fullmatch(r"[^/\\]*\.json", name)]
+        weights = [name for name in present if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
+        wanted += weights or [name for name in present if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+        if "config.json" not in wanted:
+            raise InputError(f"'{repo_id}' has no config.json, so it is not a model: name the base of the adapter")
+        fetched = [Path(hf_hub_download(repo_id, name, revision=info.sha)) for name in wanted]
+        folder = fetched[0].parent
+        if fault := find_foreign_code(folder, [*code, *wanted]):
+            raise InputError(
+                f"readers of the card would run the code of '{repo_id}', where {fault}: publish that model again with "
+                "this version of hfgpt, or merge the adapter into it with hfgpt merge and publish the merged model"
+            )
+        return info.sha, folder, wanted
 
-    return _persist(find, repo_id, WAITS)
+    return _persist(fetch, repo_id, WAITS)
 
 
 def check_login(repo_id: str):

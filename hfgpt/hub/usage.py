@@ -1,7 +1,7 @@
 """Python for the card: how to load a model, and how to use it, where hfgpt is not installed."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hfgpt.hub.records import Records
 
@@ -15,6 +15,7 @@ def pipeline_tag(records: Records) -> str:
 
 
 WIDTH = 120
+NEW_TOKENS = 64  # in the example of a model without a recipe
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Place:
     @property
     def options(self) -> str:
         """The arguments that loading needs beside the name, each with a comma before it."""
-        revision = f', revision="{self.revision}"' if self.revision else ""
+        revision = f", revision={_quote(self.revision)}" if self.revision else ""
         return revision + ("" if self.native else ", trust_remote_code=True")
 
 
@@ -49,12 +50,12 @@ def usage_code(records: Records, place: Place) -> str:
     if not records.has_tokenizer:
         return loading_code(records, place) + "\nprint(model)"
     imports, assignments = ["from transformers import pipeline"], []
-    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model="{place.name}"{place.options})'
+    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model={_quote(place.name)}{place.options})'
     if records.adapter:
         imports, assignments = _load(records, place)
         imports[-1] += ", pipeline"
         pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model=model, tokenizer=tokenizer)'
-    call = ", ".join([_example(records), *(f"{key}={value}" for key, value in _options(records).items())])
+    call = ", ".join([_example(records), *(f"{key}={value!r}" for key, value in _options(records).items())])
     return "\n".join([*imports, "", *assignments, pipeline, f"print(pipe({call}))"])
 
 
@@ -65,34 +66,46 @@ def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
     tokenizer = ["AutoTokenizer"] if records.has_tokenizer else []
     if records.adapter:
         model_class = model_class.replace("AutoModel", "AutoPeftModel")
-        names = [f"{index}: {_quote(label)}" for index, label in records.labels.items()]
+        names = [f"{index}: {_quote(str(label))}" for index, label in records.labels.items()]
         classes = f", id2label={{{', '.join(names)}}}" if names else ""
         imports = [f"from peft import {model_class}", *(f"from transformers import {name}" for name in tokenizer)]
     else:
         imports = [f"from transformers import {', '.join([model_class, *tokenizer])}"]
-    arguments = f'"{place.name}"{classes}{place.options}'
+    arguments = f"{_quote(place.name)}{classes}{place.options}"
     load = f"model = {model_class}.from_pretrained({arguments})"
     assignments = [load if len(load) < WIDTH else f"model = {model_class}.from_pretrained(\n    {arguments}\n)"]
     if tokenizer:
-        revision = f', revision="{place.revision}"' if place.revision else ""
-        assignments.append(f'tokenizer = AutoTokenizer.from_pretrained("{place.name}"{revision})')
+        # AutoTokenizer reads config.json first, and asks before it runs the code named there; an adapter has none.
+        options = replace(place, native=True).options if records.adapter else place.options
+        assignments.append(f"tokenizer = AutoTokenizer.from_pretrained({_quote(place.name)}{options})")
     return imports, assignments
 
 
+def _prompt(records: Records) -> str:
+    return next(filter(None, records.prompts), "The")
+
+
 def _example(records: Records) -> str:
-    prompt = _quote(next(filter(None, records.prompts), "The"))
+    prompt = _quote(_prompt(records))
     return f'[{{"role": "user", "content": {prompt}}}]' if records.task == "instruct" else prompt
 
 
 def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    """A string as Python writes it, in double quotes where no character needs another escape than JSON's."""
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
 def _options(records: Records) -> dict[str, object]:
-    """How the recipe had the model write."""
+    """How the recipe had the model write, with no more new tokens than the context surely has room for."""
+    if records.task == "classify":
+        return {}
     evaluation = records.recipe.get("evaluation", {})
+    new_tokens = evaluation.get("max_new_tokens", NEW_TOKENS)
+    if context := records.run.get("architecture", {}).get("max_position_embeddings"):
+        # A token is at least a byte of the prompt; how many those of a conversation are is the chat template's matter.
+        taken = context // 2 if records.task == "instruct" else len(_prompt(records).encode(errors="replace"))
+        new_tokens = max(1, min(new_tokens, context - taken))
     if records.task == "instruct":
-        return {"max_new_tokens": evaluation["max_new_tokens"], "do_sample": False}
-    if records.task == "pretrain":
-        return {"do_sample": True} | {name: evaluation[name] for name in ("max_new_tokens", "temperature", "top_k")}
-    return {}
+        return {"max_new_tokens": new_tokens, "do_sample": False}
+    sampling = {name: evaluation[name] for name in ("temperature", "top_k") if name in evaluation}
+    return {"do_sample": True, "max_new_tokens": new_tokens} | sampling

@@ -10,20 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CommitInfo, ModelCard, constants
+from huggingface_hub import CommitInfo, ModelCard, constants, get_token
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hfgpt.configuration_hfgpt import AUTO_MAP
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments, check_repo_id
 from hfgpt.hub.card import describe_architecture
 from hfgpt.hub.contents import Contents, find_secrets, sort_contents
 from hfgpt.hub.records import Records, is_hub_id, read_records
-from hfgpt.hub.staging import files_in, stage, stage_native
+from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
 from hfgpt.hub.stranger import check_as_stranger
-from hfgpt.hub.upload import Target, find_weights, upload, verify
+from hfgpt.hub.upload import WEIGHTS_FILE, Target, fetch_base, upload, verify
 from hfgpt.hub.usage import Place, loading_code
 from hfgpt.loading import hash_file, hash_weights, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import parse_sections
@@ -126,13 +125,14 @@ def publish(
             from hfgpt.tasks.remeasure import measure_again  # of the tasks, whose runs end here
 
             passed(measure_again(folder, records, overrides, console))
-        if records.adapter and arguments.format == "hfgpt":
-            hub = pin_base(records, hub)
+        base = Path(temporary) / "base" if records.adapter and arguments.format == "hfgpt" else None
+        if base:
+            hub = pin_base(records, hub, base)
             passed(f"its base model will be loaded from {hub.base_model} at commit {hub.base_revision}")
 
         # 6. and 7. The files as they will be, with their card, and as strangers will load them.
         for branch in branches:
-            make_branch(branch, contents.going, records, hub, passed)
+            make_branch(branch, contents.going, records, hub, passed, base)
             show_files(branch, console)
         show_missing(contents, records, hub, console)
         if arguments.dry_run:
@@ -143,10 +143,9 @@ def publish(
         for branch in branches:
             commit = send(branch, arguments, f"Publish {folder.resolve().name}")
             passed(f"{len(branch.hashes)} files arrived as they were sent: {commit.pr_url or commit.commit_url}")
-        code = describe_loading(branches)
-    place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
-    console.print(f"published: {place}", highlight=False, soft_wrap=True)
-    return code
+        place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
+        console.print(f"published: {place}", highlight=False, soft_wrap=True)
+        return describe_loading(branches)
 
 
 def check_folder(
@@ -196,12 +195,6 @@ def open_folder(folder: Path) -> Records:
         raise InputError(
             f"'{folder}' holds a model of type {config.model_type}, not hfgpt: {remedy or 'name one of hfgpt'}"
         )
-    auto_map = getattr(config, "auto_map", None)
-    settings = folder / "tokenizer_config.json"
-    foreign = settings.is_file() and '"auto_map"' in settings.read_text(encoding="utf-8")
-    if foreign or (not adapter and auto_map not in (None, AUTO_MAP)):
-        name = settings.name if foreign else "config.json"
-        raise InputError(f"the {name} of '{folder}' names code of others (auto_map): save the model again")
     return read_records(folder)
 
 
@@ -248,19 +241,25 @@ def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hu
     return branches
 
 
-def pin_base(records: Records, hub: HubArguments) -> HubArguments:
+def pin_base(records: Records, hub: HubArguments, staging: Path) -> HubArguments:
     """The section `hub` with the base model of an adapter and the commit that others will load it from.
 
+    Args:
+        records: Of the adapter.
+        hub: Names the base model, if the adapter names a folder.
+        staging: The folder to make, with the base model as it is at that commit.
+
     Raises:
-        InputError: The base model is not there, or has other weights than the adapter was trained on.
+        InputError: The base model is not there, has other weights than the adapter was trained on, or foreign code.
     """
     base, revision = hub.base_model, hub.base_revision
     if base is None:
         base, revision = records.adapter["base_model_name_or_path"], revision or records.adapter.get("revision")
-    commit, weights = find_weights(base, revision)
+    commit, folder, names = fetch_base(base, revision)
     expected = records.run.get("base_weights_sha256")
-    if weights and expected and hash_file(weights) != expected:
+    if expected and WEIGHTS_FILE in names and hash_file(folder / WEIGHTS_FILE) != expected:
         raise InputError(f"'{base}' has other weights than the adapter was trained on: publish the right base model")
+    stage_base(folder, staging, names)
     return dataclasses.replace(hub, base_model=base, base_revision=commit)
 
 
@@ -270,6 +269,7 @@ def make_branch(
     records: Records,
     hub: HubArguments,
     passed: Callable[[str], None],
+    base: Path | None = None,
 ):
     """Makes the files that a branch gets, and checks what was not in the folder before.
 
@@ -279,6 +279,7 @@ def make_branch(
         records: Of the folder.
         hub: For the card.
         passed: Told of each check.
+        base: The base model of an adapter, see `pin_base`.
 
     Raises:
         InputError: GPT-2 cannot express the model, the card is not valid or holds a token, or a process without hfgpt
@@ -298,7 +299,7 @@ def make_branch(
     refuse_secrets(branch.folder, [name for name in branch.hashes if not name.endswith(".safetensors")])
     check_metadata(branch.folder / "README.md")
     passed(f"the metadata of the card is valid ({branch})")
-    check_as_stranger(branch.folder, branch.folder if native else folder, native)
+    check_as_stranger(branch.folder, branch.folder if native else folder, native, None if native else base)
     passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
 
 
@@ -375,7 +376,8 @@ def show_missing(contents: Contents, records: Records, hub: HubArguments, consol
 def show_card(branch: Branch, console: Console):
     """Prints the card that a dry run would have sent."""
     card = (branch.folder / "README.md").read_text(encoding="utf-8")
-    console.print(f"the card:\n\n{card}\nnothing was sent (--dry-run)", highlight=False, markup=False)
+    login = "a Hub token is set" if get_token() else "not logged in: run `hf auth login` before publishing"
+    console.print(f"the card:\n\n{card}\nnothing was sent (--dry-run); {login}", highlight=False, markup=False)
 
 
 def show_files(branch: Branch, console: Console):

@@ -21,12 +21,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from hfgpt.configuration_hfgpt import AUTO_MAP
 from hfgpt.errors import InputError
+from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub import fresh_process, stranger
 from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.records import read_records
 from hfgpt.loading import load_model
 from hfgpt.recipe import load_recipe
+from hfgpt.saving import write_json
 from hfgpt.tasks import publish as task
 from hfgpt.tasks.convert import import_checkpoint
 from hfgpt.tasks.merge import merge
@@ -43,11 +46,20 @@ training: {output_dir: run, per_device_train_batch_size: 4, max_steps: 1, use_cp
 """
 
 
+TOKEN = "hf_" + "plantedToken" * 3
+
+
 @pytest.fixture
 def trusting(monkeypatch):
     """Without the check that needs a process of its own, which takes ten seconds, and the client's pauses."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(task, "check_as_stranger", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def final(text_run, tmp_path) -> Path:
+    """A copy of the language model's run without its checkpoints, as it is sent."""
+    return shutil.copytree(text_run, tmp_path / "final", ignore=shutil.ignore_patterns("checkpoint-*"))
 
 
 @contextmanager
@@ -85,6 +97,27 @@ def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
     assert "stays here  checkpoint-2: a checkpoint" in shown
     assert shown.count("  ok  ") == 7
     assert code.splitlines()[1] == 'model = AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)'
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [(None, "not logged in: run `hf auth login` before publishing"), (TOKEN, "a Hub token is set")]
+)
+def test_a_dry_run_says_whether_there_is_a_login(hub, run, trusting, monkeypatch, token, said):
+    monkeypatch.setattr(task, "get_token", lambda: token)
+    _, shown = send(run, dry_run=True, measure=False)
+    assert shown.endswith(f"nothing was sent (--dry-run); {said}\n")
+    assert hub.log == []
+
+
+def test_logs_of_tensorboard_stay_here(hub, run, trusting):
+    logs = run / "runs" / "Jan01_00-00-00_machine"
+    logs.mkdir(parents=True)
+    (logs / "events.out.tfevents.1.machine.2.0").write_bytes(b"\0")
+    _, shown = send(run, dry_run=True, measure=False)
+    assert "stays here  runs: logs of TensorBoard" in shown
+    (logs / "notes.txt").touch()
+    with pytest.raises(InputError, match="'runs' is a folder"):
+        send(run, dry_run=True, measure=False)
 
 
 def test_a_run_arrives_in_one_commit(hub, run, trusting):
@@ -215,7 +248,6 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
         ("data_report.json", "{}", r"data_report\.json' .* lacks dropped, rows_kept, rows_read, sha256, splits"),
         ("conversion.json", "[]", r"conversion\.json' is not as hfgpt writes it"),
-        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": "evil/repo--tok.Evil"}}', "names code of others"),
     ],
 )
 def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
@@ -234,18 +266,18 @@ def test_another_tokenizer_is_refused(hub, run):
         send(run)
 
 
-def test_a_stranger_who_gets_something_else_is_heard(run, tmp_path, monkeypatch):
+def test_a_stranger_who_gets_something_else_is_heard(final, tmp_path, monkeypatch):
     ask = stranger._ask
     for key, value, match in (("greedy", [1, 2], "continues a text otherwise"), ("ids", [0], "makes other tokens")):
         monkeypatch.setattr(
             stranger, "_ask", lambda *args, key=key, value=value: (ask(*args)[0] | {key: value}, ask(*args)[1])
         )
         with nearby(tmp_path), pytest.raises(InputError, match=match):
-            stranger.check_as_stranger(run, run)
+            stranger.check_as_stranger(final, final)
     monkeypatch.setattr(stranger, "_ask", ask)
     monkeypatch.setattr(stranger, "usage_code", lambda *args: "raise RuntimeError('the card is wrong')")
     with nearby(tmp_path), pytest.raises(InputError, match=r"cannot load these files \(the card is wrong\)"):
-        stranger.check_as_stranger(run, run)
+        stranger.check_as_stranger(final, final)
 
 
 def test_two_branches_are_never_one(hub, run, trusting):
@@ -336,7 +368,7 @@ def test_what_must_not_leave_is_refused_by_name(hub, run, plant, match):
 def test_all_that_is_wrong_is_named_at_once(hub, run):
     for name in (".env", "a.pkl", "b.bin"):
         (run / name).touch()
-    with pytest.raises(InputError, match=r"'\.env' .*'a\.pkl' .*'b\.bin' .*: move it out of the folder"):
+    with pytest.raises(InputError, match=r"'\.env' .*'a\.pkl' .*'b\.bin' .*: remove it"):
         send(run)
 
 
@@ -386,15 +418,154 @@ def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
         send(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"holds no config\.json"):
         send(tmp_path)
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil/repo--modeling.X"}}))
-    with pytest.raises(InputError, match=r"names code of others \(auto_map\)"):
-        send(run)
     with pytest.raises(InputError, match="which nobody else has: publish it too"):
         send(runs / "adapter")
     with pytest.raises(InputError, match="does not say whose it is: write it user/model"):
         send(run, "model")
     assert hub.log == []
+
+
+# Code of others ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch) -> str:
+    """Python that writes the token of the environment down; at the end of the test it must not have been run."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    with nearby(tmp_path):
+        yield f"\nimport os\nopen({str(tmp_path / 'stolen')!r}, 'w').write(os.environ['HF_TOKEN'])\n"
+    assert not (tmp_path / "stolen").exists()
+    assert not any(TOKEN in path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
+
+
+def evil_model(files: dict[str, bytes], code: str) -> dict[str, bytes]:
+    return {"modeling_hfgpt.py": files["modeling_hfgpt.py"] + code.encode()}
+
+
+def evil_map(files: dict[str, bytes], code: str) -> dict[str, bytes]:
+    config = json.loads(files["config.json"])
+    config["auto_map"] = {name: f"me/evil--evil.{name}" for name in config["auto_map"]}
+    return {"config.json": json.dumps(config).replace("auto_map", r"auto\u005fmap").encode(), "evil.py": code.encode()}
+
+
+def evil_reference(files: dict[str, bytes], code: str) -> dict[str, bytes]:
+    config = json.loads(files["config.json"])
+    config["auto_map"] = {name: f"me/evil--evil.{name}" for name in config["auto_map"]}
+    return {"config.json": json.dumps(config).replace("auto_map", r"auto\u005fmap").encode()}
+
+
+def evil_generate(files: dict[str, bytes], code: str) -> dict[str, bytes]:
+    return {"custom_generate/generate.py": code.encode() + b"def generate(model, **options): pass\n"}
+
+
+@pytest.mark.parametrize(
+    ("plant", "named", "match"),
+    [
+        (evil_model, "by the adapter", r"'modeling_hfgpt.py' is not a Python file of this version of hfgpt: publish"),
+        (
+            evil_model,
+            "by hub.base_model",
+            "'modeling_hfgpt.py' is not a Python file of this version of hfgpt: publish",
+        ),
+        (evil_map, "by the adapter", "'evil.py' is not a Python file of this version of hfgpt"),
+        (evil_reference, "by hub.base_model", r"'config.json' names code of others \(auto_map\)"),
+        (evil_generate, "by hub.base_model", "'custom_generate/generate.py' is not a Python file of this version"),
+    ],
+)
+def test_code_of_a_base_model_is_never_run(hub, runs, tmp_path, planted, plant, named, match):
+    good = {path.name: path.read_bytes() for path in (runs / "text").iterdir() if path.is_file()}
+    good = {name: content for name, content in good.items() if name.endswith((".json", ".py", ".safetensors"))}
+    hub.create("me/evil", private=False, files=good | plant(good, planted))
+    adapter, options = runs / "adapter", ["--hub.base_model", "me/evil"]
+    if named == "by the adapter":
+        adapter = shutil.copytree(adapter, tmp_path / "adapter")
+        edit_json(adapter / "adapter_config.json", base_model_name_or_path="me/evil")
+        options = []
+    with pytest.raises(InputError, match=f"readers of the card would run the code of 'me/evil', where {match}"):
+        send(adapter, "me/x", *options, dry_run=True, measure=False)
+    assert not any("POST" in line for line in hub.log)
+
+
+def edit_json(path: Path, **changes):
+    """Changes keys of a JSON file, which is made if it is not there; the first key has its underscores escaped."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    text, key = json.dumps(content | changes), next(iter(changes))
+    path.write_text(text.replace(f'"{key}"', f'"{key}"'.replace("_", r"\u005f")))
+
+
+AUTO_TOKENIZER = {"AutoTokenizer": [None, "evil.Evil"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tokenizer_config.json", {"auto_map": AUTO_TOKENIZER}),
+        ("tokenizer_config.json", {"auto_map": [None, "me/evil--evil.Evil"]}),
+        ("tokenizer_config.json", {"tokenizer_class": "evil.Evil"}),
+        ("config.json", {"auto_map": AUTO_MAP | {"AutoModel": "me/evil--evil.Evil"}}),
+        ("config.json", {"auto_map": AUTO_MAP | AUTO_TOKENIZER}),
+        ("config.json", {"task_specific_params": {"auto_map": AUTO_TOKENIZER}}),
+        ("config.json", {"custom_pipelines": {"text-generation": {"impl": "evil.Evil"}}}),
+        ("generation_config.json", {"custom_generate": "me/evil"}),
+        ("processor_config.json", {"auto_map": {"AutoProcessor": "evil.Evil"}}),
+        ("config.4.0.0.json", {"auto_map": AUTO_TOKENIZER}),
+        ("more.json", {"attn_implementation": {"": "me/evil"}}),
+        ("adapter_config.json", {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}}),
+    ],
+)
+def test_what_names_code_of_others_is_refused(hub, runs, tmp_path, planted, name, changes):
+    adapter = name.startswith("adapter")
+    folder = shutil.copytree(runs / ("adapter" if adapter else "text"), tmp_path / "copy")
+    edit_json(folder / name, **changes)
+    key = "auto_map" if "task_specific_params" in changes else next(iter(changes))
+    options = ["--hub.base_model", "me/text"] if adapter else []
+    with pytest.raises(InputError, match=rf"'{name}' names code of others \({key}\): remove it"):
+        send(folder, "me/x", *options, dry_run=True)
+    assert hub.log == []
+
+
+def test_tokens_and_labels_may_be_called_as_they_like(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": AUTO_MAP, "label2id": {"auto_map": 0}}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"auto_map": 5, "tokenizer_class": 6}}}))
+    (tmp_path / "adapter_config.json").write_text('{"auto_mapping": null, "megatron_core": "megatron.core"}')
+    assert find_foreign_code(tmp_path, ["config.json", "tokenizer.json", "adapter_config.json"]) is None
+
+
+def test_python_files_in_an_adapters_folder_are_not_sent(hub, runs, tmp_path, trusting):
+    send(runs / "text", "me/text")
+    adapter = shutil.copytree(runs / "adapter", tmp_path / "adapter")
+    (adapter / "modeling_hfgpt.py").write_text("raise SystemExit")
+    send(adapter, "me/adapter", "--hub.base_model", "me/text")
+    assert not [name for name in hub.files("me/adapter") if name.endswith(".py")]
+
+
+def test_the_fresh_process_gets_no_token_no_network_and_no_more_than_its_time(final, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("MY_SECRET", TOKEN)
+    monkeypatch.setenv("HF_HOME", "/my/home")
+
+    def start(command, env, stdin, timeout, **options):
+        assert not [name for name, value in env.items() if TOKEN in value or "/my/home" in value]
+        assert env["HF_HUB_OFFLINE"] == "1"
+        assert Path(env["HF_HOME"]).is_relative_to(Path(command[-1]).parent)
+        assert "PATH" in env
+        assert stdin == subprocess.DEVNULL
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    with pytest.raises(InputError, match="has not loaded and tried these files in 30 minutes"):
+        stranger.check_as_stranger(final, final)
+    for event in ("socket.connect", "socket.getaddrinfo"):
+        with pytest.raises(PermissionError, match="the network is not to be used"):
+            fresh_process.forbid_network(event, ())
+
+
+def test_code_that_is_not_ours_is_not_run_by_the_fresh_process(final, planted):
+    with open(final / "modeling_hfgpt.py", "a") as file:
+        file.write(planted)
+    with pytest.raises(InputError, match=r"code that hfgpt does not run, 'modeling_hfgpt\.py' is not a Python file"):
+        stranger.check_as_stranger(final, final)
 
 
 # Folders that are no finished runs ---------------------------------------------------------------------------------
@@ -426,6 +597,17 @@ def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
     assert "A GPT of " in card_of(shown)
 
 
+def test_an_imported_model_with_a_small_context_is_published(hub, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=1)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    train_tokenizer(["The cat"], "char").save_pretrained(tmp_path / "gpt2")
+    import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
+    with nearby(tmp_path):
+        _, shown = send(tmp_path / "ours", dry_run=True)
+    assert 'print(pipe("The", do_sample=True, max_new_tokens=13))' in card_of(shown)
+
+
 def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting):
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -445,6 +627,26 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     assert "Measured on what `--data.block_size=8` chooses of `text.txt`" in card_of(other)
     assert "| perplexity |" in card_of(shown)
     assert str(tmp_path) not in card_of(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "rows", "by"),
+    [
+        ("classes", "eval_accuracy", "eval_rows", "share"),
+        ("answers", "eval_exact_match", "eval_answers", "share"),
+        ("answers", "eval_unfinished_answers", "eval_answers", "count"),
+    ],
+)
+def test_a_row_that_flips_on_another_machine_is_no_forgery(hub, runs, tmp_path, trusting, name, metric, rows, by):
+    folder = shutil.copytree(runs / name, tmp_path / name)
+    measured = json.loads((folder / "metrics.json").read_text())
+    row = 1 / measured[rows] if by == "share" else 1
+    (folder / "metrics.json").write_text(json.dumps(measured | {metric: measured[metric] + row}))
+    send(folder, "me/x")
+    assert json.loads(hub.files("me/x")["metrics.json"])[metric] == measured[metric], "what was measured now"
+    (folder / "metrics.json").write_text(json.dumps(measured | {metric: measured[metric] + 2 * row}))
+    with pytest.raises(InputError, match=f"metrics.json says {metric}"):
+        send(folder, "me/x")
 
 
 def test_other_rows_than_were_held_out_are_not_measured(hub, run, tmp_path, trusting):
@@ -490,10 +692,9 @@ def test_an_adapters_base_is_pinned(hub, runs, trusting):
     send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
     config = json.loads(hub.files("me/adapter")["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/text", commit)
-    weights = hub.files("me/text")["model.safetensors"]
-    repository = hub.create("me/other", private=True)
-    hub.blobs["other"] = weights[:-1] + bytes([weights[-1] ^ 1])
-    repository.commits[repository.branches["main"]]["model.safetensors"] = (True, "other")
+    files = hub.files("me/text")
+    weights = files["model.safetensors"]
+    hub.create("me/other", private=True, files=files | {"model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])})
     with pytest.raises(InputError, match="'me/other' has other weights than the adapter was trained on"):
         send(runs / "adapter", "me/adapter", "--hub.base_model", "me/other")
     with pytest.raises(InputError, match="the Hub has no 'me/nothing'"):
@@ -564,17 +765,22 @@ def make_clean_environment(folder: Path) -> Path:
 def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
     """The whole way: all checks, then a clean environment that knows the Hub alone."""
     with nearby(tmp_path):
-        send(runs / "text", "me/text", "--hub.native_branch", "true")
-        send(runs / "classes", "me/classes")
-        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
+        handed_out = [
+            send(runs / "text", "me/text", "--hub.native_branch", "true")[0],
+            send(runs / "classes", "me/classes")[0],
+            send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text", "--hub.native_branch", "true")[0],
+        ]
     python = make_clean_environment(tmp_path / "venv")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     card = hub.files("me/text")["README.md"].decode()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    script = CLEAN.format(labels=read_records(runs / "adapter").labels, card=code)
-    done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    script = CLEAN.format(labels=read_records(runs / "adapter").labels, card="\n".join([code, *handed_out]))
+    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, **quiet)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "[y/N]" not in done.stdout, "no question"
+    assert "You are using a model of type" not in done.stderr, "no doubt of the model"
     assert "generated_text" in done.stdout
     assert "score" in done.stdout
     theirs, ids = load_file(tmp_path / "logits.safetensors"), torch.arange(8)[None]
@@ -593,16 +799,14 @@ def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
 
 
 def test_a_folder_that_computes_something_else_elsewhere_is_refused(hub, run, monkeypatch):
-    """Where the code that travels is not what runs here, a stranger would get another model."""
+    """Where what travels is not what was measured here, a stranger would get another model."""
     shutil.rmtree(run / "checkpoint-2")
     stage = task.stage
 
     def spoil(folder, staging, *args):
         stage(folder, staging, *args)
-        code = (staging / "modeling_hfgpt.py").read_text()
-        assert "self.norm(hidden_states)" in code
-        code = code.replace("self.norm(hidden_states)", "2 * self.norm(hidden_states)")
-        (staging / "modeling_hfgpt.py").write_text(code)
+        config = json.loads((staging / "config.json").read_text())
+        write_json(staging / "config.json", config | {"layer_norm_eps": 1.0})
 
     monkeypatch.setattr(task, "stage", spoil)
     with pytest.raises(InputError, match="computes other logits from these files"):

@@ -1,0 +1,93 @@
+"""The Python on a card: whatever labels, prompts and places are called, it is our template with their names in it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from hfgpt.hub.records import Records
+from hfgpt.hub.usage import Place, loading_code, usage_code
+
+NASTY = [
+    "plain",
+    'a"b',
+    "a'b",
+    "a\\",
+    '"), __import__("os").system("touch planted"), ("',
+    "'), __import__('os').system('touch planted'), ('",
+    "a\nimport os",
+    "a\r\nb\x00\x1b[31m\u2028\u202e\x85\ud800",
+    "```\nend of the card",
+    "{name} %s \\N{BULLET} \\x41",
+    "Ä, ö and 😀",
+]
+
+
+def records_of(task: str, text: str, adapter: bool = False, context: int = 64, **evaluation) -> Records:
+    settings = {"prompts": [text], "max_new_tokens": 60, "temperature": 1.0, "top_k": None, **evaluation}
+    return Records(
+        folder=Path(),
+        recipe={"task": task, "evaluation": settings} if task else {},
+        run={"architecture": {"max_position_embeddings": context}},
+        metrics={},
+        data={},
+        merge={},
+        conversion={},
+        adapter={"peft_type": "LORA"} if adapter else {},
+        labels={0: text, 1: "other"} if task == "classify" else {},
+        has_tokenizer=True,
+    )
+
+
+@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("task", ["pretrain", "classify", "instruct"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_names_are_literals_and_nothing_else(text, task, adapter):
+    records, place = records_of(task, text, adapter), Place(text, text)
+    plain = ast.parse(usage_code(records_of(task, "plain", adapter), Place("plain", "plain")))
+    tree = ast.parse(usage_code(records, place))
+    strings, expected = (
+        [node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for code in (tree, plain)
+    )
+    assert strings == [text if value == "plain" else value for value in expected]
+    for node in [*ast.walk(tree), *ast.walk(plain)]:
+        if isinstance(node, ast.Constant):
+            node.value = None
+    assert ast.dump(tree) == ast.dump(plain), "the code is the same but for its strings and numbers"
+    assert ast.parse(loading_code(records, place))
+
+
+def test_options_of_a_recipe_are_literals():
+    records = records_of("pretrain", "The", temperature="__import__('os').system('touch planted')")
+    (call,) = [
+        node
+        for node in ast.walk(ast.parse(usage_code(records, Place("me/x"))))
+        if isinstance(node, ast.keyword) and node.arg == "temperature"
+    ]
+    assert isinstance(call.value, ast.Constant)
+
+
+def test_a_tokenizer_is_loaded_without_a_question():
+    """AutoTokenizer reads config.json first, and asks before it runs the code that is named there."""
+    line = 'tokenizer = AutoTokenizer.from_pretrained("me/x"{})'
+    assert line.format(", trust_remote_code=True") in loading_code(records_of("pretrain", "The"), Place("me/x"))
+    assert line.format("") in loading_code(records_of("pretrain", "The"), Place("me/x", native=True))
+    assert line.format("") in loading_code(records_of("classify", "a", adapter=True), Place("me/x"))
+
+
+@pytest.mark.parametrize(
+    ("task", "prompt", "context", "new_tokens"),
+    [
+        ("pretrain", "The", 256, 60),
+        ("pretrain", "The", 32, 29),
+        ("pretrain", "Ä" * 20, 48, 8),
+        ("pretrain", "The" * 20, 32, 1),
+        ("instruct", "Who?", 96, 48),
+        (None, "The", 256, 64),
+        (None, "The", 8, 5),
+    ],
+)
+def test_the_example_asks_for_no_more_than_the_context_holds(task, prompt, context, new_tokens):
+    code = usage_code(records_of(task, prompt, context=context), Place("me/x"))
+    assert f"max_new_tokens={new_tokens}" in code
