@@ -12,7 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"", "configuration_hfgpt", "errors"},  # "" is hfgpt/__init__.py
     {"modeling_hfgpt", "saving"},
-    {"tokenizer", "data", "conversion", "adapters", "evaluation"},
+    {"tokenizer", "data", "conversion", "adapters"},
+    {"evaluation"},
     {"loading"},
     {"building", "training", "hub"},
     {"recipe"},
@@ -22,7 +23,7 @@ FLOORS = [
     {"__main__"},
 ]
 TRAVELLING = ("configuration_hfgpt", "modeling_hfgpt")
-LINES = {"modeling_hfgpt.py": 450}  # the whole model is one file; any other: 400
+LINES = {"modeling_hfgpt.py": 450, "recipe.py": 420}  # the whole model, and all of a recipe, in one file; others: 400
 
 
 def module_of(path: Path) -> str:
