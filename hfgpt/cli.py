@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hfgpt.errors import InputError, Interrupted
+from hfgpt.errors import InputError, Interrupted, make_visible
 
 app = typer.Typer(
     name="hfgpt",
@@ -64,19 +64,17 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
 ):
     """Continue a prompt."""
-    from transformers import TextStreamer
-
-    from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+    from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_texts
     from hfgpt.loading import load_model, load_model_tokenizer
     from hfgpt.training.hardware import find_device
 
     arguments = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, num_samples, seed)
     tokenizer = load_model_tokenizer(model)
     network = load_model(model).to(find_device())
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
+    streamer = TerminalStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
     texts = generate_texts(network, tokenizer, prompt, arguments, streamer)
     if streamer is None:
-        print("\n\n".join(texts))
+        _print("\n\n".join(texts))
 
 
 @app.command()
@@ -114,11 +112,12 @@ def classify(
     predictions = predict(network, tokenizer, texts)
     if as_json:
         rows = [{"text": found.text, "label": found.label, "score": found.score} for found in predictions]
-        print(json.dumps({"predictions": rows}, ensure_ascii=False))
+        # On a terminal everything beyond ASCII is escaped: json leaves C1 and the marks of direction as they are.
+        print(json.dumps({"predictions": rows}, ensure_ascii=sys.stdout.isatty()))
     else:
         for found in predictions:
             likeliest = sorted(found.probabilities.items(), key=lambda item: -item[1])
-            print(f"{found.label}\t{', '.join(f'{label} {value:.4f}' for label, value in likeliest)}\t{found.text}")
+            _print(f"{found.label}\t{', '.join(f'{label} {value:.4f}' for label, value in likeliest)}\t{found.text}")
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -159,7 +158,7 @@ def evaluate(
         print(json.dumps(metrics))
     else:
         for name, value in metrics.items():
-            print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
+            _print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
 
 
 @app.command()
@@ -242,7 +241,7 @@ def publish_model(
     from hfgpt.tasks.publish import PublishArguments, publish
 
     arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
-    print(publish(model, repo_id, arguments, _overrides(context)))
+    _print(publish(model, repo_id, arguments, _overrides(context)))
 
 
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)
@@ -326,6 +325,11 @@ def main() -> NoReturn:
         _refuse(_explain_usage(error))
 
 
+def _print(text: str):
+    """Prints a result: on a terminal with control characters made visible, elsewhere as it is."""
+    print(make_visible(text) if sys.stdout.isatty() else text)
+
+
 def _overrides(context: typer.Context) -> list[str]:
     """What was left for the keys of the recipe; an option that is nearly one of the command's is told as such."""
     options = [name for parameter in context.command.params for name in parameter.opts]
@@ -349,10 +353,10 @@ def _explain_usage(error: UsageError) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"hfgpt: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"hfgpt: {make_visible(' '.join(message.splitlines()))}", file=sys.stderr)
     sys.exit(2)
 
 
 def _stop(message: str) -> NoReturn:
-    print(f"hfgpt: {message}", file=sys.stderr)
+    print(f"hfgpt: {make_visible(message)}", file=sys.stderr)
     sys.exit(130)  # as shells report an end by Ctrl-C
