@@ -315,7 +315,8 @@ def test_a_file_that_is_no_text(write):
 )
 def test_yaml_that_never_ends_or_cannot_be_read_is_refused_in_one_line(text, message, write):
     refused = refusal(write(text))
-    assert refused.startswith(f"r.yaml{message}") and "\n" not in refused
+    assert refused.startswith(f"r.yaml{message}")
+    assert "\n" not in refused
 
 
 def test_aliases_are_read(write):
