@@ -23,6 +23,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
+from hfgpt.conversion.checkpoints import check_archive, count_least_parameters, find_weight_files
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 
@@ -32,6 +33,10 @@ OF_GPT2 = {
     AutoModelForSequenceClassification: HfGPTForSequenceClassification,
 }
 LABELS_FILE = "labels.json"
+TRAINABLE_TYPES = ("hfgpt", "gpt2")  # what becomes a model of ours
+MOST_LAYERS = 1_000  # the deepest transformer published (DeepNet, arXiv:2203.00555)
+# What transformers makes lists, tables and modules of before it looks at the weights, and how many at most.
+LIMITS = {"num_hidden_layers": MOST_LAYERS, "n_layer": MOST_LAYERS, "num_labels": 1_000_000}
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -77,6 +82,7 @@ def load_model(
     if new_head is not None:
         kwargs |= label_fields(new_head)
     model_class = OF_GPT2[auto_class] if config.model_type == "gpt2" else auto_class
+    check_weights_match(path, revision, config)
     kwargs = {"dtype": torch.float32, **kwargs, "revision": revision or "main"}
     if model_class is auto_class:
         kwargs["trust_remote_code"] = False
@@ -96,6 +102,29 @@ def load_model(
         if not parameter.isfinite().all():
             raise InputError(f"the weights in '{path}' are damaged: {name} holds NaN or infinity; take another copy")
     return model.eval()
+
+
+def check_weights_match(path: str, revision: str | None, config: PreTrainedConfig):
+    """Looks at the files that `from_pretrained` will read the weights from, before it builds a model to put them in.
+
+    Raises:
+        InputError: A weight map leads out of the model's folder, a file is damaged, or all of them together are too
+            small to hold the model that the configuration describes.
+    """
+    with explained("a model", path):
+        files = find_weight_files(path, revision, config)
+        for file in files:
+            if file.suffix == ".bin":
+                check_archive(file)
+    stored = sum(file.stat().st_size for file in files)
+    if not files or config.model_type not in TRAINABLE_TYPES:
+        return
+    # No format takes less than 4 bits for one. A small model is built, as the errors that follow say more.
+    if (least := count_least_parameters(config)) > max(2 * stored, 2**24):
+        raise InputError(
+            f"the config.json of '{path}' describes a model of at least {least:,} parameters, but its weights take "
+            f"{stored:,} bytes; take both from the same model"
+        )
 
 
 def label_fields(labels: list[str]) -> dict:
@@ -284,6 +313,13 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
         return load_model_config(base, read_adapter(path, revision).revision)
     check_model_path(path)
     with explained("a configuration", path):
+        content, _ = PreTrainedConfig.get_config_dict(path, revision=revision or "main")
+        for name in LIMITS.keys() & set(content):
+            if isinstance(content[name], int) and content[name] > LIMITS[name]:
+                raise InputError(
+                    f"the config.json of '{path}' has {name} {content[name]:,}, the limit is {LIMITS[name]:,}: take "
+                    "another copy"
+                )
         return AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
 
 
@@ -308,6 +344,8 @@ def explained(what: str, path: str):
     """Turns what `from_pretrained` raises into one line."""
     try:
         yield
+    except InputError:
+        raise
     # Below it json, safetensors and tokenizers meet a damaged file, each with errors of its own, down to the bare one.
     except Exception as error:
         remedy = "save or copy it again" if Path(path).is_dir() else "check the name, the network and the login"
