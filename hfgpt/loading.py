@@ -208,8 +208,9 @@ def _adapter_labels(path: str, revision: str | None) -> list[str]:
     settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
     names = cached_file(path, LABELS_FILE, **settings)
     if names is not None:
-        id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
-        return [id2label[str(index)] for index in range(len(id2label))]
+        with explained("the labels", path):
+            id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
+            return [id2label[str(index)] for index in range(len(id2label))]
     try:
         with safe_open(cached_file(path, WEIGHTS_FILE, revision=revision or "main"), "pt") as file:
             names = list(file.keys())

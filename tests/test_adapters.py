@@ -235,6 +235,11 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
     save_labels(labels, tmp_path / "adapter")
     loaded = load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
     assert list(loaded.config.id2label.values()) == labels
+    (tmp_path / "adapter" / "labels.json").rename(tmp_path / "labels.json")
+    (tmp_path / "adapter" / "labels.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot load the labels from '.*adapter' \(Expecting property name"):
+        load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
+    (tmp_path / "labels.json").rename(tmp_path / "adapter" / "labels.json")
     merged = merge_adapter(loaded, "adapter")
     merged.save_pretrained(tmp_path / "merged")
     again = load_model(str(tmp_path / "merged"), auto_class=AutoModelForSequenceClassification)

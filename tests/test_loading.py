@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
@@ -383,6 +384,22 @@ def test_a_weight_map_that_leads_out_of_the_folder_is_refused(index, outside, co
     assert refusal(load_model, str(copy)) == (
         f"the weight map of '{copy}' leads out of it, to '{outside}': get the model from where it was published"
     )
+
+
+def test_a_weight_map_that_leads_out_of_a_repository_is_refused(copy, hub, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    (copy / WEIGHTS).unlink()
+    weight_map = {"weight_map": {"model.norm.bias": "../../config.json"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, **weight_map}))
+    api = HfApi(token="hf_x")
+    api.create_repo("me/mapped")
+    api.upload_folder(repo_id="me/mapped", folder_path=copy)
+    hub.log.clear()
+    assert refusal(load_model, "me/mapped").startswith(
+        "the weight map of 'me/mapped' leads out of it, to '../../config"
+    )
+    assert "GET /me/mapped/resolve/" in "".join(hub.log)
+    assert ".." not in "".join(hub.log)
 
 
 def test_a_weight_map_may_name_links(copy, tmp_path_factory):

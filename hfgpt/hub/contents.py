@@ -162,6 +162,6 @@ def _fault_of_text(path: Path) -> str | None:
             json.loads(text)
     except UnicodeDecodeError:
         return "is not UTF-8 text"
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also of a number of 5,000 digits
         return "is not JSON"
     return "is no plain text: it holds zero bytes" if b"\0" in content else None
