@@ -169,8 +169,9 @@ def put_adapter_on(base: PreTrainedModel, path: str, revision: str | None = None
     from peft import PeftModel, get_peft_model_state_dict
 
     with _explained(path, "put on"), _quiet_peft():
-        adapted = PeftModel.from_pretrained(base, path, revision=revision).eval()
+        # First, as PEFT would unpickle an adapter_model.bin where there is no such file.
         saved = load_file(cached_file(path, WEIGHTS_FILE, revision=revision or "main"))
+        adapted = PeftModel.from_pretrained(base, path, revision=revision).eval()
     # PEFT only warns of weights that are missing, and leaves out those that have no place.
     expected = get_peft_model_state_dict(adapted)
     for kind, keys in (("has no", expected.keys() - saved.keys()), ("has left over", saved.keys() - expected.keys())):

@@ -1,6 +1,7 @@
 """Models to train, from a recipe's section `model`: new ones, and loaded ones with a new head or in 4 bits."""
 
 import difflib
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,11 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
+from hfgpt.conversion.checkpoints import count_least_parameters
 from hfgpt.errors import InputError
 from hfgpt.loading import (
+    MOST_LAYERS,
+    TRAINABLE_TYPES,
     check_same_tokens,
     check_vocabulary,
     fact_of,
@@ -69,6 +73,10 @@ class ModelArguments:
     embd_pdrop: float | None = None
     resid_pdrop: float | None = None
     attn_pdrop: float | None = None
+
+    def __post_init__(self):
+        if (self.num_hidden_layers or 0) > MOST_LAYERS:
+            raise InputError(f"model.num_hidden_layers is {self.num_hidden_layers:,}; the limit is {MOST_LAYERS:,}")
 
 
 DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
@@ -127,7 +135,8 @@ def build_model(
             a language model gets a new head; one on the path of a classifier goes on from its head.
 
     Raises:
-        InputError: As `build_config` and `load_model`; or a loaded model has another vocabulary, or other classes.
+        InputError: As `build_config`, `check_base_model` and `load_model`; the memory is too small; or a loaded model
+            has another vocabulary, or other classes.
     """
     if arguments.path is not None:
         return _load_to_train(arguments, tokenizer, labels)
@@ -136,6 +145,7 @@ def build_model(
     if arguments.initialization not in ("gpt2", "torch"):
         raise InputError(f"model.initialization is '{arguments.initialization}'; choose 'gpt2' or 'torch'")
     config = build_config(arguments, tokenizer)
+    _check_memory(config)
     model_class = HfGPTForCausalLM
     if labels is not None:
         model_class = HfGPTForSequenceClassification
@@ -156,15 +166,43 @@ def build_model(
     return model
 
 
+def check_base_model(arguments: ModelArguments):
+    """Refuses a `model.path` that cannot be trained; needs no data.
+
+    Raises:
+        InputError: There is no model, it is an adapter, or its architecture is not GPT-2's.
+    """
+    path, revision = arguments.path, arguments.revision
+    if path is None:
+        return
+    if find_base(path, revision):
+        raise InputError(f"model.path '{path}' is an adapter: merge it first with hfgpt merge")
+    kind = load_model_config(path, revision).model_type
+    if kind not in TRAINABLE_TYPES:
+        raise InputError(
+            f"model.path '{path}' is a model of type {kind}; only {' and '.join(TRAINABLE_TYPES)} can be trained"
+        )
+
+
+def _check_memory(config: HfGPTConfig):
+    """Refuses a model whose weights alone exceed the memory, rather than taking all of it to find out."""
+    needed = 4 * count_least_parameters(config)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise InputError(
+            f"the model's weights take at least {needed / 1e9:,.0f} GB in float32, but this machine has "
+            f"{memory / 1e9:,.0f} GB of memory: lower model.hidden_size, num_hidden_layers or max_position_embeddings"
+        )
+
+
 def _load_to_train(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> PreTrainedModel:
     fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, *DROPOUTS, "attn_implementation")]
     if changed := [key for key in fixed if getattr(arguments, key) is not None]:
         raise InputError(f"model.path brings its own architecture: leave out model.{changed[0]}")
+    check_base_model(arguments)
     path, revision = arguments.path, arguments.revision
-    if find_base(path, revision):
-        raise InputError(f"model.path '{path}' is an adapter: merge it first with hfgpt merge")
     # No dropout among the weights: one of another training may be changed.
     kwargs = {name: getattr(arguments, name) for name in DROPOUTS if getattr(arguments, name) is not None}
     kwargs["attn_implementation"] = arguments.attn_implementation

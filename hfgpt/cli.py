@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hfgpt.errors import InputError, Interrupted
+from hfgpt.errors import InputError, Interrupted, make_visible
 from hfgpt.saving import check_model_path
 
 app = typer.Typer(
@@ -75,19 +75,17 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
 ):
     """Continue a prompt."""
-    from transformers import TextStreamer
-
-    from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+    from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_texts
     from hfgpt.loading import load_model, load_model_tokenizer
     from hfgpt.training.hardware import find_device
 
     arguments = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, num_samples, seed)
     tokenizer = load_model_tokenizer(model)
     network = load_model(model, changed_weights="warn").to(find_device())
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
+    streamer = TerminalStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
     texts = generate_texts(network, tokenizer, prompt, arguments, streamer)
     if streamer is None:
-        print("\n\n".join(texts))
+        _print("\n\n".join(texts))
 
 
 @app.command()
@@ -125,11 +123,12 @@ def classify(
     predictions = predict(network, tokenizer, texts)
     if as_json:
         rows = [{"text": found.text, "label": found.label, "score": found.score} for found in predictions]
-        print(json.dumps({"predictions": rows}, ensure_ascii=False))
+        # On a terminal everything beyond ASCII is escaped: json leaves C1 and the marks of direction as they are.
+        print(json.dumps({"predictions": rows}, ensure_ascii=sys.stdout.isatty()))
     else:
         for found in predictions:
             likeliest = sorted(found.probabilities.items(), key=lambda item: -item[1])
-            print(f"{found.label}\t{', '.join(f'{label} {value:.4f}' for label, value in likeliest)}\t{found.text}")
+            _print(f"{found.label}\t{', '.join(f'{label} {value:.4f}' for label, value in likeliest)}\t{found.text}")
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -170,7 +169,7 @@ def evaluate(
         print(json.dumps(metrics))
     else:
         for name, value in metrics.items():
-            print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
+            _print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
 
 
 @app.command()
@@ -256,7 +255,7 @@ def publish_model(
     from hfgpt.tasks.publish import PublishArguments, publish
 
     arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
-    print(publish(model, repo_id, arguments, _overrides(context)))
+    _print(publish(model, repo_id, arguments, _overrides(context)))
 
 
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)
@@ -345,6 +344,11 @@ def main() -> NoReturn:
         _refuse(_explain_usage(error))
 
 
+def _print(text: str):
+    """Prints a result: on a terminal with control characters made visible, elsewhere as it is."""
+    print(make_visible(text) if sys.stdout.isatty() else text)
+
+
 def _overrides(context: typer.Context) -> list[str]:
     """What was left for the keys of the recipe; an option that is nearly one of the command's is told as such."""
     options = [name for parameter in context.command.params for name in parameter.opts]
@@ -368,12 +372,12 @@ def _explain_usage(error: UsageError) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"hfgpt: {' '.join(message.splitlines())}", file=sys.stderr)
+    print(f"hfgpt: {make_visible(' '.join(message.splitlines()))}", file=sys.stderr)
     sys.exit(2)
 
 
 def _stop(message: str) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):  # it is ending
         signal.signal(number, signal.SIG_IGN)
-    print(f"hfgpt: {message}", file=sys.stderr)
+    print(f"hfgpt: {make_visible(message)}", file=sys.stderr)
     sys.exit(130)  # as shells report an end by Ctrl-C

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_token
-from rich.console import Console
 from rich.table import Table
 
 import hfgpt
+from hfgpt.training.callbacks import PlainConsole
 from hfgpt.training.hardware import describe_device, find_device, has_native_bf16
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")
@@ -50,9 +50,9 @@ def render_examination(findings: dict[str, Any]) -> str:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in findings.items():
         table.add_row(name, str(value))
-    console = Console(width=120)
+    console = PlainConsole(width=120)
     with console.capture() as capture:
-        console.print(table, highlight=False)
+        console.print(table)
     return capture.get().rstrip()
 
 
@@ -64,6 +64,7 @@ def _version(name: str) -> str:
 
 
 def _existing(path: str) -> str:
+    path = os.path.abspath(path)  # a relative one has an end: the parent of "hf" is ""
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return path

@@ -1,4 +1,15 @@
-"""The exceptions that the command line turns into one line."""
+"""The exceptions that the command line turns into one line, and what a terminal may be given to print."""
+
+import re
+
+# Everything that moves the cursor, changes colours or reorders what is read: C0 but tab and line feed, DEL, C1, and
+# Unicode's embeddings, overrides and isolates of direction.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def make_visible(text: str) -> str:
+    r"""The text with control characters written out, as in `\x1b`: labels, names and texts come from others."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class InputError(ValueError):

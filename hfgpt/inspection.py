@@ -7,11 +7,12 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.blocks import IGNORED
-from hfgpt.errors import InputError
+from hfgpt.errors import InputError, make_visible
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.classify import load_classification_data
 from hfgpt.tasks.instruct import load_instruction_data
 from hfgpt.tasks.pretrain import load_pretraining_data
+from hfgpt.training.callbacks import PlainConsole
 
 LEARNED = ("green", "cyan")  # in turn, so that tokens can be told apart
 CONTEXT_ONLY = "dim strike"
@@ -30,7 +31,7 @@ def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
     """
     if rows < 0:
         raise InputError(f"--rows is {rows}; it must be at least 0")
-    console = console or Console()
+    console = console or PlainConsole()
     load, show = {
         "pretrain": (load_pretraining_data, show_blocks),
         "classify": (load_classification_data, show_texts),
@@ -56,17 +57,18 @@ def show_texts(data, rows: int) -> Iterator[Text]:
     yield Text.assemble("\ntokens, in turn: ", ("one ", LEARNED[0]), ("after ", LEARNED[1]), ("the other", LEARNED[0]))
     encoded = data.encoded["train"]
     for index in range(min(rows, len(encoded))):
-        yield Text(f"\nrow {index} of {len(encoded):,}, {data.labels[encoded[index]['labels']]}:")
+        label = make_visible(data.labels[encoded[index]["labels"]])
+        yield Text(f"\nrow {index} of {len(encoded):,}, {label}:")
         text = Text()
         for position, token in enumerate(encoded[index]["input_ids"]):
-            text.append(data.tokenizer.decode([token]), style=LEARNED[position % 2])
+            text.append(make_visible(data.tokenizer.decode([token])), style=LEARNED[position % 2])
         yield text
 
 
 def show_conversations(data, rows: int) -> Iterator[Text]:
     """The first rows of the training split of instructions, what is learned apart from what is read."""
     for test, train in data.report.near_duplicate_examples[:rows]:
-        yield Text(f"\nin test:  {test}\nin train: {train}")
+        yield Text(make_visible(f"\nin test:  {test}\nin train: {train}"))
     yield _legend()
     encoded = data.encoded["train"]
     for index in range(min(rows, len(encoded))):
@@ -90,7 +92,7 @@ def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokeniz
     ):
         if token != IGNORED:
             style = CONTEXT_ONLY if target == IGNORED else LEARNED[position % 2]
-            text.append(tokenizer.decode([token]), style=style)
+            text.append(make_visible(tokenizer.decode([token])), style=style)
     return text
 
 

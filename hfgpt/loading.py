@@ -22,7 +22,8 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
-from hfgpt.errors import InputError
+from hfgpt.conversion.checkpoints import check_archive, count_least_parameters, find_weight_files
+from hfgpt.errors import InputError, make_visible
 from hfgpt.foreign_code import without_remote_code
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 from hfgpt.saving import CHECKSUMS_FILE, check_model_path, hash_file, read_checksums, read_json
@@ -34,6 +35,10 @@ OF_GPT2 = {
     AutoModelForSequenceClassification: HfGPTForSequenceClassification,
 }
 LABELS_FILE = "labels.json"
+TRAINABLE_TYPES = ("hfgpt", "gpt2")  # what becomes a model of ours
+MOST_LAYERS = 1_000  # the deepest transformer published (DeepNet, arXiv:2203.00555)
+# What transformers makes lists, tables and modules of before it looks at the weights, and how many at most.
+LIMITS = {"num_hidden_layers": MOST_LAYERS, "n_layer": MOST_LAYERS, "num_labels": 1_000_000}
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
@@ -81,7 +86,7 @@ def load_model(
     else:
         model = _load_whole(path, revision, auto_class, new_head, **kwargs)
     if changed:
-        print(f"hfgpt: warning: {changed}", file=sys.stderr)
+        print(f"hfgpt: warning: {make_visible(changed)}", file=sys.stderr)
     return model
 
 
@@ -92,6 +97,7 @@ def _load_whole(path: str, revision: str | None, auto_class, new_head: list[str]
     if new_head is not None:
         kwargs |= label_fields(new_head)
     model_class = OF_GPT2[auto_class] if config.model_type == "gpt2" else auto_class
+    check_weights_match(path, revision, config)
     kwargs = {"dtype": torch.float32, **kwargs, "revision": revision or "main"}
     if model_class is auto_class:
         kwargs["trust_remote_code"] = False
@@ -111,6 +117,29 @@ def _load_whole(path: str, revision: str | None, auto_class, new_head: list[str]
         if not parameter.isfinite().all():
             raise InputError(f"the weights in '{path}' are damaged: {name} holds NaN or infinity; take another copy")
     return model.eval()
+
+
+def check_weights_match(path: str, revision: str | None, config: PreTrainedConfig):
+    """Looks at the files that `from_pretrained` will read the weights from, before it builds a model to put them in.
+
+    Raises:
+        InputError: A weight map leads out of the model's folder, a file is damaged, or all of them together are too
+            small to hold the model that the configuration describes.
+    """
+    with explained("a model", path):
+        files = find_weight_files(path, revision, config)
+        for file in files:
+            if file.suffix == ".bin":
+                check_archive(file)
+    stored = sum(file.stat().st_size for file in files)
+    if not files or config.model_type not in TRAINABLE_TYPES:
+        return
+    # No format takes less than 4 bits for one. A small model is built, as the errors that follow say more.
+    if (least := count_least_parameters(config)) > max(2 * stored, 2**24):
+        raise InputError(
+            f"the config.json of '{path}' describes a model of at least {least:,} parameters, but its weights take "
+            f"{stored:,} bytes; take both from the same model"
+        )
 
 
 def label_fields(labels: list[str]) -> dict:
@@ -194,8 +223,9 @@ def _adapter_labels(path: str, revision: str | None) -> list[str]:
     settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
     names = cached_file(path, LABELS_FILE, **settings)
     if names is not None:
-        id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
-        return [id2label[str(index)] for index in range(len(id2label))]
+        with explained("the labels", path):
+            id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
+            return [id2label[str(index)] for index in range(len(id2label))]
     try:
         with safe_open(cached_file(path, WEIGHTS_FILE, revision=revision or "main"), "pt") as file:
             names = list(file.keys())
@@ -321,6 +351,13 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
         return load_model_config(base, read_adapter(path, revision).revision)
     check_model_path(path)
     with explained("a configuration", path):
+        content, _ = PreTrainedConfig.get_config_dict(path, revision=revision or "main")
+        for name in LIMITS.keys() & set(content):
+            if isinstance(content[name], int) and content[name] > LIMITS[name]:
+                raise InputError(
+                    f"the config.json of '{path}' has {name} {content[name]:,}, the limit is {LIMITS[name]:,}: take "
+                    "another copy"
+                )
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     if "/" in str(config._attn_implementation):
         raise InputError(

@@ -1,6 +1,5 @@
 """`hfgpt plan`: what a recipe will cost, before anything is spent."""
 
-from rich.console import Console
 from rich.table import Table
 
 from hfgpt.recipe import Recipe
@@ -9,6 +8,7 @@ from hfgpt.tasks.first_pass import plan_first_pass
 from hfgpt.tasks.instruct import build_follower, load_instruction_data
 from hfgpt.tasks.pretrain import build_pretraining_model, load_pretraining_data
 from hfgpt.tasks.training_run import plan_rows
+from hfgpt.training.callbacks import PlainConsole
 from hfgpt.training.estimate import Estimate, plan_run
 
 SECONDS = 2.0  # of the probe
@@ -57,9 +57,9 @@ def render_plan(estimate: Estimate) -> str:
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=100)
+    console = PlainConsole(width=100)
     with console.capture() as capture:
-        console.print(table, highlight=False)
+        console.print(table)
     return capture.get().rstrip()
 
 

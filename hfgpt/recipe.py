@@ -8,6 +8,7 @@ allowed, and YAML takes the last of two equal keys: that is done here.
 import dataclasses
 import functools
 import importlib
+import itertools
 import re
 import types
 import typing
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # `section_types` imports them, and torch with them, once the
 
 # What these say is done only where a recipe has them.
 OPTIONAL = ("pretraining", "adapters", "hub")
+MOST_KEYS = 10_000  # of a recipe, list items included
 # Types as the author of a recipe calls them.
 TYPES = {
     "int": "a whole number",
@@ -228,32 +230,39 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The recipe as nested dictionaries, and the line of each dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        # Before anything else follows an alias: a few lines of them can stand for billions of keys.
+        keys = list(itertools.islice(_find_keys(yaml.compose(text, Loader=yaml.SafeLoader)), MOST_KEYS + 1))
+        if len(keys) > MOST_KEYS:
+            raise yaml.YAMLError(f"more than {MOST_KEYS:,} keys and list items, those behind each alias (*) included")
         tree = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise InputError(f"{path.name} is not UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError(f"{path.name} is nested too deeply, or has an alias (*) inside its own anchor (&)") from error
+    except (yaml.YAMLError, ValueError) as error:  # of an impossible date, or a number of 5,000 digits
         mark = getattr(error, "problem_mark", None)
         place = f"{path.name}, line {mark.line + 1}" if mark else path.name
         fact = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise InputError(f"{place}: this is no YAML: {fact}") from error
+        raise InputError(f"{place}: invalid YAML: {fact}") from error
     if not isinstance(tree, dict):
         raise InputError(f"{path.name} holds no recipe: it must begin with 'task: pretrain' and sections below it")
     lines: dict[str, int] = {}
-    for name, mark in _find_keys(node):
+    for name, mark in keys:
         if name in lines:
             raise InputError(f"{path.name}, line {mark.line + 1}: {name} is already in line {lines[name]}: drop one")
         lines[name] = mark.line + 1
     return tree, lines
 
 
-def _find_keys(node: yaml.MappingNode, prefix: str = "") -> Iterator[tuple[str, yaml.Mark]]:
-    """Every key in dotted form, and where it stands."""
-    for key, value in node.value:
-        yield f"{prefix}{key.value}", key.start_mark
-        if isinstance(value, yaml.MappingNode):
-            yield from _find_keys(value, f"{prefix}{key.value}.")
+def _find_keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, yaml.Mark]]:
+    """Every key in dotted form, and every item of a list by its number, and where it stands."""
+    items = node.value if isinstance(node, yaml.CollectionNode) else ()
+    for number, item in enumerate(items):
+        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+        name = f"{prefix}{key.value if isinstance(key, yaml.ScalarNode) else number}"
+        yield name, (key or value).start_mark
+        yield from _find_keys(value, f"{name}.")
 
 
 def _as_written(key: str, tree: dict[str, Any], overrides: list[str], default: Any = None) -> Any:

@@ -218,6 +218,14 @@ def test_a_damaged_adapter_and_a_base_that_is_gone(base, adapter, tmp_path):
         load_model(str(adapter))
 
 
+def test_an_adapter_in_a_pickle_is_not_read(base, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "old")
+    (tmp_path / "old" / "adapter_model.safetensors").unlink()
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "old" / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"does not appear to have a file named adapter_model.safetensors"):
+        load_model(str(tmp_path / "old"))
+
+
 def test_an_adapter_with_nan(base, tmp_path):
     model = attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM")
     with torch.no_grad():
@@ -255,6 +263,11 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
     save_labels(labels, tmp_path / "adapter")
     loaded = load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
     assert list(loaded.config.id2label.values()) == labels
+    (tmp_path / "adapter" / "labels.json").rename(tmp_path / "labels.json")
+    (tmp_path / "adapter" / "labels.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot load the labels from '.*adapter' \(Expecting property name"):
+        load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
+    (tmp_path / "labels.json").rename(tmp_path / "adapter" / "labels.json")
     merged = merge_adapter(loaded, "adapter")
     merged.save_pretrained(tmp_path / "merged")
     again = load_model(str(tmp_path / "merged"), auto_class=AutoModelForSequenceClassification)

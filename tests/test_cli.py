@@ -269,6 +269,11 @@ def test_plan(here):
     assert rows["speed"].endswith(f" tokens/s on {plan['device']}")
 
 
+def test_an_error_shows_control_characters(here):
+    message = refusal("generate", "no\x1b[2J/such\x9b2J/mo\u202edel\r", "hi")
+    assert message.startswith(r"there is no folder 'no\x1b[2J/such\x9b2J/mo\u202edel ', and it is no Hub id")
+
+
 def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
     result = hfgpt("doctor", "--json")
     assert (result.status, result.err) == (0, "")
@@ -282,6 +287,22 @@ def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
     assert {name: str(value) for name, value in findings.items()} == {k: v.strip() for k, v in rows.items()}
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/no/where")
     assert json.loads(hfgpt("doctor", "--json", HF_TOKEN="").out)["hub_login"] == "none: hf auth login"
+
+
+def test_doctor_ends_where_the_cache_is_a_relative_path_that_is_not_there(here, monkeypatch):
+    def ring(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", "no/where")
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    try:
+        result = hfgpt("doctor", "--json")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    findings = json.loads(result.out)
+    assert (findings["cache"], findings["cache_free_gib"] > 0) == ("no/where", True)
 
 
 def test_ctrl_c(here, tmp_path, monkeypatch):

@@ -26,9 +26,10 @@ RECIPES = {
 }
 
 
-def hfgpt(*arguments, stdin=""):
+def hfgpt(*arguments, stdin="", terminal=False):
     """Exit status, standard output and standard error of a command; a traceback fails the test."""
     out, err = io.StringIO(), io.StringIO()
+    out.isatty = lambda: terminal
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["hfgpt", *map(str, arguments)])
         patch.setattr("sys.stdin", io.StringIO(stdin))
@@ -77,6 +78,19 @@ def test_classify_prints_labels_and_probabilities(model):
     assert len(numbers) == 4
     assert sum(numbers) == pytest.approx(1, abs=1e-3)
     assert numbers == sorted(numbers, reverse=True)
+
+
+def test_a_text_commands_no_terminal():
+    text = "first\x1b[2J line\x9b2J"
+    assert hfgpt("classify", "classes", text)[1].endswith(f"\t{text}\n"), "what is not a terminal gets it as it is"
+    assert hfgpt("classify", "classes", text, terminal=True)[1].endswith("\tfirst\\x1b[2J line\\x9b2J\n")
+    assert hfgpt("classify", "classes", text, "--json")[1].startswith(
+        '{"predictions": [{"text": "first\\u001b[2J line\x9b2J"'
+    )
+    shown = hfgpt("classify", "classes", text, "--json", terminal=True)[1]
+    assert json.loads(shown)["predictions"][0]["text"] == text
+    assert shown.isascii()
+    assert "\x1b" not in shown
 
 
 def test_evaluate_finds_out_what_the_model_is():

@@ -6,6 +6,7 @@ Weights are compared bit for bit. Only the spread of random weights has a tolera
 import builtins
 import contextlib
 import json
+import os
 import re
 import shutil
 from dataclasses import fields
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from hfgpt import HfGPTConfig, HfGPTForCausalLM, loading
@@ -173,6 +175,17 @@ def test_impossible_models_are_refused(arguments, message, tokenizer):
     assert refusal(build, tokenizer, **arguments) == message
 
 
+def test_a_model_that_no_machine_can_hold_is_refused_before_it_is_built(tokenizer):
+    with pytest.raises(InputError, match=r"model.num_hidden_layers is 1,000,000,000; the limit is 1,000"):
+        ModelArguments(num_hidden_layers=10**9)
+    message = refusal(build, tokenizer, hidden_size=2**30)
+    assert re.fullmatch(
+        r"the model's weights take at least [\d,]+ GB in float32, but this machine has [\d,]+ GB of memory: lower "
+        r"model.hidden_size, num_hidden_layers or max_position_embeddings",
+        message,
+    )
+
+
 def test_an_attention_that_is_not_there_is_refused(tokenizer):
     message = refusal(build, tokenizer, attn_implementation="flash")
     assert message.startswith("model.attn_implementation is 'flash': ")
@@ -281,6 +294,7 @@ def test_a_hub_id_is_asked_for_once_and_never_runs_its_code(auto_class, load, re
     loading._is_adapter_on_the_hub.cache_clear()
     monkeypatch.setattr(loading, "cached_file", cached_file)
     monkeypatch.setattr(auto_class, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda path, revision: ({}, {}))
     message = refusal(load, "org/name", revision)
     assert asked == [("org/name", revision or "main", False)]
     expected = [] if load is load_model_tokenizer else [("org/name", "adapter_config.json", revision or "main")]
@@ -320,6 +334,14 @@ def edit_weights(change):
         (edit(WEIGHTS, lambda data: data[:-1]), "incomplete metadata, file not fully covered"),
         (edit(WEIGHTS, lambda data: b""), "header too small"),
         (edit(WEIGHTS, lambda data: b"version https://git-lfs.github.com/spec/v1\n"), "header too large"),
+        (edit_config(num_hidden_layers=10**9), "has num_hidden_layers 1,000,000,000, the limit is 1,000"),
+        (edit_config(num_labels=10**9), "has num_labels 1,000,000,000, the limit is 1,000,000"),
+        (
+            edit_config(vocab_size=10**12),
+            "describes a model of at least 32,000,000,025,088 parameters, but its weights",
+        ),
+        (edit_config(hidden_size=10**9, intermediate_size=1), "describes a model of at least 8,000,000,"),
+        (edit("config.json", lambda data: b'{"a": ' * 2000 + b"1" + b"}" * 2000), "maximum recursion depth exceeded"),
         (lambda folder: (folder / WEIGHTS).unlink(), "no file named model.safetensors"),
         (edit_weights(lambda weights: weights.pop("model.norm.bias")), "1 missing keys, first model.norm.bias"),
         (
@@ -351,6 +373,90 @@ def test_a_damaged_model_is_refused(damage, fact, copy):
     assert f"'{copy}'" in message
     assert fact in message
     assert message.endswith(("save or copy it again", "take both from the same model", "take another copy"))
+
+
+@pytest.mark.parametrize(
+    "outside", ["../model.safetensors", "/{folder}/model.safetensors", "..", "a/../../b", r"..\\b"]
+)
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_a_weight_map_that_leads_out_of_the_folder_is_refused(index, outside, copy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("elsewhere")
+    (copy / WEIGHTS).rename(folder / WEIGHTS)
+    outside = outside.format(folder=folder)
+    (copy / index).write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.bias": outside}}))
+    assert refusal(load_model, str(copy)) == (
+        f"the weight map of '{copy}' leads out of it, to '{outside}': get the model from where it was published"
+    )
+
+
+def test_a_weight_map_that_leads_out_of_a_repository_is_refused(copy, hub, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    (copy / WEIGHTS).unlink()
+    weight_map = {"weight_map": {"model.norm.bias": "../../config.json"}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, **weight_map}))
+    api = HfApi(token="hf_x")
+    api.create_repo("me/mapped")
+    api.upload_folder(repo_id="me/mapped", folder_path=copy)
+    hub.log.clear()
+    assert refusal(load_model, "me/mapped").startswith(
+        "the weight map of 'me/mapped' leads out of it, to '../../config"
+    )
+    assert "GET /me/mapped/resolve/" in "".join(hub.log)
+    assert ".." not in "".join(hub.log)
+
+
+def test_a_weight_map_may_name_links(copy, tmp_path_factory):
+    """As in the cache of the Hub, where every file is one."""
+    blob = tmp_path_factory.mktemp("blobs") / "blob"
+    names = list(load_file((copy / WEIGHTS).rename(blob)))
+    (copy / "model-00001-of-00001.safetensors").symlink_to(blob)
+    weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert len(load_model(str(copy)).state_dict()) == len(names) + 1, "with the tied head"
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "sharded", "class", "program"])
+def test_weights_that_want_to_run_code_are_refused_without_advice_to_run_it(kind, copy):
+    weights, name, trap = load_file(copy / WEIGHTS), copy / "pytorch_model.bin", copy / "trap"
+    (copy / WEIGHTS).unlink()
+    if kind == "sharded":
+        name = copy / "part.bin"
+        content = {"metadata": {}, "weight_map": dict.fromkeys(weights, name.name)}
+        (copy / "pytorch_model.bin.index.json").write_text(json.dumps(content))
+    if kind == "program":
+        torch.jit.save(torch.jit.script(nn.Linear(2, 2)), name)
+    else:
+        content = nn.Linear(2, 2) if kind == "class" else {**weights, "more": {"nested": [Hostile(trap)]}}
+        torch.save(content, name, _use_new_zipfile_serialization=kind != "legacy")
+    message = refusal(load_model, str(copy))
+    fact = "it is a TorchScript program" if kind == "program" else "its pickle wants to run code or is damaged"
+    assert message.startswith(f"cannot load a model from '{copy}' ({fact}")
+    assert "weights_only" not in message
+    assert not trap.exists()
+
+
+def test_a_flipped_bit_in_weights_of_torch_is_found_by_their_checksum(copy):
+    weights, name = load_file(copy / WEIGHTS), copy / "pytorch_model.bin"
+    (copy / WEIGHTS).unlink()
+    torch.save(weights, name)
+    assert load_model(str(copy)).state_dict().keys() > weights.keys()
+    content = bytearray(name.read_bytes())
+    place = content.index(weights["model.embed_tokens.weight"].numpy().tobytes())
+    content[place] ^= 1
+    name.write_bytes(content)
+    assert re.search(
+        r"\(the checksum of \S+/data/\d+ in it is wrong\): save or copy it", refusal(load_model, str(copy))
+    )
 
 
 @pytest.mark.parametrize(

@@ -275,10 +275,10 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
         ("data:\n  path: x\n  name: z\n  path: y\n", "line 4: data.path is already in line 2: drop one"),
         ("training:\n  eval_strategy: stpes\n", "line 2: training.eval_strategy is 'stpes'; did you mean 'steps'?"),
         ("training: {optim: adamw_torhc}", "line 1: training.optim is 'adamw_torhc'; did you mean 'adamw_torch'?"),
-        ("data: [\n", "line 2: this is no YAML: expected the node content, but found '<stream end>'"),
-        ("data:\n\tpath: x\n", "line 2: this is no YAML: found character '\\t' that cannot start any token"),
-        ("data: {path: !run x}\n", "line 1: this is no YAML: could not determine a constructor for the tag '!run'"),
-        ("task: a\n---\ntask: b\n", "line 2: this is no YAML: but found another document"),
+        ("data: [\n", "line 2: invalid YAML: expected the node content, but found '<stream end>'"),
+        ("data:\n\tpath: x\n", "line 2: invalid YAML: found character '\\t' that cannot start any token"),
+        ("data: {path: !run x}\n", "line 1: invalid YAML: could not determine a constructor for the tag '!run'"),
+        ("task: a\n---\ntask: b\n", "line 2: invalid YAML: but found another document"),
     ],
 )
 def test_a_fault_names_the_line_the_key_and_a_remedy(text, message, write):
@@ -293,7 +293,40 @@ def test_a_file_without_a_recipe(text, write):
 def test_a_file_that_is_no_text(write):
     assert refusal(write(b"data:\n  path: caf\xe9\n")) == "r.yaml is not UTF-8: byte 0xe9 at offset 17"
     message = refusal(write(b"data:\n  path: \0\n"))
-    assert message.startswith("r.yaml: this is no YAML: unacceptable character #x0000")
+    assert message.startswith("r.yaml: invalid YAML: unacceptable character #x0000")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: " + "[" * 1100 + "]" * 1100, " is nested too deeply, or has an alias (*) inside its own anchor (&)"),
+        ("data: &a\n  path: *a\n", " is nested too deeply, or has an alias (*) inside its own anchor (&)"),
+        ("evaluation:\n  prompts: &a [*a]\n", " is nested too deeply, or has an alias (*) inside its own anchor (&)"),
+        *(
+            (
+                f"l0: &l0 {start}\n" + "".join(f"l{i}: &l{i} {level(i - 1)}\n" for i in range(1, 30)),
+                ": invalid YAML: more than 10,000 keys and list items, those behind each alias (*) included",
+            )
+            for start, level in (
+                ("[lol]", lambda i: f"[*l{i}, *l{i}]"),
+                ("{a: lol}", lambda i: f"{{a: *l{i}, b: *l{i}}}"),
+                ("{a: lol}", lambda i: f"{{<<: [*l{i}, *l{i}]}}"),
+            )
+        ),
+        ("training:\n  seed: " + "9" * 5000, ": invalid YAML: Exceeds the limit"),
+        ("training:\n  seed: 2020-99-99\n", ": invalid YAML: month must be in 1..12"),
+    ],
+    ids=["deep", "self", "self-list", "lists", "mappings", "merges", "digits", "date"],
+)
+def test_yaml_that_never_ends_or_cannot_be_read_is_refused_in_one_line(text, message, write):
+    refused = refusal(write(text))
+    assert refused.startswith(f"r.yaml{message}")
+    assert "\n" not in refused
+
+
+def test_aliases_are_read(write):
+    recipe = load_recipe(write("model:\n  num_hidden_layers: &n 3\n  num_attention_heads: *n\n"))
+    assert (recipe.model.num_hidden_layers, recipe.model.num_attention_heads) == (3, 3)
 
 
 def test_a_value_that_only_transformers_refuses(write):

@@ -1,13 +1,23 @@
 """Reading checkpoint files that others wrote: only tensors and plain values, never code."""
 
+import json
 import pickle
 import re
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
 
 from hfgpt.errors import InputError
 
@@ -50,6 +60,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except Exception as error:
         said = " ".join(str(error).split()).split(". ")[0]
         reason = said if " " in said else type(error).__name__
+        if "weights_only" in said:  # of a tar file, as before torch 0.4; torch's advice is to run it
+            reason = "a format that is read by running it"
         raise InputError(f"'{path}' is damaged or no checkpoint ({reason}): copy or save it again") from error
     if not isinstance(content, dict):
         raise InputError(f"'{path}' holds a {type(content).__name__}, not a state dict: save model.state_dict()")
@@ -60,7 +72,32 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(dict(wrapped), model_args, settings)
 
 
+def check_archive(path: Path):
+    """Checks the contents of a file that torch.save wrote, which torch maps into memory without looking.
+
+    Reads the file once, at about a second per gigabyte. The format before torch 1.6 is not an archive and has no
+    checksums.
+
+    Raises:
+        ValueError: A checksum is wrong, the tensors are compressed, or it is a program. A damaged archive raises what
+            zipfile makes of it.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError("it is a TorchScript program")
+        tensors = [entry for entry in entries if "/data/" in entry.filename]
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in tensors):
+            raise ValueError("its tensors are compressed")  # torch would map the compressed bytes as numbers
+        # With torch.serialization.set_crc32_options(False) all are 0.
+        if any(entry.CRC for entry in entries) and (damaged := archive.testzip()):
+            raise ValueError(f"the checksum of {damaged} in it is wrong")
+
+
 def _load_pickle(path: Path) -> Any:
+    check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -89,3 +126,35 @@ def check_weights(path: Path, weights: dict[Any, Any]):
             raise InputError(f"'{path}': {name} is stored as {tensor.dtype}: save the model in float32")
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise InputError(f"'{path}': {name} holds NaN or infinity: take an earlier checkpoint")
+
+
+def find_weight_files(path: str, revision: str | None, config: PreTrainedConfig) -> list[Path]:
+    """The files of the weights in `from_pretrained`'s order of preference, fetched if need be; empty: there are none.
+
+    Raises:
+        InputError: A weight map names something other than files next to it.
+    """
+
+    def find(name: str) -> str | None:
+        return cached_file(path, name, revision=revision or "main", _raise_exceptions_for_missing_entries=False)
+
+    named = getattr(config, "transformers_weights", None)
+    names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    first = next(filter(None, map(find, names)), None)
+    if first is None or not first.endswith(".index.json"):
+        return [Path(first)] if first else []
+    shards = sorted(set(json.loads(Path(first).read_text(encoding="utf-8"))["weight_map"].values()))
+    # transformers joins each name to the folder, whatever it is.
+    if outside := next((shard for shard in shards if re.search(r"[/\\]|^\.", shard)), None):
+        raise InputError(
+            f"the weight map of '{path}' leads out of it, to '{outside}': get the model from where it was published"
+        )
+    return [Path(file) for file in map(find, shards) if file]
+
+
+def count_least_parameters(config: PreTrainedConfig) -> int:
+    """A lower bound of the parameters that a GPT-2 or a model of ours has: those of its embeddings and matrices."""
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    blocks = config.num_hidden_layers * (4 * width * width + 2 * width * inner)
+    return width * (config.vocab_size + config.max_position_embeddings) + blocks

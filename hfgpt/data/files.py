@@ -9,14 +9,12 @@ import itertools
 import json
 import os
 import sys
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from hfgpt.errors import InputError
 
@@ -29,13 +27,12 @@ FAMILIES = {
     ".tsv": "table",
     ".parquet": "Parquet",
 }
-DECOMPRESSORS = {
-    # wbits 31: a gzip header and trailer are expected and checked.
-    ".gz": lambda: zlib.decompressobj(wbits=31),
-    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
-}
+CODECS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = f"{', '.join(FAMILIES)}, and .gz or .zst of the first six"
 CHUNK = 1 << 20
+# Of what is decompressed and held at once: a line, a row, a document, a .json file. A few kilobytes of a compressed
+# file can stand for gigabytes; of other files the size on the disk says what they will take.
+LONGEST_DECOMPRESSED = 2**27
 
 
 def find_files(path: str) -> list[Path]:
@@ -88,6 +85,9 @@ def find_source(path: str) -> list[Path]:
 def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Reads the rows of one local file, whatever its kind, with nothing in their values changed.
 
+    What is held at once of a compressed file, a row or a file that is one row, has `LONGEST_DECOMPRESSED` characters
+    at most.
+
     Args:
         path: The file, of a kind that `find_files` returns.
         sample_by: What one row of a text file is; its one column is `text`.
@@ -98,18 +98,39 @@ def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None
         Column -> value.
 
     Raises:
-        InputError: The file cannot be read, decoded or parsed; the message names the byte offset or the line.
+        InputError: The file cannot be read, decoded or parsed, or a row is too long; the message names the byte offset
+            or the line.
     """
-    suffix = _suffixes(path)[0]
+    suffix, compression = _suffixes(path)
+    held = lines = 0  # characters read since the last row; lines since the first
+
+    def read_pieces() -> Iterator[str]:
+        nonlocal held, lines
+        for piece in _read_text(path):
+            held += len(piece)
+            lines += piece.count("\n")
+            if compression and held > LONGEST_DECOMPRESSED:
+                other = "set data.sample_by to paragraph, or " if family(path) == "text" else ""
+                raise InputError(
+                    f"{path}, line {lines + 1}: one row has more than {LONGEST_DECOMPRESSED:,} characters, the limit "
+                    f"of a compressed file: {other}decompress it first"
+                )
+            yield piece
+
     if suffix in (".txt", ".md"):
-        return ({"text": text} for text in _read_documents(path, sample_by))
-    if suffix == ".json":
-        return _read_json(path)
-    if suffix == ".jsonl":
-        return _read_json_lines(path)
-    if suffix == ".parquet":
-        return _read_parquet(path, columns)
-    return _read_table(path, has_header=not (columns and all(name.isdigit() for name in columns)))
+        rows = ({"text": text} for text in _read_documents(read_pieces(), sample_by))
+    elif suffix == ".json":
+        rows = _read_json(path, read_pieces())
+    elif suffix == ".jsonl":
+        rows = _read_json_lines(path, read_pieces())
+    elif suffix == ".parquet":
+        rows = _read_parquet(path, columns)
+    else:
+        has_header = not (columns and all(name.isdigit() for name in columns))
+        rows = _read_table(path, read_pieces(), has_header)
+    for row in rows:
+        held = 0
+        yield row
 
 
 def wrong_column(key: str, column: str, place: str | Path, row: Iterable[str]) -> InputError:
@@ -132,7 +153,7 @@ def nearest(path: str) -> str:
 def _suffixes(path: Path) -> tuple[str, str]:
     """The suffix that tells the kind, and that of the compression or ""."""
     suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
-    return (suffixes[-2], suffixes[-1]) if suffixes[-1] in DECOMPRESSORS else (suffixes[-1], "")
+    return (suffixes[-2], suffixes[-1]) if suffixes[-1] in CODECS else (suffixes[-1], "")
 
 
 def family(path: Path) -> str | None:
@@ -162,23 +183,18 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
     """The content in pieces, decompressed."""
     compression = _suffixes(path)[1]
     with _open(path) as file:
-        chunks = iter(lambda: file.read(CHUNK), b"")
-        if not compression:
-            yield from chunks
-            return
-        decoder, started = DECOMPRESSORS[compression](), False
+        # Both codecs check what they decompress, and read files that are several compressed ones put together.
+        stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), CODECS[compression]) if compression else file
         try:
-            for chunk in chunks:
-                # A file may be several compressed ones put together: each takes up where the one before ended.
-                while chunk:
-                    yield decoder.decompress(chunk)
-                    started, chunk = not decoder.eof, decoder.unused_data
-                    if decoder.eof:
-                        decoder = DECOMPRESSORS[compression]()
-        except (zlib.error, zstandard.ZstdError) as error:
+            yield from iter(lambda: stream.read(CHUNK), b"")
+        except OSError as error:
+            if not compression or error.errno is not None:
+                raise
+            if "Truncated" in str(error):
+                raise InputError(
+                    f"{path} ends in the middle of its {compression} data: copy or compress it again"
+                ) from error
             raise InputError(f"{path} is not valid {compression} ({error}): compress it again") from error
-        if started:
-            raise InputError(f"{path} ends in the middle of its {compression} data: copy or compress it again")
 
 
 def _read_text(path: Path) -> Iterator[str]:
@@ -203,10 +219,10 @@ def _read_text(path: Path) -> Iterator[str]:
             at_start = False
 
 
-def _read_lines(path: Path) -> Iterator[str]:
+def _read_lines(pieces: Iterable[str]) -> Iterator[str]:
     """Lines with their ends; only a line feed ends a line, as str.splitlines would also split at other characters."""
     unfinished = []
-    for text in _read_text(path):
+    for text in pieces:
         *lines, rest = text.split("\n")
         for line in lines:
             yield "".join([*unfinished, line, "\n"])
@@ -220,39 +236,49 @@ def _without_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _read_documents(path: Path, sample_by: str) -> Iterator[str]:
+def _read_documents(pieces: Iterable[str], sample_by: str) -> Iterator[str]:
     if sample_by == "document":
-        yield "".join(_read_text(path))
+        yield "".join(pieces)
     elif sample_by == "line":
-        yield from map(_without_end, _read_lines(path))
+        yield from map(_without_end, _read_lines(pieces))
     else:
-        for is_blank, lines in itertools.groupby(_read_lines(path), key=str.isspace):
+        for is_blank, lines in itertools.groupby(_read_lines(pieces), key=str.isspace):
             if not is_blank:
                 yield _without_end("".join(lines))
 
 
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    text = "".join(_read_text(path))
+def _read_json(path: Path, pieces: Iterable[str]) -> Iterator[dict[str, Any]]:
+    text = "".join(pieces)
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         # A whole value and then more: JSON Lines under the name .json.
-        if error.msg == "Extra data":
-            return _read_json_lines(path)
-        raise InputError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from error
+        if getattr(error, "msg", "") == "Extra data":
+            return _read_json_lines(path, [text])
+        raise _invalid_json(path, error) from error
     rows = rows if isinstance(rows, list) else [rows]
     return (_json_row(row, f"{path}: row {number}") for number, row in enumerate(rows, start=1))
 
 
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_read_lines(path), start=1):
+def _read_json_lines(path: Path, pieces: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_read_lines(pieces), start=1):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON: {error.msg} in line {number}, column {error.colno}") from error
+        except (ValueError, RecursionError) as error:
+            raise _invalid_json(path, error, number) from error
         yield _json_row(row, f"{path}: line {number}")
+
+
+def _invalid_json(path: Path, error: Exception, line: int | None = None) -> InputError:
+    """What json raises: besides a JSONDecodeError a RecursionError, or of a number of 5,000 digits a ValueError."""
+    fact = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+    if isinstance(error, json.JSONDecodeError):
+        fact += f" in line {line or error.lineno}, column {error.colno}"
+    elif line:
+        fact += f" in line {line}"
+    return InputError(f"{path} is not JSON: {fact}")
 
 
 def _json_row(row: Any, place: str) -> dict[str, Any]:
@@ -263,8 +289,8 @@ def _json_row(row: Any, place: str) -> dict[str, Any]:
     return row
 
 
-def _read_table(path: Path, has_header: bool) -> Iterator[dict[str, Any]]:
-    lines = _read_lines(path)
+def _read_table(path: Path, pieces: Iterable[str], has_header: bool) -> Iterator[dict[str, Any]]:
+    lines = _read_lines(pieces)
     if _suffixes(path)[0] == ".tsv":
         # In a .tsv quotes are letters like others, and a tab or a line end always separates.
         reader = (_without_end(line).split("\t") for line in lines if not line.isspace())
@@ -293,7 +319,21 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, A
         with _open(path) as stream, pq.ParquetFile(stream) as file:
             if not set(columns or []) <= set(file.schema_arrow.names):
                 columns = None  # the first row then shows what there is
-            for batch in file.iter_batches(batch_size=1000, columns=columns):
+            _check_sizes(path, file.metadata)
+            # Few rows at a time: one text, stored once, can be the value of all of them.
+            for batch in file.iter_batches(batch_size=16, columns=columns):
                 yield from batch.to_pylist()
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not a valid Parquet file ({error}): write it again") from error
+
+
+def _check_sizes(path: Path, metadata: pq.FileMetaData):
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            # Text compresses to a third or a tenth.
+            if column.total_uncompressed_size > max(LONGEST_DECOMPRESSED, 100 * column.total_compressed_size):
+                raise InputError(
+                    f"{path} decompresses {column.total_compressed_size:,} bytes of {column.path_in_schema} to "
+                    f"{column.total_uncompressed_size:,}, more than the limit of {LONGEST_DECOMPRESSED:,} and more "
+                    "than 100 times as many: write it again with shorter texts"
+                )

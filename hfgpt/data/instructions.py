@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from hfgpt.data.collators import IGNORED
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
+from hfgpt.data.templates import encode_chat
 from hfgpt.errors import InputError
 
 Conversation = list[dict[str, str]]
@@ -311,14 +312,14 @@ def _encode(
     special = set(tokenizer.all_special_tokens)
     if any(token in message["content"] for message in conversation for token in special):
         return {}, "special token in the text"
-    encoded = tokenizer.apply_chat_template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = encode_chat(tokenizer, conversation, return_assistant_tokens_mask=True)
     ids, learned = encoded["input_ids"], encoded["assistant_masks"]
     if len(ids) - 1 > max_length:
         return {}, "too long: the answer would be cut"
     for turn, message in enumerate(conversation):
         if message["role"] == "assistant":
             # What generation will start from: a token that joined prompt and answer would never be generated.
-            prompt = tokenizer.apply_chat_template(conversation[:turn], add_generation_prompt=True, return_dict=True)
+            prompt = encode_chat(tokenizer, conversation[:turn], add_generation_prompt=True)
             start = len(prompt["input_ids"])
             if ids[:start] != prompt["input_ids"] or not learned[start]:
                 return {}, "the answer's first token joins the prompt"

@@ -28,7 +28,8 @@ class SourceArguments:
 
     Args:
         path: A Hub id; a local .txt, .md, .json, .jsonl, .csv, .tsv, .parquet (also .gz, .zst), a folder or a glob of
-            them; or `synthetic:stories`, `synthetic:messages`, `synthetic:instructions`, generated on the spot.
+            them; or `synthetic:stories`, `synthetic:messages`, `synthetic:instructions`, generated on the spot. A row
+            of a compressed file, or a document, has at most 134,217,728 characters.
         name: Configuration of a Hub data set.
         revision: Branch, tag or commit of a Hub data set.
         train_split: Split to train on; in a folder with several, the files that carry this word in their name.

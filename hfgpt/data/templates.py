@@ -10,7 +10,17 @@ of Build a Large Language Model (From Scratch) uses; the markers of Phi-3 are th
 and without its `<|end|>`, as in the same chapter.
 """
 
-from transformers import PreTrainedTokenizerBase
+import atexit
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hfgpt.errors import InputError
@@ -43,6 +53,14 @@ TEMPLATES = {
 }
 # What stands between an instruction and its input.
 BEFORE_INPUT = {"alpaca": "\n\n### Input:\n"}
+LONGEST_TEMPLATE = 100_000  # characters; the longest of well-known models have about 20,000
+RENDERING_SECONDS = 5.0  # for one conversation, which takes milliseconds
+SCRIPT = Path(__file__).with_name("template_process.py")
+# Puts text that is already rendered through transformers, which finds the tokens of the answers in it.
+_RENDERED = (
+    "{% for piece in pieces %}{% if loop.index is divisibleby 2 %}{% generation %}{{ piece }}{% endgeneration %}"
+    "{% else %}{{ piece }}{% endif %}{% endfor %}"
+)
 
 
 def render_letters(name: str) -> str:
@@ -71,21 +89,129 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> s
         What stands between an instruction and its input.
 
     Raises:
-        InputError: The name is unknown, the tokenizer has no end-of-text token, or its own template does not mark what
-            the model is to say.
+        InputError: The name is unknown, the tokenizer has no end-of-text token, or its own template fails or does not
+            mark what the model is to say.
     """
     if tokenizer.eos_token is None:
         raise InputError("the tokenizer has no end-of-text token, so an answer could not end: use one that has")
     if name is None and tokenizer.chat_template:
-        if "generation %}" not in tokenizer.chat_template:
+        template = check_chat_template(tokenizer)
+        if "generation %}" not in template:
             raise InputError(
                 "the tokenizer's own chat template does not mark the answers with {% generation %}, so what is to be "
                 f"learned cannot be told: set data.template to one of {', '.join(TEMPLATES)}"
             )
-        return next(
-            (BEFORE_INPUT.get(key, "\n") for key, text in TEMPLATES.items() if text == tokenizer.chat_template), "\n"
-        )
+        return next((BEFORE_INPUT.get(key, "\n") for key, text in TEMPLATES.items() if text == template), "\n")
     if name is not None and name not in TEMPLATES:
         raise InputError(f"data.template is '{name}'; it must be one of {', '.join(TEMPLATES)}")
     tokenizer.chat_template = TEMPLATES[name or "chat"]
     return BEFORE_INPUT.get(name, "\n")
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool = False,
+    return_assistant_tokens_mask: bool = False,
+) -> BatchEncoding:
+    """The token ids of a conversation by the tokenizer's chat template, as `apply_chat_template` gives them.
+
+    A template is a program. jinja2's sandbox keeps it from files and Python, but neither from endless loops nor from
+    taking all memory, and it may behave until a message says a certain word: so every rendering of a template that is
+    not one of ours happens in a process of its own, with limits on memory (Linux) and time.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: Each with `role` and `content`.
+        add_generation_prompt: Ends with what comes before an answer.
+        return_assistant_tokens_mask: Also gives `assistant_masks`, 1 for the tokens of answers.
+
+    Raises:
+        InputError: The template fails or exceeds a limit.
+    """
+    settings = {"return_dict": True, "return_assistant_tokens_mask": return_assistant_tokens_mask}
+    template = _chat_template(tokenizer)
+    if template in TEMPLATES.values():
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **settings)
+    pieces = _render_apart(tokenizer, template, messages, add_generation_prompt)
+    return tokenizer.apply_chat_template(list(messages), chat_template=_RENDERED, pieces=pieces, **settings)
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template, after it has rendered a question.
+
+    Raises:
+        InputError: It fails or exceeds a limit.
+    """
+    template = _chat_template(tokenizer)
+    if template not in TEMPLATES.values():
+        _render_apart(tokenizer, template, [{"role": "user", "content": "Hello"}], True)
+    return template
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # there are several, and none is the default
+        raise InputError(f"the tokenizer has no default chat template ({' '.join(str(error).split())})") from error
+    if len(template) > LONGEST_TEMPLATE:
+        raise InputError(
+            f"the tokenizer's chat template has {len(template):,} characters, the limit is {LONGEST_TEMPLATE:,}: "
+            "correct its chat_template.jinja"
+        )
+    return template
+
+
+def _render_apart(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool,
+) -> list[str]:
+    """The pieces of a rendered conversation, see `template_process.render`."""
+    process = _start_renderer()
+    if process.poll() is not None:  # a Ctrl-C in the terminal ends it, too
+        _start_renderer.cache_clear()
+        process = _start_renderer()
+    job = {
+        "conversations": [list(messages)],
+        "chat_template": template,
+        "add_generation_prompt": add_generation_prompt,
+        **tokenizer.special_tokens_map,
+    }
+    timer = threading.Timer(RENDERING_SECONDS, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    finally:
+        timer.cancel()
+    if line:
+        answer = json.loads(line)
+    else:
+        process.kill()
+        process.wait()  # the next rendering starts another
+        answer = {"error": f"it takes more than {RENDERING_SECONDS:g} seconds, or crashes"}
+    if "error" in answer:
+        fact = " ".join(answer["error"].split())
+        raise InputError(f"the tokenizer's chat template fails ({fact}): correct its chat_template.jinja")
+    return answer["pieces"]
+
+
+@functools.cache
+def _start_renderer() -> subprocess.Popen:
+    # It imports what this process does, and sees nothing else of its environment.
+    process = subprocess.Popen(
+        [sys.executable, "-P", str(SCRIPT)],
+        env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="utf-8",
+    )
+    atexit.register(process.kill)
+    process.stdout.readline()  # its imports are done
+    return process

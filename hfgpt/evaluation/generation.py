@@ -1,11 +1,19 @@
 """Text out of a language model: one prompt in, whole continuations or a stream of them out."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from hfgpt.errors import InputError
+from hfgpt.errors import InputError, make_visible
+
+
+class TerminalStreamer(TextStreamer):
+    """Prints tokens as they come: on a terminal with control characters made visible, elsewhere as they are."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False):
+        super().on_finalized_text(make_visible(text) if sys.stdout.isatty() else text, stream_end)
 
 
 @dataclass

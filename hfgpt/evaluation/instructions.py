@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hfgpt.data.templates import encode_chat
 from hfgpt.errors import InputError
 
 Conversation = Sequence[dict[str, str]]
@@ -38,7 +39,7 @@ def encode_question(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
         InputError: They leave no room for an answer in the context.
     """
     messages = list(conversation[:-1])
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    ids = encode_chat(tokenizer, messages, add_generation_prompt=True)["input_ids"]
     if len(ids) >= context:
         raise InputError(f"the prompt has {len(ids)} tokens, but the context of the model is {context}: shorten it")
     return ids

@@ -156,7 +156,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' cannot be read ({' '.join(str(error).split())[:200]}): {remedy}") from error
     lacking = REQUIRED.get(path.name, set()) - content.keys() if isinstance(content, dict) else {"a mapping"}
     if lacking:

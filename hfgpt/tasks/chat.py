@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from hfgpt.data.templates import check_chat_template, encode_chat
 from hfgpt.errors import InputError
-from hfgpt.evaluation.generation import SamplingArguments
+from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer
 from hfgpt.loading import load_model, load_model_tokenizer
+from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.hardware import find_device
 
 HELP = "/reset forgets the conversation; /system TEXT says how to behave, and begins anew; /exit or Ctrl-D ends"
@@ -42,6 +43,7 @@ class Chat:
             )
         if self.tokenizer.eos_token_id is None:
             raise InputError("the model's tokenizer has no end-of-text token, so an answer could not end")
+        check_chat_template(self.tokenizer)
         set_seed(self.sampling.seed)
 
     @property
@@ -95,9 +97,7 @@ class Chat:
         system = [{"role": "system", "content": self.system}] if self.system else []
         room = self.model.config.max_position_embeddings - self.max_new_tokens
         while True:
-            ids = self.tokenizer.apply_chat_template(
-                [*system, *messages], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+            ids = encode_chat(self.tokenizer, [*system, *messages], add_generation_prompt=True)["input_ids"]
             if len(ids) <= room:
                 self.messages = messages[:-1]
                 return ids
@@ -124,9 +124,9 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
     tokenizer = load_model_tokenizer(path)
     model = load_model(path, changed_weights="warn").to(find_device())
     chat = Chat(model, tokenizer, sampling, system=system)
-    console = Console(stderr=True)
+    console = stderr_console()
     if sys.stdin.isatty() and lines is None:
-        console.print(HELP, style="dim", highlight=False)
+        console.print(HELP, style="dim")
     for line in lines if lines is not None else _ask(sys.stdin.isatty()):
         text = line.strip()
         command, _, rest = text.partition(" ")
@@ -138,12 +138,12 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
             chat.system = rest.strip() or None
             chat.reset()
         elif command.startswith("/"):
-            console.print(HELP, style="dim", highlight=False)
+            console.print(HELP, style="dim")
         elif text:
             try:
-                chat.answer(text, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+                chat.answer(text, TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
             except InputError as error:  # the conversation goes on
-                console.print(f"hfgpt: {error}", highlight=False, markup=False)
+                console.print(f"hfgpt: {error}")
 
 
 def _ask(interactive: bool, read: Callable[[str], str] = input) -> Iterator[str]:

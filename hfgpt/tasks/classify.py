@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hfgpt.building import check_base_model
 from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.classification import (
     SPLITS,
@@ -216,6 +217,8 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
     Raises:
         InputError: The rows or the tokenizer cannot be used.
     """
+    if tokenizer_folder is None:
+        check_base_model(recipe.model)
     report = DataReport()
     texts = load_labelled_texts(recipe.data, recipe.training.seed, report)
     tokenizer = find_tokenizer(recipe, tokenizer_folder, [*texts.splits["train"]["text"], *texts.unlabelled])

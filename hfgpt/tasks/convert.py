@@ -31,6 +31,7 @@ from hfgpt.hub.records import public_name, read_records
 from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     check_vocabulary,
+    check_weights_match,
     classifies,
     explained,
     find_base,
@@ -195,6 +196,7 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
     for name in ("num_heads", "vocab_size", "lora_scale", "hidden_act"):
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is not needed: the config.json of '{source}' has it")
+    check_weights_match(source, arguments.revision, config)
     auto_class = _auto_class(config)
 
     def load() -> PreTrainedModel:

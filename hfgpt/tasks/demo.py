@@ -16,7 +16,7 @@ from hfgpt.tasks.chat import Chat
 from hfgpt.tasks.classify import classify, load_classifier, predict
 from hfgpt.tasks.instruct import instruct
 from hfgpt.tasks.pretrain import pretrain
-from hfgpt.training.callbacks import stderr_console
+from hfgpt.training.callbacks import PlainConsole, stderr_console
 from hfgpt.training.hardware import find_device
 
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")
@@ -42,7 +42,7 @@ def run_demo(
     Raises:
         InputError: The folder holds another run.
     """
-    console, progress, overrides = console or Console(), stderr_console(), overrides or {}
+    console, progress, overrides = console or PlainConsole(), stderr_console(), overrides or {}
     folder = output_dir or _free_folder(Path("runs"))
     folders = {"demo": folder, "demo-messages": folder / "messages", "demo-instructions": folder / "instructions"}
 

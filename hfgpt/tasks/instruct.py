@@ -13,6 +13,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hfgpt.building import check_base_model
 from hfgpt.data.instructions import (
     SPLITS,
     Conversation,
@@ -175,6 +176,8 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     Raises:
         InputError: The rows or the tokenizer cannot be used, or nothing is learned.
     """
+    if tokenizer_folder is None:
+        check_base_model(recipe.model)
     report, arguments = DataReport(), recipe.data
     # A trained tokenizer needs the rows first, and the rows the template, whose name is enough for a new tokenizer.
     before_input = _before_input(recipe, tokenizer_folder)

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
 
+from hfgpt.building import check_base_model
 from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, cache_folder, load_all_documents, load_documents
@@ -158,6 +159,8 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
         recipe: Its sections `data`, `tokenizer` and `model`.
         tokenizer_folder: A run to resume, whose tokenizer is taken rather than trained again.
     """
+    if tokenizer_folder is None:
+        check_base_model(recipe.model)
     report = DataReport()
     documents = load_documents(recipe.data, recipe.training.seed, report)
     tokenizer = find_tokenizer(recipe, tokenizer_folder, (row["text"] for row in documents["train"]))

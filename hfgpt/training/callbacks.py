@@ -12,10 +12,12 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
 from torch import distributed
 from transformers import TrainerCallback
 
-from hfgpt.errors import InputError
+from hfgpt.errors import InputError, make_visible
 from hfgpt.saving import write_text
 
 LOG_FILE = "training_log.jsonl"
@@ -196,6 +198,19 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
     pyplot.close(figure)
 
 
+class PlainConsole(Console):
+    """Prints strings as they are, without rich's markup, with control characters made visible."""
+
+    def __init__(self, **settings):
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings) -> Text:
+        return super().render_str(make_visible(text), **settings)
+
+    def status(self, status: str, **settings) -> Status:
+        return super().status(Text(make_visible(status)), **settings)
+
+
 def stderr_console(quiet: bool = False) -> Console:
     """The console of progress and notices: standard error, plain where it is not a terminal."""
-    return Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+    return PlainConsole(file=sys.stderr, soft_wrap=not sys.stderr.isatty(), quiet=quiet)

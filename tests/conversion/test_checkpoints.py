@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import tarfile
 import zipfile
 
 import pytest
@@ -169,6 +170,56 @@ def test_a_file_from_before_torch_1_6_is_read(tmp_path):
     assert not zipfile.is_zipfile(tmp_path / "old.pth")
     weights = read_checkpoint(tmp_path / "old.pth").weights
     assert all(torch.equal(tensor, weights[name]) for name, tensor in make_book_weights().items())
+
+
+def test_a_flipped_bit_in_a_weight_is_found_by_its_checksum(tmp_path):
+    """Each flip is either found or in bytes that carry nothing: padding, dates."""
+    weights, path, generator = make_book_weights(), tmp_path / "model.pth", random.Random(0)
+    torch.save(weights, path)
+    content = path.read_bytes()
+    start = content.index(weights["tok_emb.weight"].numpy().tobytes())
+    for place in range(start, start + 20):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(
+            InputError, match=r"\(the checksum of model/data/\d+ in it is wrong\): copy or save it again"
+        ):
+            read_checkpoint(path)
+    refused = 0
+    for _ in range(40):
+        place, bit = generator.randrange(len(content)), 1 << generator.randrange(8)
+        path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+        try:
+            read = read_checkpoint(path).weights
+            assert all(torch.equal(tensor, read[name]) for name, tensor in weights.items())
+        except InputError:
+            refused += 1
+    assert refused > 20
+
+
+def test_an_archive_without_checksums_is_read_and_a_compressed_one_refused(tmp_path):
+    weights, path = make_book_weights(), tmp_path / "model.pth"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(path).weights.keys() == weights.keys()
+    torch.save(weights, tmp_path / "other.pth")
+    with zipfile.ZipFile(tmp_path / "other.pth") as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        for entry in archive.infolist():
+            out.writestr(entry.filename, archive.read(entry))
+    assert "(its tensors are compressed)" in refusal(path, tmp_path)
+
+
+def test_formats_that_hold_programs_are_not_read(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    assert "(it is a TorchScript program)" in refusal(tmp_path / "program.pt", tmp_path)
+    with tarfile.open(tmp_path / "model.pt", "w") as archive:  # as torch wrote before 0.4
+        for name in ("storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name))
+    message = refusal(tmp_path / "model.pt", tmp_path)
+    assert "(a format that is read by running it)" in message
+    assert "weights_only" not in message
 
 
 @pytest.mark.parametrize("kind", ["nanogpt.pt", "book.pth", "old.pth", "book.safetensors", "meta.pkl", "gpt2"])

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -180,6 +181,17 @@ def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n\n{"text": }', "a.jsonl is not JSON: Expecting value in line 3, column 10"),
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json is not JSON: Expecting ':' delimiter in line 2"),
         ("a.jsonl", b'{"text": "a"}\n[1]', "a.jsonl: line 2 is a list, it must be an object"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n' + b"[" * 9000 + b"]" * 9000,
+            "a.jsonl is not JSON: nested too deeply in line 2",
+        ),
+        ("a.json", b"[" * 9000 + b"]" * 9000, "a.json is not JSON: nested too deeply"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n' + b"9" * 5000,
+            "a.jsonl is not JSON: Exceeds the limit (4300 digits) for integer",
+        ),
         ("a.json", b'{"id": 1, "body": "x"}', "'text' is not in {path}, which has: 'id', 'body'"),
         ("a.csv", b"id,body\n1,x\n", "'text' is not in {path}, which has: 'id', 'body'"),
         ("a.csv", b"id,text\n1,x\n2,y,z\n", "row 3 has 3 fields, the first row 2"),
@@ -198,6 +210,58 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(load, tmp_path, name, con
         load(name)
     assert message.format(path=path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+BOMBS = {
+    "a.txt": (
+        b"a" * 10**7,
+        "line 1: one row has more than",
+        ": set data.sample_by to paragraph, or decompress it first",
+    ),
+    "a.json": (b'"' + b"a" * 10**7, "line 1: one row has more than", "file: decompress it first"),
+    "a.jsonl": (b'{"text": "x"}\n{"text": "' + b"a" * 10**7, "line 2: one row has more than", "decompress it first"),
+    "a.csv": (b"text\nx\n" + b'"' + b'a\n","' * 10**6, "line 204", "decompress it first"),
+    "a.tsv": (b"text\nx\n" + b"a" * 10**7, "line 3: one row has more than", "decompress it first"),
+}
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_row_without_end_in_a_compressed_file_is_refused_before_it_is_held(name, compression, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfgpt.data.files.CHUNK", 1000)
+    monkeypatch.setattr("hfgpt.data.files.LONGEST_DECOMPRESSED", 10**5)
+    content, place, remedy = BOMBS[name]
+    (tmp_path / f"{name}{compression}").write_bytes(compress(content, compression))
+    assert (tmp_path / f"{name}{compression}").stat().st_size < 10**5
+    tracemalloc.start()
+    with pytest.raises(InputError) as error:
+        list(read_rows(tmp_path / f"{name}{compression}", columns=["text"]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**7
+    assert place in str(error.value)
+    assert "100,000 characters, the limit of a compressed file" in str(error.value)
+    assert str(error.value).endswith(remedy)
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_many_rows_of_a_compressed_file_are_more_than_the_limit_of_one(compression, tmp_path, monkeypatch):
+    monkeypatch.setattr("hfgpt.data.files.CHUNK", 100)
+    monkeypatch.setattr("hfgpt.data.files.LONGEST_DECOMPRESSED", 1000)
+    (tmp_path / f"a.csv{compression}").write_bytes(compress(b"text\n" + b"one\n" * 1000, compression))
+    assert len(list(read_rows(tmp_path / f"a.csv{compression}", columns=["text"]))) == 1000
+    (tmp_path / "a.txt").write_bytes(b"x" * 2000)
+    assert len(next(read_rows(tmp_path / "a.txt"))["text"]) == 2000, "the size of the file on the disk says it"
+
+
+def test_a_parquet_file_that_grows_a_hundred_times_is_refused(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"id": [1], "text": ["a" * 10**6]}), tmp_path / "a.parquet", compression="zstd")
+    assert len(list(read_rows(tmp_path / "a.parquet"))) == 1
+    monkeypatch.setattr("hfgpt.data.files.LONGEST_DECOMPRESSED", 10**5)
+    with pytest.raises(
+        InputError, match=r"decompresses \d+ bytes of text to 1,000,0\d\d, more than the limit of 100,000"
+    ):
+        list(read_rows(tmp_path / "a.parquet"))
 
 
 def test_wrong_column_of_a_parquet_file(load, tmp_path):

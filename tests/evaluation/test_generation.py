@@ -1,5 +1,6 @@
 """One prompt in, texts out: repeatable, greedy where asked, and refused where it cannot be done."""
 
+import io
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import TextStreamer
 
 from hfgpt.errors import InputError
-from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_texts
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.tokenizer import train_tokenizer
 
@@ -151,3 +152,18 @@ def test_the_streamer_gets_the_same_text(model, tokenizer, capsys):
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     assert generate_texts(model, tokenizer, "the ", arguments, streamer) == expected
     assert capsys.readouterr().out == expected[0] + "\n"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_control_characters_are_made_visible_on_a_terminal_alone(is_terminal, monkeypatch):
+    text = "hi\x1b[2J \x9b1m\u202e\r\n\tthere\n"
+    tokenizer = train_tokenizer([text], kind="char")
+    out = io.StringIO()
+    out.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stdout", out)
+    streamer = TerminalStreamer(tokenizer)
+    for index in tokenizer(text)["input_ids"]:
+        streamer.put(torch.tensor([index]))
+    streamer.end()
+    shown = "hi\\x1b[2J \\x9b1m\\u202e\\r\n\tthere\n"
+    assert out.getvalue() == (shown if is_terminal else text) + "\n"

@@ -286,6 +286,18 @@ def test_a_model_that_was_not_trained_to_chat(here, finished, tmp_path):
         run_chat(str(tmp_path), SamplingArguments(), lines=iter(()))
 
 
+def test_a_chat_with_a_broken_template_is_refused_before_anything_is_said(here, finished, tmp_path):
+    load_model("finished").save_pretrained(tmp_path)
+    tokenizer = load_model_tokenizer("finished")
+    tokenizer.chat_template = "{{ 'a' * 10**10 }}"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"the tokenizer's chat template fails \(MemoryError\)"):
+        run_chat(str(tmp_path), SamplingArguments(), lines=iter(()))
+    arguments = InstructionDataArguments(path="rows.jsonl"), AnswerEvaluationArguments()
+    with pytest.raises(InputError, match=r"the tokenizer's chat template fails \(MemoryError\)"):
+        evaluate_follower(str(tmp_path), *arguments)
+
+
 def test_the_context_of_a_prompt_is_all_of_it(chat):
     """What was said before an answer reaches the model: without it, the logits differ."""
     with torch.no_grad():

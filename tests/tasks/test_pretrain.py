@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
+from hfgpt.plan import plan_recipe
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks import pretrain as module
-from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data
+from hfgpt.tasks.classify import classify
+from hfgpt.tasks.instruct import instruct
+from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data, pretrain
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
@@ -268,6 +271,21 @@ def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path
     assert tokenizer_hash(data.tokenizer) == tokenizer_hash(AutoTokenizer.from_pretrained(finished.folder))
     model = module.build_pretraining_model(recipe, data)
     assert weights_of(model) == weights_of(AutoModelForCausalLM.from_pretrained(finished.folder))
+
+
+@pytest.mark.parametrize(("task", "run"), [("pretrain", pretrain), ("classify", classify), ("instruct", instruct)])
+def test_a_base_of_another_architecture_is_refused_before_any_data_is_read(task, run, tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    (tmp_path / "r.yaml").write_text(
+        f"task: {task}\nmodel: {{path: {tmp_path / 'llama'}}}\ndata: {{path: ./no.txt}}\n"
+    )
+    recipe = load_recipe(str(tmp_path / "r.yaml"), ["--training.output_dir", str(tmp_path / "run")])
+    for start in (run, plan_recipe):
+        with pytest.raises(
+            InputError, match=r"model.path '.*llama' is a model of type llama; only hfgpt and gpt2 can"
+        ):
+            start(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def weights_of(model) -> dict[str, bytes]:

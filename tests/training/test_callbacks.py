@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 from matplotlib import pyplot
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from transformers import TrainerControl, TrainerState
 
 from hfgpt.errors import InputError
@@ -18,6 +20,7 @@ from hfgpt.training.callbacks import (
     LOG_FILE,
     InterruptCallback,
     LogCallback,
+    PlainConsole,
     ProgressCallback,
     plot_loss,
     read_log,
@@ -214,3 +217,18 @@ def test_notices_go_to_standard_error(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
+
+
+def test_a_console_prints_what_others_wrote_as_it_is_and_never_as_commands():
+    console = PlainConsole(file=io.StringIO(), width=100, force_terminal=True)
+    console.print("label [/x] [bold]:smile: \x1b[2J\x9b2J\u202e", Text("styled", style="green"))
+    table = Table("a\x1b[2J", show_header=True, box=None)
+    table.add_row("b\x07")
+    console.print(table)
+    with console.status("[x] \x1b[2J"):
+        pass
+    shown = console.file.getvalue()
+    assert shown.startswith("label [/x] [bold]:smile: \\x1b[2J\\x9b2J\\u202e \x1b[32mstyled\x1b[0m\n")
+    for visible in ("a\\x1b[2J", "b\\x07", "[x] \\x1b[2J"):
+        assert visible in shown
+    assert "\x1b[2J" not in shown

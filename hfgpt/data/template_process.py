@@ -1,0 +1,54 @@
+"""Renders other people's chat templates; run as a script in a process of its own, which its parent may kill.
+
+Never imported: `hfgpt.data.templates` starts it, writes one job per line to its standard input (JSON: the arguments of
+transformers' `render_jinja_template`), and reads one answer per line from its standard output.
+"""
+
+import json
+import sys
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+MEMORY_BYTES = 2**29  # beyond what the imports have taken
+LONGEST_TEXT = 2**24  # characters of a rendered conversation
+
+
+def limit_memory():
+    """Caps the address space where the system enforces that: Linux. Elsewhere only the parent's time limit holds."""
+    if sys.platform == "linux":
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, taken + MEMORY_BYTES))
+
+
+def render(job: dict) -> list[str]:
+    """The rendered conversation in pieces: text that is read and text of answers, in turn."""
+    (text,), (spans,) = render_jinja_template(return_assistant_tokens_mask=True, **job)
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"it renders {len(text):,} characters, the limit is {LONGEST_TEXT:,}")
+    pieces, end = [], 0
+    for start, stop in spans:
+        pieces += [text[end:start], text[start:stop]]
+        end = stop
+    pieces.append(text[end:])
+    if "".join(pieces) != text:
+        raise ValueError("its {% generation %} blocks overlap")
+    return pieces
+
+
+def main():
+    """Answers jobs until standard input ends."""
+    limit_memory()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        try:
+            answer = {"pieces": render(json.loads(line))}
+        except Exception as error:  # whatever a template can raise is the answer
+            answer = {"error": f"{type(error).__name__}: {error}"[:300].rstrip(": .")}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
