@@ -100,7 +100,7 @@ class _ImportHook(importlib.abc.MetaPathFinder):
 
 # transformers' Trainer imports PEFT, and PEFT bitsandbytes where that is installed, which then warns on CPUs with
 # AVX512_BF16 that an optional kernel for inference is missing: nobody has asked for it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.msg)
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 sys.meta_path.insert(0, _ImportHook())
 for _name, _call in _AFTER_IMPORT.items():
     if _name in sys.modules:
