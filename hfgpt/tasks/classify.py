@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     saved = load_model(str(folder), auto_class=AutoModelForSequenceClassification).to(recipe.training.device)
     metrics, tested = measure_splits(saved, data, recipe.training.per_device_eval_batch_size)
     write_json(folder / "metrics.json", metrics)
-    logged = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
+    logged = {re.sub("^eval_", "test_", name): value for name, value in metrics.items()}  # eval_ is validation's there
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **logged})
 
     # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.

@@ -1,6 +1,7 @@
 """Stage 7.2, instructions: from questions and answers to a model that answers, in labelled steps."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
     metrics |= match_answers(answers)
     write_answers(answers, folder)
     write_json(folder / "metrics.json", metrics)
-    tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
+    tested = {re.sub("^eval_", "test_", name): value for name, value in metrics.items()}  # eval_ is validation's there
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
     plot_loss(folder, saved.config.vocab_size)
     samples = sample(saved, data.tokenizer, recipe)

@@ -17,7 +17,7 @@ from hfgpt.recipe import load_recipe
 from hfgpt.tasks.classify import classify, evaluate_classifier, load_classifier, predict, read_texts
 from hfgpt.tasks.merge import merge
 from hfgpt.training import estimate
-from hfgpt.training.callbacks import ProgressCallback
+from hfgpt.training.callbacks import ProgressCallback, read_log
 
 RECIPE = """
 task: classify
@@ -202,6 +202,15 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     assert not (here / "again").exists()
     with pytest.raises(InputError, match=r"model.path 'adapter' is an adapter: merge it first"):
         run("third", "model.path=adapter", recipe="based")
+
+
+def test_labels_are_logged_as_they_are(here):
+    rows = [{"text": f"{label} {i}", "label": label} for label in ("eval_set", "other") for i in range(12)]
+    (here / "sets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics, _ = run("sets", "data.path=sets.jsonl", "training.max_steps=1", "evaluation.baseline=false")
+    tested = read_log("sets")[-1]
+    for name in ("eval_recall_eval_set", "eval_accuracy"):
+        assert tested[name.replace("eval", "test", 1)] == metrics[name]
 
 
 def test_an_adapter_on_a_first_pass_of_its_own_run(here):
