@@ -190,10 +190,17 @@ class HfGPTTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        for name in ("loss", "grad_norm"):
-            if name in logs:
-                last = self.state.log_history[-1]["step"] if self.state.log_history else 0
-                self._refuse_non_finite(logs[name], f"between steps {last + 1} and {self.state.global_step}", name)
+        last = self.state.log_history[-1]["step"] if self.state.log_history else 0
+        where = f"between steps {last + 1} and {self.state.global_step}"
+        if "loss" in logs:
+            self._refuse_non_finite(logs["loss"], where)
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            # A float16 gradient overflows now and then: the scaler then skips the step and halves its scale. Below 1
+            # nothing is left to scale down, the gradient itself is too large: DeepSpeed and Megatron stop there, too.
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 0.0
+            if scale < 1:
+                self._refuse_non_finite(logs["grad_norm"], where, "grad_norm")
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"} | {"loss_scale": scale}
         super().log(logs, start_time)
 
     def _refuse_non_finite(self, value: float, where: str, name: str = "loss"):
