@@ -155,9 +155,9 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
     try:
         sections = {name: _build(kind, values[name]) for name, kind in SECTIONS[task].items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        key, value, fact = _explain_refusal(error, values.training)
-        written = key and tree.get("training", {}).get(key) == value
-        raise InputError((where(f"training.{key}") if written else "") + fact) from error
+        key, fact = _explain_refusal(error, values.training)
+        overridden = any(override.partition("=")[0] == f"--{key}" for override in overrides)
+        raise InputError((where(key) if key in lines and not overridden else "") + fact) from error
     return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, task, unused))
 
 
@@ -350,16 +350,18 @@ def _explain(error: ArgumentError) -> tuple[str, str]:
     return "", f"{' '.join(text.split())}; an override is --section.key value"
 
 
-def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, str]:
-    """The key, the value and one line: transformers names a value that it does not take, but not its key."""
+def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
+    """The key and one line: our messages begin with the key; transformers' hold it, or only the value."""
     text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return re.match(r"[\w.]*", text)[0], text
     found = re.match(r"'?(.*?)'? is not a valid \w+, please select one of (.*)", text)
-    key = found and next((key for key, value in vars(arguments).items() if value == found[1]), None)
-    if not key:
-        return "", None, text if isinstance(error, InputError) else f"training: {text}"
-    choices = re.findall("'(.*?)'", found[2])
-    remedy = _nearest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
-    return key, found[1], f"training.{key} is '{found[1]}'{remedy}"
+    if key := found and next((key for key, value in vars(arguments).items() if value == found[1]), None):
+        choices = re.findall("'(.*?)'", found[2])
+        remedy = _nearest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
+        return f"training.{key}", f"training.{key} is '{found[1]}'{remedy}"
+    key = next((f".{word}" for word in re.findall(r"\w*[_\d]\w*", text) if word in vars(arguments)), "")
+    return f"training{key}", f"training{key}: {text}"
 
 
 def _resolved_values(values: Namespace, parser: ArgumentParser, task: str, unused: set[str]) -> dict[str, Any]:

@@ -298,8 +298,49 @@ def test_a_value_that_only_transformers_refuses(write):
     )
     both = "training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: steps}\n"
     message = refusal(write(both))
-    assert message.startswith("training: --load_best_model_at_end requires the save and eval strategy to match")
+    assert message.startswith(
+        "r.yaml, line 1: training.load_best_model_at_end: --load_best_model_at_end requires the save and eval strategy"
+    )
     assert message.endswith("- Save strategy: SaveStrategy.STEPS")
+
+
+NUMBERS = [
+    ("max_steps: 0", "max_steps is 0; it must be at least 1, or -1 to train for num_train_epochs"),
+    ("max_steps: -2", "max_steps is -2; it must be at least 1, or -1 to train for num_train_epochs"),
+    ("num_train_epochs: -1", "num_train_epochs is -1.0; it must be above 0"),
+    ("learning_rate: -1", "learning_rate is -1.0; it must be finite and at least 0"),
+    ("learning_rate: .nan", "learning_rate is nan; it must be finite and at least 0"),
+    ("muon_learning_rate: -0.1", "muon_learning_rate is -0.1; it must be finite and at least 0"),
+    ("weight_decay: -0.1", "weight_decay is -0.1; it must be finite and at least 0"),
+    ("warmup_steps: -1", "warmup_steps is -1.0; it must be finite and at least 0"),
+    ("max_grad_norm: -1", "max_grad_norm is -1.0; it must be finite and at least 0"),
+    ("adam_beta2: 1", "adam_beta2 is 1.0; it must be at least 0 and below 1"),
+    ("adam_epsilon: -1e-8", "adam_epsilon is -1e-08; it must be finite and at least 0"),
+    ("label_smoothing_factor: 1.5", "label_smoothing_factor is 1.5; it must be at least 0 and below 1"),
+    ("logging_steps: 0", "logging_steps is 0.0; it must be above 0"),
+    ("save_steps: 0", "save_steps is 0.0; it must be above 0"),
+    ("save_total_limit: 0", "save_total_limit is 0; it must be at least 1"),
+    ("gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0; it must be at least 1"),
+    ("seed: -1", "seed is -1; it must be at least 0 and below 4294967296"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NUMBERS, ids=lambda text: text)
+def test_a_number_that_transformers_takes_wrongly_is_refused_with_its_key_and_line(text, message, write):
+    assert refusal(write(f"training:\n  {text}\n")) == f"r.yaml, line 2: training.{message}"
+    key, value = text.split(": ")
+    assert refusal("r.yaml", f"--training.{key}={value}") == f"training.{message}", "the line has another value"
+
+
+def test_numbers_of_the_first_pass_are_named_as_its_own(write):
+    for text, message in (
+        ("max_steps: 0", "max_steps is 0; it must be at least 1"),
+        ("max_steps: -1", "max_steps is -1; it must be at least 1"),
+        ("learning_rate: -1", "learning_rate is -1.0; it must be finite and at least 0"),
+        ("dropout: 1", "dropout is 1.0; it must be at least 0 and below 1"),
+    ):
+        recipe = write(f"task: classify\npretraining: {{{text}}}\n")
+        assert refusal(recipe) == f"r.yaml, line 2: pretraining.{message}"
 
 
 @pytest.mark.parametrize(
