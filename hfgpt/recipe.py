@@ -29,7 +29,7 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments, ClassifierEvaluationArguments, EvaluationArguments
 from hfgpt.hub import HubArguments
 from hfgpt.tokenizer import TokenizerArguments
-from hfgpt.training.trainer import FineTuningArguments, FirstPassArguments, HfGPTTrainingArguments
+from hfgpt.training.trainer import LEARNED, FineTuningArguments, FirstPassArguments, HfGPTTrainingArguments
 
 
 def _sections(data: type, training: type, evaluation: type, **more: type) -> dict[str, type]:
@@ -158,7 +158,7 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         key, fact = _explain_refusal(error, values.training)
         overridden = any(override.partition("=")[0] == f"--{key}" for override in overrides)
         raise InputError((where(key) if key in lines and not overridden else "") + fact) from error
-    return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, task, unused))
+    return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, sections))
 
 
 def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict[str, Any]:
@@ -194,9 +194,11 @@ def render_recipe(recipe: Recipe) -> str:
 
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first key, in dotted form, in which two recipes' values differ in what is learned; None if in none."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = _flatten(old, new["task"]), _flatten(new, new["task"])
     for key in sorted(flat_old.keys() | flat_new.keys()):
-        if not key.startswith(RESUMABLE) and flat_old.get(key) != flat_new.get(key):
+        before, after = flat_old.get(key), flat_new.get(key)
+        unknown = key == "training.bf16" and before is None  # recipes of earlier versions left it to the machine
+        if before != after and not unknown and not key.startswith(RESUMABLE):
             return key
     return None
 
@@ -364,19 +366,19 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
     return f"training{key}", f"training{key}: {text}"
 
 
-def _resolved_values(values: Namespace, parser: ArgumentParser, task: str, unused: set[str]) -> dict[str, Any]:
-    """Our own sections without their empty keys, and of TrainingArguments' hundred what differs from the defaults."""
-    defaults = parser.get_defaults()
-    resolved: dict[str, Any] = {"task": task}
-    for section in SECTIONS[task]:
-        if section in unused:
-            continue
-        keep = vars(values[section])
-        if section == "training":
-            keep = {key: value for key, value in keep.items() if value != vars(defaults[section])[key]}
-        # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
-        unset = [key for key, value in keep.items() if value is None and vars(defaults[section])[key] is None]
-        resolved[section] = {key: _plain(value) for key, value in keep.items() if key not in unset}
+def _resolved_values(values: Namespace, parser: ArgumentParser, sections: dict[str, Any]) -> dict[str, Any]:
+    """Our own sections without their empty keys; of TrainingArguments' hundred those that decide what is learned, as
+    this machine settles them, and what else differs from the defaults."""
+    resolved: dict[str, Any] = {"task": values.task}
+    for section, arguments in sections.items():
+        kept, defaults = {}, vars(parser.get_defaults()[section])
+        for key, value in vars(values[section]).items():
+            if section == "training" and key in LEARNED:
+                kept[key] = _plain(getattr(arguments, key))
+            # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
+            elif value != defaults[key] or (value is not None and section != "training"):
+                kept[key] = _plain(value)
+        resolved[section] = kept
     return resolved
 
 
@@ -386,12 +388,13 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # enumerations of transformers
 
 
-def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
+def _flatten(values: dict[str, Any], task: str) -> dict[str, Any]:
+    """Every key in dotted form; one that is not written has its default."""
+    defaults, flat = vars(_build_parser(task).get_defaults()), {"task": values["task"]}
     for section, content in values.items():
-        flat |= (
-            {f"{section}.{key}": value for key, value in content.items()} if section != "task" else {section: content}
-        )
+        if section != "task":
+            written = (_plain(defaults[section]) if section in defaults else {}) | content
+            flat |= {f"{section}.{key}": value for key, value in written.items()}
     return flat
 
 

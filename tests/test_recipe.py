@@ -5,7 +5,7 @@ All comparisons are exact: values with their types, and messages to the letter w
 
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hfgpt.errors import InputError
 from hfgpt.recipe import (
     OPTIONAL,
     SECTIONS,
+    _build_parser,
     first_difference,
     load_recipe,
     parse_sections,
@@ -22,6 +23,7 @@ from hfgpt.recipe import (
     recipe_names,
     render_recipe,
 )
+from hfgpt.training.trainer import LEARNED
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 PRETRAIN = SECTIONS["pretrain"]
@@ -203,12 +205,52 @@ def test_a_rendered_recipe_gives_the_same_run(name, write, tmp_path):
 
 
 def test_a_rendered_recipe_says_what_differs_and_our_own_defaults(write):
-    values = load_recipe(write("task: pretrain\ntraining: {seed: 42, max_steps: 2}\n")).values
+    values = load_recipe(write("task: pretrain\ntraining: {seed: 42, max_steps: 2, save_steps: 7}\n")).values
     assert list(values) == ["task", *(section for section in PRETRAIN if section not in OPTIONAL)]
-    assert values["training"] == {"output_dir": "runs/r", "max_steps": 2}
+    others = {key: value for key, value in values["training"].items() if key not in LEARNED}
+    assert others == {"output_dir": "runs/r", "save_steps": 7.0}
     unset = {field.name for field in fields(PRETRAIN["data"]) if field.default is None}
     assert unset
     assert set(values["data"]) == {field.name for field in fields(PRETRAIN["data"])} - unset
+
+
+def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_become(write, monkeypatch):
+    recipe = load_recipe(write("task: classify\ntraining: {max_steps: 2}\n"))
+    written = yaml.safe_load(render_recipe(recipe))["training"]
+    assert set(LEARNED) < written.keys()
+    assert written["bf16"] is recipe.training.bf16 is not None, "as this machine decided"
+    for name, value in (("learning_rate", 5e-5), ("per_device_train_batch_size", 8), ("weight_decay", 0.0),
+                        ("lr_scheduler_type", "linear"), ("adam_beta2", 0.999), ("optim", "adamw_torch_fused"),
+                        ("muon_learning_rate", None), ("train_sampling_strategy", "group_by_length"),
+                        ("max_steps", 2), ("num_train_epochs", 3.0), ("seed", 42)):  # fmt: skip
+        assert (name in written, written[name]) == (True, value)
+    write(render_recipe(recipe))
+
+    @dataclass
+    class Changed(SECTIONS["classify"]["training"]):
+        learning_rate: float = 1.0
+        muon_learning_rate: float | None = 0.5
+        adam_beta2: float = 0.5
+
+    monkeypatch.setitem(SECTIONS["classify"], "training", Changed)
+    _build_parser.cache_clear()
+    again, anew = load_recipe("r.yaml"), load_recipe(write("task: classify\n"))
+    _build_parser.cache_clear()
+    assert again.values == recipe.values
+    assert (again.training.learning_rate, again.training.muon_learning_rate) == (5e-5, None)
+    assert (anew.training.learning_rate, anew.training.muon_learning_rate) == (1.0, 0.5)
+
+
+def test_a_run_of_a_version_that_wrote_no_defaults_goes_on(write):
+    new = load_recipe(write("task: classify\ntraining: {max_steps: 2}\n")).values
+    old = {**new, "training": {"output_dir": "runs/r", "max_steps": 2}}
+    assert first_difference(old, new) is None
+    for key, value in (("learning_rate", 1e-3), ("lr_scheduler_type", "cosine"), ("muon_learning_rate", 0.1)):
+        changed = {**new, "training": {**new["training"], key: value}}
+        assert first_difference(old, changed) == f"training.{key}"
+    bf16 = not new["training"]["bf16"]
+    assert first_difference(old, {**new, "training": {**new["training"], "bf16": bf16}}) is None, "it did not say"
+    assert first_difference(new, {**new, "training": {**new["training"], "bf16": bf16}}) == "training.bf16"
 
 
 def test_a_run_goes_on_when_only_what_is_watched_differs(write):

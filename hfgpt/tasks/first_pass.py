@@ -92,7 +92,7 @@ def build_blocks(recipe: Recipe, texts: list[str], tokenizer: PreTrainedTokenize
 
 
 def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
-    """Trainer's arguments for the first pass: its own section, on the hardware of the section `training`."""
+    """Trainer's arguments for the first pass: its own section, with the hardware and the optimizer of `training`."""
     arguments = recipe.pretraining
     return HfGPTTrainingArguments(
         output_dir=str(first_pass_folder(recipe)),
@@ -102,6 +102,12 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         muon_learning_rate=arguments.muon_learning_rate,
         muon_momentum=arguments.muon_momentum,
         weight_decay=arguments.weight_decay,
+        decay_all_parameters=recipe.training.decay_all_parameters,
+        optim=recipe.training.optim,
+        optim_args=recipe.training.optim_args,
+        adam_beta1=recipe.training.adam_beta1,
+        adam_beta2=recipe.training.adam_beta2,
+        adam_epsilon=recipe.training.adam_epsilon,
         warmup_steps=arguments.warmup_steps,
         lr_scheduler_type="linear",
         max_grad_norm=recipe.training.max_grad_norm,

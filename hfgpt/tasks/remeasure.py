@@ -72,7 +72,9 @@ def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
             f"{others[0]} would measure other rows than the run held out: leave it out; only --data.path, where the "
             "data now is, can be given"
         )
-    recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), list(overrides))
+    # Nothing is trained: a machine without the bfloat16 of the run measures it as well.
+    overrides = [*overrides, "--training.bf16", "null"]
+    recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), overrides)
     if "--data.path" in options:
         return recipe
     source = _source(records)

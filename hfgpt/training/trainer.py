@@ -24,12 +24,23 @@ from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
 from hfgpt.training.optimizers import MuonFactory
 
+# The arguments that decide what is learned. The recipe.yaml of a run has all of them, so that it means the same when a
+# default changes, here or in transformers.
+LEARNED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "num_train_epochs"),
+    *("max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("decay_all_parameters", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "muon_learning_rate", "muon_momentum", "max_grad_norm", "label_smoothing_factor"),
+    *("neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16", "tf32", "seed", "data_seed"),
+    *("dataloader_drop_last", "train_sampling_strategy", "load_best_model_at_end", "trainable", "last_blocks"),
+)
 # What numbers must be, for the arguments below: TrainingArguments takes any, or refuses one without its key.
 LIMITS = (
     (
         "at least 1",
         lambda value: value >= 1,
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps block_size save_total_limit",
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
+        "block_size",
     ),
     ("above 0", lambda value: 0 < value < math.inf, "num_train_epochs logging_steps eval_steps save_steps"),
     (

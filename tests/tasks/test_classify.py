@@ -15,6 +15,7 @@ from hfgpt.errors import InputError, Interrupted
 from hfgpt.loading import hash_file, load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.classify import classify, evaluate_classifier, load_classifier, predict, read_texts
+from hfgpt.tasks.first_pass import build_arguments
 from hfgpt.tasks.merge import merge
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import ProgressCallback, read_log
@@ -211,6 +212,12 @@ def test_labels_are_logged_as_they_are(here):
     tested = read_log("sets")[-1]
     for name in ("eval_recall_eval_set", "eval_accuracy"):
         assert tested[name.replace("eval", "test", 1)] == metrics[name]
+
+
+def test_a_first_pass_takes_the_optimizer_of_the_run(here):
+    overrides = ["--pretraining.weight_decay=0.5", "--training.adam_beta2=0.9", "--training.optim=adamw_torch"]
+    arguments = build_arguments(load_recipe("tiny.yaml", overrides))
+    assert (arguments.weight_decay, arguments.adam_beta2, arguments.optim.value) == (0.5, 0.9, "adamw_torch")
 
 
 def test_an_adapter_on_a_first_pass_of_its_own_run(here):

@@ -251,7 +251,7 @@ def test_steps_skipped_until_the_loss_is_no_longer_scaled_up_end_the_run(make_mo
 def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_gradient_scaler_skips(make_model, make_trainer):
     trainer = make_trainer(make_model())
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(InputError, match="^the loss is nan"):
+    with pytest.raises(InputError, match=r"^the loss is nan"):
         trainer.log({"loss": math.nan, "grad_norm": math.nan})
 
 
