@@ -256,7 +256,7 @@ def test_plan(here):
     plan = json.loads(result.out)
     assert result.out == json.dumps(plan) + "\n"
     run = json.loads(Path("runs/tiny/run.json").read_text())
-    probed = {"tokens_per_second", "seconds"}
+    probed = {"tokens_per_second", "seconds", "process_bytes", "memory_bytes"}
     assert {key: value for key, value in plan.items() if key not in probed} == {
         key: value for key, value in run["plan"].items() if key not in probed
     }

@@ -289,6 +289,8 @@ def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
         "tokens_per_second": "tokens a second",
         "peak_memory_bytes": "peak memory, bytes",
     }
+    if peak_of := facts.get("peak_memory_of"):
+        names["peak_memory_bytes"] = f"peak memory of the {peak_of}, bytes"
     times = {name: f"{value:,.1f}" for name, value in run.get("actual", {}).items() if "second" in name}
     if step := run.get("resumed_from_step"):
         for name in times:

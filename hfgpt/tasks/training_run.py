@@ -41,7 +41,7 @@ from hfgpt.tasks.run_folder import describe_environment, describe_sources
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, append_log
 from hfgpt.training.estimate import Estimate, plan_run
-from hfgpt.training.hardware import describe_device, peak_memory_bytes
+from hfgpt.training.hardware import describe_device, peak_memory_bytes, reset_peak_memory
 from hfgpt.training.trainer import HfGPTTrainer
 
 
@@ -55,6 +55,7 @@ class Training:
         first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
         seconds: Of training.
         started: When the run began, by `time.perf_counter`.
+        peak_memory: In bytes, and what it is of: `training`, or `process` where no peak can be measured anew.
         pushes: Of its checkpoints to the Hub, maybe still on their way; None: there are none.
     """
 
@@ -63,6 +64,7 @@ class Training:
     first_step: int
     seconds: float
     started: float
+    peak_memory: tuple[int, str]
     pushes: CheckpointPushes | None = None
 
 
@@ -211,6 +213,7 @@ def run_training(
     if hub and hub.repo_id and hub.strategy == "checkpoints" and trainer.is_world_process_zero():
         pushes = CheckpointPushes(hub, console)
         trainer.add_callback(pushes)
+    peak_of = "training" if reset_peak_memory(trainer.args.device) else "process"  # without the probe's copy
     begun = time.perf_counter()
     try:
         with interrupt:
@@ -224,7 +227,8 @@ def run_training(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
             f"{trainer.args.output_dir}: go on with the same command and --resume"
         )
-    return Training(trainer, estimate, progress.first_step, time.perf_counter() - begun, started, pushes)
+    seconds, peak_memory = time.perf_counter() - begun, (peak_memory_bytes(trainer.args.device), peak_of)
+    return Training(trainer, estimate, progress.first_step, seconds, started, peak_memory, pushes)
 
 
 def save_run(trainer: HfGPTTrainer, folder: Path):
@@ -269,7 +273,8 @@ def describe_run(
             "training_seconds": training.seconds,
             "total_seconds": time.perf_counter() - training.started,
             "tokens_per_second": tokens * (1 - training.first_step / steps) / training.seconds,
-            "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
+            "peak_memory_bytes": training.peak_memory[0],
+            "peak_memory_of": training.peak_memory[1],
         },
         "samples": samples,
         **describe_environment(),
