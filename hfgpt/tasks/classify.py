@@ -40,7 +40,7 @@ from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.loading import classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import write_json
-from hfgpt.tasks.first_pass import build_blocks, model_after_first_pass, run_first_pass
+from hfgpt.tasks.first_pass import build_blocks, describe_first_pass, model_after_first_pass, run_first_pass
 from hfgpt.tasks.messages import describe_choices, describe_classification, render_summary
 from hfgpt.tasks.run_folder import begin_run, check_run_folder
 from hfgpt.tasks.training_run import (
@@ -168,7 +168,8 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
     samples = sample(saved, data.tokenizer, recipe)
-    write_json(folder / "run.json", describe_run(recipe, training, data.report, data.tokenizer, tokens, samples))
+    run = describe_run(recipe, training, data.report, data.tokenizer, tokens, samples)
+    write_json(folder / "run.json", run | describe_first_pass(recipe))
     plot_loss(folder, len(data.labels), "row")
     plot_confusion(tested, folder / "confusion.png", f"{recipe.name}, test split")
     if recipe.evaluation.baseline:

@@ -1,8 +1,10 @@
 """The first pass of classification: language modelling over the training texts, in a folder of its own."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -13,7 +15,8 @@ from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.training_run import context_length, run_training, save_run
+from hfgpt.saving import write_json
+from hfgpt.tasks.training_run import context_length, describe_training, run_training, save_run
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments, find_last_checkpoint
 
@@ -41,10 +44,20 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
         highlight=False,
     )
     trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)
-    run_training(trainer, estimate, find_last_checkpoint(folder), time.perf_counter(), console)
+    training = run_training(trainer, estimate, find_last_checkpoint(folder), time.perf_counter(), console)
     if trainer.is_world_process_zero():
+        tokens = round(trainer.state.total_flos / estimate.flops_per_token)
+        write_json(folder / "run.json", describe_training(training, tokens))  # first: the weights say that it is done
         save_run(trainer, folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def describe_first_pass(recipe: Recipe) -> dict[str, Any]:
+    """The entry of a run's `run.json` on its first pass; empty where there was none, or no record of it."""
+    record = first_pass_folder(recipe) / "run.json"
+    if recipe.pretraining is None or not record.is_file():
+        return {}
+    return {"first_pass": json.loads(record.read_text(encoding="utf-8"))}
 
 
 def plan_first_pass(

@@ -246,7 +246,7 @@ def describe_run(
     tokens: int,
     samples: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `run.json`: plan and actual side by side, all that the weights depend on, what the card shows.
+    """The content of `run.json`: what the training took, all that the weights depend on, what the card shows.
 
     Args:
         recipe: What was run.
@@ -256,7 +256,7 @@ def describe_run(
         tokens: Seen in training.
         samples: `texts` of the trained model, and how they were sampled.
     """
-    trainer, steps = training.trainer, training.trainer.state.global_step
+    trainer = training.trainer
     return {
         **describe_sources(recipe, report),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
@@ -265,6 +265,16 @@ def describe_run(
         "processes": recipe.training.world_size,
         "precision": "bfloat16, mixed" if trainer.args.bf16 else "float16, mixed" if trainer.args.fp16 else "float32",
         "attn_implementation": trainer.model.config._attn_implementation,
+        **describe_training(training, tokens),
+        "samples": samples,
+        **describe_environment(),
+    }
+
+
+def describe_training(training: Training, tokens: int) -> dict[str, Any]:
+    """What a training took, for `run.json`: plan and actual side by side."""
+    steps = training.trainer.state.global_step
+    return {
         "steps": steps,
         "tokens": tokens,
         "resumed_from_step": training.first_step,
@@ -276,8 +286,6 @@ def describe_run(
             "peak_memory_bytes": training.peak_memory[0],
             "peak_memory_of": training.peak_memory[1],
         },
-        "samples": samples,
-        **describe_environment(),
     }
 
 

@@ -97,6 +97,18 @@ def test_times_of_a_resumed_run_are_of_its_last_part():
     assert "optimizer steps" in rows
 
 
+def test_a_first_pass_is_counted():
+    records = read_records(FOLDERS[-2])
+    actual = {"training_seconds": 61.25, "total_seconds": 62.0, "tokens_per_second": 6687.3}
+    records.run["first_pass"] = {"steps": 200, "tokens": 409_600, "resumed_from_step": 0, "actual": actual}
+    rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
+    assert rows["optimizer steps of the first pass"] == "200"
+    assert rows["tokens seen in the first pass"] == "409,600"
+    assert rows["seconds of training in the first pass"] == "61.2"
+    assert rows["tokens seen, after the first pass"] == f"{records.run['tokens']:,}"
+    assert not {"tokens seen", "optimizer steps", "seconds of training"} & rows.keys()
+
+
 def test_a_base_in_a_folder_is_no_repository(tmp_path):
     """Though its name be that of one."""
     records = read_records(FOLDERS[-1])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 
@@ -90,7 +91,12 @@ def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, 
     record = read(folder / "run.json")
     assert record["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert record["task"] == "classify"
-    assert "first pass: language modelling over" in shown
+    stream = int(re.search(r"first pass: language modelling over (\d+) tokens", shown)[1])
+    first, blocks = record["first_pass"], (stream - 1) // 16
+    assert 32 < blocks < 48, "three batches of 16, the last one short"
+    assert (first["steps"], first["tokens"]) == (5, (4 * 16 + blocks % 16) * 16)
+    assert 0 < first["actual"]["training_seconds"] < record["actual"]["total_seconds"]
+    assert f"| tokens seen in the first pass | {first['tokens']:,} |" in (folder / "README.md").read_text()
     assert "trained: " in shown
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == LABELS
@@ -145,6 +151,10 @@ def test_a_first_pass_that_was_stopped_goes_on(here, finished, monkeypatch):
         with pytest.raises(Interrupted, match="stopped at step 3 of 5"):
             run("stopped", *overrides)
     run("stopped", *overrides, resume=True)
+    record = read(here / "stopped" / "run.json")["first_pass"]
+    assert record == read(here / "stopped" / "pretrained" / "run.json")
+    whole = read(here / "finished" / "run.json")["first_pass"]
+    assert (record["steps"], record["tokens"], record["resumed_from_step"]) == (5, whole["tokens"], 3)
     for name in ("model.safetensors", "pretrained/model.safetensors"):
         assert hash_file(here / "stopped" / name) == hash_file(here / "finished" / name)
 
