@@ -275,12 +275,9 @@ def _training_data(records: Records, hub: HubArguments) -> Rows:
 
 
 def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
-    first, facts = run.get("first_pass", {}), run | run.get("actual", {})
-    facts |= {f"first_{name}": value for name, value in (first | first.get("actual", {})).items()}
+    facts, first = run | run.get("actual", {}), run.get("first_pass", {})
+    peak_of = facts.get("peak_memory_of")
     names = {
-        "first_steps": "optimizer steps of the first pass",
-        "first_tokens": "tokens seen in the first pass",
-        "first_training_seconds": "seconds of training in the first pass",
         "steps": "optimizer steps",
         "tokens": "tokens seen",
         "seed": "seed",
@@ -291,20 +288,17 @@ def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
         "training_seconds": "seconds of training",
         "total_seconds": "seconds in all, with data and evaluation",
         "tokens_per_second": "tokens a second",
-        "peak_memory_bytes": "peak memory, bytes",
+        "peak_memory_bytes": f"peak memory of the {peak_of}, bytes" if peak_of else "peak memory, bytes",
     }
-    if first:
-        for name in ("steps", "tokens", "training_seconds", "tokens_per_second"):
-            names[name] += ", after the first pass"
-    if peak_of := facts.get("peak_memory_of"):
-        names["peak_memory_bytes"] = f"peak memory of the {peak_of}, bytes"
-    times = [name for name in names if "second" in name]
-    for name in times:
-        if step := facts.get("first_resumed_from_step" if name.startswith("first") else "resumed_from_step"):
+    for name in names.keys() & (first | first.get("actual", {})).keys():
+        names[name] = f"second pass: {names[name]}"
+    times = {name: f"{value:,.1f}" for name, value in run.get("actual", {}).items() if "second" in name}
+    if step := run.get("resumed_from_step"):
+        for name in times:
             names[name] += f", from step {step:,} on, where the run was resumed"
-    shown = {name: f"{facts[name]:,.1f}" if name in times else _format(facts[name]) for name in names if name in facts}
-    rows = [(names[name], value) for name, value in shown.items()]
-    return rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
+    rows = [(label, times.get(name, _format(facts[name]))) for name, label in names.items() if name in facts]
+    before = [(f"first pass: {label}", value) for label, value in _procedure(first, HubArguments())] if first else []
+    return before + rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
 
 
 def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
@@ -328,7 +322,7 @@ def _measured_on(records: Records) -> str:
         if finished
         else ""
     )
-    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}."
+    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}.{records.caution}"
 
 
 def _is_exported(records: Records) -> bool:

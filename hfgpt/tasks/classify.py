@@ -57,6 +57,7 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
+    warn_of_small_vocabulary,
 )
 from hfgpt.tokenizer import wrap_in_end_of_text
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
@@ -220,6 +221,7 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
     report = DataReport()
     texts = load_labelled_texts(recipe.data, recipe.training.seed, report)
     tokenizer = find_tokenizer(recipe, tokenizer_folder, [*texts.splits["train"]["text"], *texts.unlabelled])
+    warn_of_small_vocabulary(recipe, tokenizer, report)
     if recipe.data.end_of_text:
         wrap_in_end_of_text(tokenizer)
     elif tokenizer.pad_token is None:  # GPT-2's has none, and pipelines then cannot batch; the mask tells it apart
@@ -236,6 +238,8 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
         report.split(split).tokens = sum(encoded[split]["length"])
         unknown = unknown_token_id(tokenizer)
         report.split(split).unknown_tokens = sum(ids.count(unknown) for ids in encoded[split]["input_ids"])
+    for split in ("validation", "test"):
+        report.warn_if_small(split, "rows")
     weights = class_weights(texts.splits["train"], texts.labels) if recipe.data.balance == "weights" else None
     return ClassificationData(texts, encoded, tokenizer, report, weights)
 

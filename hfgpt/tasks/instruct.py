@@ -51,6 +51,7 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
+    warn_of_small_vocabulary,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.hardware import find_device
@@ -182,6 +183,7 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     texts = [message["content"] for conversation in conversations["train"] for message in conversation]
     # A new tokenizer is to know the letters of the template, too.
     tokenizer = find_tokenizer(recipe, tokenizer_folder, [render_letters(arguments.template or "chat"), *texts])
+    warn_of_small_vocabulary(recipe, tokenizer, report)
     set_chat_template(tokenizer, arguments.template)
     context = context_length(recipe)
     length = arguments.max_length or context
@@ -195,6 +197,8 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
             conversations[split], tokenizer, learn, length, report
         )
         count_tokens(encoded[split], unknown_token_id(tokenizer), report, split)
+    for split, unit in (("validation", "tokens"), ("test", "tokens"), ("test", "rows")):
+        report.warn_if_small(split, unit)
     if arguments.packing:
         encoded["train"] = pack_rows(encoded["train"], length)
         report.split("train").blocks = len(encoded["train"])

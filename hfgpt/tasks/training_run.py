@@ -97,6 +97,16 @@ def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) ->
     return build_tokenizer(recipe.tokenizer, texts)
 
 
+def warn_of_small_vocabulary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport):
+    """Adds to the warnings of a run's report that its text gave its tokenizer fewer tokens than were asked for."""
+    wanted, trained = recipe.tokenizer.vocab_size, recipe.tokenizer.path is None and recipe.model.path is None
+    if trained and recipe.tokenizer.kind != "char" and len(tokenizer) < wanted:
+        report.warnings.append(
+            f"the tokenizer has {len(tokenizer):,} tokens, not the {wanted:,} of tokenizer.vocab_size: the training "
+            "text gives no more"
+        )
+
+
 def context_length(recipe: Recipe) -> int:
     """The context of the recipe's model, in tokens, without building it."""
     if recipe.model.path is not None:
@@ -256,16 +266,18 @@ def describe_run(
         tokens: Seen in training.
         samples: `texts` of the trained model, and how they were sampled.
     """
-    trainer = training.trainer
+    trainer, described = training.trainer, describe_training(training, tokens)
+    described["actual"]["total_seconds"] = time.perf_counter() - training.started
     return {
         **describe_sources(recipe, report),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "tokenizer_vocab_size": len(tokenizer),
         **_describe_weights(recipe, trainer),
         "device": describe_device(recipe.training.device),
         "processes": recipe.training.world_size,
         "precision": "bfloat16, mixed" if trainer.args.bf16 else "float16, mixed" if trainer.args.fp16 else "float32",
         "attn_implementation": trainer.model.config._attn_implementation,
-        **describe_training(training, tokens),
+        **described,
         "samples": samples,
         **describe_environment(),
     }
@@ -281,7 +293,6 @@ def describe_training(training: Training, tokens: int) -> dict[str, Any]:
         "plan": training.estimate.to_dict(),
         "actual": {
             "training_seconds": training.seconds,
-            "total_seconds": time.perf_counter() - training.started,
             "tokens_per_second": tokens * (1 - training.first_step / steps) / training.seconds,
             "peak_memory_bytes": training.peak_memory[0],
             "peak_memory_of": training.peak_memory[1],

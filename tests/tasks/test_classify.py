@@ -91,12 +91,14 @@ def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, 
     record = read(folder / "run.json")
     assert record["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert record["task"] == "classify"
+    for split, rows in (("validation", 6), ("test", 15)):
+        assert f"  warning: the {split} split has {rows} rows to measure on; the figures of fewer than 100" in shown
     stream = int(re.search(r"first pass: language modelling over (\d+) tokens", shown)[1])
     first, blocks = record["first_pass"], (stream - 1) // 16
     assert 32 < blocks < 48, "three batches of 16, the last one short"
     assert (first["steps"], first["tokens"]) == (5, (4 * 16 + blocks % 16) * 16)
     assert 0 < first["actual"]["training_seconds"] < record["actual"]["total_seconds"]
-    assert f"| tokens seen in the first pass | {first['tokens']:,} |" in (folder / "README.md").read_text()
+    assert f"| first pass: tokens seen | {first['tokens']:,} |" in (folder / "README.md").read_text()
     assert "trained: " in shown
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == LABELS

@@ -88,6 +88,8 @@ def test_a_run_learns_to_answer_and_to_stop(here, finished):
     assert all(answer["answer"] == answer["reference"] == "yes" for answer in answers)
     assert read(folder / "run.json")["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert "sample: Say 1\nyes" in shown
+    for split, count in (("validation", "6 tokens"), ("test", "12 tokens"), ("test", "6 rows")):
+        assert f"  warning: the {split} split has {count} to measure on; the figures of fewer than 1" in shown
     assert "| answers right to the letter | 100.00% |" in (folder / "README.md").read_text()
 
 

@@ -257,6 +257,37 @@ def test_what_is_shown(finished):
     assert f"hfgpt generate {finished.folder}" in shown
 
 
+def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finished, train, tmp_path):
+    run = train(tmp_path / "run", "data.max_documents=3", "training.max_steps=1", "training.eval_strategy=no")
+    tokens = run.metrics["eval_tokens"]
+    assert tokens < 1000 < finished.metrics["eval_tokens"]
+    warning = f"the validation split has {tokens} tokens to measure on; the figures of fewer than 1,000 say little: "
+    warning += "add data, or raise data.validation_fraction where it divides them"
+    assert f"  warning: {warning}\n" in run.shown
+    assert read_json(run.folder / "data_report.json")["warnings"] == [warning]
+    said = "too few for these figures to say much"
+    assert f"That is {tokens} tokens only: {said}." in (run.folder / "README.md").read_text(encoding="utf-8")
+    assert "warning" not in finished.shown
+    assert said not in (finished.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
+    def prepare(vocab_size: int, *overrides):
+        kind = ("tokenizer.kind=bpe", f"tokenizer.vocab_size={vocab_size}", "data.max_documents=40")
+        return load_pretraining_data(load(tmp_path, *kind, *overrides))
+
+    data = prepare(50_000)
+    found = len(data.tokenizer)
+    assert data.report.warnings == [
+        f"the tokenizer has {found:,} tokens, not the 50,000 of tokenizer.vocab_size: the training text gives no more"
+    ]
+    assert data.report.warnings[0] in data.report.summary()
+    assert prepare(300).report.warnings == []
+    # A tokenizer that is there already has the size it has.
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert prepare(50_000, f"tokenizer.path={tmp_path / 'tokenizer'}").report.warnings == []
+
+
 def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path):
     """A tokenizer trained anew would give every id another meaning."""
     path = tmp_path / "more.yaml"

@@ -85,6 +85,7 @@ def test_run_json_says_what_happened(finished):
     data = load_pretraining_data(finished.recipe)
     assert run["weights_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert run["tokenizer_sha256"] == tokenizer_hash(AutoTokenizer.from_pretrained(folder))
+    assert run["tokenizer_vocab_size"] == len(data.tokenizer)
     assert run["data_sha256"] == read_json(folder / "data_report.json")["sha256"] == data.report.sha256
     assert (run["task"], run["recipe"], run["seed"]) == ("pretrain", "tiny", finished.recipe.training.seed)
     assert (run["precision"], run["attn_implementation"], run["processes"]) == ("float32", "sdpa", 1)
