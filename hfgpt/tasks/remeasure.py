@@ -15,6 +15,7 @@ from hfgpt.hub.records import Records, is_checkpoint
 from hfgpt.loading import classifies, load_model
 from hfgpt.recipe import Recipe, load_recipe, parse_sections
 from hfgpt.tasks import classify, instruct, pretrain
+from hfgpt.tasks.evaluate import refuse_unused
 from hfgpt.training.hardware import find_device
 
 # How far a measurement may be from that at the end of the run: another machine rounds otherwise, no more.
@@ -145,6 +146,7 @@ def _measure_what_is_named(folder: Path, records: Records, overrides: Sequence[s
     task = "classify" if classifies(str(folder)) else "pretrain"
     sections = parse_sections(list(overrides), task, ["data", "evaluation", "hub"])
     data = sections["data"]
+    refuse_unused(task, overrides, data)
     source = str(Path(data.path).resolve()) if Path(data.path).exists() else data.path
     if task == "classify":
         records.metrics = classify.evaluate_classifier(str(folder), data)

@@ -5,6 +5,9 @@ import json
 import re
 import shutil
 import signal
+import warnings
+from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from hfgpt.data.classification import ClassificationDataArguments
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.evaluation import ClassifierEvaluationArguments
 from hfgpt.loading import hash_file, load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.classify import classify, evaluate_classifier, load_classifier, predict, read_texts
+from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.first_pass import build_arguments
 from hfgpt.tasks.merge import merge
 from hfgpt.training import estimate
@@ -183,6 +188,15 @@ def test_what_is_not_to_be_trained_does_not_move(here, finished, override, train
     assert all(name.startswith(tuple(trained)) for name in moved)
 
 
+def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
+    read = read_keys(partial(evaluate_classifier, "finished"), data=ClassificationDataArguments(path="rows.jsonl"))
+    of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
+    keys = {f"data.{field.name}" for field in fields(ClassificationDataArguments)}
+    assert keys - read - of_splits <= set(ONLY_FOR_TRAINING["classify"])
+    evaluation = {f"evaluation.{field.name}" for field in fields(ClassifierEvaluationArguments)}
+    assert evaluation <= set(ONLY_FOR_TRAINING["classify"]), "none of them is handed over"
+
+
 def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     metrics, shown = run("adapter", "adapters.r=4", "training.num_train_epochs=10", recipe="based")
     folder = here / "adapter"
@@ -228,7 +242,8 @@ def test_labels_are_logged_as_they_are(here):
 
 def test_a_first_pass_takes_the_optimizer_of_the_run(here):
     overrides = ["--pretraining.weight_decay=0.5", "--training.adam_beta2=0.9", "--training.optim=adamw_torch"]
-    arguments = build_arguments(load_recipe("tiny.yaml", overrides))
+    with warnings.catch_warnings(action="error"):
+        arguments = build_arguments(load_recipe("tiny.yaml", overrides))
     assert (arguments.weight_decay, arguments.adam_beta2, arguments.optim.value) == (0.5, 0.9, "adamw_torch")
 
 

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import signal
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,16 @@ from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
-from hfgpt.recipe import load_recipe
+from hfgpt.recipe import SECTIONS, load_recipe
 from hfgpt.tasks import pretrain as module
+from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
 
+# Read of Hub data sets and folders only.
+ONLY_OF_SPLITS = {"data.name", "data.revision", "data.train_split"}
 MUON = "training.muon_learning_rate=0.02"
 
 
@@ -202,6 +207,25 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
     data.block_size = 33
     with pytest.raises(InputError, match=r"data\.block_size is 33, but the context of the model is 32"):
         evaluate_model(str(finished.folder), data, EvaluationArguments())
+
+
+def test_evaluate_reads_every_key_that_it_does_not_refuse(finished, read_keys, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("The village is small. " * 9, encoding="utf-8")
+    data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
+    read = read_keys(partial(evaluate_model, str(finished.folder)), data=data, evaluation=EvaluationArguments())
+    assert all_keys("pretrain") - read - ONLY_OF_SPLITS <= set(ONLY_FOR_TRAINING["pretrain"])
+    assert {"data.path", "data.block_size", "evaluation.stride"} <= read
+
+
+def test_what_evaluate_refuses_are_keys():
+    for task, refused in ONLY_FOR_TRAINING.items():
+        assert set(refused) < all_keys(task)
+
+
+def all_keys(task: str) -> set[str]:
+    sections = {section: SECTIONS[task][section] for section in ("data", "evaluation")}
+    return {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
 
 
 def test_the_stride_of_the_evaluation_is_used(finished, train, tmp_path):
