@@ -195,10 +195,9 @@ def render_recipe(recipe: Recipe) -> str:
 def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first key, in dotted form, in which two recipes' values differ in what is learned; None if in none."""
     flat_old, flat_new = _flatten(old, new["task"]), _flatten(new, new["task"])
+    flat_old.setdefault("training.bf16", flat_new.get("training.bf16"))  # earlier versions left it to the machine
     for key in sorted(flat_old.keys() | flat_new.keys()):
-        before, after = flat_old.get(key), flat_new.get(key)
-        unknown = key == "training.bf16" and before is None  # recipes of earlier versions left it to the machine
-        if before != after and not unknown and not key.startswith(RESUMABLE):
+        if not key.startswith(RESUMABLE) and flat_old.get(key) != flat_new.get(key):
             return key
     return None
 
@@ -367,17 +366,15 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
 
 
 def _resolved_values(values: Namespace, parser: ArgumentParser, sections: dict[str, Any]) -> dict[str, Any]:
-    """Our own sections without their empty keys; of TrainingArguments' hundred those that decide what is learned, as
-    this machine settles them, and what else differs from the defaults."""
+    """Our own sections without their empty keys; of TrainingArguments' hundred `LEARNED` and what differs."""
     resolved: dict[str, Any] = {"task": values.task}
     for section, arguments in sections.items():
         kept, defaults = {}, vars(parser.get_defaults()[section])
         for key, value in vars(values[section]).items():
-            if section == "training" and key in LEARNED:
-                kept[key] = _plain(getattr(arguments, key))
+            learned = section == "training" and key in LEARNED  # written as this machine settles it: bf16
             # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
-            elif value != defaults[key] or (value is not None and section != "training"):
-                kept[key] = _plain(value)
+            if learned or value != defaults[key] or (value is not None and section != "training"):
+                kept[key] = _plain(getattr(arguments, key) if learned else value)
         resolved[section] = kept
     return resolved
 
@@ -391,15 +388,13 @@ def _plain(value: Any) -> Any:
 def _flatten(values: dict[str, Any], task: str) -> dict[str, Any]:
     """Every key in dotted form; one that is not written has its default."""
     defaults, flat = vars(_build_parser(task).get_defaults()), {"task": values["task"]}
-    for section, content in values.items():
-        if section != "task":
-            written = (_plain(defaults[section]) if section in defaults else {}) | content
-            flat |= {f"{section}.{key}": value for key, value in written.items()}
+    for section in values.keys() - {"task"}:
+        written = (_plain(defaults[section]) if section in defaults else {}) | values[section]
+        flat |= {f"{section}.{key}": value for key, value in written.items()}
     return flat
 
 
 def _nearest(name: str, names: Sequence[str], most: int = 11) -> str:
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return (
-        f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) <= most else ""
-    )
+    listed = f" (there are: {', '.join(names)})" if len(names) <= most else ""
+    return f"; did you mean '{found[0]}'?" if found else listed
