@@ -145,6 +145,7 @@ def evaluate(
 ):
     """Measure a model on all rows of --data.path: loss and perplexity, or accuracy, or answers."""
     from hfgpt.recipe import SECTIONS, parse_sections
+    from hfgpt.tasks.evaluate import refuse_unused
 
     if task not in (None, *SECTIONS):
         raise InputError(f"--task is '{task}'; it must be pretrain, classify or instruct")
@@ -152,7 +153,9 @@ def evaluate(
         from hfgpt.loading import classifies
 
         task = "classify" if classifies(model) else "pretrain"
-    sections = parse_sections(_overrides(context), task, ["data", "evaluation"])
+    overrides = _overrides(context)
+    sections = parse_sections(overrides, task, ["data", "evaluation"])
+    refuse_unused(task, overrides, sections["data"])
     if task == "classify":
         from hfgpt.tasks.classify import evaluate_classifier
 

@@ -163,10 +163,10 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     try:
         sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        key, value, fact = _explain_refusal(error, values.training)
-        written = key and tree.get("training", {}).get(key) == value
-        raise InputError((where(f"training.{key}") if written else "") + fact) from error
-    return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, task, unused))
+        key, fact = _explain_refusal(error, values.training)
+        overridden = any(override.partition("=")[0] == f"--{key}" for override in overrides)
+        raise InputError((where(key) if key in lines and not overridden else "") + fact) from error
+    return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, sections))
 
 
 def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def first_difference(
     old: dict[str, Any], new: dict[str, Any], ignoring: Sequence[str] = ()
 ) -> tuple[str, Any, Any] | None:
     """The first key, in dotted form, in which two recipes differ in what is learned, and its values; None: none."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = _flatten(old, new["task"]), _flatten(new, new["task"])
     for key in sorted(flat_old.keys() | flat_new.keys()):
         before, now = flat_old.get(key), flat_new.get(key)
         if before != now and key not in ignoring and not key.startswith(RESUMABLE):
@@ -340,31 +340,33 @@ def _explain(error: ArgumentError) -> tuple[str, str]:
     return "", f"{' '.join(text.split())}; an override is --section.key value"
 
 
-def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, str]:
-    """The key, the value and one line: transformers names a value that it does not take, but not its key."""
+def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
+    """The key and one line: our messages begin with the key; transformers' hold it, or only the value."""
     text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return re.match(r"[\w.]*", text)[0], text
     found = re.match(r"'?(.*?)'? is not a valid \w+, please select one of (.*)", text)
-    key = found and next((key for key, value in vars(arguments).items() if value == found[1]), None)
-    if not key:
-        return "", None, text if isinstance(error, InputError) else f"training: {text}"
-    choices = re.findall("'(.*?)'", found[2])
-    remedy = suggest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
-    return key, found[1], f"training.{key} is '{found[1]}'{remedy}"
+    if key := found and next((key for key, value in vars(arguments).items() if value == found[1]), None):
+        choices = re.findall("'(.*?)'", found[2])
+        remedy = suggest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
+        return f"training.{key}", f"training.{key} is '{found[1]}'{remedy}"
+    key = next((f".{word}" for word in re.findall(r"\w*[_\d]\w*", text) if word in vars(arguments)), "")
+    return f"training{key}", f"training{key}: {text}"
 
 
-def _resolved_values(values: Namespace, parser: ArgumentParser, task: str, unused: set[str]) -> dict[str, Any]:
-    """Our own sections without their empty keys, and of TrainingArguments' hundred what differs from the defaults."""
-    defaults = parser.get_defaults()
-    resolved: dict[str, Any] = {"task": task}
-    for section in SECTIONS[task]:
-        if section in unused:
-            continue
-        keep = vars(values[section])
-        if section == "training":
-            keep = {key: value for key, value in keep.items() if value != vars(defaults[section])[key]}
-        # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
-        unset = [key for key, value in keep.items() if value is None and vars(defaults[section])[key] is None]
-        resolved[section] = {key: _plain(value) for key, value in keep.items() if key not in unset}
+def _resolved_values(values: Namespace, parser: ArgumentParser, sections: dict[str, Any]) -> dict[str, Any]:
+    """Our own sections without their empty keys; of TrainingArguments' hundred `LEARNED` and what differs."""
+    from hfgpt.training.trainer import LEARNED
+
+    resolved: dict[str, Any] = {"task": values.task}
+    for section, arguments in sections.items():
+        kept, defaults = {}, vars(parser.get_defaults()[section])
+        for key, value in vars(values[section]).items():
+            learned = section == "training" and key in LEARNED  # written as this machine settles it: bf16
+            # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
+            if learned or value != defaults[key] or (value is not None and section != "training"):
+                kept[key] = _plain(getattr(arguments, key) if learned else value)
+        resolved[section] = kept
     return resolved
 
 
@@ -374,12 +376,10 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # enumerations of transformers
 
 
-def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for section, content in values.items():
-        flat |= (
-            {f"{section}.{key}": value for key, value in content.items()}
-            if isinstance(content, dict)
-            else {section: content}
-        )
+def _flatten(values: dict[str, Any], task: str) -> dict[str, Any]:
+    """Every key in dotted form; one that is not written has its default."""
+    defaults, flat = vars(_build_parser(task).get_defaults()), {"task": values["task"]}
+    for section in values.keys() - {"task"}:
+        written = (_plain(defaults[section]) if section in defaults else {}) | values[section]
+        flat |= {f"{section}.{key}": value for key, value in written.items()}
     return flat

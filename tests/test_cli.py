@@ -256,7 +256,7 @@ def test_plan(here):
     plan = json.loads(result.out)
     assert result.out == json.dumps(plan) + "\n"
     run = json.loads(Path("runs/tiny/run.json").read_text())
-    probed = {"tokens_per_second", "seconds"}
+    probed = {"tokens_per_second", "seconds", "process_bytes", "memory_bytes"}
     assert {key: value for key, value in plan.items() if key not in probed} == {
         key: value for key, value in run["plan"].items() if key not in probed
     }
@@ -365,6 +365,30 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         (
             "evaluate runs/tiny --data.path stories.txt --data.block_size 33",
             "the context of the model is 32: lower it",
+        ),
+        (
+            "evaluate runs/tiny --data.path stories.txt --data.validation_fraction 0.5",
+            "--data.validation_fraction has no effect on evaluate: all rows are measured, and none are divided; leave",
+        ),
+        (
+            "evaluate runs/tiny --data.path stories.txt --evaluation.top_k=3",
+            "--evaluation.top_k has no effect on evaluate: it writes no texts, as hfgpt generate does; leave it out",
+        ),
+        (
+            "evaluate runs/tiny --data.path stories.txt --data.train_split dev",
+            "--data.train_split has no effect on evaluate: data.path 'stories.txt' has no splits to choose from",
+        ),
+        (
+            "evaluate runs/tiny --data.path stories.txt --data.revision main",
+            "--data.revision has no effect on evaluate: data.path 'stories.txt' is not a Hub data set; leave it out",
+        ),
+        (
+            "evaluate runs/tiny --data.path stories.txt --data.text_column words",
+            "--data.text_column has no effect on evaluate: data.path 'stories.txt' is text without columns; leave it",
+        ),
+        (
+            "evaluate runs/tiny --data.path table.csv --data.text_column words --data.sample_by line",
+            "--data.sample_by has no effect on evaluate: data.path 'table.csv' is not a .txt or .md file",
         ),
         ("inspect tiny.yaml --rows -1", "--rows is -1; it must be at least 0"),
         ("generate none Once", "cannot load a tokenizer from 'none' ("),

@@ -144,6 +144,14 @@ def test_inspect_and_plan():
         ("merge classes-lora answers", "'answers' exists: name a folder that does not"),
         ("evaluate classes --data.path other.jsonl", "the label 'nonsense' of data.path 'other.jsonl' is unknown"),
         ("evaluate classes --data.path notes.jsonl --data.label_column kind", "data.label_column 'kind' is not in"),
+        (
+            "evaluate classes --data.path notes.jsonl --data.balance undersample",
+            "--data.balance has no effect on evaluate: all rows are measured, as many of each class as there are",
+        ),
+        (
+            "evaluate answers --task instruct --data.path questions.json --evaluation.judge.model referee",
+            "--evaluation.judge.model has no effect on evaluate: no evaluation.judge.base_url names a judge",
+        ),
         ("evaluate classes --data.path questions.json --task instruct", "is a classifier, not a language model"),
         (
             "evaluate answers --task instruct --data.path bad.json",

@@ -5,7 +5,7 @@ All comparisons are exact: values with their types, and messages to the letter w
 
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hfgpt.errors import InputError
 from hfgpt.recipe import (
     OPTIONAL,
     SECTIONS,
+    _build_parser,
     first_difference,
     load_recipe,
     parse_sections,
@@ -23,6 +24,7 @@ from hfgpt.recipe import (
     render_recipe,
     section_types,
 )
+from hfgpt.training.trainer import LEARNED
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 PRETRAIN = section_types("pretrain")
@@ -204,12 +206,49 @@ def test_a_rendered_recipe_gives_the_same_run(name, write, tmp_path):
 
 
 def test_a_rendered_recipe_says_what_differs_and_our_own_defaults(write):
-    values = load_recipe(write("task: pretrain\ntraining: {seed: 42, max_steps: 2}\n")).values
+    values = load_recipe(write("task: pretrain\ntraining: {seed: 42, max_steps: 2, save_steps: 7}\n")).values
     assert list(values) == ["task", *(section for section in PRETRAIN if section not in OPTIONAL)]
-    assert values["training"] == {"output_dir": "runs/r", "max_steps": 2}
+    others = {key: value for key, value in values["training"].items() if key not in LEARNED}
+    assert others == {"output_dir": "runs/r", "save_steps": 7.0}
     unset = {field.name for field in fields(PRETRAIN["data"]) if field.default is None}
     assert unset
     assert set(values["data"]) == {field.name for field in fields(PRETRAIN["data"])} - unset
+
+
+def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_become(write, monkeypatch):
+    recipe = load_recipe(write("task: classify\ntraining: {max_steps: 2}\n"))
+    written = yaml.safe_load(render_recipe(recipe))["training"]
+    assert set(LEARNED) < written.keys()
+    assert written["bf16"] is recipe.training.bf16 is not None, "as this machine decided"
+    for name, value in (("learning_rate", 5e-5), ("per_device_train_batch_size", 8), ("weight_decay", 0.0),
+                        ("lr_scheduler_type", "linear"), ("adam_beta2", 0.999), ("optim", "adamw_torch_fused"),
+                        ("muon_learning_rate", None), ("train_sampling_strategy", "group_by_length"),
+                        ("max_steps", 2), ("num_train_epochs", 3.0), ("seed", 42)):  # fmt: skip
+        assert (name in written, written[name]) == (True, value)
+    write(render_recipe(recipe))
+
+    @dataclass
+    class Changed(section_types("classify")["training"]):
+        learning_rate: float = 1.0
+        muon_learning_rate: float | None = 0.5
+        adam_beta2: float = 0.5
+
+    monkeypatch.setitem(section_types("classify"), "training", Changed)
+    _build_parser.cache_clear()
+    again, anew = load_recipe("r.yaml"), load_recipe(write("task: classify\n"))
+    _build_parser.cache_clear()
+    assert again.values == recipe.values
+    assert (again.training.learning_rate, again.training.muon_learning_rate) == (5e-5, None)
+    assert (anew.training.learning_rate, anew.training.muon_learning_rate) == (1.0, 0.5)
+
+
+def test_a_run_of_a_version_that_wrote_no_defaults_goes_on(write):
+    new = load_recipe(write("task: classify\ntraining: {max_steps: 2}\n")).values
+    old = {**new, "training": {"output_dir": "runs/r", "max_steps": 2}}
+    assert first_difference(old, new) is None
+    for key, value in (("learning_rate", 1e-3), ("lr_scheduler_type", "cosine"), ("muon_learning_rate", 0.1)):
+        changed = {**new, "training": {**new["training"], key: value}}
+        assert first_difference(old, changed)[0] == f"training.{key}"
 
 
 def test_a_run_goes_on_when_only_what_is_watched_differs(write):
@@ -336,8 +375,49 @@ def test_a_value_that_only_transformers_refuses(write):
     )
     both = "training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: steps}\n"
     message = refusal(write(both))
-    assert message.startswith("training: --load_best_model_at_end requires the save and eval strategy to match")
+    assert message.startswith(
+        "r.yaml, line 1: training.load_best_model_at_end: --load_best_model_at_end requires the save and eval strategy"
+    )
     assert message.endswith("- Save strategy: SaveStrategy.STEPS")
+
+
+NUMBERS = [
+    ("max_steps: 0", "max_steps is 0; it must be at least 1, or -1 to train for num_train_epochs"),
+    ("max_steps: -2", "max_steps is -2; it must be at least 1, or -1 to train for num_train_epochs"),
+    ("num_train_epochs: -1", "num_train_epochs is -1.0; it must be above 0"),
+    ("learning_rate: -1", "learning_rate is -1.0; it must be finite and at least 0"),
+    ("learning_rate: .nan", "learning_rate is nan; it must be finite and at least 0"),
+    ("muon_learning_rate: -0.1", "muon_learning_rate is -0.1; it must be finite and at least 0"),
+    ("weight_decay: -0.1", "weight_decay is -0.1; it must be finite and at least 0"),
+    ("warmup_steps: -1", "warmup_steps is -1.0; it must be finite and at least 0"),
+    ("max_grad_norm: -1", "max_grad_norm is -1.0; it must be finite and at least 0"),
+    ("adam_beta2: 1", "adam_beta2 is 1.0; it must be at least 0 and below 1"),
+    ("adam_epsilon: -1e-8", "adam_epsilon is -1e-08; it must be finite and at least 0"),
+    ("label_smoothing_factor: 1.5", "label_smoothing_factor is 1.5; it must be at least 0 and below 1"),
+    ("logging_steps: 0", "logging_steps is 0.0; it must be above 0"),
+    ("save_steps: 0", "save_steps is 0.0; it must be above 0"),
+    ("save_total_limit: 0", "save_total_limit is 0; it must be at least 1"),
+    ("gradient_accumulation_steps: 0", "gradient_accumulation_steps is 0; it must be at least 1"),
+    ("seed: -1", "seed is -1; it must be at least 0 and below 4294967296"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), NUMBERS, ids=lambda text: text)
+def test_a_number_that_transformers_takes_wrongly_is_refused_with_its_key_and_line(text, message, write):
+    assert refusal(write(f"training:\n  {text}\n")) == f"r.yaml, line 2: training.{message}"
+    key, value = text.split(": ")
+    assert refusal("r.yaml", f"--training.{key}={value}") == f"training.{message}", "the line has another value"
+
+
+def test_numbers_of_the_first_pass_are_named_as_its_own(write):
+    for text, message in (
+        ("max_steps: 0", "max_steps is 0; it must be at least 1"),
+        ("max_steps: -1", "max_steps is -1; it must be at least 1"),
+        ("learning_rate: -1", "learning_rate is -1.0; it must be finite and at least 0"),
+        ("dropout: 1", "dropout is 1.0; it must be at least 0 and below 1"),
+    ):
+        recipe = write(f"task: classify\npretraining: {{{text}}}\n")
+        assert refusal(recipe) == f"r.yaml, line 2: pretraining.{message}"
 
 
 @pytest.mark.parametrize(

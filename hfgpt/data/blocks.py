@@ -121,6 +121,9 @@ def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataRepor
         unknown_id: The tokenizer's id for what it cannot express; None if there is nothing such.
         report: Filled in place.
         split: The split's name, such as `train`.
+
+    Raises:
+        InputError: Nothing in the split is predicted.
     """
     sizes = report.split(split)
     sizes.tokens = len(blocks.stream)
@@ -128,4 +131,9 @@ def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataRepor
         sizes.unknown_tokens = int(np.count_nonzero(blocks.stream.tokens == unknown_id))
     sizes.blocks = len(blocks)
     sizes.predicted_tokens = blocks.predicted_tokens
+    if sizes.predicted_tokens < 1:
+        raise InputError(
+            f"nothing is predicted in the {split} split of {report.source}: each of its documents is one token; add "
+            "text, or set data.document_boundaries to false"
+        )
     sizes.tail_tokens = blocks.tail_tokens

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# What a split needs at least for its figures to say something. Losses of single tokens spread by about 3 nats, so the
+# standard error of the mean of 1,000 is 0.1 nats; that of a share of 100 rows is up to 5 points.
+FEWEST = {"tokens": 1000, "rows": 100}
+
 
 @dataclass
 class SplitReport:
@@ -61,6 +65,7 @@ class DataReport:
             document) or "" (not split).
         unused_files: Files of the folder that belong to neither split.
         splits: Split name -> its sizes.
+        warnings: What is otherwise than a reader of the recipe would expect, a line each.
     """
 
     source: str = ""
@@ -77,6 +82,7 @@ class DataReport:
     split_by: str = ""
     unused_files: list[str] = field(default_factory=list)
     splits: dict[str, SplitReport] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, rows: int = 1) -> None:
         """Counts rows that are left out.
@@ -103,6 +109,21 @@ class DataReport:
             The split's report, to be filled in place.
         """
         return self.splits.setdefault(name, SplitReport())
+
+    def warn_if_small(self, name: str, unit: str) -> None:
+        """Warns of a split too small to be measured.
+
+        Args:
+            name: Of the split.
+            unit: What it is measured over: `tokens`, those that are predicted, or `rows`.
+        """
+        split = self.split(name)
+        count = split.predicted_tokens if unit == "tokens" else split.documents
+        if count < FEWEST[unit]:
+            self.warnings.append(
+                f"the {name} split has {count:,} {unit} to measure on; the figures of fewer than {FEWEST[unit]:,} say "
+                f"little: add data, or raise data.{name}_fraction where it divides them"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain numbers, strings, lists and dictionaries, ready for JSON."""
@@ -142,4 +163,5 @@ class DataReport:
             del sizes["labels"]
             sizes = [f"{size:,} {what.replace('_', ' ')}" for what, size in sizes.items() if size]
             lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)

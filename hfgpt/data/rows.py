@@ -178,7 +178,11 @@ def _divide_files(
             listed = ", ".join(file.name for file in files[:5])
             raise InputError(f"data.{split}_split {name!r} is in no file name of {source.path!r}: {listed}")
         rest = [file for file in rest if file not in divided[split]]
-    train = [file for file in rest if source.train_split.lower() in words[file]] or rest
+    train = [file for file in rest if source.train_split.lower() in words[file]]
+    if not train and source.train_split != "train":
+        listed = ", ".join(file.name for file in files[:5])
+        raise InputError(f"data.train_split {source.train_split!r} is in no file name of {source.path!r}: {listed}")
+    train = train or rest
     if not train:
         raise InputError(f"data.path {source.path!r} has only validation files: name one with the word train")
     report.unused_files = sorted(str(file) for file in set(rest) - set(train))

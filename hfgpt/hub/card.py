@@ -275,7 +275,8 @@ def _training_data(records: Records, hub: HubArguments) -> Rows:
 
 
 def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
-    facts = run | run.get("actual", {})
+    facts, first = run | run.get("actual", {}), run.get("first_pass", {})
+    peak_of = facts.get("peak_memory_of")
     names = {
         "steps": "optimizer steps",
         "tokens": "tokens seen",
@@ -287,14 +288,17 @@ def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
         "training_seconds": "seconds of training",
         "total_seconds": "seconds in all, with data and evaluation",
         "tokens_per_second": "tokens a second",
-        "peak_memory_bytes": "peak memory, bytes",
+        "peak_memory_bytes": f"peak memory of the {peak_of}, bytes" if peak_of else "peak memory, bytes",
     }
+    for name in names.keys() & (first | first.get("actual", {})).keys():
+        names[name] = f"second pass: {names[name]}"
     times = {name: f"{value:,.1f}" for name, value in run.get("actual", {}).items() if "second" in name}
     if step := run.get("resumed_from_step"):
         for name in times:
             names[name] += f", from step {step:,} on, where the run was resumed"
     rows = [(label, times.get(name, _format(facts[name]))) for name, label in names.items() if name in facts]
-    return rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
+    before = [(f"first pass: {label}", value) for label, value in _procedure(first, HubArguments())] if first else []
+    return before + rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
 
 
 def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
@@ -318,7 +322,7 @@ def _measured_on(records: Records) -> str:
         if finished
         else ""
     )
-    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}."
+    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}.{records.caution}"
 
 
 def _is_exported(records: Records) -> bool:

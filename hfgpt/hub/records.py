@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from hfgpt.data.report import FEWEST
 from hfgpt.errors import InputError
 
 # Entries of run.json that are of its end; a checkpoint has the others in common with its run.
@@ -90,6 +91,14 @@ class Records:
             options = self.run.get("measured_with")
             return f"what `{options}` chooses" if options else "all rows"
         return "the whole validation split" if self.task == "pretrain" else "the test split"
+
+    @property
+    def caution(self) -> str:
+        """A sentence, after a blank, that the metrics are of too little to say much; empty where they are not."""
+        sizes = {"eval_tokens": "tokens", "eval_rows": "rows", "eval_answers": "rows"}
+        found = [(self.metrics[name], unit) for name, unit in sizes.items() if name in self.metrics]
+        few = " and ".join(f"{count:,} {unit}" for count, unit in found if count < FEWEST[unit])
+        return f" That is {few} only: too few for these figures to say much." if few else ""
 
 
 def read_records(folder: Path) -> Records:

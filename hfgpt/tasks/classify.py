@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.loading import classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import write_json
-from hfgpt.tasks.first_pass import build_blocks, model_after_first_pass, run_first_pass
+from hfgpt.tasks.first_pass import build_blocks, describe_first_pass, model_after_first_pass, run_first_pass
 from hfgpt.tasks.messages import describe_choices, describe_classification, render_summary
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
 from hfgpt.tasks.training_run import (
@@ -57,6 +58,7 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
+    warn_of_small_vocabulary,
 )
 from hfgpt.tokenizer import wrap_in_end_of_text
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
@@ -163,13 +165,14 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     saved = load_model(str(folder), auto_class=AutoModelForSequenceClassification).to(recipe.training.device)
     metrics, tested = measure_splits(saved, data, recipe.training.per_device_eval_batch_size)
     write_json(folder / "metrics.json", metrics)
-    logged = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
+    logged = {re.sub("^eval_", "test_", name): value for name, value in metrics.items()}  # eval_ is validation's there
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **logged})
 
     # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))
     samples = sample(saved, data.tokenizer, recipe)
-    write_json(folder / "run.json", describe_run(recipe, training, tokens, samples))
+    run = describe_run(recipe, training, tokens, samples)
+    write_json(folder / "run.json", run | describe_first_pass(recipe))
     plot_loss(folder, len(data.labels), "row")
     plot_confusion(tested, folder / "confusion.png", f"{recipe.name}, test split")
     if recipe.evaluation.baseline:
@@ -222,6 +225,7 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
     report = DataReport()
     texts = load_labelled_texts(recipe.data, recipe.training.seed, report)
     tokenizer = find_tokenizer(recipe, tokenizer_folder, [*texts.splits["train"]["text"], *texts.unlabelled])
+    warn_of_small_vocabulary(recipe, tokenizer, report)
     if recipe.data.end_of_text:
         wrap_in_end_of_text(tokenizer)
     elif tokenizer.pad_token is None:  # GPT-2's has none, and pipelines then cannot batch; the mask tells it apart
@@ -238,6 +242,8 @@ def load_classification_data(recipe: Recipe, tokenizer_folder: Path | None = Non
         report.split(split).tokens = sum(encoded[split]["length"])
         unknown = unknown_token_id(tokenizer)
         report.split(split).unknown_tokens = sum(ids.count(unknown) for ids in encoded[split]["input_ids"])
+    for split in ("validation", "test"):
+        report.warn_if_small(split, "rows")
     weights = class_weights(texts.splits["train"], texts.labels) if recipe.data.balance == "weights" else None
     return ClassificationData(texts, encoded, tokenizer, report, weights)
 

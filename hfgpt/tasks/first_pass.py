@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,8 +15,8 @@ from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
-from hfgpt.saving import CHECKSUMS_FILE, remove_leftovers, write_checksums
-from hfgpt.tasks.training_run import context_length, run_training, save_run
+from hfgpt.saving import CHECKSUMS_FILE, read_json, remove_leftovers, write_checksums, write_json
+from hfgpt.tasks.training_run import context_length, describe_training, run_training, save_run
 from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
@@ -44,14 +45,22 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
         highlight=False,
     )
     trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)
-    run_training(trainer, estimate, choose_checkpoint(folder, console), time.perf_counter(), console)
+    training = run_training(trainer, estimate, choose_checkpoint(folder, console), time.perf_counter(), console)
     if trainer.is_world_process_zero():
         remove_leftovers(folder)
+        tokens = round(trainer.state.total_flos / estimate.flops_per_token)
+        write_json(folder / "run.json", describe_training(training, tokens))
         save_run(trainer, folder)
         for checkpoint in list_checkpoints(folder):  # of no use once it is done
             shutil.rmtree(checkpoint)
         write_checksums(folder)
     trainer.accelerator.wait_for_everyone()
+
+
+def describe_first_pass(recipe: Recipe) -> dict[str, Any]:
+    """The entry of a run's `run.json` on its first pass; empty where there was none, or no record of it."""
+    record = read_json(first_pass_folder(recipe) / "run.json") if recipe.pretraining else {}
+    return {"first_pass": record} if record else {}
 
 
 def plan_first_pass(
@@ -99,7 +108,7 @@ def build_blocks(recipe: Recipe, texts: list[str], tokenizer: PreTrainedTokenize
 
 
 def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
-    """Trainer's arguments for the first pass: its own section, on the hardware of the section `training`."""
+    """Trainer's arguments for the first pass: its own section, with the hardware and the optimizer of `training`."""
     arguments = recipe.pretraining
     return HfGPTTrainingArguments(
         output_dir=str(first_pass_folder(recipe)),
@@ -109,12 +118,18 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         muon_learning_rate=arguments.muon_learning_rate,
         muon_momentum=arguments.muon_momentum,
         weight_decay=arguments.weight_decay,
+        decay_all_parameters=recipe.training.decay_all_parameters,
+        optim=recipe.training.optim,
+        optim_args=recipe.training.optim_args,
+        adam_beta1=recipe.training.adam_beta1,
+        adam_beta2=recipe.training.adam_beta2,
+        adam_epsilon=recipe.training.adam_epsilon,
         warmup_steps=arguments.warmup_steps,
         lr_scheduler_type="linear",
         max_grad_norm=recipe.training.max_grad_norm,
         logging_steps=recipe.training.logging_steps,
         save_strategy="no",
-        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        gradient_checkpointing=recipe.training.gradient_checkpointing or None,  # False, too, is a warning since 5.23
         seed=recipe.training.seed,
         use_cpu=recipe.training.use_cpu,
         bf16=recipe.training.bf16,

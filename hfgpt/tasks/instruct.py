@@ -1,6 +1,7 @@
 """Stage 7.2, instructions: from questions and answers to a model that answers, in labelled steps."""
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ from hfgpt.tasks.training_run import (
     run_training,
     save_run,
     sorted_by_length,
+    warn_of_small_vocabulary,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.hardware import find_device
@@ -143,7 +145,7 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
     metrics |= match_answers(answers)
     write_answers(answers, folder)
     write_json(folder / "metrics.json", metrics)
-    tested = {name.replace("eval_", "test_"): value for name, value in metrics.items()}  # eval_ is validation's there
+    tested = {re.sub("^eval_", "test_", name): value for name, value in metrics.items()}  # eval_ is validation's there
     append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
     plot_loss(folder, saved.config.vocab_size)
     samples = sample(saved, data.tokenizer, recipe)
@@ -185,6 +187,7 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     texts = [message["content"] for conversation in conversations["train"] for message in conversation]
     # A new tokenizer is to know the letters of the template, too.
     tokenizer = find_tokenizer(recipe, tokenizer_folder, [render_letters(arguments.template or "chat"), *texts])
+    warn_of_small_vocabulary(recipe, tokenizer, report)
     set_chat_template(tokenizer, arguments.template)
     context = context_length(recipe)
     length = arguments.max_length or context
@@ -198,6 +201,8 @@ def load_instruction_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
             conversations[split], tokenizer, learn, length, report
         )
         count_tokens(encoded[split], unknown_token_id(tokenizer), report, split)
+    for split, unit in (("validation", "tokens"), ("test", "tokens"), ("test", "rows")):
+        report.warn_if_small(split, unit)
     if arguments.packing:
         encoded["train"] = pack_rows(encoded["train"], length)
         report.split("train").blocks = len(encoded["train"])

@@ -36,6 +36,7 @@ from hfgpt.tasks.training_run import (
     publish_run,
     run_training,
     save_run,
+    warn_of_small_vocabulary,
 )
 from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
 from hfgpt.training.estimate import plan_run
@@ -164,6 +165,7 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
     report = DataReport()
     documents = load_documents(recipe.data, recipe.training.seed, report)
     tokenizer = find_tokenizer(recipe, tokenizer_folder, (row["text"] for row in documents["train"]))
+    warn_of_small_vocabulary(recipe, tokenizer, report)
     block_size = context_length(recipe) if recipe.data.block_size is None else recipe.data.block_size
     blocks = {}
     for split, texts in documents.items():
@@ -183,6 +185,7 @@ def load_pretraining_data(recipe: Recipe, tokenizer_folder: Path | None = None) 
             name=f"the {split} split of {recipe.data.path}",
         )
         count_blocks(blocks[split], unknown_token_id(tokenizer), report, split)
+    report.warn_if_small("validation", "tokens")
     return PretrainingData(blocks["train"], blocks["validation"], tokenizer, report)
 
 

@@ -16,6 +16,7 @@ from hfgpt.hub.records import Records, is_checkpoint
 from hfgpt.loading import classifies, load_model
 from hfgpt.recipe import Recipe, load_recipe, parse_sections
 from hfgpt.tasks import classify, instruct, pretrain
+from hfgpt.tasks.evaluate import refuse_unused
 from hfgpt.training.hardware import find_device
 
 # How far a measurement may be from that at the end of the run: another machine rounds otherwise, no more.
@@ -77,7 +78,9 @@ def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
             f"{others[0]} would measure other rows than the run held out: leave it out; only --data.path, where the "
             "data now is, can be given"
         )
-    recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), list(overrides))
+    # Nothing is trained: a machine without the bfloat16 of the run measures it as well.
+    overrides = [*overrides, "--training.bf16", "null"]
+    recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), overrides)
     if "--data.path" in options:
         return recipe
     source = _source(records)
@@ -185,6 +188,7 @@ def _measure_what_is_named(folder: Path, records: Records, overrides: Sequence[s
     task = "classify" if classifies(str(folder)) else "pretrain"
     sections = parse_sections(list(overrides), task, ["data", "evaluation", "hub"])
     data = sections["data"]
+    refuse_unused(task, overrides, data)
     source = str(Path(data.path).resolve()) if Path(data.path).exists() else data.path
     if task == "classify":
         records.metrics = classify.evaluate_classifier(str(folder), data)

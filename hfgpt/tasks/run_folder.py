@@ -242,6 +242,7 @@ def describe_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report:
         "data_source": str(place.resolve()) if place.exists() else recipe.data.path,
         "data_sha256": report.sha256,
         "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "tokenizer_vocab_size": len(tokenizer),
         "precision": "bfloat16, mixed" if arguments.bf16 else "float16, mixed" if arguments.fp16 else "float32",
         "processes": arguments.world_size,
     }

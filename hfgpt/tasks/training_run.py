@@ -24,6 +24,7 @@ from hfgpt.adapters import (
 from hfgpt.building import build_model
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.collators import PaddingCollator
+from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.background import CheckpointPushes
@@ -40,7 +41,7 @@ from hfgpt.tokenizer import build_tokenizer, load_tokenizer
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback, append_log
 from hfgpt.training.checkpoints import step_of
 from hfgpt.training.estimate import Estimate, plan_run
-from hfgpt.training.hardware import describe_device, peak_memory_bytes
+from hfgpt.training.hardware import describe_device, peak_memory_bytes, reset_peak_memory
 from hfgpt.training.trainer import HfGPTTrainer
 
 
@@ -54,6 +55,7 @@ class Training:
         first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
         seconds: Of training.
         started: When the run began, by `time.perf_counter`.
+        peak_memory: In bytes, and what it is of: `training`, or `process` where no peak can be measured anew.
         pushes: Of its checkpoints to the Hub, maybe still on their way; None: there are none.
     """
 
@@ -62,6 +64,7 @@ class Training:
     first_step: int
     seconds: float
     started: float
+    peak_memory: tuple[int, str]
     pushes: CheckpointPushes | None = None
 
 
@@ -92,6 +95,16 @@ def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) ->
     if recipe.model.path and recipe.tokenizer.path is None:
         return load_model_tokenizer(recipe.model.path, recipe.model.revision)  # the one its weights know
     return build_tokenizer(recipe.tokenizer, texts)
+
+
+def warn_of_small_vocabulary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport):
+    """Adds to the warnings of a run's report that its text gave its tokenizer fewer tokens than were asked for."""
+    wanted, trained = recipe.tokenizer.vocab_size, recipe.tokenizer.path is None and recipe.model.path is None
+    if trained and recipe.tokenizer.kind != "char" and len(tokenizer) < wanted:
+        report.warnings.append(
+            f"the tokenizer has {len(tokenizer):,} tokens, not the {wanted:,} of tokenizer.vocab_size: the training "
+            "text gives no more"
+        )
 
 
 def context_length(recipe: Recipe) -> int:
@@ -216,6 +229,7 @@ def run_training(
     if hub and hub.repo_id and hub.strategy == "checkpoints" and trainer.is_world_process_zero():
         pushes = CheckpointPushes(hub, console)
         trainer.add_callback(pushes)
+    peak_of = "training" if reset_peak_memory(trainer.args.device) else "process"  # without the probe's copy
     begun = time.perf_counter()
     try:
         with interrupt:
@@ -229,8 +243,9 @@ def run_training(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
             f"{trainer.args.output_dir}: go on with the same command and --resume"
         )
+    seconds, peak_memory = time.perf_counter() - begun, (peak_memory_bytes(trainer.args.device), peak_of)
     first_step = step_of(checkpoint) if checkpoint else 0
-    return Training(trainer, estimate, first_step, time.perf_counter() - begun, started, pushes)
+    return Training(trainer, estimate, first_step, seconds, started, peak_memory, pushes)
 
 
 def save_run(trainer: HfGPTTrainer, folder: Path):
@@ -241,7 +256,7 @@ def save_run(trainer: HfGPTTrainer, folder: Path):
 
 
 def describe_run(recipe: Recipe, training: Training, tokens: int, samples: dict[str, Any]) -> dict[str, Any]:
-    """The content of `run.json`: plan and actual side by side, all that the weights depend on, what the card shows.
+    """The content of `run.json`: what the training took, all that the weights depend on, what the card shows.
 
     Args:
         recipe: What was run.
@@ -249,24 +264,33 @@ def describe_run(recipe: Recipe, training: Training, tokens: int, samples: dict[
         tokens: Seen in training.
         samples: `texts` of the trained model, and how they were sampled.
     """
-    trainer, steps = training.trainer, training.trainer.state.global_step
+    trainer, described = training.trainer, describe_training(training, tokens)
+    described["actual"]["total_seconds"] = time.perf_counter() - training.started
     return {
         **_describe_weights(recipe, trainer),
         **read_json(Path(recipe.training.output_dir) / "run.json"),  # what it began with
         "device": describe_device(recipe.training.device),
         "attn_implementation": trainer.model.config._attn_implementation,
+        **described,
+        "samples": samples,
+        **describe_environment(),
+    }
+
+
+def describe_training(training: Training, tokens: int) -> dict[str, Any]:
+    """What a training took, for `run.json`: plan and actual side by side."""
+    steps = training.trainer.state.global_step
+    return {
         "steps": steps,
         "tokens": tokens,
         "resumed_from_step": training.first_step,
         "plan": training.estimate.to_dict(),
         "actual": {
             "training_seconds": training.seconds,
-            "total_seconds": time.perf_counter() - training.started,
             "tokens_per_second": tokens * (1 - training.first_step / steps) / training.seconds,
-            "peak_memory_bytes": peak_memory_bytes(recipe.training.device),
+            "peak_memory_bytes": training.peak_memory[0],
+            "peak_memory_of": training.peak_memory[1],
         },
-        "samples": samples,
-        **describe_environment(),
     }
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.training.flops import training_flops_per_token
-from hfgpt.training.hardware import describe_device
+from hfgpt.training.hardware import describe_device, process_memory_bytes
 from hfgpt.training.optimizers import hidden_matrix_names
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
@@ -33,6 +33,8 @@ class Estimate:
         parameters: Trained weights, ties counted once.
         weights_bytes, gradients_bytes, optimizer_bytes: Of the whole training.
         activations_bytes: Kept for the backward pass of one micro-batch, logits included.
+        process_bytes: Held by this process besides, when the run was planned: libraries and data. 0 on an accelerator:
+            its memory holds tensors alone, and its own context is not counted.
         tokens_per_step: Predicted in one optimizer step, on all devices.
         steps: Optimizer steps.
         flops_per_token: Forward and backward.
@@ -51,11 +53,13 @@ class Estimate:
     flops_per_token: float
     tokens_per_second: float | None = None
     device: str | None = None
+    process_bytes: int = 0
     first_pass: "Estimate | None" = None
 
     @property
     def memory_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        tensors = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+        return tensors + self.process_bytes
 
     @property
     def tokens(self) -> int:
@@ -192,8 +196,10 @@ def _synchronize(device: torch.device):
 def plan_run(
     model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int, seconds: float = 2.0
 ) -> Estimate:
-    """`estimate_run`, with the speed of this machine measured by a probe of so many seconds."""
+    """`estimate_run`, with the memory of this process, and the speed of this machine by a probe of so many seconds."""
     estimate = estimate_run(model, arguments, block_size, blocks)
+    if arguments.device.type == "cpu":
+        estimate.process_bytes = max(process_memory_bytes() - estimate.weights_bytes, 0)
     speed = probe_tokens_per_second(model, arguments, block_size, seconds)
     estimate.tokens_per_second = arguments.world_size * speed
     estimate.device = describe_device(arguments.device)

@@ -44,12 +44,34 @@ def _cpu_capabilities() -> Mapping:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
+def process_memory_bytes() -> int:
+    """Memory that this process holds: now, or where the system does not tell, the most it ever held."""
+    return _process_status("VmRSS") or peak_memory_bytes(torch.device("cpu"))
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: by tensors on an accelerator, by the whole process on a CPU."""
+    """Most memory held since the last `reset_peak_memory`: by tensors on an accelerator, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # where ru_maxrss can be that of the process which started this one
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on other systems
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # On Linux ru_maxrss can be that of the process which started this one.
+    return _process_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Lets `peak_memory_bytes` begin anew; False where the system cannot: it stays that of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    except OSError:
+        return False
+    return True
+
+
+def _process_status(name: str) -> int:
+    """A size in bytes from Linux's /proc/self/status; 0 on other systems."""
+    status = Path("/proc/self/status").read_text() if sys.platform == "linux" else ""
+    found = re.search(rf"{name}:\s*(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0

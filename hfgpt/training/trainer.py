@@ -27,6 +27,56 @@ from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
 from hfgpt.training.optimizers import MuonFactory
 
+# The arguments that decide what is learned. The recipe.yaml of a run has all of them, so that it means the same when a
+# default changes, here or in transformers.
+LEARNED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "num_train_epochs"),
+    *("max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *("decay_all_parameters", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "muon_learning_rate", "muon_momentum", "max_grad_norm", "label_smoothing_factor"),
+    *("neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16", "tf32", "seed", "data_seed"),
+    *("dataloader_drop_last", "train_sampling_strategy", "load_best_model_at_end", "trainable", "last_blocks"),
+)
+# What numbers must be, for the arguments below: TrainingArguments takes any, or refuses one without its key.
+LIMITS = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
+        "block_size",
+    ),
+    ("above 0", lambda value: 0 < value < math.inf, "num_train_epochs logging_steps eval_steps save_steps"),
+    (
+        "finite and at least 0",
+        lambda value: 0 <= value < math.inf,
+        "learning_rate muon_learning_rate weight_decay warmup_steps max_grad_norm adam_epsilon eval_delay "
+        "dataloader_num_workers",
+    ),
+    (
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        "adam_beta1 adam_beta2 muon_momentum label_smoothing_factor dropout",
+    ),
+    (f"at least 0 and below {2**32}", lambda value: 0 <= value < 2**32, "seed data_seed"),
+)
+
+
+def check_numbers(section: str, arguments: Any):
+    """Refuses numbers that are not within `LIMITS`; None is no number.
+
+    Args:
+        section: The recipe's section that these arguments are, for the message.
+        arguments: What has some of the names in `LIMITS`.
+
+    Raises:
+        InputError: One is not.
+    """
+    for limit, holds, names in LIMITS:
+        for name in names.split():
+            value = getattr(arguments, name, None)
+            if value is not None and not holds(value):
+                raise InputError(f"{section}.{name} is {value}; it must be {limit}")
+
 
 @dataclass
 class HfGPTTrainingArguments(TrainingArguments):
@@ -55,19 +105,16 @@ class HfGPTTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise InputError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.max_steps < 1 and not self.num_train_epochs > 0:
-            raise InputError(f"training.num_train_epochs is {self.num_train_epochs}; it must be above 0")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise InputError(
+                f"training.max_steps is {self.max_steps}; it must be at least 1, or -1 to train for num_train_epochs"
+            )
+        check_numbers("training", self)
         if self.push_to_hub:
             raise InputError(
                 "training.push_to_hub would push checkpoints without the model's code, and hide what fails: use the "
                 "section hub, with repo_id, instead"
             )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"training.seed is {self.seed}; it must be at least 0 and below {2**32}")
         device = torch.device("cpu") if self.use_cpu else find_device()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_native_bf16(device)
@@ -134,6 +181,11 @@ class FirstPassArguments:
     warmup_steps: int = 20
     dropout: float = 0.0
 
+    def __post_init__(self):
+        if self.max_steps < 1:
+            raise InputError(f"pretraining.max_steps is {self.max_steps}; it must be at least 1")
+        check_numbers("pretraining", self)
+
 
 class HfGPTTrainer(Trainer):
     """Trainer for causal language models, and for classifiers with a `measure` and a loss of theirs.
@@ -193,10 +245,17 @@ class HfGPTTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        for name in ("loss", "grad_norm"):
-            if name in logs:
-                last = self.state.log_history[-1]["step"] if self.state.log_history else 0
-                self._refuse_non_finite(logs[name], f"between steps {last + 1} and {self.state.global_step}", name)
+        last = self.state.log_history[-1]["step"] if self.state.log_history else 0
+        where = f"between steps {last + 1} and {self.state.global_step}"
+        if "loss" in logs:
+            self._refuse_non_finite(logs["loss"], where)
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            # A float16 gradient overflows now and then: the scaler then skips the step and halves its scale. Below 1
+            # nothing is left to scale down, the gradient itself is too large: DeepSpeed and Megatron stop there, too.
+            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 0.0
+            if scale < 1:
+                self._refuse_non_finite(logs["grad_norm"], where, "grad_norm")
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"} | {"loss_scale": scale}
         super().log(logs, start_time)
 
     def _refuse_non_finite(self, value: float, where: str, name: str = "loss"):

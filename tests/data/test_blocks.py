@@ -369,6 +369,13 @@ def test_sizes_that_cannot_be_are_refused(tokens, arguments, message):
         BlockDataset(stream_of(tokens), **arguments, name="validation")
 
 
+def test_a_split_in_which_nothing_is_predicted_is_refused():
+    stream = TokenStream(np.array([3, 4, 5], dtype=np.uint16), np.array([0, 1, 2, 3]), max_token_id=5)
+    blocks = BlockDataset(stream, 8, document_boundaries=True, keep_tail=True)
+    with pytest.raises(InputError, match=r"^nothing is predicted in the validation split of a.txt: each of its docum"):
+        count_blocks(blocks, None, DataReport(source="a.txt"), "validation")
+
+
 def test_the_report_holds_the_sizes_of_the_blocks():
     report = DataReport()
     count_blocks(BlockDataset(stream_of(4612), 256), 7, report, "train")

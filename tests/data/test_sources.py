@@ -282,6 +282,7 @@ def test_wrong_column_of_a_parquet_file(load, tmp_path):
         ({"path": "stories.txt", "max_documents": 0}, "data.max_documents is 0, the least is 1"),
         ({"path": "stories.txt", "sample_by": "page"}, "it must be document, paragraph or line"),
         ({"path": "stories.txt", "validation_split": "test"}, "is one file: unset it"),
+        ({"path": "several", "train_split": "dev"}, "data.train_split 'dev' is in no file name of .*: a.txt, b.txt"),
         ({"path": "several", "validation_split": "test"}, "'test' is in no file name of .*: a.txt, b.txt"),
     ],
 )

@@ -97,6 +97,35 @@ def test_times_of_a_resumed_run_are_of_its_last_part():
     assert "optimizer steps" in rows
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "said"),
+    [
+        ("eval_tokens", 12, "That is 12 tokens only: too few for these figures to say much."),
+        ("eval_tokens", 999, "That is 999 tokens only: too few for these figures to say much."),
+        ("eval_rows", 99, "That is 99 rows only: too few for these figures to say much."),
+        ("eval_tokens", 1000, ""),
+        ("eval_rows", 100, ""),
+    ],
+)
+def test_figures_of_too_few_tokens_or_rows_are_told_to_say_little(name, count, said):
+    records = read_records(FOLDERS[-1])
+    records.metrics = {"eval_loss": 1.0, name: count}
+    assert build_card(records, HubArguments(), Place("user/x")).measured_on.partition(". ")[2] == said
+
+
+def test_a_first_pass_is_counted():
+    records = read_records(FOLDERS[-2])
+    actual = {"training_seconds": 61.25, "tokens_per_second": 6687.3}
+    records.run["first_pass"] = {"steps": 200, "tokens": 409_600, "resumed_from_step": 0, "actual": actual}
+    rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
+    assert rows["first pass: optimizer steps"] == "200"
+    assert rows["first pass: tokens seen"] == "409,600"
+    assert rows["first pass: seconds of training"] == "61.2"
+    assert rows["second pass: tokens seen"] == f"{records.run['tokens']:,}"
+    assert rows["seconds in all, with data and evaluation"] == f"{records.run['actual']['total_seconds']:,.1f}"
+    assert not {"tokens seen", "optimizer steps", "seconds of training"} & rows.keys()
+
+
 def test_a_base_in_a_folder_is_no_repository(tmp_path):
     """Though its name be that of one."""
     records = read_records(FOLDERS[-1])

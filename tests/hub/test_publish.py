@@ -35,6 +35,7 @@ from hfgpt.tasks.convert import import_checkpoint
 from hfgpt.tasks.merge import merge
 from hfgpt.tasks.pretrain import pretrain
 from hfgpt.tasks.publish import PublishArguments, check_metadata, publish
+from hfgpt.tasks.remeasure import _find_rows
 from hfgpt.tokenizer import train_tokenizer
 
 WORDS = """
@@ -652,6 +653,14 @@ def test_a_row_that_flips_on_another_machine_is_no_forgery(hub, runs, tmp_path, 
 def test_other_rows_than_were_held_out_are_not_measured(hub, run, tmp_path, trusting):
     with pytest.raises(InputError, match=r"--data\.validation_fraction would measure other rows"):
         send(run / "checkpoint-2", "me/model", "--data.validation_fraction", "0.9")
+
+
+def test_a_run_in_bfloat16_is_measured_again_on_a_machine_without(run, monkeypatch):
+    recipe = (run / "recipe.yaml").read_text()
+    assert "bf16: false" in recipe
+    (run / "recipe.yaml").write_text(recipe.replace("bf16: false", "bf16: true"))
+    monkeypatch.setattr("hfgpt.training.trainer.has_native_bf16", lambda device: False)
+    assert _find_rows(read_records(run), []).training.bf16 is False
 
 
 def test_weights_that_are_no_longer_those_converted_are_refused(hub, runs, tmp_path, trusting):

@@ -55,6 +55,28 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="session")
+def read_keys() -> Callable[..., set[str]]:
+    def read_keys(evaluate: Callable[..., Any], **sections: Any) -> set[str]:
+        """The keys of the sections, such as `data.path`, that a function reads."""
+        seen = set()
+
+        def spy_on(section: str, arguments: Any) -> Any:
+            class Spy(type(arguments)):
+                def __getattribute__(self, name: str) -> Any:
+                    seen.add(f"{section}.{name}")
+                    return super().__getattribute__(name)
+
+            return Spy(**vars(arguments))
+
+        spies = {section: spy_on(section, arguments) for section, arguments in sections.items()}
+        seen.clear()
+        evaluate(**spies)
+        return seen
+
+    return read_keys
+
+
+@pytest.fixture(scope="session")
 def recipe_file(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     path = folder / "tiny.yaml"

@@ -2,8 +2,12 @@
 
 import io
 import json
+import re
 import shutil
 import signal
+import warnings
+from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +16,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from hfgpt.data.classification import ClassificationDataArguments
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.evaluation import ClassifierEvaluationArguments
 from hfgpt.loading import hash_file, load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.classify import classify, evaluate_classifier, load_classifier, predict, read_texts
+from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
+from hfgpt.tasks.first_pass import build_arguments
 from hfgpt.tasks.merge import merge
 from hfgpt.training import estimate
-from hfgpt.training.callbacks import ProgressCallback
+from hfgpt.training.callbacks import ProgressCallback, read_log
 
 RECIPE = """
 task: classify
@@ -89,7 +96,14 @@ def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, 
     record = read(folder / "run.json")
     assert record["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert record["task"] == "classify"
-    assert "first pass: language modelling over" in shown
+    for split, rows in (("validation", 6), ("test", 15)):
+        assert f"  warning: the {split} split has {rows} rows to measure on; the figures of fewer than 100" in shown
+    stream = int(re.search(r"first pass: language modelling over (\d+) tokens", shown)[1])
+    first, blocks = record["first_pass"], (stream - 1) // 16
+    assert 32 < blocks < 48, "three batches of 16, the last one short"
+    assert (first["steps"], first["tokens"]) == (5, (4 * 16 + blocks % 16) * 16)
+    assert 0 < first["actual"]["training_seconds"] < record["actual"]["total_seconds"]
+    assert f"| first pass: tokens seen | {first['tokens']:,} |" in (folder / "README.md").read_text()
     assert "trained: " in shown
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == LABELS
@@ -144,6 +158,10 @@ def test_a_first_pass_that_was_stopped_goes_on(here, finished, monkeypatch):
         with pytest.raises(Interrupted, match="stopped at step 3 of 5"):
             run("stopped", *overrides)
     run("stopped", *overrides, resume=True)
+    record = read(here / "stopped" / "run.json")["first_pass"]
+    assert record == read(here / "stopped" / "pretrained" / "run.json")
+    whole = read(here / "finished" / "run.json")["first_pass"]
+    assert (record["steps"], record["tokens"], record["resumed_from_step"]) == (5, whole["tokens"], 3)
     for name in ("model.safetensors", "pretrained/model.safetensors"):
         assert hash_file(here / "stopped" / name) == hash_file(here / "finished" / name)
 
@@ -168,6 +186,15 @@ def test_what_is_not_to_be_trained_does_not_move(here, finished, override, train
     for part in trained:
         assert any(name.startswith(part) for name in moved), part
     assert all(name.startswith(tuple(trained)) for name in moved)
+
+
+def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
+    read = read_keys(partial(evaluate_classifier, "finished"), data=ClassificationDataArguments(path="rows.jsonl"))
+    of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
+    keys = {f"data.{field.name}" for field in fields(ClassificationDataArguments)}
+    assert keys - read - of_splits <= set(ONLY_FOR_TRAINING["classify"])
+    evaluation = {f"evaluation.{field.name}" for field in fields(ClassifierEvaluationArguments)}
+    assert evaluation <= set(ONLY_FOR_TRAINING["classify"]), "none of them is handed over"
 
 
 def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
@@ -204,6 +231,22 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     assert not (here / "again").exists()
     with pytest.raises(InputError, match=r"model.path 'adapter' is an adapter: merge it first"):
         run("third", "model.path=adapter", recipe="based")
+
+
+def test_labels_are_logged_as_they_are(here):
+    rows = [{"text": f"{label} {i}", "label": label} for label in ("eval_set", "other") for i in range(12)]
+    (here / "sets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics, _ = run("sets", "data.path=sets.jsonl", "training.max_steps=1", "evaluation.baseline=false")
+    tested = read_log("sets")[-1]
+    for name in ("eval_recall_eval_set", "eval_accuracy"):
+        assert tested[name.replace("eval", "test", 1)] == metrics[name]
+
+
+def test_a_first_pass_takes_the_optimizer_of_the_run(here):
+    overrides = ["--pretraining.weight_decay=0.5", "--training.adam_beta2=0.9", "--training.optim=adamw_torch"]
+    with warnings.catch_warnings(action="error"):
+        arguments = build_arguments(load_recipe("tiny.yaml", overrides))
+    assert (arguments.weight_decay, arguments.adam_beta2, arguments.optim.value) == (0.5, 0.9, "adamw_torch")
 
 
 def test_an_adapter_on_a_first_pass_of_its_own_run(here):

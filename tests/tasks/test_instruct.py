@@ -4,6 +4,8 @@ import io
 import json
 import re
 import signal
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from hfgpt.inspection import inspect_recipe
 from hfgpt.loading import hash_file, load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.chat import Chat, run_chat
+from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.instruct import evaluate_follower, instruct
 from hfgpt.tasks.merge import merge
 from hfgpt.training import estimate
@@ -88,6 +91,8 @@ def test_a_run_learns_to_answer_and_to_stop(here, finished):
     assert all(answer["answer"] == answer["reference"] == "yes" for answer in answers)
     assert read(folder / "run.json")["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert "sample: Say 1\nyes" in shown
+    for split, count in (("validation", "6 tokens"), ("test", "12 tokens"), ("test", "6 rows")):
+        assert f"  warning: the {split} split has {count} to measure on; the figures of fewer than 1" in shown
     assert "| answers right to the letter | 100.00% |" in (folder / "README.md").read_text()
 
 
@@ -109,6 +114,15 @@ def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
     evaluation.judge.base_url, evaluation.judge.model, evaluation.answers = "http://127.0.0.1:9/v1", "m", None
     with pytest.raises(InputError, match=r"judgements have to be kept somewhere: name a folder"):
         evaluate_follower("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
+
+
+def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
+    data, evaluation = InstructionDataArguments(path="rows.jsonl", max_rows=5), AnswerEvaluationArguments()
+    read = read_keys(partial(evaluate_follower, "finished"), data=data, evaluation=evaluation)
+    of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
+    sections = {"data": data, "evaluation": evaluation}
+    keys = {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
+    assert keys - read - of_splits <= set(ONLY_FOR_TRAINING["instruct"])
 
 
 def test_an_adapter_with_packing(here, finished):

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import signal
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,18 @@ from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
 from hfgpt.plan import plan_recipe
-from hfgpt.recipe import load_recipe
+from hfgpt.recipe import load_recipe, section_types
 from hfgpt.tasks import pretrain as module
 from hfgpt.tasks.classify import classify
+from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.instruct import instruct
 from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data, pretrain
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
 
+# Read of Hub data sets and folders only.
+ONLY_OF_SPLITS = {"data.name", "data.revision", "data.train_split"}
 MUON = "training.muon_learning_rate=0.02"
 
 
@@ -207,6 +212,25 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
         evaluate_model(str(finished.folder), data, EvaluationArguments())
 
 
+def test_evaluate_reads_every_key_that_it_does_not_refuse(finished, read_keys, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("The village is small. " * 9, encoding="utf-8")
+    data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
+    read = read_keys(partial(evaluate_model, str(finished.folder)), data=data, evaluation=EvaluationArguments())
+    assert all_keys("pretrain") - read - ONLY_OF_SPLITS <= set(ONLY_FOR_TRAINING["pretrain"])
+    assert {"data.path", "data.block_size", "evaluation.stride"} <= read
+
+
+def test_what_evaluate_refuses_are_keys():
+    for task, refused in ONLY_FOR_TRAINING.items():
+        assert set(refused) < all_keys(task)
+
+
+def all_keys(task: str) -> set[str]:
+    sections = {section: section_types(task)[section] for section in ("data", "evaluation")}
+    return {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
+
+
 def test_the_stride_of_the_evaluation_is_used(finished, train, tmp_path):
     run = train(tmp_path / "run", "evaluation.stride=4", "training.max_steps=1", "training.save_strategy=no")
     assert run.metrics["eval_tokens"] == finished.metrics["eval_tokens"]
@@ -258,6 +282,37 @@ def test_what_is_shown(finished):
     assert f"validation loss {finished.metrics['eval_loss']:.4f} nats" in shown
     assert shown.count("sample: ") == 2
     assert f"hfgpt generate {finished.folder}" in shown
+
+
+def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finished, train, tmp_path):
+    run = train(tmp_path / "run", "data.max_documents=3", "training.max_steps=1", "training.eval_strategy=no")
+    tokens = run.metrics["eval_tokens"]
+    assert tokens < 1000 < finished.metrics["eval_tokens"]
+    warning = f"the validation split has {tokens} tokens to measure on; the figures of fewer than 1,000 say little: "
+    warning += "add data, or raise data.validation_fraction where it divides them"
+    assert f"  warning: {warning}\n" in run.shown
+    assert read_json(run.folder / "data_report.json")["warnings"] == [warning]
+    said = "too few for these figures to say much"
+    assert f"That is {tokens} tokens only: {said}." in (run.folder / "README.md").read_text(encoding="utf-8")
+    assert "warning" not in finished.shown
+    assert said not in (finished.folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
+    def prepare(vocab_size: int, *overrides):
+        kind = ("tokenizer.kind=bpe", f"tokenizer.vocab_size={vocab_size}", "data.max_documents=40")
+        return load_pretraining_data(load(tmp_path, *kind, *overrides))
+
+    data = prepare(50_000)
+    found = len(data.tokenizer)
+    assert data.report.warnings == [
+        f"the tokenizer has {found:,} tokens, not the 50,000 of tokenizer.vocab_size: the training text gives no more"
+    ]
+    assert data.report.warnings[0] in data.report.summary()
+    assert prepare(300).report.warnings == []
+    # A tokenizer that is there already has the size it has.
+    data.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert prepare(50_000, f"tokenizer.path={tmp_path / 'tokenizer'}").report.warnings == []
 
 
 def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path):

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from transformers import set_seed
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
+from hfgpt.plan import render_plan
 from hfgpt.training import estimate as module
 from hfgpt.training import hardware
 from hfgpt.training.estimate import estimate_run, plan_run, probe_tokens_per_second
@@ -170,12 +173,29 @@ def test_a_plan_is_an_estimate_and_a_probe(make_model, make_arguments, monkeypat
     given = []
     monkeypatch.setattr(module, "probe_tokens_per_second", lambda *arguments: given.append(arguments) or 100.0)
     model, arguments = make_model(), make_arguments(max_steps=5)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    monkeypatch.setattr(module, "process_memory_bytes", lambda: 500_000_000 + weights)
     plan, estimate = plan_run(model, arguments, 16, 100, seconds=0.25), estimate_run(model, arguments, 16, 100)
     assert given == [(model, arguments, 16, 0.25)]
     assert plan.tokens_per_second == 100
     assert plan.device == hardware.describe_device(torch.device("cpu"))
+    assert plan.process_bytes == 500_000_000
+    assert plan.memory_bytes == estimate.memory_bytes + 500_000_000
     estimate.tokens_per_second, estimate.device = plan.tokens_per_second, plan.device
+    estimate.process_bytes = plan.process_bytes
     assert plan == estimate
+
+
+def test_a_plan_says_what_its_memory_counts(make_model, make_arguments):
+    estimate = estimate_run(make_model(), make_arguments(max_steps=5), 16, 100)
+    estimate.tokens_per_second, estimate.device = 100.0, "CPU"
+    on_device = re.sub(" +", " ", render_plan(estimate))
+    assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB on the device, without its context" in on_device
+    assert "libraries" not in on_device
+    estimate.process_bytes = 600 * 2**20
+    shown = re.sub(" +", " ", render_plan(estimate))
+    assert "memory: libraries and data 600.0 MiB, held by this process now" in shown
+    assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB \n" in shown
 
 
 @pytest.mark.parametrize(
@@ -221,3 +241,21 @@ def test_peak_memory_is_that_of_the_process():
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     # The kernel adds up its counters a little late, and starts a process from the peak of the one that started it.
     assert 0.99 < found / (int(status["VmHWM"].split()[0]) * 1024) < 100
+    now = hardware.process_memory_bytes()
+    assert now <= found
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux lets a peak begin anew")
+def test_the_peak_begins_anew():
+    assert len(b"x" * 2**28) == 2**28
+    before = hardware.peak_memory_bytes(torch.device("cpu"))
+    assert hardware.reset_peak_memory(torch.device("cpu"))
+    assert hardware.peak_memory_bytes(torch.device("cpu")) < before - 2**27
+
+
+def test_where_no_peak_begins_anew_it_is_of_the_process(monkeypatch):
+    """As on macOS."""
+    monkeypatch.setattr(hardware.sys, "platform", "darwin")
+    monkeypatch.setattr(hardware.Path, "write_text", lambda self, text: (_ for _ in ()).throw(FileNotFoundError))
+    assert not hardware.reset_peak_memory(torch.device("cpu"))
+    assert hardware.process_memory_bytes() == hardware.peak_memory_bytes(torch.device("cpu")) > 0

@@ -221,6 +221,41 @@ def test_non_finite_values_are_seen_when_logged(make_model, make_blocks, make_tr
             trainer.log({"loss": 1.0, name: math.nan})
 
 
+def overflow_at(trainer, steps: set[int]):
+    """Scales the loss as on an accelerator in float16, and lets the gradients of some steps overflow."""
+
+    def spoil(gradient):
+        return gradient * math.inf if trainer.state.global_step + 1 in steps else gradient
+
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    trainer.model.model.norm.weight.register_hook(spoil)
+
+
+def test_a_step_that_the_gradient_scaler_skips_is_legal(make_model, make_blocks, make_trainer):
+    trainer = make_trainer(make_model(), make_blocks(300), max_steps=4, per_device_train_batch_size=2)
+    overflow_at(trainer, {2, 3})
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 4
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert ["grad_norm" in entry for entry in entries] == [True, False, False, True]
+    assert logged(trainer, "loss_scale") == [2.0, 1.0]
+    json.dumps(trainer.state.log_history, allow_nan=False)
+
+
+def test_steps_skipped_until_the_loss_is_no_longer_scaled_up_end_the_run(make_model, make_blocks, make_trainer):
+    trainer = make_trainer(make_model(), make_blocks(300), max_steps=6, per_device_train_batch_size=2)
+    overflow_at(trainer, {2, 3, 4, 5})
+    with pytest.raises(InputError, match=r"^the grad_norm is (inf|nan) between steps 4 and 4\b"):
+        trainer.train()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_gradient_scaler_skips(make_model, make_trainer):
+    trainer = make_trainer(make_model())
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(InputError, match=r"^the loss is nan"):
+        trainer.log({"loss": math.nan, "grad_norm": math.nan})
+
+
 def test_a_learning_rate_far_too_high_ends_the_run(make_model, make_blocks, make_trainer):
     trainer = make_trainer(
         make_model(), make_blocks(300), learning_rate=1e30, max_steps=9, per_device_train_batch_size=2

@@ -1,0 +1,71 @@
+"""`hfgpt evaluate` takes keys of the sections `data` and `evaluation`, and refuses those that change nothing there."""
+
+from collections.abc import Sequence
+
+from hfgpt.data.files import family, find_files
+from hfgpt.data.rows import SourceArguments
+from hfgpt.errors import InputError
+
+ALL_ROWS = "all rows are measured, and none are divided"
+NO_TEXTS = "it writes no texts, as hfgpt {} does"
+# Task -> keys of its sections `data` and `evaluation` that only a training reads, and why evaluation does not.
+ONLY_FOR_TRAINING = {
+    "pretrain": {
+        "data.validation_fraction": ALL_ROWS,
+        "data.stride": "the windows of a measurement move by evaluation.stride",
+        **dict.fromkeys(("evaluation.prompts", "evaluation.max_new_tokens"), NO_TEXTS.format("generate")),
+        **dict.fromkeys(("evaluation.temperature", "evaluation.top_k"), NO_TEXTS.format("generate")),
+    },
+    "classify": {
+        **dict.fromkeys(("data.validation_fraction", "data.test_fraction"), ALL_ROWS),
+        "data.balance": "all rows are measured, as many of each class as there are",
+        "data.end_of_text": "the model's tokenizer has it settled",
+        "evaluation.baseline": "a baseline is fitted to training rows",
+        "evaluation.prompts": NO_TEXTS.format("classify"),
+    },
+    "instruct": {
+        **dict.fromkeys(("data.validation_fraction", "data.test_fraction", "data.divide"), ALL_ROWS),
+        "data.learn": "the answers are measured, whatever was learned",
+        "data.packing": "rows are measured one by one",
+        "data.near_duplicate_threshold": "there are no training rows to compare with",
+        "evaluation.prompts": NO_TEXTS.format("chat"),
+    },
+}
+
+
+def refuse_unused(task: str, overrides: Sequence[str], data: SourceArguments):
+    """Refuses overrides that would not change what `hfgpt evaluate` measures.
+
+    Args:
+        task: What the model is measured for.
+        overrides: `--section.key value` or `--section.key=value`.
+        data: What they make of the section `data`.
+
+    Raises:
+        InputError: One would not.
+    """
+    given = [override.removeprefix("--").partition("=")[0] for override in overrides if override.startswith("--")]
+    unused = ONLY_FOR_TRAINING[task] | _unused_by(data)
+    if "evaluation.judge.base_url" not in given:
+        judge = ("model", "timeout", "max_answers")
+        unused |= {f"evaluation.judge.{key}": "no evaluation.judge.base_url names a judge" for key in judge}
+    for key in given:
+        if key in unused:
+            raise InputError(f"--{key} has no effect on evaluate: {unused[key]}; leave it out")
+
+
+def _unused_by(data: SourceArguments) -> dict[str, str]:
+    """Keys that do nothing for a source of this kind, and why."""
+    if not data.path:
+        return {}
+    unused, source = {}, f"data.path {data.path!r}"
+    generated, files = data.path.startswith("synthetic:"), find_files(data.path)
+    if generated or files:
+        unused |= dict.fromkeys(("data.name", "data.revision"), f"{source} is not a Hub data set")
+    if generated or len(files) == 1:
+        unused["data.train_split"] = f"{source} has no splits to choose from"
+    if files and family(files[0]) == "text":
+        unused["data.text_column"] = f"{source} is text without columns"
+    else:
+        unused["data.sample_by"] = f"{source} is not a .txt or .md file"
+    return unused
