@@ -129,8 +129,8 @@ def check_run_folder(recipe: Recipe, resume: bool, console: Console | None = Non
         if key in LENGTH and not _has_constant_rate(recipe.training):
             schedule = recipe.training.lr_scheduler_type.value
             remedy = f", on which its learning-rate schedule ({schedule}) depends; {_advise_longer(recipe)}"
-        now, before = ("the default" if value is None else repr(value) for value in (now, before))
-        raise InputError(f"{key} is {now}, but the run in '{folder}' began with {before}{remedy}")
+        now, before = ("unset" if value in (None, -1) else repr(value) for value in (now, before))
+        raise InputError(f"{key} is {now}, but was {before} when the run in '{folder}' began{remedy}")
     if finished and not longer:
         raise InputError(f"the run in '{folder}' is finished: there is nothing to resume; {_advise_longer(recipe)}")
     checkpoint = choose_checkpoint(folder, console)

@@ -187,7 +187,7 @@ def test_a_run_goes_further_where_the_learning_rate_does_not_depend_on_its_end(t
         train(short, *CONSTANT, "training.max_steps=9")
     with pytest.raises(InputError, match=r"is finished: there is nothing to resume; to train it further, pass"):
         train(short, *CONSTANT, "training.max_steps=5", resume=True)
-    with pytest.raises(InputError, match=r"training.max_steps is 4, but the run in .* began with 5: use the"):
+    with pytest.raises(InputError, match=r"training.max_steps is 4, but was 5 when the run in .* began: use the"):
         train(short, *CONSTANT, "training.max_steps=4", resume=True)
     run = train(short, *CONSTANT, "training.max_steps=9", resume=True)
     assert "resuming from checkpoint-5: step 5 of 9" in run.shown
@@ -197,7 +197,7 @@ def test_a_run_goes_further_where_the_learning_rate_does_not_depend_on_its_end(t
 
 def test_elsewhere_the_way_to_train_longer_is_said(stopped, text, whole, train):
     said = (
-        rf"training.max_steps is 90, but the run in '{stopped}' began with the default, on which its learning-rate "
+        rf"training.max_steps is 90, but was unset when the run in '{stopped}' began, on which its learning-rate "
         rf"schedule \(linear\) depends; to train it further, start a new run from its weights with --model.path "
         rf"{stopped}/checkpoint-6 and another"
     )

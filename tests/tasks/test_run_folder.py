@@ -193,7 +193,7 @@ def test_resume_takes_the_last_whole_checkpoint(stopped, load):
 )
 def test_resume_of_another_recipe_names_the_key_and_both_values(override, stopped, load):
     key, _, value = override.partition("=")
-    said = rf"{re.escape(key)} is '?{value}'?, but the run in '.*' began with .*: use the same recipe"
+    said = rf"{re.escape(key)} is '?{value}'?, but was .* when the run in '.*' began: use the same recipe"
     with pytest.raises(InputError, match=said):
         check_run_folder(load(stopped, override), resume=True)
 
