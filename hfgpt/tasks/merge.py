@@ -15,11 +15,13 @@ from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.records import is_checkpoint, read_records
 from hfgpt.hub.usage import Place
 from hfgpt.loading import (
+    TRAINABLE_TYPES,
     check_same_tokens,
     classifies,
     find_base,
     hash_weights,
     load_model,
+    load_model_config,
     load_model_tokenizer,
     quiet_bars,
 )
@@ -72,6 +74,11 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
     base = find_base(path)
     if base is None:
         raise InputError(f"'{path}' is no adapter: name the folder of a run that trained one")
+    kind = load_model_config(path).model_type
+    if kind not in TRAINABLE_TYPES:
+        raise InputError(
+            f"'{path}' is the adapter of a model of type {kind}; only those of hfgpt and gpt2 can be merged"
+        )
     out = check_free(out)
     tokenizer = load_model_tokenizer(path)
     check_same_tokens(tokenizer, base)

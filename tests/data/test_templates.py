@@ -1,6 +1,7 @@
 """Chat templates of others: the same tokens as by transformers, and from a hostile one an error of one line."""
 
 import resource
+import sys
 import time
 
 import pytest
@@ -69,6 +70,8 @@ def test_our_own_templates_are_rendered_here(tokenizer, monkeypatch):
     ],
 )
 def test_what_a_template_raises_is_one_line(template, fact, tokenizer):
+    if fact == "MemoryError" and sys.platform != "linux":
+        pytest.skip("only Linux enforces a limit on the address space")
     tokenizer.chat_template = template
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError) as refused:

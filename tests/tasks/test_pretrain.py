@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from hfgpt.data.report import DataReport
@@ -22,6 +23,7 @@ from hfgpt.tasks import pretrain as module
 from hfgpt.tasks.classify import classify
 from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.instruct import instruct
+from hfgpt.tasks.merge import merge
 from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data, pretrain
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
@@ -341,6 +343,14 @@ def test_a_base_of_another_architecture_is_refused_before_any_data_is_read(task,
         ):
             start(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_on_another_architecture_is_not_merged(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    LoraConfig(base_model_name_or_path=str(tmp_path / "llama")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"adapter' is the adapter of a model of type llama; only those of hfgpt"):
+        merge(str(tmp_path / "adapter"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def weights_of(model) -> dict[str, bytes]:
