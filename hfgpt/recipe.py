@@ -29,7 +29,7 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments, ClassifierEvaluationArguments, EvaluationArguments
 from hfgpt.hub import HubArguments
 from hfgpt.tokenizer import TokenizerArguments
-from hfgpt.training.trainer import FineTuningArguments, FirstPassArguments, HfGPTTrainingArguments
+from hfgpt.training.trainer import FROM_SCRATCH, FineTuningArguments, FirstPassArguments, HfGPTTrainingArguments
 
 
 def _sections(data: type, training: type, evaluation: type, **more: type) -> dict[str, type]:
@@ -149,9 +149,11 @@ def load_recipe(name: str, overrides: list[str] | None = None) -> Recipe:
         values = parser.parse_args(overrides, namespace=values) if overrides else values
     except ArgumentError as error:
         raise InputError(_explain(error)[1]) from error
-    if values.training.output_dir is None:
-        values.training.output_dir = str(Path("runs") / path.stem)
+    values.training.output_dir = values.training.output_dir or str(Path("runs") / path.stem)
     unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
+    if values.model.path is None and "pretraining" in unused:
+        given = {o.partition("=")[0].removeprefix("--training.") for o in overrides} | set(tree.get("training", {}))
+        vars(values.training).update({key: FROM_SCRATCH[key] for key in FROM_SCRATCH.keys() - given})
     try:
         sections = {name: _build(kind, values[name]) for name, kind in SECTIONS[task].items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
@@ -336,18 +338,16 @@ def _allows_none(hint: Any) -> bool:
 
 def _explain(error: ArgumentError) -> tuple[str, str]:
     """The key that jsonargparse complains of, and its complaint in one line."""
-    text = str(error)
-    if found := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
+    if found := re.search(r'Parser key "([^"]+)":\s*(.*)', str(error), re.DOTALL):
         key, fact = found.groups()
         # The value comes last; what lies between is one line for each type of a union.
         expected = re.findall(r"Expected an? (<class '(\w+)'>|typing\.Literal(\[.*?\]))", fact)
         value = re.search(r"(?:Got value|Given value): (.*)", fact)
         if expected and value:
             names = [TYPES.get(name, name) if name else f"one of {choices[1:-1]}" for _, name, choices in expected]
-            wanted = " or ".join(dict.fromkeys(names))
-            return key, f"{key} is {value.group(1).strip()!r}; it must be {wanted}"
+            return key, f"{key} is {value.group(1).strip()!r}; it must be {' or '.join(dict.fromkeys(names))}"
         return key, f"{key}: {' '.join(fact.split())}"
-    return "", f"{' '.join(text.split())}; an override is --section.key value"
+    return "", f"{' '.join(str(error).split())}; an override is --section.key value"
 
 
 def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, str]:
@@ -363,7 +363,7 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, Any, 
 
 
 def _resolved_values(values: Namespace, parser: ArgumentParser, task: str, unused: set[str]) -> dict[str, Any]:
-    """Our own sections without their empty keys, and of TrainingArguments' hundred what differs from the defaults."""
+    """Our own sections without their empty keys; of TrainingArguments' hundred, those not at their only default."""
     defaults = parser.get_defaults()
     resolved: dict[str, Any] = {"task": task}
     for section in SECTIONS[task]:
@@ -371,7 +371,8 @@ def _resolved_values(values: Namespace, parser: ArgumentParser, task: str, unuse
             continue
         keep = vars(values[section])
         if section == "training":
-            keep = {key: value for key, value in keep.items() if value != vars(defaults[section])[key]}
+            kept = [*FROM_SCRATCH, *(key for key, value in keep.items() if value != vars(defaults[section])[key])]
+            keep = {key: value for key, value in keep.items() if key in kept}
         # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
         unset = [key for key, value in keep.items() if value is None and vars(defaults[section])[key] is None]
         resolved[section] = {key: _plain(value) for key, value in keep.items() if key not in unset}
@@ -394,7 +395,6 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(name: str, names: Sequence[str], most: int = 11) -> str:
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return (
-        f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) <= most else ""
-    )
+    if found := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
+        return f"; did you mean '{found[0]}'?"
+    return f" (there are: {', '.join(names)})" if len(names) <= most else ""
