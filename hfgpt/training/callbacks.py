@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from hfgpt.evaluation.classification import drawable
+
 LOG_FILE = "training_log.jsonl"
 
 
@@ -156,7 +158,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
             last = f"{label}: {points[-1][1]:.3f}"
             axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
     axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
-    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=Path(output_dir).name)
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=drawable(Path(output_dir).name, "loss"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -165,5 +167,5 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
 
 
 def stderr_console(quiet: bool = False) -> Console:
-    """The console of progress and notices: standard error, plain where it is not a terminal."""
-    return Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+    """The console of progress and notices: standard error, plain where it is not a terminal, and [x] is no markup."""
+    return Console(file=sys.stderr, soft_wrap=not sys.stderr.isatty(), quiet=quiet, markup=False)
