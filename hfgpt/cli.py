@@ -40,12 +40,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ):
     """Run a recipe; override any of its keys with --section.key value."""
-    from hfgpt.recipe import load_recipe
     from hfgpt.tasks.classify import classify
     from hfgpt.tasks.instruct import instruct
     from hfgpt.tasks.pretrain import pretrain
 
-    loaded = load_recipe(recipe, _overrides(context))
+    loaded = _load_recipe(recipe, context)
     {"pretrain": pretrain, "classify": classify, "instruct": instruct}[loaded.task](loaded, resume)
 
 
@@ -102,13 +101,20 @@ def chat(
 @app.command()
 def classify(
     model: Model,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="The texts to classify.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Classify each line of this file, too.")] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT]...", help="The texts to classify; by default the lines of standard input."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Classify each line of this file, too; - is standard input.")
+    ] = None,
     as_json: AsJson = False,
 ):
     """Say to which class each text belongs, and how probably to each."""
     from hfgpt.tasks.classify import load_classifier, predict, read_texts
 
+    if not texts and file is None and sys.stdin and not sys.stdin.isatty():
+        file = Path("-")
     texts = read_texts(texts or [], file)
     network, tokenizer, _ = load_classifier(model)
     predictions = predict(network, tokenizer, texts)
@@ -253,18 +259,16 @@ def inspect_data(
 ):
     """Show what a recipe's data becomes: rows kept and dropped, blocks, and which tokens are learned."""
     from hfgpt.inspection import inspect_recipe
-    from hfgpt.recipe import load_recipe
 
-    inspect_recipe(load_recipe(recipe, _overrides(context)), rows)
+    inspect_recipe(_load_recipe(recipe, context), rows)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
 def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
     """Say what a recipe will cost before it runs: parameters, memory, operations, time on this machine."""
     from hfgpt.plan import plan_recipe, render_plan
-    from hfgpt.recipe import load_recipe
 
-    estimate = plan_recipe(load_recipe(recipe, _overrides(context)))
+    estimate = plan_recipe(_load_recipe(recipe, context))
     print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
 
 
@@ -324,6 +328,17 @@ def main() -> NoReturn:
         _refuse(f"{letters!r} cannot be written in {error.encoding}: use a terminal that is set to UTF-8")
     except UsageError as error:
         _refuse(_explain_usage(error))
+
+
+def _load_recipe(name: str, context: typer.Context):
+    """The recipe with the overrides of the command line, whose data and model are there."""
+    from hfgpt.recipe import load_recipe
+    from hfgpt.tasks.training_run import check_sources
+
+    overrides = _overrides(context)
+    recipe = load_recipe(name, overrides)
+    check_sources(recipe, overrides)
+    return recipe
 
 
 def _overrides(context: typer.Context) -> list[str]:
