@@ -138,8 +138,8 @@ def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreT
     base = find_base(path, revision)
     _, base_revision, task = read_adapter(path, revision)
     if (task == SEQ_CLS) != (auto_class is AutoModelForSequenceClassification):
-        kind = "classifier" if task == SEQ_CLS else "language model"
-        raise InputError(f"'{path}' is the adapter of a {kind}: name a model of the other kind")
+        kinds = ("classifier", "language model") if task == SEQ_CLS else ("language model", "classifier")
+        raise InputError(f"'{path}' is the adapter of a {kinds[0]}, not of a {kinds[1]}: name one of a {kinds[1]}")
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
         raise InputError(
             f"the base model of the adapter '{path}' is not at '{base}': put it back, or correct "
@@ -298,9 +298,11 @@ def check_model_path(path: str):
         raise InputError(f"'{path}' is a file; a model is a folder with config.json and weights, or a Hub id")
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise InputError(f"the folder '{path}' holds no config.json, so it is no model: name a finished run")
+            raise InputError(
+                f"the folder '{path}' has no config.json: name the folder of a finished run or of a saved model"
+            )
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or ("/" in path and local.parent.is_dir()):
-        raise InputError(f"there is no folder '{path}', and it is no Hub id either: check the path")
+        raise InputError(f"there is no folder '{path}', and it is not a Hub id either: check the path")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import uuid
@@ -44,15 +45,34 @@ def check_free(out: Path) -> Path:
     """The path of a folder that can be made, without `.` and `..`.
 
     Raises:
-        InputError: It exists, or what should hold it is no folder.
+        InputError: It exists, or cannot be written.
     """
     out = Path(os.path.normpath(out))
     if os.path.lexists(out):
         raise InputError(f"'{out}' exists: name a folder that does not")
-    above = next(path for path in out.absolute().parents if os.path.lexists(path))
-    if not above.is_dir():
-        raise InputError(f"'{out}' cannot be made, for '{above}' is no folder: name another place")
+    check_writable(out)
     return out
+
+
+def check_writable(folder: Path):
+    """Refuses a folder that cannot be created or written to, before any work is spent on its content.
+
+    Raises:
+        InputError: Something above it is a file, or its disk is full or read-only, or it belongs to somebody else.
+    """
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise InputError(f"cannot create '{folder}': '{above}' is not a directory; choose another path")
+    try:
+        with tempfile.TemporaryFile(dir=above) as file:  # has no name, and is gone at once
+            file.write(bytes(4096))
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror} ('{above}'); choose another path") from error
+
+
+def quote_path(path: str | Path) -> str:
+    """A path as it is pasted into a shell: quoted where it has to be, and never taken for an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 @contextmanager
@@ -71,8 +91,12 @@ def appearing_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def explain_full_disk(folder: str | Path) -> Iterator[None]:
+def explain_full_disk(folder: str | Path, following: str = "or choose another disk") -> Iterator[None]:
     """Turns the full disk that safetensors and torch.save report in words of their own into one line with a remedy.
+
+    Args:
+        folder: What is written.
+        following: What to do then, or instead.
 
     Raises:
         InputError: The disk is full.
@@ -86,6 +110,4 @@ def explain_full_disk(folder: str | Path) -> Iterator[None]:
         full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
         if not any(sign in str(error) for sign in full):
             raise
-        raise InputError(
-            f"no space left on the disk of '{folder}': free some, then go on from the last checkpoint with --resume"
-        ) from error
+        raise InputError(f"no space left on the disk of '{folder}': free some, {following}") from error

@@ -156,8 +156,8 @@ def load_all_labelled_texts(
         raise InputError(f"data.path {arguments.path!r} has no row with a text and a label: check data.label_column")
     if unknown := {row["label"] for row in rows} - set(labels):
         raise InputError(
-            f"the label '{min(unknown)}' of data.path {arguments.path!r} is unknown to the model, which tells "
-            f"{', '.join(labels)} apart: rename it, or name the right column in data.label_column"
+            f"the label '{min(unknown)}' of data.path {arguments.path!r} is not one of the model's classes "
+            f"({', '.join(labels)}): rename it, or name the right column in data.label_column"
         )
     _count(rows, report, "test")
     return datasets.Dataset.from_list(rows)

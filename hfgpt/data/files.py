@@ -55,7 +55,8 @@ def find_files(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_file():
         if family(place) is None:
-            raise InputError(f"data.path {path!r} has the suffix {place.suffix!r}: taken are {SUFFIXES}")
+            kind = f"is of the unsupported file type {place.suffix!r}" if place.suffix else "has no file type"
+            raise InputError(f"data.path {path!r} {kind}; supported: {SUFFIXES}")
         return [place]
     if place.is_dir():
         found = [item for item in place.rglob("*") if not any(p[0] == "." for p in item.relative_to(place).parts)]
@@ -65,7 +66,7 @@ def find_files(path: str) -> list[Path]:
         return []
     files = sorted(item for item in found if item.is_file() and family(item))
     if not files:
-        raise InputError(f"data.path {path!r} holds no usable file: taken are {SUFFIXES}")
+        raise InputError(f"data.path {path!r} has no file of a supported type: {SUFFIXES}")
     kinds = {family(file): file.name for file in reversed(files)}
     if len(kinds) > 1:
         examples = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
@@ -276,7 +277,9 @@ def _json_row(row: Any, place: str) -> dict[str, Any]:
     if isinstance(row, str):
         return {"text": row}
     if not isinstance(row, dict):
-        raise InputError(f"{place} is a {type(row).__name__}, it must be an object (or a text): correct the file")
+        raise InputError(
+            f"{place} is of type {type(row).__name__}, it must be an object (or a text): correct the file"
+        )
     return row
 
 

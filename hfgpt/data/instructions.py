@@ -232,8 +232,8 @@ def count_tokens(rows: datasets.Dataset, unknown_id: int | None, report: DataRep
     sizes.predicted_tokens = sum(target != IGNORED for row in rows for target in row["shift_labels"])
     if not sizes.predicted_tokens:
         raise InputError(
-            f"nothing is learned in the {split} split of {report.source} ({report.reasons}): give rows with answers, "
-            "or raise data.max_length and the model's context"
+            f"no row of the {split} split of {report.source} can be used ({report.reasons}): shorten its rows, raise "
+            "data.max_length, or use a model with a longer context"
         )
 
 
@@ -286,7 +286,7 @@ def _read_row(row: Row, before_input: str, place: str) -> Conversation:
     texts = [row[asked], row[answered], row.get("input") if kind == "instruction" else None]
     for column, text in zip((asked, answered, "input"), texts, strict=True):
         if text is not None and not isinstance(text, str):
-            raise InputError(f"{place}: {column} is a {type(text).__name__}, it must be text: correct the row")
+            raise InputError(f"{place}: {column} is of type {type(text).__name__}, it must be text: correct the row")
     question, answer, given = (text or "" for text in texts)
     if given.strip():
         question = f"{question.strip()}{before_input}{given.strip()}"

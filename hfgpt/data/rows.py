@@ -135,8 +135,8 @@ def _open_hub(source: SourceArguments, reading: Reading) -> dict[str, Iterator[R
     except (datasets.exceptions.FileNotFoundDatasetsError, ConnectionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"data.path {source.path!r} is no local file{nearest(source.path)} and cannot be had from the Hub "
-            f"({reason}): check data.path, data.name, data.revision, the network and the login"
+            f"data.path {source.path!r} was not found locally{nearest(source.path)} or on the Hub ({reason}): check "
+            "data.path, data.name, data.revision, the network and the login"
         ) from error
     names = {"train": source.train_split}
     for split, wanted in reading.splits.items():
@@ -220,8 +220,8 @@ def _read_files(files: list[Path], path: str, reading: Reading) -> Iterator[Row]
             first = next(rows)
         elif missing and is_text:
             raise InputError(
-                f"data.{missing[0]} is {reading.columns[missing[0]]!r}, but {file} is a text file without columns: use "
-                "a table (a .tsv file has a tab between columns), JSON or Parquet"
+                f"data.{missing[0]} is {reading.columns[missing[0]]!r}, but {file} is a text file without columns: "
+                "use a table (a .tsv file has a tab between columns), JSON or Parquet"
             )
         elif missing:
             raise wrong_column(missing[0], reading.columns[missing[0]], file, first)

@@ -49,7 +49,7 @@ def usage_code(records: Records, place: Place) -> str:
     if not records.has_tokenizer:
         return loading_code(records, place) + "\nprint(model)"
     imports, assignments = ["from transformers import pipeline"], []
-    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model="{place.name}"{place.options})'
+    pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model={_quote(place.name)}{place.options})'
     if records.adapter:
         imports, assignments = _load(records, place)
         imports[-1] += ", pipeline"
@@ -70,12 +70,12 @@ def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
         imports = [f"from peft import {model_class}", *(f"from transformers import {name}" for name in tokenizer)]
     else:
         imports = [f"from transformers import {', '.join([model_class, *tokenizer])}"]
-    arguments = f'"{place.name}"{classes}{place.options}'
+    arguments = f"{_quote(place.name)}{classes}{place.options}"
     load = f"model = {model_class}.from_pretrained({arguments})"
     assignments = [load if len(load) < WIDTH else f"model = {model_class}.from_pretrained(\n    {arguments}\n)"]
     if tokenizer:
         revision = f', revision="{place.revision}"' if place.revision else ""
-        assignments.append(f'tokenizer = AutoTokenizer.from_pretrained("{place.name}"{revision})')
+        assignments.append(f"tokenizer = AutoTokenizer.from_pretrained({_quote(place.name)}{revision})")
     return imports, assignments
 
 

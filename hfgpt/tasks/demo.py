@@ -42,7 +42,7 @@ def run_demo(
     Raises:
         InputError: The folder holds another run.
     """
-    console, progress, overrides = console or Console(), stderr_console(), overrides or {}
+    console, progress, overrides = console or Console(markup=False), stderr_console(), overrides or {}
     folder = output_dir or _free_folder(Path("runs"))
     folders = {"demo": folder, "demo-messages": folder / "messages", "demo-instructions": folder / "instructions"}
 

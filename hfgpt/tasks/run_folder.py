@@ -14,7 +14,7 @@ import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe, first_difference, render_recipe
-from hfgpt.saving import explain_full_disk, staged_files, write_json, write_text
+from hfgpt.saving import check_writable, explain_full_disk, staged_files, write_json, write_text
 from hfgpt.training.trainer import find_last_checkpoint
 
 RECIPE_FILE = "recipe.yaml"
@@ -37,6 +37,7 @@ def check_run_folder(recipe: Recipe, resume: bool) -> Path | None:
     folder = Path(recipe.training.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"training.output_dir '{folder}' is a file: name a folder")
+    check_writable(folder)
     occupied = folder.is_dir() and any(folder.iterdir())
     if not resume:
         if occupied:

@@ -1,6 +1,7 @@
 """What the runs of all tasks have in common: the model, training under a bar that Ctrl-C ends in order, the record."""
 
 import dataclasses
+import glob
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,9 +23,10 @@ from hfgpt.adapters import (
     read_adapter,
     trainable_parameters,
 )
-from hfgpt.building import build_model
+from hfgpt.building import build_model, find_architecture
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.collators import PaddingCollator
+from hfgpt.data.files import looks_local, nearest
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.hub import HubArguments
@@ -34,8 +36,8 @@ from hfgpt.hub.records import read_records
 from hfgpt.hub.upload import check_login
 from hfgpt.hub.usage import Place
 from hfgpt.loading import hash_file, hash_weights, load_model_config, load_model_tokenizer
-from hfgpt.recipe import Recipe
-from hfgpt.saving import staged_files
+from hfgpt.recipe import Recipe, recipe_names
+from hfgpt.saving import quote_path, staged_files
 from hfgpt.tasks.publish import PublishArguments, check_base, publish
 from hfgpt.tasks.run_folder import describe_environment, describe_sources
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
@@ -64,6 +66,29 @@ class Training:
     seconds: float
     started: float
     pushes: CheckpointPushes | None = None
+
+
+def check_sources(recipe: Recipe, overrides: list[str]):
+    """Refuses a recipe that names a local model or data that do not exist. The user may never have seen that name.
+
+    Args:
+        recipe: As `load_recipe` gives it.
+        overrides: What it was given; the paths they name are checked where they are read.
+
+    Raises:
+        InputError: Names the recipe, its key, and what to do.
+    """
+    for key in ("model.path", "data.path"):
+        path = getattr(recipe, key.partition(".")[0]).path
+        if not path or any(word.partition("=")[0] == f"--{key}" for word in overrides) or glob.has_magic(path):
+            continue
+        if (looks_local(path) or path.startswith("runs/")) and not Path(path).expanduser().exists():
+            trains = key == "model.path" and Path(path).name in recipe_names()
+            remedy = f"train it first (hfgpt train {Path(path).name}), or name" if trains else "name"
+            raise InputError(
+                f"the recipe {recipe.name} has {key} '{path}', which does not exist{nearest(path)}: {remedy} another "
+                f"with --{key}"
+            )
 
 
 def check_publication(recipe: Recipe):
@@ -99,7 +124,7 @@ def context_length(recipe: Recipe) -> int:
     """The context of the recipe's model, in tokens, without building it."""
     if recipe.model.path is not None:
         return load_model_config(recipe.model.path, recipe.model.revision).max_position_embeddings
-    return recipe.model.max_position_embeddings or HfGPTConfig().max_position_embeddings
+    return find_architecture(recipe.model).get("max_position_embeddings", HfGPTConfig.max_position_embeddings)
 
 
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
@@ -138,7 +163,9 @@ def build_recipe_model(
         )
     if recipe.adapters is None:
         if arguments.load_in_4bit:
-            raise InputError("weights in 4 bits are not trained: add a section adapters, or drop model.load_in_4bit")
+            raise InputError(
+                "4-bit weights cannot be trained: add a section adapters, or leave out model.load_in_4bit"
+            )
         model = build_model(arguments, tokenizer, labels)
         if trainable != "all":
             freeze_model(model, (recipe.training.last_blocks or 1) if trainable == "last_blocks" else 0)
@@ -173,7 +200,7 @@ def freeze_model(model: PreTrainedModel, last_blocks: int):
         )
     blocks = model.model.layers
     if last_blocks > len(blocks):
-        raise InputError(f"training.last_blocks is {last_blocks}, but the model has {len(blocks)} blocks: lower it")
+        raise InputError(f"training.last_blocks is {last_blocks}, but num_hidden_layers is {len(blocks)}: lower it")
     model.requires_grad_(False)
     head = model.get_output_embeddings() if hasattr(model, "lm_head") else model.score
     for module in (head, *((*blocks[len(blocks) - last_blocks :], model.model.norm) if last_blocks else ())):
@@ -326,5 +353,5 @@ def publish_run(recipe: Recipe, training: Training, console: Console):
     if failed:
         raise InputError(
             f"the run in {folder} is finished, but not all of it was published: {'; '.join(failed)}; publish it with: "
-            f"hfgpt publish {folder} {hub.repo_id}"
+            f"hfgpt publish {quote_path(folder)} {hub.repo_id}"
         )

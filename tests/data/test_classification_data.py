@@ -286,7 +286,7 @@ def test_evaluation_takes_all_rows_or_one_split_and_knows_its_labels(tmp_path):
     assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 9
     arguments["test_split"] = "test"
     assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 3
-    with pytest.raises(InputError, match=r"the label 'a' of .* is unknown to the model, which tells no, yes apart"):
+    with pytest.raises(InputError, match=r"the label 'a' of .* is not one of the model's classes .no, yes."):
         load_all_labelled_texts(ClassificationDataArguments(**arguments), ["no", "yes"], DataReport())
 
 

@@ -96,7 +96,7 @@ def test_rows_without_an_answer_are_counted(load):
         ({"prompt": "a"}, "train row 1 has 'prompt': a row needs"),
         ({"messages": "hello"}, "messages must be a list of {role, content}"),
         ({"messages": [{"role": "user"}]}, "messages must be a list of {role, content}"),
-        ({"instruction": 1, "output": "x"}, "instruction is a int, it must be text"),
+        ({"instruction": 1, "output": "x"}, "instruction is of type int, it must be text"),
         (
             {"messages": [*turn("a", "b"), *turn("a", "b")[1:]]},
             "message 3 is of role 'assistant', but the turn is of 'us",
@@ -256,7 +256,7 @@ def test_a_split_in_which_nothing_is_learned_is_refused(bpe):
     report = DataReport(source="x.json", rows_kept=1)
     encoded = encode_conversations([turn("Hi", "Hello.")], bpe, "answers", 3, report)[0]
     with pytest.raises(
-        InputError, match=r"nothing is learned in the train split of x.json .0 rows read; left out: 1 too long"
+        InputError, match=r"no row of the train split of x.json can be used .0 rows read; left out: 1 too long"
     ):
         count_tokens(encoded, None, report, "train")
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shlex
 import signal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hfgpt.evaluation import EvaluationArguments
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks import pretrain as module
 from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data
+from hfgpt.tasks.training_run import context_length
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
@@ -254,7 +256,16 @@ def test_what_is_shown(finished):
     assert "float32; attention sdpa" in shown
     assert f"validation loss {finished.metrics['eval_loss']:.4f} nats" in shown
     assert shown.count("sample: ") == 2
-    assert f"hfgpt generate {finished.folder}" in shown
+    command = shlex.split(shown.rpartition("go on with: ")[2])
+    assert command == ["hfgpt", "generate", str(finished.folder), "your prompt"], "quoted for the shell"
+
+
+def test_blocks_are_as_long_as_the_context_of_the_model_that_is_built(tmp_path):
+    (tmp_path / "r.yaml").write_text("task: pretrain\n")
+    for overrides, context in (([], 256), (["--model.preset=gpt2"], 1024), (["--model.max_position_embeddings=8"], 8)):
+        assert context_length(load_recipe(str(tmp_path / "r.yaml"), overrides)) == context
+    with pytest.raises(InputError, match=r"model.max_position_embeddings is 0; it must be at least 1"):
+        context_length(load_recipe(str(tmp_path / "r.yaml"), ["--model.max_position_embeddings=0"]))
 
 
 def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path):
