@@ -384,7 +384,7 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch)
 def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         send(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"holds no config\.json"):
+    with pytest.raises(InputError, match=r"has no config\.json"):
         send(tmp_path)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil/repo--modeling.X"}}))
