@@ -3,6 +3,7 @@
 import difflib
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -35,12 +36,16 @@ from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassificatio
 
 @dataclass
 class ModelArguments:
-    """The recipe's section `model`: a model to go on from, or the architecture of a new one.
+    """The recipe's section `model`: a model to start from, or the architecture of a new one.
+
+    Without `path` and `preset`, the new model is small enough to learn a small text in minutes on a CPU: `hidden_size`
+    128, `num_hidden_layers` 4, `max_position_embeddings` 256, and `num_attention_heads` one for every 64 of
+    `hidden_size` (every 32 below 256, so 4 of them). Each that is given replaces its default.
 
     Args:
-        path: A folder or Hub id with weights to go on from; None starts from random weights.
+        path: A folder or Hub id with weights to start from; None starts from random weights.
         revision: Branch, tag or commit of the Hub id.
-        preset: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it. None is `gpt2`.
+        preset: GPT-2's sizes by name: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it.
         initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults,
             as in the book; a tied head's are the embedding's too).
         attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
@@ -79,31 +84,49 @@ class ModelArguments:
             raise InputError(f"model.num_hidden_layers is {self.num_hidden_layers:,}; the limit is {MOST_LAYERS:,}")
 
 
+SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 256}
 DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 _NOT_ARCHITECTURE = {"path", "revision", "preset", "initialization", "load_in_4bit", "pad_vocab_to_multiple_of"}
+
+
+def find_architecture(arguments: ModelArguments) -> dict[str, Any]:
+    """The fields of `HfGPTConfig` that a new model is built with: those given, over the preset or the small default.
+
+    Raises:
+        InputError: The preset is unknown.
+    """
+    if arguments.preset not in (None, *PRESETS):
+        raise InputError(f"model.preset is '{arguments.preset}'; choose one of {', '.join(PRESETS)}")
+    given = {
+        key: value for key, value in vars(arguments).items() if value is not None and key not in _NOT_ARCHITECTURE
+    }
+    if given.get("max_position_embeddings", 1) < 1:
+        raise InputError(f"model.max_position_embeddings is {given['max_position_embeddings']}; it must be at least 1")
+    if arguments.preset is not None:
+        return PRESETS[arguments.preset] | given
+    fields = SMALL | given
+    width = fields["hidden_size"]
+    most = max(width // (64 if width >= 256 else 32), 1)
+    return {"num_attention_heads": next(heads for heads in range(most, 0, -1) if width % heads == 0)} | fields
 
 
 def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> HfGPTConfig:
     """The configuration of a new model for a tokenizer.
 
     Args:
-        arguments: What differs from the preset.
+        arguments: What differs from the preset, or from the small default.
         tokenizer: Gives the vocabulary size, where none is set, and the special tokens.
 
     Raises:
         InputError: The architecture is impossible, the preset unknown, or the vocabulary does not fit the tokenizer.
     """
-    if arguments.preset is not None and arguments.preset not in PRESETS:
-        raise InputError(f"model.preset is '{arguments.preset}'; choose one of {', '.join(PRESETS)}")
+    fields = find_architecture(arguments)
     if arguments.hidden_act not in (None, *ACT2FN):
         near = difflib.get_close_matches(arguments.hidden_act, ACT2FN, n=1, cutoff=0.0)[0]
         raise InputError(f"model.hidden_act is '{arguments.hidden_act}', which transformers lacks: try '{near}'")
     if arguments.pad_vocab_to_multiple_of is not None and arguments.pad_vocab_to_multiple_of < 1:
         raise InputError(f"model.pad_vocab_to_multiple_of is {arguments.pad_vocab_to_multiple_of}; the least is 1")
-    given = {
-        key: value for key, value in vars(arguments).items() if value is not None and key not in _NOT_ARCHITECTURE
-    }
-    size = given.setdefault("vocab_size", len(tokenizer))
+    size = fields.setdefault("vocab_size", len(tokenizer))
     if size < len(tokenizer):
         raise InputError(
             f"model.vocab_size is {size}, but the tokenizer has ids up to {len(tokenizer) - 1}: "
@@ -111,14 +134,14 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
         )
     if size > len(tokenizer):
         raise InputError(
-            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens and ids beyond mean nothing: "
-            "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed"
+            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens, and the extra ids would "
+            "never be produced: leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed"
         )
     if arguments.pad_vocab_to_multiple_of:
-        given["vocab_size"] = -(-size // arguments.pad_vocab_to_multiple_of) * arguments.pad_vocab_to_multiple_of
+        fields["vocab_size"] = -(-size // arguments.pad_vocab_to_multiple_of) * arguments.pad_vocab_to_multiple_of
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
-        return HfGPTConfig.from_preset(arguments.preset or "gpt2", **{**special, **given})
+        return HfGPTConfig(**special, **fields)
     except (StrictDataclassError, ValueError) as error:
         raise InputError(f"model: {fact_of(error)}") from error
 
@@ -221,7 +244,8 @@ def _load_to_train(
         names = [config.id2label[index] for index in range(config.num_labels)]
         if is_classifier(config) and names != labels:
             raise InputError(
-                f"'{path}' tells {', '.join(names)} apart, the data {', '.join(labels)}: start from a language model"
+                f"'{path}' has the classes {', '.join(names)}, the data {', '.join(labels)}: start from a language "
+                "model"
             )
         head = None if is_classifier(config) else labels
         model = load_model(path, revision, AutoModelForSequenceClassification, new_head=head, **kwargs)

@@ -111,13 +111,20 @@ def chat(
 @app.command()
 def classify(
     model: Model,
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="The texts to classify.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Classify each line of this file, too.")] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TEXT]...", help="The texts to classify; by default the lines of standard input."),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Classify each line of this file, too; - is standard input.")
+    ] = None,
     as_json: AsJson = False,
 ):
     """Say to which class each text belongs, and how probably to each."""
     from hfgpt.tasks.classify import load_classifier, predict, read_texts
 
+    if not texts and file is None and sys.stdin and not sys.stdin.isatty():
+        file = Path("-")
     texts = read_texts(texts or [], file)
     network, tokenizer, _ = load_classifier(model, changed_weights="warn")
     predictions = predict(network, tokenizer, texts)

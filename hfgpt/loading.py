@@ -182,8 +182,8 @@ def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreT
     base = find_base(path, revision)
     _, base_revision, task = read_adapter(path, revision)
     if (task == SEQ_CLS) != (auto_class is AutoModelForSequenceClassification):
-        kind = "classifier" if task == SEQ_CLS else "language model"
-        raise InputError(f"'{path}' is the adapter of a {kind}: name a model of the other kind")
+        kinds = ("classifier", "language model") if task == SEQ_CLS else ("language model", "classifier")
+        raise InputError(f"'{path}' is the adapter of a {kinds[0]}, not of a {kinds[1]}: name one of a {kinds[1]}")
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.startswith(".") or base.count("/") > 1):
         raise InputError(
             f"the base model of the adapter '{path}' is not at '{base}': put it back, or correct "

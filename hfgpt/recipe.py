@@ -7,6 +7,7 @@ allowed, and YAML takes the last of two equal keys: that is done here.
 
 import dataclasses
 import functools
+import glob
 import importlib
 import itertools
 import re
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from hfgpt.data.files import find_source, nearest
+from hfgpt.data.files import find_source, looks_local, nearest
 from hfgpt.errors import InputError
 from hfgpt.recipe_keys import SECTIONS, check_overrides, find_unknown, section_keys, suggest
 from hfgpt.saving import check_model_path
@@ -142,7 +143,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
         raise InputError(where(key) + fault)
     check_overrides(overrides, keys)
     if check_paths:
-        _check_paths(tree, overrides)
+        _check_paths(tree, overrides, path.stem)
     kinds = section_types(task)
     for section, kind in kinds.items():
         for key in _find_empty(section, tree.get(section, {}), kind):
@@ -157,9 +158,13 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
         values = parser.parse_args(overrides, namespace=values) if overrides else values
     except ArgumentError as error:
         raise InputError(_explain(error)[1]) from error
-    if values.training.output_dir is None:
-        values.training.output_dir = str(Path("runs") / path.stem)
+    values.training.output_dir = values.training.output_dir or str(Path("runs") / path.stem)
     unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
+    if values.model.path is None and "pretraining" in unused:
+        from hfgpt.training.trainer import FROM_SCRATCH
+
+        given = {o.partition("=")[0].removeprefix("--training.") for o in overrides} | set(tree.get("training", {}))
+        vars(values.training).update({key: FROM_SCRATCH[key] for key in FROM_SCRATCH.keys() - given})
     try:
         sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
@@ -279,13 +284,22 @@ def _as_written(key: str, tree: dict[str, Any], overrides: list[str], default: A
     return value
 
 
-def _check_paths(tree: dict[str, Any], overrides: list[str]):
-    """Refuses local data and models that do not exist, as reading them would."""
-    data, model = (_as_written(f"{section}.path", tree, overrides) for section in ("data", "model"))
-    if isinstance(data, str) and data and not Path(data).expanduser().exists():
-        find_source(data)
-    if isinstance(model, str):
-        check_model_path(model)
+def _check_paths(tree: dict[str, Any], overrides: list[str], recipe: str = ""):
+    """Refuses local data and models that do not exist; of one that the recipe names, the user may never have heard."""
+    for key, check in (("model.path", check_model_path), ("data.path", find_source)):
+        path = _as_written(key, tree, overrides)
+        if not isinstance(path, str) or not path or (key == "data.path" and Path(path).expanduser().exists()):
+            continue
+        overridden = any(override.partition("=")[0] == f"--{key}" for override in overrides)
+        is_file = (looks_local(path) or path.startswith("runs/")) and not glob.has_magic(path)
+        if is_file and not overridden and not Path(path).expanduser().exists():
+            trains = key == "model.path" and Path(path).name in recipe_names()
+            remedy = f"train it first (hfgpt train {Path(path).name}), or name" if trains else "name"
+            raise InputError(
+                f"the recipe {recipe} has {key} '{path}', which does not exist{nearest(path)}: {remedy} another with "
+                f"--{key}"
+            )
+        check(path)
 
 
 @functools.cache
@@ -326,18 +340,16 @@ def _allows_none(hint: Any) -> bool:
 
 def _explain(error: ArgumentError) -> tuple[str, str]:
     """The key that jsonargparse complains of, and its complaint in one line."""
-    text = str(error)
-    if found := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
+    if found := re.search(r'Parser key "([^"]+)":\s*(.*)', str(error), re.DOTALL):
         key, fact = found.groups()
         # The value comes last; what lies between is one line for each type of a union.
         expected = re.findall(r"Expected an? (<class '(\w+)'>|typing\.Literal(\[.*?\]))", fact)
         value = re.search(r"(?:Got value|Given value): (.*)", fact)
         if expected and value:
             names = [TYPES.get(name, name) if name else f"one of {choices[1:-1]}" for _, name, choices in expected]
-            wanted = " or ".join(dict.fromkeys(names))
-            return key, f"{key} is {value.group(1).strip()!r}; it must be {wanted}"
+            return key, f"{key} is {value.group(1).strip()!r}; it must be {' or '.join(dict.fromkeys(names))}"
         return key, f"{key}: {' '.join(fact.split())}"
-    return "", f"{' '.join(text.split())}; an override is --section.key value"
+    return "", f"{' '.join(str(error).split())}; an override is --section.key value"
 
 
 def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:

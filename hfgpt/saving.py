@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import uuid
@@ -92,14 +93,12 @@ def check_free(out: Path) -> Path:
     """The path of a folder that can be made, without `.` and `..`.
 
     Raises:
-        InputError: It exists, or what should hold it is no folder.
+        InputError: It exists, or cannot be written.
     """
     out = Path(os.path.normpath(out))
     if os.path.lexists(out):
         raise InputError(f"'{out}' exists: name a folder that does not")
-    above = next(path for path in out.absolute().parents if os.path.lexists(path))
-    if not above.is_dir():
-        raise InputError(f"'{out}' cannot be made, for '{above}' is no folder: name another place")
+    check_writable(out)
     return out
 
 
@@ -114,9 +113,32 @@ def check_model_path(path: str):
         raise InputError(f"'{path}' is a file; a model is a folder with config.json and weights, or a Hub id")
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise InputError(f"the folder '{path}' holds no config.json, so it is no model: name a finished run")
+            raise InputError(
+                f"the folder '{path}' has no config.json: name the folder of a finished run or of a saved model"
+            )
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or ("/" in path and local.parent.is_dir()):
-        raise InputError(f"there is no folder '{path}', and it is no Hub id either: check the path")
+        raise InputError(f"there is no folder '{path}', and it is not a Hub id either: check the path")
+
+
+def check_writable(folder: Path):
+    """Refuses a folder that cannot be created or written to, before any work is spent on its content.
+
+    Raises:
+        InputError: Something above it is a file, or its disk is full or read-only, or it belongs to somebody else.
+    """
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise InputError(f"cannot create '{folder}': '{above}' is not a directory; choose another path")
+    try:
+        with tempfile.TemporaryFile(dir=above) as file:  # has no name, and is gone at once
+            file.write(bytes(4096))
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}': {error.strerror} ('{above}'); choose another path") from error
+
+
+def quote_path(path: str | Path) -> str:
+    """A path as it is pasted into a shell: quoted where it has to be, and never taken for an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 @contextmanager
@@ -135,8 +157,12 @@ def appearing_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def explain_full_disk(folder: str | Path) -> Iterator[None]:
+def explain_full_disk(folder: str | Path, following: str = "or choose another disk") -> Iterator[None]:
     """Turns the full disk that safetensors and torch.save report in words of their own into one line with a remedy.
+
+    Args:
+        folder: What is written.
+        following: What to do then, or instead.
 
     Raises:
         InputError: The disk is full.
@@ -150,6 +176,4 @@ def explain_full_disk(folder: str | Path) -> Iterator[None]:
         full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
         if not any(sign in str(error) for sign in full):
             raise
-        raise InputError(
-            f"no space left on the disk of '{folder}': free some, then go on from the last checkpoint with --resume"
-        ) from error
+        raise InputError(f"no space left on the disk of '{folder}': free some, {following}") from error

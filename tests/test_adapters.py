@@ -280,7 +280,7 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
         loaded = auto_class.from_pretrained(tmp_path / "adapter", id2label=names)
         assert torch.equal(logits_of(loaded), apart)
         assert loaded.config.id2label == names
-    with pytest.raises(InputError, match="is the adapter of a classifier: name a model of the other kind"):
+    with pytest.raises(InputError, match="is the adapter of a classifier, not of a language model"):
         load_model(str(tmp_path / "adapter"))
 
 

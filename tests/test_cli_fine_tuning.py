@@ -32,7 +32,7 @@ def hfgpt(*arguments, stdin="", terminal=False):
     out.isatty = lambda: terminal
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["hfgpt", *map(str, arguments)])
-        patch.setattr("sys.stdin", io.StringIO(stdin))
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
             cli.main()
     return stop.value.code, out.getvalue(), err.getvalue()
@@ -93,6 +93,19 @@ def test_a_text_commands_no_terminal():
     assert "\x1b" not in shown
 
 
+def test_classify_reads_standard_input():
+    for words in (["--json"], ["--json", "--file", "-"]):
+        status, out, _ = hfgpt("classify", "classes", *words, stdin="first line\r\nsecond: \u00e9\n")
+        assert status == 0
+        assert [row["text"] for row in json.loads(out)["predictions"]] == ["first line", "second: \u00e9"]
+    status, out, _ = hfgpt("classify", "classes", "a text", stdin="not read\n")
+    assert (status, len(out.splitlines())) == (0, 1)
+    assert hfgpt("classify", "classes", stdin="a\n\nb\n")[::2] == (
+        2,
+        "hfgpt: standard input, line 2 is empty: leave it out\n",
+    )
+
+
 def test_evaluate_finds_out_what_the_model_is():
     status, out, _ = hfgpt("evaluate", "classes", "--data.path", "notes.jsonl", "--json")
     assert (status, json.loads(out)["eval_rows"]) == (0, 60)
@@ -134,15 +147,28 @@ def test_inspect_and_plan():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("classify classes", "there is no text to classify: give some, or a file of lines with --file"),
+        ("classify classes", "there is no text to classify: give some, or a file with a text per line (--file)"),
         ("classify classes ''", "text 1 is empty: leave it out"),
         ("classify classes --file none.txt", "No such file or directory: none.txt; check the path"),
         ("classify answers hello", "'answers' is a language model, not a classifier: train one with task: classify"),
-        ("classify nowhere/at/all hello", "there is no folder 'nowhere/at/all', and it is no Hub id either"),
+        ("classify nowhere/at/all hello", "there is no folder 'nowhere/at/all', and it is not a Hub id either"),
+        (
+            "chat answers --max-new-tokens 128",
+            "--max-new-tokens is 128, and the context of 128 tokens has to",
+        ),
+        ("merge classes-lora out --tolerance -1", "--tolerance is -1.0; it must be at least 0"),
+        ("merge classes-lora notes.jsonl/out", "cannot create 'notes.jsonl/out': "),
+        (
+            "evaluate answers --task instruct --data.path none.json --evaluation.answers lines.txt/x",
+            "cannot create 'lines",
+        ),
         ("chat classes", "is a classifier, not a language model"),
-        ("merge answers out", "'answers' is no adapter: name the folder of a run that trained one"),
+        (
+            "merge answers out",
+            "'answers' is not an adapter, here or on the Hub: name the folder of a run that trained one",
+        ),
         ("merge classes-lora answers", "'answers' exists: name a folder that does not"),
-        ("evaluate classes --data.path other.jsonl", "the label 'nonsense' of data.path 'other.jsonl' is unknown"),
+        ("evaluate classes --data.path other.jsonl", "the label 'nonsense' of data.path 'other.jsonl' is not one"),
         ("evaluate classes --data.path notes.jsonl --data.label_column kind", "data.label_column 'kind' is not in"),
         (
             "evaluate classes --data.path notes.jsonl --data.balance undersample",

@@ -116,7 +116,7 @@ def test_every_field_reaches_the_configuration(tokenizer):
     assert values.keys() | elsewhere == {field.name for field in fields(ModelArguments)}
     config = build_config(ModelArguments(**values), tokenizer)
     assert {name: getattr(config, name) for name in values} == values
-    default = build_config(ModelArguments(), tokenizer)
+    default = build_config(ModelArguments(preset="gpt2"), tokenizer)
     for name in values.keys() - {"vocab_size"}:
         assert getattr(default, name) == getattr(HfGPTConfig(), name) != values[name]
 
@@ -132,7 +132,7 @@ def test_vocabulary_and_special_tokens_are_the_tokenizers(tokenizer):
 @pytest.mark.parametrize(
     ("preset", "sizes"),
     [
-        (None, (768, 12, 12)),
+        (None, (128, 4, 4)),
         ("gpt2", (768, 12, 12)),
         ("gpt2-medium", (1024, 24, 16)),
         ("gpt2-large", (1280, 36, 20)),
@@ -144,6 +144,26 @@ def test_presets(preset, sizes, tokenizer):
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == sizes
     assert config.intermediate_size == 4 * sizes[0]
     assert not config.qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({}, (128, 4, 4, 256)),
+        ({"hidden_size": 32}, (32, 4, 1, 256)),
+        ({"hidden_size": 50}, (50, 4, 1, 256)),
+        ({"hidden_size": 100}, (100, 4, 2, 256)),
+        ({"hidden_size": 384, "num_hidden_layers": 6}, (384, 6, 6, 256)),
+        ({"hidden_size": 768, "num_hidden_layers": 12, "max_position_embeddings": 1024}, (768, 12, 12, 1024)),
+        ({"num_attention_heads": 8}, (128, 4, 8, 256)),
+        ({"preset": "gpt2"}, (768, 12, 12, 1024)),
+        ({"preset": "gpt2", "hidden_size": 384}, (384, 12, 12, 1024)),
+    ],
+)
+def test_a_new_model_is_small_unless_a_size_is_asked_for_by_name(given, sizes, tokenizer):
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    config = build_config(ModelArguments(**given), tokenizer)
+    assert tuple(getattr(config, name) for name in names) == sizes
 
 
 @pytest.mark.parametrize(
@@ -162,7 +182,7 @@ def test_presets(preset, sizes, tokenizer):
         ),
         (
             {"vocab_size": 30},
-            "model.vocab_size is 30, but the tokenizer has 29 tokens and ids beyond mean nothing: "
+            "model.vocab_size is 30, but the tokenizer has 29 tokens, and the extra ids would never be produced: "
             "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed",
         ),
         (
@@ -552,10 +572,11 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     (tmp_path / "file.txt").write_text("x")
     cases = {
         "file.txt": "'file.txt' is a file; a model is a folder with config.json and weights, or a Hub id",
-        "runs/empty": "the folder 'runs/empty' holds no config.json, so it is no model: name a finished run",
+        "runs/empty": "the folder 'runs/empty' has no config.json: name the folder of a finished run or of a saved "
+        "model",
     }
     for path in ("runs/none", "/no/where", "./none", "../none", "a//b", "a/b/c", "a b", "org/na me"):
-        cases[path] = f"there is no folder '{path}', and it is no Hub id either: check the path"
+        cases[path] = f"there is no folder '{path}', and it is not a Hub id either: check the path"
     for path, message in cases.items():
         for call in (check_model_path, load_model, load_model_tokenizer, load_model_config):
             assert refusal(call, path) == message

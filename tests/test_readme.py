@@ -44,7 +44,7 @@ def workplace(tmp_path_factory):
     (folder / "tinyshakespeare.txt").write_text(text)
     (folder / "my-gpt.yaml").write_text(blocks("yaml")[0])
     notes = [f"{row['label']}\t{row['text']}\n" for row in generate_messages(60)]
-    (folder / "SMSSpamCollection.tsv").write_text("".join(notes))
+    (folder / "SMSSpamCollection").write_text("".join(notes))
     (folder / "instruction-data.json").write_text(json.dumps(list(generate_instructions(40))))
     (folder / "other-instructions.json").write_text(json.dumps(list(generate_instructions(5, split="test"))))
     monkeypatch = pytest.MonkeyPatch()

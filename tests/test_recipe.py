@@ -24,7 +24,7 @@ from hfgpt.recipe import (
     render_recipe,
     section_types,
 )
-from hfgpt.training.trainer import LEARNED
+from hfgpt.training.trainer import FROM_SCRATCH, LEARNED
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 PRETRAIN = section_types("pretrain")
@@ -111,10 +111,48 @@ def test_what_is_not_written_has_its_default(text, write):
     for section, kind in PRETRAIN.items():
         if section != "training":
             assert getattr(recipe, section) == (None if section in OPTIONAL else kind())
-    assert recipe.training.to_dict() == PRETRAIN["training"](output_dir="runs/r").to_dict()
+    assert recipe.training.to_dict() == PRETRAIN["training"](output_dir="runs/r", **FROM_SCRATCH).to_dict()
     # The parser is kept from recipe to recipe; its defaults must not be.
     recipe.evaluation.prompts.append("kept by nobody")
     assert load_recipe("r.yaml").evaluation.prompts == []
+
+
+SCHEDULE = ("learning_rate", "num_train_epochs", "warmup_steps")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("task: pretrain\n", [], (1e-3, 10, 0.05)),
+        ("task: pretrain\nmodel: {preset: gpt2}\n", [], (1e-3, 10, 0.05)),
+        ("task: pretrain\nmodel: {path: x}\n", [], (5e-5, 3, 0)),
+        ("task: pretrain\n", ["--model.path", "x"], (5e-5, 3, 0)),
+        ("task: classify\n", [], (1e-3, 10, 0.05)),
+        ("task: classify\npretraining: {max_steps: 5}\n", [], (5e-5, 3, 0)),
+        ("task: classify\n", ["--pretraining.max_steps", "5"], (5e-5, 3, 0)),
+        ("task: instruct\nmodel: {path: x}\n", [], (5e-5, 3, 0)),
+        ("training: {num_train_epochs: 3, warmup_steps: 0}\n", ["--training.learning_rate=5e-5"], (5e-5, 3, 0)),
+        ("training: {num_train_epochs: 3}\n", ["--training.learning_rate", "2e-4"], (2e-4, 3, 0.05)),
+    ],
+)
+def test_new_weights_and_trained_ones_have_learning_rates_of_their_own(text, overrides, expected, write):
+    recipe = load_recipe(write(text), overrides)
+    assert tuple(getattr(recipe.training, name) for name in SCHEDULE) == expected
+    again = load_recipe(write(render_recipe(recipe))).training
+    assert tuple(getattr(again, name) for name in SCHEDULE) == expected
+
+
+def test_no_recipe_of_the_package_leaves_open_what_has_another_default_for_new_weights():
+    for path in RECIPES:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        model, training = written.get("model", {}), written["training"]
+        if "path" not in model:
+            assert {"preset", "num_hidden_layers"} & model.keys(), path.stem
+            assert (
+                "preset" in model or {"hidden_size", "num_attention_heads", "max_position_embeddings"} <= model.keys()
+            )
+            assert {"learning_rate", "warmup_steps"} <= training.keys()
+            assert {"num_train_epochs", "max_steps"} & training.keys()
 
 
 OVERRIDES = [

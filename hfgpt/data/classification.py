@@ -32,6 +32,8 @@ class ClassificationDataArguments(SourceArguments):
         test_fraction: Part of the rows that tests, where the source gives no split for it.
         text_column: Column or key that holds the text; of a .csv or .tsv without header line, its position from 0.
         label_column: Column or key that holds the label, likewise.
+        column_names: Names of the columns of a .csv or .tsv file without a header line; used if its first line is a
+            row and has no such columns.
         balance: `none`; `undersample`, which leaves out rows of the larger classes before dividing (from the training
             split alone where the others are given); or `weights`, which weighs the loss of a row by the rarity of its
             class.
@@ -46,6 +48,7 @@ class ClassificationDataArguments(SourceArguments):
     test_fraction: float = 0.2
     text_column: str = "text"
     label_column: str = "label"
+    column_names: list[str] | None = None
     balance: Literal["none", "undersample", "weights"] = "none"
     max_rows: int | None = None
     max_length: int | None = None
@@ -153,8 +156,8 @@ def load_all_labelled_texts(
         raise InputError(f"data.path {arguments.path!r} has no row with a text and a label: check data.label_column")
     if unknown := {row["label"] for row in rows} - set(labels):
         raise InputError(
-            f"the label '{min(unknown)}' of data.path {arguments.path!r} is unknown to the model, which tells "
-            f"{', '.join(labels)} apart: rename it, or name the right column in data.label_column"
+            f"the label '{min(unknown)}' of data.path {arguments.path!r} is not one of the model's classes "
+            f"({', '.join(labels)}): rename it, or name the right column in data.label_column"
         )
     _count(rows, report, "test")
     return datasets.Dataset.from_list(rows)
@@ -210,6 +213,7 @@ def _read_splits(arguments: ClassificationDataArguments, seed: int, report: Data
         limit=arguments.max_rows,
         sample_by="line",
         seed=seed,
+        column_names=arguments.column_names,
     )
     splits = {}
     for name, rows in open_rows(arguments, reading, report).items():
@@ -247,7 +251,7 @@ def _undersample(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
     least = min(collections.Counter(row["label"] for row in rows).values())
     chosen = set()
     for texts in _by_label(rows, seed).values():
-        chosen |= _take(texts, least)
+        chosen.update(_take(texts, least))
     return [row for row in rows if row["text"] in chosen], [row for row in rows if row["text"] not in chosen]
 
 
@@ -261,8 +265,9 @@ def _divide(rows: list[Row], fractions: dict[str, float], seed: int, path: str) 
                 f"the label '{label}' of data.path {path!r} has {len(texts)} different texts, too few for "
                 f"{len(fractions) + 1} splits: add rows, or drop them"
             )
-        for split, fraction in fractions.items():
-            for text in _take(texts, max(round(total * fraction), 1)) or {min(texts, key=texts.get)}:
+        for following, (split, fraction) in zip(range(len(fractions), 0, -1), fractions.items(), strict=True):
+            chosen = _take(texts, max(round(total * fraction), 1)) or [min(texts, key=texts.get)]
+            for text in chosen[: len(texts) - following]:  # one is left for each split that follows
                 side[text] = split
                 del texts[text]
     divided = {split: [row for row in rows if side.get(row["text"]) == split] for split in fractions}
@@ -283,12 +288,12 @@ def _by_label(rows: list[Row], seed: int) -> dict[str, dict[str, int]]:
     return {label: grouped[label] for label in sorted(grouped)}
 
 
-def _take(texts: dict[str, int], rows: int) -> set[str]:
+def _take(texts: dict[str, int], rows: int) -> list[str]:
     """The first texts that together have so many rows, those passed over that would be too many."""
-    taken = set()
+    taken = []
     for text, copies in texts.items():
         if copies <= rows:
-            taken.add(text)
+            taken.append(text)
             rows -= copies
     return taken
 

@@ -29,6 +29,8 @@ FAMILIES = {
 }
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = f"{', '.join(FAMILIES)}, and .gz or .zst of the first six"
+# A well-known file whose name has no suffix: the SMS Spam Collection as UCI's archive (228) has it.
+SUFFIX_OF = {"SMSSpamCollection": ".tsv"}
 CHUNK = 1 << 20
 # Of what is decompressed and held at once: a line, a row, a document, a .json file. A few kilobytes of a compressed
 # file can stand for gigabytes; of other files the size on the disk says what they will take.
@@ -50,7 +52,8 @@ def find_files(path: str) -> list[Path]:
     place = Path(path).expanduser()
     if place.is_file():
         if family(place) is None:
-            raise InputError(f"data.path {path!r} has the suffix {place.suffix!r}: taken are {SUFFIXES}")
+            kind = f"is of the unsupported file type {place.suffix!r}" if place.suffix else "has no file type"
+            raise InputError(f"data.path {path!r} {kind}; supported: {SUFFIXES}")
         return [place]
     if place.is_dir():
         found = [item for item in place.rglob("*") if not any(p[0] == "." for p in item.relative_to(place).parts)]
@@ -60,7 +63,7 @@ def find_files(path: str) -> list[Path]:
         return []
     files = sorted(item for item in found if item.is_file() and family(item))
     if not files:
-        raise InputError(f"data.path {path!r} holds no usable file: taken are {SUFFIXES}")
+        raise InputError(f"data.path {path!r} has no file of a supported type: {SUFFIXES}")
     kinds = {family(file): file.name for file in reversed(files)}
     if len(kinds) > 1:
         examples = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
@@ -82,7 +85,9 @@ def find_source(path: str) -> list[Path]:
     return files
 
 
-def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(
+    path: Path, sample_by: str = "document", columns: list[str] | None = None, header: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Reads the rows of one local file, whatever its kind, with nothing in their values changed.
 
     What is held at once of a compressed file, a row or a file that is one row, has `LONGEST_DECOMPRESSED` characters
@@ -93,6 +98,7 @@ def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None
         sample_by: What one row of a text file is; its one column is `text`.
         columns: Columns to read of a Parquet file. A .csv or .tsv file is taken to have no header line if they are all
             numbers: its columns are then named 0, 1, 2, ...
+        header: Names of the columns of a .csv or .tsv file without a header line.
 
     Yields:
         Column -> value.
@@ -127,15 +133,39 @@ def read_rows(path: Path, sample_by: str = "document", columns: list[str] | None
         rows = _read_parquet(path, columns)
     else:
         has_header = not (columns and all(name.isdigit() for name in columns))
-        rows = _read_table(path, read_pieces(), has_header)
+        rows = _read_table(path, read_pieces(), has_header, header)
     for row in rows:
         held = 0
         yield row
 
 
-def wrong_column(key: str, column: str, place: str | Path, row: Iterable[str]) -> InputError:
+def find_columns(path: Path) -> dict[str, int]:
+    """Where text and label are in a .csv or .tsv file that seems to have no header line: recipe key -> position.
+
+    The first line is taken for a row if one of its fields is long or occurs again in its column. The text is then the
+    longest column, the label the one with the fewest different values.
+
+    Args:
+        path: The file; its first 1,000 rows are read.
+
+    Returns:
+        Positions from 0 for `text_column` and, with several columns, `label_column`; empty if there seems to be a
+        header line.
+    """
+    first, *rows = itertools.islice(read_rows(path, columns=["0"]), 1000)
+    columns = [[row[name] for row in (first, *rows)] for name in first]
+    if not any(len(values[0]) > 40 or values[0] in values[1:] for values in columns):
+        return {}
+    text, *others = sorted(range(len(columns)), key=lambda index: -sum(map(len, columns[index])))
+    found = {"text_column": text}
+    return (
+        found | {"label_column": min(sorted(others), key=lambda index: len(set(columns[index])))} if others else found
+    )
+
+
+def wrong_column(key: str, column: str, place: str | Path, row: Iterable[str], remedy: str = "") -> InputError:
     names = ", ".join(repr(name[:40]) for name in row)
-    return InputError(f"data.{key} {column!r} is not in {place}, which has: {names}")
+    return InputError(f"data.{key} {column!r} is not in {place}, which has: {names}{remedy}")
 
 
 def looks_local(path: str) -> bool:
@@ -152,7 +182,7 @@ def nearest(path: str) -> str:
 
 def _suffixes(path: Path) -> tuple[str, str]:
     """The suffix that tells the kind, and that of the compression or ""."""
-    suffixes = ["", *(suffix.lower() for suffix in path.suffixes)]
+    suffixes = ["", *(suffix.lower() for suffix in path.suffixes or [SUFFIX_OF.get(path.name, "")])]
     return (suffixes[-2], suffixes[-1]) if suffixes[-1] in CODECS else (suffixes[-1], "")
 
 
@@ -285,11 +315,15 @@ def _json_row(row: Any, place: str) -> dict[str, Any]:
     if isinstance(row, str):
         return {"text": row}
     if not isinstance(row, dict):
-        raise InputError(f"{place} is a {type(row).__name__}, it must be an object (or a text): correct the file")
+        raise InputError(
+            f"{place} is of type {type(row).__name__}, it must be an object (or a text): correct the file"
+        )
     return row
 
 
-def _read_table(path: Path, pieces: Iterable[str], has_header: bool) -> Iterator[dict[str, Any]]:
+def _read_table(
+    path: Path, pieces: Iterable[str], has_header: bool, header: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     lines = _read_lines(pieces)
     if _suffixes(path)[0] == ".tsv":
         # In a .tsv quotes are letters like others, and a tab or a line end always separates.
@@ -298,7 +332,7 @@ def _read_table(path: Path, pieces: Iterable[str], has_header: bool) -> Iterator
         # Process-wide; the limit of 131,072 characters a field is less than one long document.
         csv.field_size_limit(sys.maxsize)
         reader = (fields for fields in csv.reader(lines, strict=True) if fields)
-    header, number = None, 0
+    number = 0
     try:
         for number, fields in enumerate(reader, start=1):
             if header is None:

@@ -97,10 +97,18 @@ def load_conversations(
     missing = {"validation": arguments.validation_fraction, "test": arguments.test_fraction}
     missing = {split: fraction for split, fraction in missing.items() if split not in rows}
     report.split_by = ("order" if arguments.divide == "order" else "rows") if missing else "given"
-    if len(rows["train"]) <= len(missing):
+    # All rows of one prompt are on one side, unless they are divided by their order.
+    different = rows["train"] if arguments.divide == "order" else set(map(prompt_of, rows["train"]))
+    if len(different) <= len(missing):
+        prompts = "" if len(different) == len(rows["train"]) else f" to {len(different)} different prompts"
         raise InputError(
-            f"data.path {arguments.path!r} has {len(rows['train'])} rows with an answer ({report.reasons}), too few "
-            f"for {len(missing) + 1} splits: add rows"
+            f"data.path {arguments.path!r} has {len(rows['train'])} rows with an answer{prompts} ({report.reasons}), "
+            f"too few for {len(missing) + 1} splits: add rows"
+        )
+    if empty := [split for split, found in rows.items() if not found]:
+        raise InputError(
+            f"the {empty[0]} split of data.path {arguments.path!r} has no row with an answer ({report.reasons}): name "
+            f"another in data.{empty[0]}_split, or take only the files of the others"
         )
     rows |= _divide(rows["train"], missing, arguments.divide, seed)
     prompts = {split: [prompt_of(conversation) for conversation in rows[split]] for split in SPLITS}
@@ -225,8 +233,8 @@ def count_tokens(rows: datasets.Dataset, unknown_id: int | None, report: DataRep
     sizes.predicted_tokens = sum(target != IGNORED for row in rows for target in row["shift_labels"])
     if not sizes.predicted_tokens:
         raise InputError(
-            f"nothing is learned in the {split} split of {report.source} ({report.reasons}): give rows with answers, "
-            "or raise data.max_length and the model's context"
+            f"no row of the {split} split of {report.source} can be used ({report.reasons}): shorten its rows, raise "
+            "data.max_length, or use a model with a longer context"
         )
 
 
@@ -279,7 +287,7 @@ def _read_row(row: Row, before_input: str, place: str) -> Conversation:
     texts = [row[asked], row[answered], row.get("input") if kind == "instruction" else None]
     for column, text in zip((asked, answered, "input"), texts, strict=True):
         if text is not None and not isinstance(text, str):
-            raise InputError(f"{place}: {column} is a {type(text).__name__}, it must be text: correct the row")
+            raise InputError(f"{place}: {column} is of type {type(text).__name__}, it must be text: correct the row")
     question, answer, given = (text or "" for text in texts)
     if given.strip():
         question = f"{question.strip()}{before_input}{given.strip()}"
@@ -337,6 +345,11 @@ def _divide(
     sizes = {split: max(round(len(conversations) * fraction), 1) for split, fraction in fractions.items()}
     if divide == "order":
         start = len(conversations) - sum(sizes.values())
+        if start < 1:
+            raise InputError(
+                f"data.{' and data.'.join(f'{split}_fraction' for split in fractions)} leave none of "
+                f"{len(conversations)} rows to train on: lower them, or add rows"
+            )
         divided = {"train": conversations[:start]}
         for split in sorted(sizes):  # test before validation
             divided[split] = conversations[start : start + sizes[split]]
@@ -348,16 +361,20 @@ def _divide(
     def order(prompt: str) -> bytes:
         return hashlib.blake2b(prompt.encode(), digest_size=8, salt=salt).digest()
 
-    side: dict[str, str] = {}
+    prompts: dict[str, list[str]] = {split: [] for split in ("train", *fractions)}
     for prompt in sorted(copies, key=order):
-        for split in sizes:
-            if sizes[split] >= copies[prompt] and prompt not in side:
-                side[prompt] = split
-                sizes[split] -= copies[prompt]
-    return {
-        split: [conversation for conversation in conversations if side.get(prompt_of(conversation), "train") == split]
-        for split in ("train", *fractions)
-    }
+        split = next((split for split, rows in sizes.items() if rows >= copies[prompt]), "train")
+        prompts[split].append(prompt)
+        if split != "train":
+            sizes[split] -= copies[prompt]
+    # No prompt was as rare as a small split wants: it gets the rarest of the split that has most of them.
+    for split in (split for split, found in prompts.items() if not found):
+        most = max(prompts.values(), key=len)
+        rarest = min(most, key=copies.get)
+        most.remove(rarest)
+        prompts[split].append(rarest)
+    side = {prompt: split for split, found in prompts.items() for prompt in found}
+    return {split: [row for row in conversations if side[prompt_of(row)] == split] for split in prompts}
 
 
 def _find_near_duplicates(train: list[str], test: list[str], threshold: float) -> list[list[str]]:

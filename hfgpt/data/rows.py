@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from hfgpt.data.files import family, find_source, hash_files, nearest, read_rows, wrong_column
+from hfgpt.data.files import family, find_columns, find_source, hash_files, nearest, read_rows, wrong_column
 from hfgpt.data.report import DataReport
 from hfgpt.data.synthetic import generate_stories
 from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
@@ -55,6 +55,7 @@ class Reading:
         limit: Read only the first so many rows of each split; for synthetic rows, how many to generate.
         sample_by: What one row of a text file is.
         seed: Of synthetic rows.
+        column_names: Of a .csv or .tsv file without a header line.
     """
 
     columns: dict[str, str]
@@ -62,6 +63,7 @@ class Reading:
     limit: int | None = None
     sample_by: str = "document"
     seed: int = 0
+    column_names: list[str] | None = None
 
 
 def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, Iterator[Row]]:
@@ -123,8 +125,8 @@ def _open_hub(source: SourceArguments, reading: Reading) -> dict[str, Iterator[R
     except (datasets.exceptions.FileNotFoundDatasetsError, ConnectionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"data.path {source.path!r} is no local file{nearest(source.path)} and cannot be had from the Hub "
-            f"({reason}): check data.path, data.name, data.revision, the network and the login"
+            f"data.path {source.path!r} was not found locally{nearest(source.path)} or on the Hub ({reason}): check "
+            "data.path, data.name, data.revision, the network and the login"
         ) from error
     names = {"train": source.train_split}
     for split, wanted in reading.splits.items():
@@ -194,13 +196,27 @@ def _read_files(files: list[Path], path: str, reading: Reading) -> Iterator[Row]
     for file in files:
         if file.stat().st_size == 0 and len(files) == 1:
             raise InputError(f"data.path {path!r} is empty: add text to it")
-        rows = read_rows(file, reading.sample_by, list(reading.columns.values()) or None)
+        asked = list(reading.columns.values())
+        rows = read_rows(file, reading.sample_by, asked or None)
         if is_text:  # it has one column, whatever the recipe calls it
             rows = ({text: row["text"]} for row in rows)
         first = next(rows, None)
         if first is None:
             continue
-        for key, column in reading.columns.items():
-            if column not in first:
-                raise wrong_column(key, column, file, first)
+        missing = [key for key, column in reading.columns.items() if column not in first]
+        if missing and family(file) == "table" and (found := find_columns(file)):
+            names = reading.column_names or ()
+            if len(names) != len(first) or not set(asked) <= set(names):
+                places = " ".join(f"--data.{key} {found[key]}" for key in reading.columns if key in found)
+                remedy = f"; it seems to have no header line: name columns by position, from 0 ({places})"
+                raise wrong_column(missing[0], reading.columns[missing[0]], file, first, remedy)
+            rows = read_rows(file, header=list(names))
+            first = next(rows)
+        elif missing and is_text:
+            raise InputError(
+                f"data.{missing[0]} is {reading.columns[missing[0]]!r}, but {file} is a text file without columns: "
+                "use a table (a .tsv file has a tab between columns), JSON or Parquet"
+            )
+        elif missing:
+            raise wrong_column(missing[0], reading.columns[missing[0]], file, first)
         yield from itertools.chain([first], rows)

@@ -156,10 +156,9 @@ def _collect_splits(arguments: DataArguments, seed: int, report: DataReport) -> 
         values = (row.get(arguments.text_column) for row in rows)
         collected[name] = _collect(values, folder, seed, report, contents)
         if not len(collected[name].dataset):
-            dropped = ", ".join(f"{rows} {reason}" for reason, rows in report.dropped.items()) or "none"
             raise InputError(
-                f"data.path {arguments.path!r} is empty: its {name} split has no text in {report.rows_read} rows read "
-                f"(dropped: {dropped}); add text, or name the column that holds it in data.text_column"
+                f"the {name} split of data.path {arguments.path!r} has no text ({report.reasons}): add text, or name "
+                "the column that holds it in data.text_column"
             )
     report.sha256 = report.sha256 or contents.hexdigest()
     digests = np.concatenate([split.digests for split in collected.values()])

@@ -178,8 +178,19 @@ def plot_confusion(result: ClassifierResult, path: Path, title: str):
             colour = "white" if count > largest / 2 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
     places = range(len(result.labels))
-    axes.set_xticks(places, result.labels, rotation=30 if len(result.labels) > 3 else 0)
-    axes.set_yticks(places, result.labels)
-    axes.set(xlabel="predicted", ylabel="right", title=title)
+    labels = [drawable(label, f"class {index}") for index, label in enumerate(result.labels)]
+    axes.set_xticks(places, labels, rotation=30 if len(labels) > 3 else 0)
+    axes.set_yticks(places, labels)
+    axes.set(xlabel="predicted", ylabel="right", title=drawable(title, "test split"))
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def drawable(text: str, otherwise: str) -> str:
+    """A text for a picture: `otherwise` if matplotlib's font lacks one of its characters, as of Chinese or emoji."""
+    from matplotlib import font_manager
+
+    known = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    if any(ord(character) not in known for character in text):
+        return otherwise
+    return text.replace("$", r"\$")  # which would begin a formula

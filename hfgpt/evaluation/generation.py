@@ -43,7 +43,10 @@ class SamplingArguments:
             if getattr(self, name) is not None and getattr(self, name) < smallest:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}; it must be above 0 (or take the likeliest: greedy)")
+            raise InputError(
+                f"temperature is {self.temperature}; it must be above 0: for the most likely token every time, set "
+                "top_k to 1"
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.greedy and self.num_samples > 1:
@@ -78,14 +81,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
     unknown_id = unknown_token_id(tokenizer)
     if unknown_id in ids:
         unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
-        raise InputError(f"the prompt {prompt!r} holds {unknown!r}, which the tokenizer does not know: leave it out")
+        raise InputError(f"the prompt {prompt!r} has {unknown!r}, which the tokenizer does not know: leave it out")
     if not ids and tokenizer.eos_token_id is None:
-        raise InputError("an empty prompt stands for an end of text, which this tokenizer has not: give some text")
+        raise InputError(
+            "an empty prompt starts a new document, and this tokenizer has no end-of-text token to start one: give "
+            "some text"
+        )
     ids = ids or [tokenizer.eos_token_id]
+    size = f"{len(ids)} token{'s' * (len(ids) != 1)}"
+    if len(ids) >= context:
+        raise InputError(
+            f"the prompt has {size}, and the context of {context} has to hold at least one more: shorten "
+            f"it to at most {context - 1} tokens"
+        )
     if len(ids) + max_new_tokens > context:
         raise InputError(
-            f"the prompt has {len(ids)} tokens and {max_new_tokens} more were asked for, but the context is "
-            f"{context}: ask for at most {max(context - len(ids), 0)} new tokens, or shorten the prompt"
+            f"the prompt has {size} and {max_new_tokens} more were asked for, but the context is "
+            f"{context}: ask for at most {context - len(ids)} new tokens, or shorten the prompt"
         )
     return ids
 

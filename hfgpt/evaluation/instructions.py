@@ -41,7 +41,10 @@ def encode_question(conversation: Conversation, tokenizer: PreTrainedTokenizerBa
     messages = list(conversation[:-1])
     ids = encode_chat(tokenizer, messages, add_generation_prompt=True)["input_ids"]
     if len(ids) >= context:
-        raise InputError(f"the prompt has {len(ids)} tokens, but the context of the model is {context}: shorten it")
+        raise InputError(
+            f"the prompt has {len(ids)} tokens in its template, and the context of {context} has to hold at least one "
+            f"more: shorten it to at most {context - 1} tokens"
+        )
     return ids
 
 

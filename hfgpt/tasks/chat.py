@@ -39,11 +39,16 @@ class Chat:
         if not self.tokenizer.chat_template:
             raise InputError(
                 "the model's tokenizer has no chat template, so it was not trained to chat: train it with task: "
-                "instruct, or go on with hfgpt generate"
+                "instruct, or use hfgpt generate"
             )
         if self.tokenizer.eos_token_id is None:
             raise InputError("the model's tokenizer has no end-of-text token, so an answer could not end")
         check_chat_template(self.tokenizer)
+        if self.max_new_tokens >= self.model.config.max_position_embeddings:
+            raise InputError(
+                f"--max-new-tokens is {self.max_new_tokens}, and the context of "
+                f"{self.model.config.max_position_embeddings} tokens has to hold the question, too: ask for fewer"
+            )
         set_seed(self.sampling.seed)
 
     @property
@@ -103,8 +108,8 @@ class Chat:
                 return ids
             if len(messages) == 1:
                 raise InputError(
-                    f"that is {len(ids)} tokens, but the context leaves {max(room, 0)} beside an answer of "
-                    f"{self.max_new_tokens}: say less, or lower --max-new-tokens"
+                    f"the message has {len(ids)} tokens with its template, but the context has room for {room} before "
+                    f"an answer of {self.max_new_tokens}: shorten it, or lower --max-new-tokens"
                 )
             messages = messages[2:]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from hfgpt.evaluation.classification import (
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.loading import classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.saving import write_json
+from hfgpt.saving import quote_path, write_json
 from hfgpt.tasks.first_pass import build_blocks, describe_first_pass, model_after_first_pass, run_first_pass
 from hfgpt.tasks.messages import describe_choices, describe_classification, render_summary
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
@@ -181,7 +182,7 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     end_run(recipe)
     measured, following = (
         f"on the test split {describe_classification(metrics)}",
-        f"hfgpt classify {folder} 'your text'",
+        f"hfgpt classify {quote_path(folder)} 'your text'",
     )
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     publish_run(recipe, training, console)
@@ -325,20 +326,22 @@ def load_classifier(path: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
 
 
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """Texts of the command line, then the lines of a file.
+    """Texts of the command line, then the lines of a file; `-` is standard input.
 
     Raises:
         InputError: There is none, one is empty, or the file cannot be read.
     """
     named = [(f"text {number}", text) for number, text in enumerate(texts, start=1)]
     if file is not None:
+        place = "standard input" if file == Path("-") else file
+        content = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
         try:
-            lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            lines = content.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if content else []
         except UnicodeDecodeError as error:
-            raise InputError(f"'{file}' is not UTF-8 at byte {error.start}: convert it") from error
-        named += [(f"{file}, line {number}", line) for number, line in enumerate(lines, start=1)]
+            raise InputError(f"{place} is not UTF-8 at byte {error.start}: convert it") from error
+        named += [(f"{place}, line {number}", line) for number, line in enumerate(lines, start=1)]
     if not named:
-        raise InputError("there is no text to classify: give some, or a file of lines with --file")
+        raise InputError("there is no text to classify: give some, or a file with a text per line (--file)")
     for place, text in named:
         if not text.strip():
             raise InputError(f"{place} is empty: leave it out")

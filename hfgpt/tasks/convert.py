@@ -188,8 +188,8 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
     config = load_model_config(source, arguments.revision)
     if config.model_type != "gpt2":
         raise InputError(
-            f"'{source}' is a model of type {config.model_type}; what is converted is gpt2, and files of nanoGPT and "
-            "the book"
+            f"'{source}' is a model of type {config.model_type}; import converts models of type gpt2, and files of "
+            "nanoGPT and the book"
         )
     if arguments.format not in ("auto", "gpt2"):
         raise InputError(f"'{source}' is in the format gpt2, not {arguments.format}: leave out --format")
@@ -272,7 +272,7 @@ def _load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedMo
         raise InputError(
             f"'{model_path}' is an adapter: pass --merge-adapter to export it with its base model"
             if base
-            else f"'{model_path}' is no adapter: leave out --merge-adapter"
+            else f"'{model_path}' is not an adapter: leave out --merge-adapter"
         )
     config = load_model_config(base or model_path)
     if config.model_type not in ("hfgpt", "gpt2"):

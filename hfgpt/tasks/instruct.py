@@ -35,7 +35,7 @@ from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.saving import write_json, write_text
+from hfgpt.saving import check_writable, quote_path, write_json, write_text
 from hfgpt.tasks.messages import describe_answers, describe_choices, render_summary
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
 from hfgpt.tasks.training_run import (
@@ -162,7 +162,7 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
             raise InputError(f"{error}; all else is written: go on with the same command and --resume") from error
     measured = f"on the test split {describe_answers(metrics)}"
     end_run(recipe)
-    following = f"hfgpt chat {folder}"
+    following = f"hfgpt chat {quote_path(folder)}"
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     publish_run(recipe, training, console)
     return metrics
@@ -292,6 +292,8 @@ def evaluate_follower(
         if not evaluation.answers:
             raise InputError("judgements have to be kept somewhere: name a folder in --evaluation.answers")
         check_judge(evaluation.judge)
+    if evaluation.answers:
+        check_writable(Path(evaluation.answers))
     tokenizer = load_model_tokenizer(path)
     before_input = set_chat_template(tokenizer, data.template)
     model = load_model(path).to(find_device())

@@ -73,12 +73,14 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
     console = console or stderr_console()
     base = find_base(path)
     if base is None:
-        raise InputError(f"'{path}' is no adapter: name the folder of a run that trained one")
+        raise InputError(f"'{path}' is not an adapter, here or on the Hub: name the folder of a run that trained one")
     kind = load_model_config(path).model_type
     if kind not in TRAINABLE_TYPES:
         raise InputError(
             f"'{path}' is the adapter of a model of type {kind}; only those of hfgpt and gpt2 can be merged"
         )
+    if not tolerance >= 0:
+        raise InputError(f"--tolerance is {tolerance}; it must be at least 0")
     out = check_free(out)
     tokenizer = load_model_tokenizer(path)
     check_same_tokens(tokenizer, base)

@@ -36,7 +36,9 @@ def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate)
         else f"vocabulary {model.config.vocab_size:,}"
     )
     lines = [
-        f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}",
+        f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}; "
+        f"{model.config.num_hidden_layers} layers, {model.config.num_attention_heads} heads, hidden size "
+        f"{model.config.hidden_size}",
         f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
         f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",

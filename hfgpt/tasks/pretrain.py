@@ -22,7 +22,7 @@ from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, genera
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.saving import write_json
+from hfgpt.saving import quote_path, write_json
 from hfgpt.tasks.messages import describe_choices, describe_data, describe_metrics, render_summary
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
 from hfgpt.tasks.training_run import (
@@ -147,7 +147,8 @@ def finish_run(recipe: Recipe, training: Training, data: PretrainingData, consol
     tokens = round(trainer.state.total_flos / training.estimate.flops_per_token)
     write_json(folder / "run.json", describe_run(recipe, training, tokens, samples))
     end_run(recipe)
-    measured, following = f"validation {describe_metrics(metrics)}", f"hfgpt generate {folder} 'your prompt'"
+    measured = f"validation {describe_metrics(metrics)}"
+    following = f"hfgpt generate {quote_path(folder)} 'your prompt'"
     console.print(render_summary(folder, measured, samples["texts"], training, following), highlight=False)
     publish_run(recipe, training, console)
     return metrics

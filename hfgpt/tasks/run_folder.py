@@ -6,7 +6,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,9 +18,18 @@ from transformers.utils import cached_file
 import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
-from hfgpt.loading import hash_file
 from hfgpt.recipe import Recipe, first_difference, load_recipe, render_recipe
-from hfgpt.saving import explain_full_disk, read_json, remove_leftovers, staged_files, write_json, write_text
+from hfgpt.saving import (
+    check_writable,
+    explain_full_disk,
+    hash_file,
+    quote_path,
+    read_json,
+    remove_leftovers,
+    staged_files,
+    write_json,
+    write_text,
+)
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, remove_later_checkpoints, step_of
@@ -59,10 +67,9 @@ def hold_folder(folder: Path, main_process: bool = True) -> Iterator[None]:
         return
     if folder.exists() and not folder.is_dir():
         raise InputError(f"training.output_dir '{folder}' is a file: choose a folder")
+    check_writable(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"training.output_dir '{folder}' is not writable: change its permissions, or choose another")
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, folder)
@@ -166,7 +173,7 @@ def _advise_longer(recipe: Recipe) -> str:
         )
     weights = folder if (folder / CARD_FILE).is_file() else last or folder
     return (
-        f"to train it further, start a new run from its weights with --model.path {shlex.quote(str(weights))} and "
+        f"to train it further, start a new run from its weights with --model.path {quote_path(weights)} and "
         "another --training.output_dir"
     )
 

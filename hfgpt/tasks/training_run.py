@@ -21,7 +21,7 @@ from hfgpt.adapters import (
     read_adapter,
     trainable_parameters,
 )
-from hfgpt.building import build_model
+from hfgpt.building import build_model, find_architecture
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.collators import PaddingCollator
 from hfgpt.data.report import DataReport
@@ -34,7 +34,7 @@ from hfgpt.hub.upload import check_login
 from hfgpt.hub.usage import Place
 from hfgpt.loading import hash_weights, load_model_config, load_model_tokenizer
 from hfgpt.recipe import Recipe
-from hfgpt.saving import read_json, staged_files
+from hfgpt.saving import quote_path, read_json, staged_files
 from hfgpt.tasks.publish import PublishArguments, check_base, publish
 from hfgpt.tasks.run_folder import describe_base, describe_environment
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer
@@ -111,7 +111,7 @@ def context_length(recipe: Recipe) -> int:
     """The context of the recipe's model, in tokens, without building it."""
     if recipe.model.path is not None:
         return load_model_config(recipe.model.path, recipe.model.revision).max_position_embeddings
-    return recipe.model.max_position_embeddings or HfGPTConfig().max_position_embeddings
+    return find_architecture(recipe.model).get("max_position_embeddings", HfGPTConfig.max_position_embeddings)
 
 
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
@@ -150,7 +150,9 @@ def build_recipe_model(
         )
     if recipe.adapters is None:
         if arguments.load_in_4bit:
-            raise InputError("weights in 4 bits are not trained: add a section adapters, or drop model.load_in_4bit")
+            raise InputError(
+                "4-bit weights cannot be trained: add a section adapters, or leave out model.load_in_4bit"
+            )
         model = build_model(arguments, tokenizer, labels)
         if trainable != "all":
             freeze_model(model, (recipe.training.last_blocks or 1) if trainable == "last_blocks" else 0)
@@ -185,7 +187,7 @@ def freeze_model(model: PreTrainedModel, last_blocks: int):
         )
     blocks = model.model.layers
     if last_blocks > len(blocks):
-        raise InputError(f"training.last_blocks is {last_blocks}, but the model has {len(blocks)} blocks: lower it")
+        raise InputError(f"training.last_blocks is {last_blocks}, but num_hidden_layers is {len(blocks)}: lower it")
     model.requires_grad_(False)
     head = model.get_output_embeddings() if hasattr(model, "lm_head") else model.score
     for module in (head, *((*blocks[len(blocks) - last_blocks :], model.model.norm) if last_blocks else ())):
@@ -339,5 +341,5 @@ def publish_run(recipe: Recipe, training: Training, console: Console):
     if failed:
         raise InputError(
             f"the run in {folder} is finished, but not all of it was published: {'; '.join(failed)}; publish it with: "
-            f"hfgpt publish {folder} {hub.repo_id}"
+            f"hfgpt publish {quote_path(folder)} {hub.repo_id}"
         )

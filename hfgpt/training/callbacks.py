@@ -18,6 +18,7 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from hfgpt.errors import InputError, make_visible
+from hfgpt.evaluation.classification import drawable
 from hfgpt.saving import write_text
 
 LOG_FILE = "training_log.jsonl"
@@ -190,7 +191,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
             last = f"{label}: {points[-1][1]:.3f}"
             axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
     axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
-    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=Path(output_dir).name)
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=drawable(Path(output_dir).name, "loss"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from hfgpt.adapters import is_adapted
@@ -21,7 +23,7 @@ from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import fact_of, quiet_bars, save_labels
-from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, write_checksums
+from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, write_checksums
 from hfgpt.training.checkpoints import find_last_checkpoint, step_of
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
@@ -78,9 +80,17 @@ def check_numbers(section: str, arguments: Any):
                 raise InputError(f"{section}.{name} is {value}; it must be {limit}")
 
 
+# For weights drawn at random, where a recipe leaves these open; TrainingArguments' own are for trained weights.
+FROM_SCRATCH = {"learning_rate": 1e-3, "num_train_epochs": 10.0, "warmup_steps": 0.05}
+
+
 @dataclass
 class HfGPTTrainingArguments(TrainingArguments):
     """The recipe's section `training`: the fields of `TrainingArguments`, with defaults for small GPTs, and more.
+
+    A recipe that trains new weights, without `model.path` and without a first pass, has other defaults for three of
+    them: `learning_rate` 0.001 (lower it for a wide model: 6e-4 is usual for the size of GPT-2), `num_train_epochs` 10
+    and `warmup_steps` 0.05, which is 5 % of all steps.
 
     Args:
         bf16: Mixed precision in bfloat16; None turns it on where the hardware has it, never where it is emulated.
@@ -115,6 +125,7 @@ class HfGPTTrainingArguments(TrainingArguments):
                 "training.push_to_hub would push checkpoints without the model's code, and hide what fails: use the "
                 "section hub, with repo_id, instead"
             )
+        _check_reporters(self.report_to)
         device = torch.device("cpu") if self.use_cpu else find_device()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_native_bf16(device)
@@ -262,7 +273,7 @@ class HfGPTTrainer(Trainer):
         if math.isfinite(value):
             return
         last = find_last_checkpoint(self.args.output_dir)
-        remedy = f", from the last checkpoint with --model.path {last}" if last else ""
+        remedy = f", from the last checkpoint with --model.path {quote_path(last)}" if last else ""
         raise InputError(
             f"the {name} is {value} {where}: start another run with a lower training.learning_rate or "
             f"training.max_grad_norm{remedy}"
@@ -325,7 +336,7 @@ class HfGPTTrainer(Trainer):
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "weights")
         try:
-            with explain_full_disk(folder):
+            with explain_full_disk(folder, self._following()):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
@@ -369,8 +380,32 @@ class HfGPTTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        with explain_full_disk(output_dir or self.args.output_dir):
+        with explain_full_disk(output_dir or self.args.output_dir, self._following()):
             super().save_model(output_dir, _internal_call)
+
+    def _following(self) -> str:
+        """What to do once there is space again."""
+        last = find_last_checkpoint(self.args.output_dir)
+        start = f"resumes from {last.name}" if last else "starts anew, as no checkpoint was saved"
+        return f"then run the same command with --resume, which {start}"
+
+
+def _check_reporters(report_to: str | list[str] | None):
+    """Refuses a tool to report to that is unknown or not installed; transformers would do so when the data is ready.
+
+    Raises:
+        InputError: Names the tool and the command that installs it.
+    """
+    modules = {"azure_ml": "azureml", "flyte": "flytekit"}
+    packages = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("none", "all", "kubeflow"):  # kubeflow has no package
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise InputError(f"training.report_to is '{name}'; it must be one of {', '.join(INTEGRATION_TO_CALLBACK)}")
+        if find_spec(modules.get(name, name)) is None:
+            command = f"pip install {packages.get(name, name)}"
+            raise InputError(f"training.report_to is '{name}', which is not installed: {command}")
 
 
 @contextmanager

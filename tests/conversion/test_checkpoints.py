@@ -147,11 +147,11 @@ def test_sources_that_are_not_there(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal("none.pt", tmp_path) == "there is no file 'none.pt': check the path"
     (tmp_path / "empty").mkdir()
-    assert "holds no config.json" in refusal("./empty", tmp_path)
+    assert "has no config.json" in refusal("./empty", tmp_path)
     (tmp_path / "a.txt").write_text("text")
     assert "has the suffix '.txt': taken are .pt, .pth" in refusal("a.txt", tmp_path)
     HfGPTForCausalLM(tiny_config()).save_pretrained(tmp_path / "ours")
-    assert "is a model of type hfgpt; what is converted is gpt2" in refusal("ours", tmp_path)
+    assert "is a model of type hfgpt; import converts models of type gpt2" in refusal("ours", tmp_path)
     make_gpt2().save_pretrained(tmp_path / "gpt2")
     assert "in the format gpt2, not book" in refusal("gpt2", tmp_path, format="book")
     assert "--num-heads is not needed" in refusal("gpt2", tmp_path)

@@ -342,7 +342,7 @@ def test_an_adapter_is_merged_when_asked(tiny_config, ids, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(InputError, match="is an adapter: pass --merge-adapter"):
         export_model(str(tmp_path / "adapter"), tmp_path / "out", console=QUIET)
-    with pytest.raises(InputError, match="is no adapter: leave out --merge-adapter"):
+    with pytest.raises(InputError, match="is not an adapter: leave out --merge-adapter"):
         export_model(str(tmp_path / "base"), tmp_path / "out", merge_adapter=True, console=QUIET)
     export_model(str(tmp_path / "adapter"), tmp_path / "out", merge_adapter=True, console=QUIET)
     ids = ids[:, :32] % 64

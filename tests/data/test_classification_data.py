@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -18,6 +19,7 @@ from hfgpt.data.classification import (
 )
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
+from hfgpt.recipe import load_recipe
 from hfgpt.tokenizer import train_tokenizer
 
 
@@ -200,6 +202,61 @@ def test_what_cannot_be_learned_is_refused(load, rows, arguments, message):
         load(rows, **arguments)
 
 
+SMS = "ham\tOk lar...\nspam\tFree entry in a wkly comp to win\n"
+
+
+@pytest.mark.parametrize("name", ["SMSSpamCollection", "SMSSpamCollection.tsv", "messages.tsv"])
+def test_the_sms_spam_collection_is_read_as_it_is_by_the_recipe(load, tmp_path, name):
+    (tmp_path / name).write_text("".join(SMS.replace("\t", f"\t{index} ") for index in range(9)))
+    recipe = load_recipe("spam", ["--data.path", str(tmp_path / name)]).data
+    rows = load_all_labelled_texts(recipe, ["ham", "spam"], DataReport())
+    assert rows[:2] == {"text": ["0 Ok lar...", "0 Free entry in a wkly comp to win"], "label": ["ham", "spam"]}
+    assert len(rows) == 18
+    header = tmp_path / "header.tsv"
+    header.write_text("label\tsms\n" + (tmp_path / name).read_text())
+    assert load_all_labelled_texts(replace(recipe, path=str(header)), ["ham", "spam"], DataReport())[:] == rows[:]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "positions"),
+    [
+        (SMS * 2, {}, "--data.text_column 1 --data.label_column 0"),
+        (SMS * 2, {"column_names": ["kind", "words"]}, "--data.text_column 1 --data.label_column 0"),
+        (SMS * 2, {"column_names": ["label", "text", "more"]}, "--data.text_column 1 --data.label_column 0"),
+        (f"{'long' * 11}\tno\tx\nb\tyes\tx\n", {}, "--data.text_column 0 --data.label_column 2"),
+    ],
+)
+def test_a_table_without_a_header_line_is_refused_with_the_positions_of_its_columns(
+    load, tmp_path, text, arguments, positions
+):
+    (tmp_path / "a.tsv").write_text(text)
+    with pytest.raises(InputError) as error:
+        load(None, path=str(tmp_path / "a.tsv"), **arguments)
+    assert str(error.value).endswith(
+        f"; it seems to have no header line: name columns by position, from 0 ({positions})"
+    )
+
+
+def test_a_header_line_with_other_names_is_not_taken_for_a_row(load, tmp_path):
+    (tmp_path / "a.tsv").write_text("Category\tMessage\n" + SMS * 2)
+    with pytest.raises(InputError, match=r"which has: 'Category', 'Message'$"):
+        load(None, path=str(tmp_path / "a.tsv"), column_names=["label", "text"])
+
+
+def test_a_text_file_has_no_labels(load, tmp_path):
+    (tmp_path / "a.txt").write_text(SMS)
+    with pytest.raises(InputError, match=r"data.label_column is 'label', but .*a.txt is a text file"):
+        load(None, path=str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("fractions", [(0.9, 0.05), (0.05, 0.9), (0.01, 0.01)])
+@pytest.mark.parametrize("copies", [1, 6])
+def test_each_split_gets_a_text_of_each_class_if_there_are_enough(load, fractions, copies):
+    validation, test = fractions
+    splits = load(make_rows(3 * copies, copies=copies), validation_fraction=validation, test_fraction=test)[0]
+    assert [sorted({label for _, label in splits[name]}) for name in SPLITS] == [["a", "b"]] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -229,7 +286,7 @@ def test_evaluation_takes_all_rows_or_one_split_and_knows_its_labels(tmp_path):
     assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 9
     arguments["test_split"] = "test"
     assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 3
-    with pytest.raises(InputError, match=r"the label 'a' of .* is unknown to the model, which tells no, yes apart"):
+    with pytest.raises(InputError, match=r"the label 'a' of .* is not one of the model's classes .no, yes."):
         load_all_labelled_texts(ClassificationDataArguments(**arguments), ["no", "yes"], DataReport())
 
 

@@ -96,7 +96,7 @@ def test_rows_without_an_answer_are_counted(load):
         ({"prompt": "a"}, "train row 1 has 'prompt': a row needs"),
         ({"messages": "hello"}, "messages must be a list of {role, content}"),
         ({"messages": [{"role": "user"}]}, "messages must be a list of {role, content}"),
-        ({"instruction": 1, "output": "x"}, "instruction is a int, it must be text"),
+        ({"instruction": 1, "output": "x"}, "instruction is of type int, it must be text"),
         (
             {"messages": [*turn("a", "b"), *turn("a", "b")[1:]]},
             "message 3 is of role 'assistant', but the turn is of 'us",
@@ -134,6 +134,38 @@ def test_rows_of_one_prompt_are_on_one_side_and_copies_are_counted(load):
     assert sum(map(len, splits.values())) == 90
     assert (report.duplicated, report.leaked) == (60, 0)
     assert load(rows)[0] == splits != load(rows, seed=1)[0]
+
+
+def test_each_split_gets_a_prompt_however_many_copies_it_has(load):
+    """A twentieth of 72 rows is 4, fewer than the 6 of any prompt: the rarest one validates."""
+    splits, _ = load([{"instruction": f"Say {i % 12}", "output": f"It is {i}"} for i in range(72)])
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 60, "validation": 6, "test": 6}
+    assert len({prompt_of(row) for rows in splits.values() for row in rows}) == 12
+    rare = [{"instruction": "rare", "output": f"{i}"} for i in range(5)]
+    often = [{"instruction": f"Say {i % 12}", "output": f"It is {i}"} for i in range(240)]
+    assert {prompt_of(row) for row in load(often + rare, validation_fraction=0.01)[0]["validation"]} == {"rare"}
+    for arguments in ({"test_fraction": 0.9}, {"validation_fraction": 0.9, "test_fraction": 0.05}):
+        assert [len(rows) for rows in load(often[:3], **arguments)[0].values()] == [1, 1, 1]
+
+
+def test_too_few_prompts_or_rows_for_three_splits_are_told_as_such(load):
+    rows = [{"instruction": f"Say {i % 2}", "output": f"It is {i}"} for i in range(72)]
+    with pytest.raises(
+        InputError, match=r"has 72 rows with an answer to 2 different prompts .*, too few for 3 splits"
+    ):
+        load(rows)
+    with pytest.raises(
+        InputError, match=r"data.test_fraction leave none of 3 rows to train on: lower them, or add rows"
+    ):
+        load(rows[:3], divide="order", test_fraction=0.9)
+
+
+def test_a_given_split_without_answers_is_named(load, tmp_path):
+    for name, answer in {"train": "yes", "test": ""}.items():
+        lines = [json.dumps({"instruction": f"{name} {i}", "output": answer}) + "\n" for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    with pytest.raises(InputError, match=r"the test split of .* has no row with an answer .*9 empty answer"):
+        load([], path=str(tmp_path))
 
 
 def test_the_books_division_is_by_order(load):
@@ -224,7 +256,7 @@ def test_a_split_in_which_nothing_is_learned_is_refused(bpe):
     report = DataReport(source="x.json", rows_kept=1)
     encoded = encode_conversations([turn("Hi", "Hello.")], bpe, "answers", 3, report)[0]
     with pytest.raises(
-        InputError, match=r"nothing is learned in the train split of x.json .0 rows read; left out: 1 too long"
+        InputError, match=r"no row of the train split of x.json can be used .0 rows read; left out: 1 too long"
     ):
         count_tokens(encoded, None, report, "train")
 

@@ -169,7 +169,7 @@ def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"", "a.txt' is empty: add text"),
-        ("a.txt", b" \n\t", "has no text in 1 rows read (dropped: 1 empty)"),
+        ("a.txt", b" \n\t", "has no text (1 row read; left out: 1 empty)"),
         ("a.txt", b"abc\0def", "a.txt is not text: byte 3 is NUL"),
         ("a.txt", b"caf\xe9 noir", "a.txt is not UTF-8: byte 0xe9 at offset 3; convert it to UTF-8"),
         ("a.txt.gz", gzip.compress(b"caf\xe9 noir", mtime=0), "byte 0xe9 at offset 3"),
@@ -180,7 +180,7 @@ def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
         ("a.txt.zst", b"plain", "is not valid .zst"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": }', "a.jsonl is not JSON: Expecting value in line 3, column 10"),
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json is not JSON: Expecting ':' delimiter in line 2"),
-        ("a.jsonl", b'{"text": "a"}\n[1]', "a.jsonl: line 2 is a list, it must be an object"),
+        ("a.jsonl", b'{"text": "a"}\n[1]', "a.jsonl: line 2 is of type list, it must be an object"),
         (
             "a.jsonl",
             b'{"text": "x"}\n' + b"[" * 9000 + b"]" * 9000,
@@ -198,8 +198,8 @@ def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
         ("a.csv", b'id,text\n1,"x"y\n', "is not a valid table"),
         ("a.tsv", b"id\ttext\n1\n", "row 2 has 1 fields, the first row 2"),
         ("a.parquet", b"PAR1", "is not a valid Parquet file"),
-        ("a.docx", b"x", "has the suffix '.docx': taken are .txt, .md"),
-        ("a.parquet.gz", b"x", "has the suffix '.gz'"),
+        ("a.docx", b"x", "is of the unsupported file type '.docx'; supported: .txt, .md"),
+        ("a.parquet.gz", b"x", "is of the unsupported file type '.gz'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a"}', "all 2 documents"),
     ],
 )
@@ -274,8 +274,8 @@ def test_wrong_column_of_a_parquet_file(load, tmp_path):
     ("arguments", "message"),
     [
         ({"path": "stories.tx"}, "does not exist .nearest: .*stories.txt"),
-        ({"path": "folder"}, "holds no usable file: taken are .txt"),
-        ({"path": "*.csv"}, "holds no usable file"),
+        ({"path": "folder"}, "has no file of a supported type: .txt"),
+        ({"path": "*.csv"}, "has no file of a supported type"),
         ({"path": "mixed"}, r"mixes kinds of files, JSON \(b.jsonl\), text \(a.txt\)"),
         ({"path": "synthetic:poems"}, "there are synthetic:stories"),
         ({"path": "stories.txt", "validation_fraction": 0.0}, "it must be above 0 and below 1"),
@@ -407,9 +407,7 @@ def test_unreachable_hub_data_is_said_in_one_line(load, monkeypatch):
         raise ConnectionError("Couldn't reach\nthe Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        InputError, match=r"'hub/set' is no local file and cannot be had from the Hub \(Couldn't reach"
-    ):
+    with pytest.raises(InputError, match=r"'hub/set' was not found locally or on the Hub \(Couldn't reach"):
         load("hub/set")
 
 

@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 from sklearn import metrics as sklearn_metrics
 from torch import nn
 
@@ -145,3 +146,16 @@ def test_a_measurement_is_of_every_row_without_dropout(classifier, tiny_config):
 def test_the_confusion_matrix_is_drawn(tmp_path):
     plot_confusion(ClassifierResult(1.0, [0, 1, 2, 1], [0, 1, 1, 1], LABELS), tmp_path / "c.png", "title")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_labels_that_cannot_be_drawn_are_numbered(tmp_path, monkeypatch, recwarn):
+    labels = ["\u043f\u043b\u043e\u0445\u043e", "\u597d", "$1 or $2"]
+    close, drawn = pyplot.close, []
+    monkeypatch.setattr(pyplot, "close", lambda figure: (drawn.append(figure), close(figure)))
+    plot_confusion(
+        ClassifierResult(1.0, [0, 1, 2, 1], [0, 1, 1, 1], labels), tmp_path / "c.png", "\u6545\u4e8b, test split"
+    )
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [labels[0], "class 1", r"\$1 or \$2"]
+    assert axes.get_title() == "test split"
+    assert [str(warning.message) for warning in recwarn] == []

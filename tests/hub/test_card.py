@@ -1,6 +1,8 @@
 """The example cards: as the template renders them now, every number of them measured, and valid for the Hub."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -9,8 +11,8 @@ from render_examples import FOLDERS, render
 
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import METRICS, build_card
-from hfgpt.hub.records import read_records, without_paths
-from hfgpt.hub.usage import Place
+from hfgpt.hub.records import Records, read_records, without_paths
+from hfgpt.hub.usage import Place, usage_code
 
 LABELS = ("ham", "spam", "invitation", "lost", "thanks", "trick")
 
@@ -141,3 +143,11 @@ def test_paths_of_this_machine_do_not_travel():
     assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y", "source": "z"}
     kept = {"path": "me/model", "source": "synthetic:stories", "prompts": ["/help me and/or you", "~"]}
     assert without_paths(kept) == kept
+
+
+@pytest.mark.parametrize("name", ["runs/my run", 'a "quoted" run', "back\\slash"])
+def test_the_code_of_a_card_names_any_path(name):
+    for adapter in ({}, {"r": 2}):
+        records = Records(Path(name), *({} for _ in range(6)), adapter, {}, has_tokenizer=True)
+        code = ast.parse(usage_code(records, Place(name)))
+        assert name in [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]

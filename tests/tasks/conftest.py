@@ -133,4 +133,4 @@ def train(load) -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def finished(train, tmp_path_factory) -> Run:
     """A finished run. Nothing may be changed in its folder."""
-    return train(tmp_path_factory.mktemp("finished") / "run", plot=True)
+    return train(tmp_path_factory.mktemp("finished") / "it's a run", plot=True)

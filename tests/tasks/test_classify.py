@@ -224,7 +224,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     assert predict(model, tokenizer, ["red cup"])[0].label == theirs
     with pytest.raises(InputError, match=r"merged' exists: name a folder that does not"):
         merge("adapter", here / "merged")
-    with pytest.raises(InputError, match=r"'merged' is no adapter"):
+    with pytest.raises(InputError, match=r"'merged' is not an adapter"):
         merge("merged", here / "again")
     with pytest.raises(InputError, match=r"so nothing was written: use the adapter unmerged"):
         merge("adapter", here / "again", tolerance=0.0)
@@ -263,12 +263,12 @@ def test_an_adapter_on_a_first_pass_of_its_own_run(here):
         (["training.trainable=adapters"], "there is no section adapters: add it"),
         (["adapters.r=2"], "an adapter needs a model to adapt: set model.path"),
         (["adapters.r=2", "training.trainable=head"], "training.trainable is 'head': leave one of them out"),
-        (["training.trainable=last_blocks", "training.last_blocks=3"], "the model has 2 blocks: lower it"),
+        (["training.trainable=last_blocks", "training.last_blocks=3"], "but num_hidden_layers is 2: lower it"),
         (["pretraining.max_steps=2", "model.num_attention_heads=3"], "model: "),
         (["pretraining.max_steps=2", "pretraining.block_size=33"], "pretraining.block_size is 33, but the context"),
         (["pretraining.max_steps=2", "adapters.target_modules=[c_attn]"], "cannot be adapted"),
         (["evaluation.prompts=['x', ' ']"], "text 2 is empty: leave it out"),
-        (["model.load_in_4bit=true"], "weights in 4 bits are not trained: add a section adapters"),
+        (["model.load_in_4bit=true"], "4-bit weights cannot be trained: add a section adapters"),
     ],
 )
 def test_what_is_refused_leaves_nothing(here, overrides, message):
@@ -291,9 +291,9 @@ def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path
         run("refused", f"tokenizer.path={tmp_path / 'tokenizer'}", recipe="based")
     rows = [{"text": f"{label} {i}", "label": label} for label in "xyz" for i in range(9)]
     (tmp_path / "xyz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"'finished' tells blue, green, red apart, the data x, y, z"):
+    with pytest.raises(InputError, match=r"'finished' has the classes blue, green, red, the data x, y, z"):
         run("refused", "model.path=finished", f"data.path={tmp_path / 'xyz.jsonl'}", recipe="based")
-    with pytest.raises(InputError, match=r"the label 'x' of .* is unknown to the model"):
+    with pytest.raises(InputError, match=r"the label 'x' of .* is not one of the model's classes"):
         evaluate_classifier("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))
     with pytest.raises(InputError, match=r"'finished/pretrained' is a language model, not a classifier"):
         load_classifier("finished/pretrained")

@@ -173,13 +173,16 @@ def test_a_base_in_4_bits(here, finished):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([f"evaluation.prompts=['{'long ' * 99}']"], "tokens, but the context of the model is 96: shorten it"),
+        (
+            [f"evaluation.prompts=['{'long ' * 99}']"],
+            "and the context of 96 has to hold at least one more: shorten it",
+        ),
         (["training.trainable=head"], "the head of this model is its embedding"),
         (["training.last_blocks=1"], "training.last_blocks is set: set training.trainable to last_blocks too"),
         (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
         (
             ["data.max_length=5"],
-            r"nothing is learned in the train split of rows.jsonl .60 rows read; left out: 51 too long",
+            r"no row of the train split of rows.jsonl can be used .60 rows read; left out: 51 too long",
         ),
         (["evaluation.judge.base_url=http://127.0.0.1:9/v1", "evaluation.judge.model=m"], "the judge 'm' at http"),
     ],
@@ -267,7 +270,8 @@ def test_a_chat_stays_within_the_context(chat):
     assert "Say 0" not in text, "the oldest turn went first"
     kept = list(chat.messages)
     with pytest.raises(
-        InputError, match=r"that is \d+ tokens, but the context leaves 88 beside an answer of 8: say le"
+        InputError,
+        match=r"has \d+ tokens with its template, but the context has room for 88 before an answer of 8",
     ):
         chat.answer("long " * 100)
     assert chat.messages == kept
@@ -279,7 +283,7 @@ def test_commands_of_a_chat(here, finished, capsys):
     captured = capsys.readouterr()
     assert captured.out == "yes\nyes\n"
     assert "/reset forgets the conversation" in captured.err
-    assert "say less" in captured.err.replace(" \n", " ")
+    assert "shorten it, or lower --max-new-tokens" in captured.err.replace(" \n", " ")
 
 
 def test_the_same_seed_gives_the_same_chat(here, finished):

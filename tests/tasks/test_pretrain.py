@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shlex
 import signal
 from dataclasses import fields
 from functools import partial
@@ -25,6 +26,7 @@ from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.instruct import instruct
 from hfgpt.tasks.merge import merge
 from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data, pretrain
+from hfgpt.tasks.training_run import context_length
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
@@ -283,7 +285,16 @@ def test_what_is_shown(finished):
     assert "float32; attention sdpa" in shown
     assert f"validation loss {finished.metrics['eval_loss']:.4f} nats" in shown
     assert shown.count("sample: ") == 2
-    assert f"hfgpt generate {finished.folder}" in shown
+    command = shlex.split(shown.rpartition("go on with: ")[2])
+    assert command == ["hfgpt", "generate", str(finished.folder), "your prompt"], "quoted for the shell"
+
+
+def test_blocks_are_as_long_as_the_context_of_the_model_that_is_built(tmp_path):
+    (tmp_path / "r.yaml").write_text("task: pretrain\n")
+    for overrides, context in (([], 256), (["--model.preset=gpt2"], 1024), (["--model.max_position_embeddings=8"], 8)):
+        assert context_length(load_recipe(str(tmp_path / "r.yaml"), overrides)) == context
+    with pytest.raises(InputError, match=r"model.max_position_embeddings is 0; it must be at least 1"):
+        context_length(load_recipe(str(tmp_path / "r.yaml"), ["--model.max_position_embeddings=0"]))
 
 
 def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finished, train, tmp_path):

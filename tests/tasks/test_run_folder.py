@@ -1,12 +1,15 @@
 """What a run leaves: exactly the files it should, with contents that agree; and which folders it refuses."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hfgpt import HfGPTForCausalLM
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
-from hfgpt.saving import remove_leftovers, staged_files, write_checksums, write_json, write_text
+from hfgpt.saving import (
+    check_free,
+    check_writable,
+    quote_path,
+    remove_leftovers,
+    staged_files,
+    write_checksums,
+    write_json,
+    write_text,
+)
 from hfgpt.tasks.pretrain import load_pretraining_data
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, hold_folder
 from hfgpt.tokenizer import tokenizer_hash
@@ -305,6 +317,38 @@ def test_staged_files_appear_together(tmp_path):
     assert content(tmp_path) == {"one": b"old"}
     stage(fail=False)
     assert content(tmp_path) == {"one": b"new", "two": b"new"}
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(load, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    below = tmp_path / "file" / "below"
+    for check in (check_free, lambda folder: check_run_folder(load(folder), resume=False)):
+        with pytest.raises(InputError, match=r"cannot create '.*': '.*file' is not a directory; choose another path"):
+            check(below)
+        for number in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+
+            def fail(number=number, **kwargs):
+                raise OSError(number, os.strerror(number))
+
+            with monkeypatch.context() as patch:
+                patch.setattr(tempfile, "TemporaryFile", fail)
+                with pytest.raises(InputError, match=f"cannot write to .*new': {os.strerror(number)} .*; choose"):
+                    check(tmp_path / "new")
+        check(tmp_path / "new" / "run")
+    assert os.listdir(tmp_path) == ["file"], "nothing is made"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
+def test_a_folder_without_permission_is_found(tmp_path):
+    (tmp_path / "private").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="Permission denied"):
+        check_writable(tmp_path / "private" / "run")
+
+
+def test_a_path_is_pasted_into_a_shell_as_it_is():
+    for path in ("runs/a", "a b", "it's", "-x", "$HOME", "故事"):
+        assert [Path(word) for word in shlex.split(quote_path(Path(path)))] == [Path(path)]
+    assert quote_path("-x") == "./-x", "not an option"
 
 
 @pytest.mark.parametrize("existed", [True, False])

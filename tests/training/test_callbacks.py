@@ -212,10 +212,30 @@ def test_curves_of_a_log_without_evaluation(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("run-\u0440\u0443\u0441\u0441\u043a\u0438\u0439", None),
+        ("\u6545\u4e8b", "loss"),
+        ("run \U0001f680", "loss"),
+        ("$\\frac$", r"\$\frac\$"),
+    ],
+)
+def test_curves_of_a_run_with_a_name_in_any_script(name, title, tmp_path, monkeypatch, recwarn):
+    (tmp_path / name).mkdir()
+    write_log(tmp_path / name, {"step": 1, "loss": 4.0})
+    close, drawn = pyplot.close, []
+    monkeypatch.setattr(pyplot, "close", lambda figure: (drawn.append(figure), close(figure)))
+    plot_loss(tmp_path / name, choices=61)
+    assert drawn[0].axes[0].get_title() == (title or name)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_notices_go_to_standard_error(capsys):
-    stderr_console().print("a notice that must not be wrapped " * 9)
+    stderr_console().print("a notice that must not be wrapped [/b] [red] " * 9)
     out, err = capsys.readouterr()
     assert out == ""
+    assert err.count("[/b] [red]") == 9, "no markup: it may be a path or what a model writes"
     assert err.count("\n") == 1
 
 

@@ -326,6 +326,37 @@ def test_failed_checkpoint_leaves_no_part(cause, make_model, make_blocks, make_t
     with pytest.raises(KeyboardInterrupt if cause == "Ctrl-C" else InputError) as stop:
         trainer.train()
     if cause != "Ctrl-C":
-        assert re.search("no space left on the disk of .*checkpoint-4.*--resume", str(stop.value))
+        following = "free some, then run the same command with --resume, which resumes from checkpoint-2"
+        assert str(stop.value) == f"no space left on the disk of '{output_dir / 'checkpoint-4'}': {following}"
     assert [path.name for path in output_dir.iterdir()] == ["checkpoint-2"]
     assert find_last_checkpoint(output_dir) == output_dir / "checkpoint-2"
+
+
+def test_a_full_disk_at_the_first_checkpoint_has_no_other_to_resume_from(
+    make_model, make_blocks, make_trainer, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    trainer = make_trainer(make_model(), make_blocks(200), max_steps=2, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(InputError, match=r"--resume, which starts anew, as no checkpoint was saved$"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("report_to", "message"),
+    [
+        ("tensorboard", "training.report_to is 'tensorboard', which is not installed: pip install tensorboard"),
+        (["wandb"], "training.report_to is 'wandb', which is not installed: pip install wandb"),
+        (["none", "comet_ml"], "training.report_to is 'comet_ml', which is not installed: pip install comet-ml"),
+        ("azure_ml", "training.report_to is 'azure_ml', which is not installed: pip install azureml-sdk"),
+        ("tensorbord", "training.report_to is 'tensorbord'; it must be one of azure_ml, comet_ml, "),
+    ],
+)
+def test_a_tool_to_report_to_that_is_not_installed(report_to, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=re.escape(message)):
+        HfGPTTrainingArguments(output_dir=str(tmp_path), report_to=report_to)
+    for nothing in ("none", ["none"], "all"):
+        assert HfGPTTrainingArguments(output_dir=str(tmp_path), report_to=nothing).report_to in ([], ["none"])
