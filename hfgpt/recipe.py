@@ -161,10 +161,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     values.training.output_dir = values.training.output_dir or str(Path("runs") / path.stem)
     unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
     if values.model.path is None and "pretraining" in unused:
-        from hfgpt.training.trainer import FROM_SCRATCH
-
-        given = {o.partition("=")[0].removeprefix("--training.") for o in overrides} | set(tree.get("training", {}))
-        vars(values.training).update({key: FROM_SCRATCH[key] for key in FROM_SCRATCH.keys() - given})
+        _train_from_scratch(values.training, {*tree.get("training", {}), *(o.partition("=")[0] for o in overrides)})
     try:
         sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
@@ -172,6 +169,15 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
         overridden = any(override.partition("=")[0] == f"--{key}" for override in overrides)
         raise InputError((where(key) if key in lines and not overridden else "") + fact) from error
     return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, sections))
+
+
+def _train_from_scratch(training: Namespace, given: set[str]):
+    """Sets what suits weights drawn at random, but for the keys that are given, in the recipe or as an override."""
+    from hfgpt.training.trainer import FROM_SCRATCH
+
+    for key, value in FROM_SCRATCH.items():
+        if not given & {key, f"--training.{key}"}:
+            training[key] = value
 
 
 def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict[str, Any]:

@@ -271,7 +271,7 @@ def test_plan(here):
 
 def test_an_error_shows_control_characters(here):
     message = refusal("generate", "no\x1b[2J/such\x9b2J/mo\u202edel\r", "hi")
-    assert message.startswith(r"there is no folder 'no\x1b[2J/such\x9b2J/mo\u202edel ', and it is no Hub id")
+    assert message.startswith(r"there is no folder 'no\x1b[2J/such\x9b2J/mo\u202edel ', and it is not a Hub id")
 
 
 def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
@@ -400,7 +400,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
             "has data.path 'tinyshakespeare.txt', which does not exist: name another with --data",
         ),
         (
-            "train tiny.yaml --training.output_dir stories.txt/new --data.path none.txt",
+            "train tiny.yaml --training.output_dir stories.txt/new",
             "cannot create 'stories.txt/new': ",
         ),
         ("import none.pt stories.txt/new", "cannot create 'stories.txt/new': "),

@@ -159,7 +159,7 @@ def test_inspect_and_plan():
         ("merge classes-lora out --tolerance -1", "--tolerance is -1.0; it must be at least 0"),
         ("merge classes-lora notes.jsonl/out", "cannot create 'notes.jsonl/out': "),
         (
-            "evaluate answers --task instruct --data.path none.json --evaluation.answers lines.txt/x",
+            "evaluate answers --task instruct --data.path questions.json --evaluation.answers lines.txt/x",
             "cannot create 'lines",
         ),
         ("chat classes", "is a classifier, not a language model"),

@@ -254,7 +254,7 @@ def test_a_rendered_recipe_says_what_differs_and_our_own_defaults(write):
 
 
 def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_become(write, monkeypatch):
-    recipe = load_recipe(write("task: classify\ntraining: {max_steps: 2}\n"))
+    recipe = load_recipe(write("task: classify\nmodel: {path: x}\ntraining: {max_steps: 2}\n"))
     written = yaml.safe_load(render_recipe(recipe))["training"]
     assert set(LEARNED) < written.keys()
     assert written["bf16"] is recipe.training.bf16 is not None, "as this machine decided"
@@ -273,7 +273,7 @@ def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_bec
 
     monkeypatch.setitem(section_types("classify"), "training", Changed)
     _build_parser.cache_clear()
-    again, anew = load_recipe("r.yaml"), load_recipe(write("task: classify\n"))
+    again, anew = load_recipe("r.yaml"), load_recipe(write("task: classify\nmodel: {path: x}\n"))
     _build_parser.cache_clear()
     assert again.values == recipe.values
     assert (again.training.learning_rate, again.training.muon_learning_rate) == (5e-5, None)
@@ -281,7 +281,7 @@ def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_bec
 
 
 def test_a_run_of_a_version_that_wrote_no_defaults_goes_on(write):
-    new = load_recipe(write("task: classify\ntraining: {max_steps: 2}\n")).values
+    new = load_recipe(write("task: classify\nmodel: {path: x}\ntraining: {max_steps: 2}\n")).values
     old = {**new, "training": {"output_dir": "runs/r", "max_steps": 2}}
     assert first_difference(old, new) is None
     for key, value in (("learning_rate", 1e-3), ("lr_scheduler_type", "cosine"), ("muon_learning_rate", 0.1)):

@@ -157,8 +157,8 @@ def _is_longer(old: HfGPTTrainingArguments, new: HfGPTTrainingArguments) -> bool
 
 def _has_constant_rate(arguments: HfGPTTrainingArguments) -> bool:
     """Whether the learning rate of a step does not depend on how many there are; a warm-up may be a share of them."""
-    warms_up_by_share = 0 < arguments.warmup_steps < 1
-    return arguments.lr_scheduler_type in ("constant", "constant_with_warmup") and not warms_up_by_share
+    schedule, warms_up_by_share = arguments.lr_scheduler_type, 0 < arguments.warmup_steps < 1
+    return schedule == "constant" or (schedule == "constant_with_warmup" and not warms_up_by_share)
 
 
 def _advise_longer(recipe: Recipe) -> str:

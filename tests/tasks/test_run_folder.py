@@ -322,7 +322,7 @@ def test_staged_files_appear_together(tmp_path):
 def test_a_folder_that_cannot_be_written_is_found_before_any_work(load, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     below = tmp_path / "file" / "below"
-    for check in (check_free, lambda folder: check_run_folder(load(folder), resume=False)):
+    for check in (check_free, lambda folder: hold_folder(folder).__enter__()):
         with pytest.raises(InputError, match=r"cannot create '.*': '.*file' is not a directory; choose another path"):
             check(below)
         for number in (errno.EACCES, errno.EROFS, errno.ENOSPC):
