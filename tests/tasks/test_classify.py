@@ -47,6 +47,8 @@ BASED = (
     + "model: {path: finished/pretrained}\n"
 )
 LABELS = ["blue", "green", "red"]
+# Three epochs at twice this rate leave it to rounding what is learned: six seeds gave accuracies of 0.33 to 1.
+LONGER = ("training.num_train_epochs=10", "training.learning_rate=0.005")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def run(output_dir, *overrides, recipe="tiny", resume=False):
 @pytest.fixture(scope="module")
 def finished(here):
     """A finished run with a first pass. Nothing may be changed in its folder."""
-    return run("finished", "pretraining.max_steps=5", "pretraining.block_size=16")
+    return run("finished", "pretraining.max_steps=5", "pretraining.block_size=16", *LONGER)
 
 
 def read(path):
@@ -152,7 +154,7 @@ def test_a_first_pass_that_was_stopped_goes_on(here, finished, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return begin(self, args, state, control, **kwargs)
 
-    overrides = ("pretraining.max_steps=5", "pretraining.block_size=16")
+    overrides = ("pretraining.max_steps=5", "pretraining.block_size=16", *LONGER)
     with monkeypatch.context() as patch:
         patch.setattr(ProgressCallback, "on_step_end", interrupt)
         with pytest.raises(Interrupted, match="stopped at step 3 of 5"):
@@ -198,7 +200,8 @@ def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_k
 
 
 def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
-    metrics, shown = run("adapter", "adapters.r=4", "training.num_train_epochs=10", recipe="based")
+    longer = ("training.num_train_epochs=30", "training.learning_rate=0.005")  # at least 0.93 with six seeds
+    metrics, shown = run("adapter", "adapters.r=4", *longer, recipe="based")
     folder = here / "adapter"
     assert (folder / "adapter_model.safetensors").is_file()
     assert not (folder / "model.safetensors").exists()
@@ -206,7 +209,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     for place in (folder, next(folder.glob("checkpoint-*"))):
         assert read(place / "labels.json") == {"id2label": dict(zip("012", LABELS, strict=True))}
     assert 'id2label={0: "blue", 1: "green", 2: "red"}' in (folder / "README.md").read_text()
-    assert metrics["eval_accuracy"] > 0.4
+    assert metrics["eval_accuracy"] > 0.6
     record = read(folder / "run.json")
     assert record["base_weights_sha256"] == hash_file(here / "finished" / "pretrained" / "model.safetensors")
     trained = 2 * 4 * (4 * (32 + 32) + 2 * (32 + 128)) + 3 * 32
