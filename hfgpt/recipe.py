@@ -127,13 +127,12 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     10
     ```
     """
-    path = _find_recipe(name)
+    path, overrides = _find_recipe(name), overrides or []
     tree, lines = _read_yaml(path)
 
     def where(key: str) -> str:
         return f"{path.name}, line {lines.get(key) or lines.get(key.partition('.')[0], 1)}: "
 
-    overrides = overrides or []
     task = _as_written("task", tree, overrides, "pretrain")
     if not isinstance(task, str) or task not in SECTIONS:
         fault = f"task is {task!r}; it must be one of {', '.join(SECTIONS)}" if task else "task cannot be empty"
@@ -161,7 +160,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     values.training.output_dir = values.training.output_dir or str(Path("runs") / path.stem)
     unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
     if values.model.path is None and "pretraining" in unused:
-        _train_from_scratch(values.training, {*tree.get("training", {}), *(o.partition("=")[0] for o in overrides)})
+        _train_from_scratch(values.training, tree, overrides)
     try:
         sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
@@ -171,10 +170,11 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, sections))
 
 
-def _train_from_scratch(training: Namespace, given: set[str]):
+def _train_from_scratch(training: Namespace, tree: dict[str, Any], overrides: list[str]):
     """Sets what suits weights drawn at random, but for the keys that are given, in the recipe or as an override."""
     from hfgpt.training.trainer import FROM_SCRATCH
 
+    given = {*tree.get("training", {}), *(override.partition("=")[0] for override in overrides)}
     for key, value in FROM_SCRATCH.items():
         if not given & {key, f"--training.{key}"}:
             training[key] = value

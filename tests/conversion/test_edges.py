@@ -181,7 +181,12 @@ def test_old_files_of_gpt2(tmp_path):
 def test_paths_that_are_none(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for path, message in (("file/out", "is not a directory"), ("link", "exists"), ("new/..", "exists"), ("file", "exists")):
+    for path, message in (
+        ("file/out", "is not a directory"),
+        ("link", "exists"),
+        ("new/..", "exists"),
+        ("file", "exists"),
+    ):
         with pytest.raises(InputError, match=message):
             check_free(tmp_path / path)
     assert check_free(tmp_path / "new" / ".." / "other") == tmp_path / "other"
