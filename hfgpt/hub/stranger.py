@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from hfgpt.data.templates import encode_chat
 from hfgpt.errors import InputError
 from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub.records import read_records
@@ -58,6 +59,8 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False, base: Pa
     model = _load(source, auto_class, native)
     rows = _draw_rows(model.config)
     text = next(filter(None, records.prompts), "The") if records.has_tokenizer else None
+    if text is not None and records.task == "instruct":  # the card's code renders it, where nothing limits that
+        encode_chat(load_model_tokenizer(str(source)), [{"role": "user", "content": text}], add_generation_prompt=True)
     new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - rows.shape[1] // 2)
     job = {
         "classify": classify,

@@ -675,6 +675,13 @@ def test_a_checkpoint_of_an_adapter_merges(runs, tmp_path):
     assert "merged into `text`" in (tmp_path / "merged" / "README.md").read_text()
 
 
+def test_a_hostile_chat_template_is_not_rendered_by_the_fresh_process(hub, runs, tmp_path):
+    run = shutil.copytree(runs / "answers", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (run / "chat_template.jinja").write_text("{{ 'a' * 10**10 }}")
+    with pytest.raises(InputError, match="the tokenizer's chat template fails"):
+        stranger.check_as_stranger(run, run)
+
+
 def test_a_run_that_follows_instructions(hub, runs, trusting):
     _, shown = send(runs / "answers", dry_run=True)
     assert "measured again on the test split, and found as at the end of the run" in shown
