@@ -134,6 +134,18 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(name, stopped, text, 
     assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
 
 
+def test_what_a_killed_process_left_is_gone_after_resuming(stopped, text, whole, train):
+    shutil.copytree(stopped / "checkpoint-6", stopped / "checkpoint-8")
+    (stopped / "checkpoint-8" / "SHA256SUMS").unlink()  # killed while it was saved
+    (stopped / ".staging-x1").mkdir()  # in the final save
+    (stopped / ".staging-x1" / "model.safetensors").write_bytes(b"half")
+    (stopped / ".run.json.77.tmp").touch()
+    run = train(stopped, f"data.path={text}", resume=True)
+    assert f"{stopped}/checkpoint-8 is incomplete: the run was stopped while it was saved" in run.shown
+    assert content(stopped).keys() == content(whole.folder).keys() - {"loss.png"}
+    assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("name", "broken", "said"),
     [

@@ -3,7 +3,11 @@
 import io
 import json
 import math
+import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -172,6 +176,44 @@ def test_outside_the_main_thread_no_handler_is_set():
     thread.start()
     thread.join()
     assert failed == []
+
+
+TWO_PROCESSES = """
+import signal
+from accelerate import PartialState
+from rich.console import Console
+from transformers import TrainerControl, TrainerState
+from hfgpt.training.callbacks import InterruptCallback
+
+rank = PartialState(cpu=True).process_index
+with InterruptCallback(Console(quiet=True)) as callback:
+    for step in range(1, 20):
+        if step == 5 + 3 * rank:
+            signal.raise_signal(signal.SIGTERM)
+        control = callback.on_step_end(None, TrainerState(global_step=step, max_steps=100), TrainerControl())
+        if control.should_training_stop:
+            print(step, control.should_save)
+            break
+"""
+
+
+def test_all_processes_stop_after_the_same_step():
+    """The first is interrupted in step 5, the second would be in step 8."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["5 True\n", "5 True\n"]
 
 
 def test_interrupts_are_given_back_after_an_error():
