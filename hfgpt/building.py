@@ -80,6 +80,11 @@ class ModelArguments:
     attn_pdrop: float | None = None
 
     def __post_init__(self):
+        if "/" in (self.attn_implementation or ""):
+            raise InputError(
+                f"model.attn_implementation is '{self.attn_implementation}', code on the Hub that hfgpt does not run; "
+                "choose sdpa, eager, flex_attention or flash_attention_2"
+            )
         if (self.num_hidden_layers or 0) > MOST_LAYERS:
             raise InputError(f"model.num_hidden_layers is {self.num_hidden_layers:,}; the limit is {MOST_LAYERS:,}")
 

@@ -387,7 +387,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _stop(message: str) -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):  # it is ending
-        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # if ending takes long, another one ends it at once
     print(f"hfgpt: {make_visible(message)}", file=sys.stderr)
     sys.exit(130)  # as shells report an end by Ctrl-C

@@ -15,7 +15,8 @@ from typing import Any
 
 from hfgpt.errors import InputError
 
-# Written last into a folder, so that a folder which has one is complete; `sha256sum --check` reads it.
+# Empty while a folder is being filled; written last, so that a folder with checksums is complete. `sha256sum --check`
+# reads it.
 CHECKSUMS_FILE = "SHA256SUMS"
 
 

@@ -78,8 +78,9 @@ def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
             f"{others[0]} would measure other rows than the run held out: leave it out; only --data.path, where the "
             "data now is, can be given"
         )
-    # Nothing is trained: a machine without the bfloat16 of the run measures it as well.
-    overrides = [*overrides, "--training.bf16", "null"]
+    # Nothing is trained or reported: a machine without the run's bfloat16 or its reporting tool measures it as well.
+    unneeded = ("--training.bf16=null", "--training.tf32=null", "--training.report_to=none")
+    overrides = [*overrides, *unneeded]
     recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), overrides)
     if "--data.path" in options:
         return recipe

@@ -73,12 +73,20 @@ def hold_folder(folder: Path, main_process: bool = True) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, folder)
+        _HELD.add(descriptor)
+        remove_leftovers(folder)
         yield
     finally:
         for path in made:
             with suppress(OSError):
                 path.rmdir()  # only an empty one
+        _HELD.discard(descriptor)
         os.close(descriptor)
+
+
+# Processes that this one forks share its locks, and may outlive it.
+_HELD: set[int] = set()
+os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _HELD])
 
 
 def _lock(descriptor: int, folder: Path):
@@ -192,8 +200,12 @@ def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataRe
     """
     folder = Path(recipe.training.output_dir)
     sources = describe_sources(recipe, tokenizer, report)
-    check_same_sources(folder, read_json(folder / "run.json"), sources)
-    remove_leftovers(folder)
+    before = read_json(folder / "run.json")
+    if checkpoint and not before:
+        raise InputError(
+            f"'{folder}' has no run.json, which says what the run began with: restore it, or start another"
+        )
+    check_same_sources(folder, before, sources)
     remove_later_checkpoints(folder, step_of(checkpoint) if checkpoint else 0)
     for name in (CARD_FILE, "metrics.json"):  # of a finished run that is made longer
         (folder / name).unlink(missing_ok=True)

@@ -25,7 +25,7 @@ def step_of(checkpoint: Path) -> int:
 
 def find_last_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest complete checkpoint of a run folder; None if there is none."""
-    complete = [path for path in list_checkpoints(output_dir) if (path / CHECKSUMS_FILE).is_file()]
+    complete = [path for path in list_checkpoints(output_dir) if read_checksums(path)]
     return complete[-1] if complete else None
 
 
@@ -40,11 +40,16 @@ def choose_checkpoint(output_dir: str | Path, console: Console) -> Path | None:
         The checkpoint; None if none was ever completed.
 
     Raises:
-        InputError: There are checkpoints, and all are damaged.
+        InputError: There are checkpoints, and all are damaged; or the newest was saved without checksums.
     """
     damage = {}
     for checkpoint in reversed(list_checkpoints(output_dir)):
-        if not (checkpoint / CHECKSUMS_FILE).is_file():
+        if not (checkpoint / CHECKSUMS_FILE).exists() and (checkpoint / "trainer_state.json").exists():
+            raise InputError(
+                f"'{checkpoint}' has no {CHECKSUMS_FILE}: saved by an earlier version, or not copied completely; "
+                "move it away to resume from the checkpoint before it, or start another run"
+            )
+        if not read_checksums(checkpoint):
             console.print(f"{checkpoint} is incomplete: the run was stopped while it was saved", markup=False)
             continue
         fault = find_damage(checkpoint)

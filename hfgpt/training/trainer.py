@@ -3,8 +3,10 @@
 Each override says what Trainer 5.23 does instead. Everything else, from accumulation to distribution, is Trainer's.
 """
 
+import functools
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import fact_of, quiet_bars, save_labels
-from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, write_checksums
+from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_checksums, write_checksums
 from hfgpt.training.checkpoints import find_last_checkpoint, step_of
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
@@ -233,6 +235,12 @@ class HfGPTTrainer(Trainer):
                 },
             )
 
+    def get_train_dataloader(self):
+        """Schedulers signal every process of a job: workers that died of it would end the run before it has saved."""
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
+        return loader
+
     def get_decay_parameter_names(self, model) -> list[str]:
         if self.args.decay_all_parameters:
             return [name for name, _ in model.named_parameters()]
@@ -332,17 +340,20 @@ class HfGPTTrainer(Trainer):
         Here the checksums of its files, written when all processes have saved theirs, complete a checkpoint.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer then deletes none
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "weights")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer then deletes none
         try:
             with explain_full_disk(folder, self._following()):
+                if self.args.should_save:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / CHECKSUMS_FILE).write_text("")
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     write_checksums(folder)
         except BaseException:
-            if not (folder / CHECKSUMS_FILE).exists():
+            if not read_checksums(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
@@ -361,6 +372,8 @@ class HfGPTTrainer(Trainer):
             return super().train(resume_from_checkpoint, **kwargs)
         self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
         return TrainOutput(state.global_step, math.nan, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
@@ -403,9 +416,18 @@ def _check_reporters(report_to: str | list[str] | None):
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             raise InputError(f"training.report_to is '{name}'; it must be one of {', '.join(INTEGRATION_TO_CALLBACK)}")
-        if find_spec(modules.get(name, name)) is None:
+        found = [modules.get(name, name), *(["tensorboardX"] if name == "tensorboard" else [])]
+        if not any(map(find_spec, found)):
             command = f"pip install {packages.get(name, name)}"
             raise InputError(f"training.report_to is '{name}', which is not installed: {command}")
+
+
+def _start_worker(start: Callable[[int], None] | None, index: int):
+    """Leaves signals to the main process, which ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if start is not None:
+        start(index)
 
 
 @contextmanager
@@ -413,11 +435,13 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
     """Turns what torch, safetensors and json raise on a checkpoint that hfgpt did not write into one line."""
     try:
         yield
+    except (torch.OutOfMemoryError, MemoryError, OSError):
+        raise  # of the machine
     # Files that someone wrote by hand, checksums included, raise whatever their bytes spell.
     except Exception as error:
         raise InputError(
-            f"the checkpoint '{checkpoint}' cannot be resumed from ({fact_of(error)}): delete it, and --resume takes "
-            "the one before it"
+            f"the checkpoint '{checkpoint}' cannot be resumed from ({fact_of(error)}): move it away, and --resume "
+            "takes the one before it"
         ) from error
 
 

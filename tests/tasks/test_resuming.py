@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(name, stopped, text, 
 
 def test_what_a_killed_process_left_is_gone_after_resuming(stopped, text, whole, train):
     shutil.copytree(stopped / "checkpoint-6", stopped / "checkpoint-8")
-    (stopped / "checkpoint-8" / "SHA256SUMS").unlink()  # killed while it was saved
+    (stopped / "checkpoint-8" / "SHA256SUMS").write_text("")  # killed while it was saved
     (stopped / ".staging-x1").mkdir()  # in the final save
     (stopped / ".staging-x1" / "model.safetensors").write_bytes(b"half")
     (stopped / ".run.json.77.tmp").touch()
@@ -186,6 +186,30 @@ def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path,
     assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
     assert run.metrics == whole.metrics
     assert json.loads((run.folder / "run.json").read_text())["resumed_from_step"] == 5
+
+
+def test_a_run_without_its_record_is_not_resumed(stopped, text, train):
+    (stopped / "run.json").unlink()
+    with pytest.raises(InputError, match=r"has no run.json, which says what the run began with"):
+        train(stopped, f"data.path={text}", resume=True)
+
+
+def test_the_best_model_is_also_saved_by_a_run_that_was_stopped_after_its_last_step(train, tmp_path, monkeypatch):
+    from hfgpt.tasks import pretrain
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    overrides = ["training.load_best_model_at_end=true", "training.eval_steps=2", "training.save_steps=2"]
+    overrides += ["training.learning_rate=3", "training.max_steps=6"]  # the first is the best
+    whole = train(tmp_path / "whole", *overrides)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "save_run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", *overrides)
+    run = train(tmp_path / "run", *overrides, resume=True)
+    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert hash_file(run.folder / "model.safetensors") != hash_file(run.folder / "checkpoint-6" / "model.safetensors")
 
 
 CONSTANT = ("training.lr_scheduler_type=constant", "training.save_steps=3")

@@ -188,6 +188,7 @@ def stopped(finished, load, tmp_path):
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
             (folder / f"checkpoint-{step}" / name).write_text(name)
     write_checksums(folder / "checkpoint-4")
+    (folder / "checkpoint-8" / "SHA256SUMS").touch()  # it was being saved
     values = {**finished.recipe.values, "training": {**finished.recipe.values["training"], "output_dir": str(folder)}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder

@@ -27,6 +27,8 @@ def output_dir(tmp_path):
             (folder / name).write_text(f"{name} of {step}")
         if step < 11:
             write_checksums(folder)
+        else:
+            (folder / CHECKSUMS_FILE).touch()  # as it is while a checkpoint is saved
     for name in ("checkpoint-best", "other-12"):
         (tmp_path / name).mkdir()
         (tmp_path / name / CHECKSUMS_FILE).touch()
@@ -52,6 +54,13 @@ def test_the_newest_complete_checkpoint_is_taken(output_dir):
     assert shown == f"{output_dir}/checkpoint-11 is incomplete: the run was stopped while it was saved\n"
     assert find_last_checkpoint(output_dir / "missing") is None
     assert choose(output_dir / "missing") == (None, "")
+
+
+def test_a_checkpoint_without_checksums_is_neither_used_nor_taken_for_incomplete(output_dir):
+    (output_dir / "checkpoint-11" / CHECKSUMS_FILE).unlink()
+    with pytest.raises(InputError, match=r"checkpoint-11' has no SHA256SUMS: saved by an earlier version, or not"):
+        choose(output_dir)
+    assert (output_dir / "checkpoint-11" / "optimizer.pt").is_file()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", *STATE])
