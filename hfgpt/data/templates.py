@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -169,16 +170,28 @@ def _render_apart(
     add_generation_prompt: bool,
 ) -> list[str]:
     """The pieces of a rendered conversation, see `template_process.render`."""
-    process = _start_renderer()
-    if process.poll() is not None:  # a Ctrl-C in the terminal ends it, too
-        _start_renderer.cache_clear()
-        process = _start_renderer()
     job = {
         "conversations": [list(messages)],
         "chat_template": template,
         "add_generation_prompt": add_generation_prompt,
         **tokenizer.special_tokens_map,
     }
+    with _RENDERING:
+        answer = _ask_renderer(job)
+    if "error" in answer:
+        fact = " ".join(answer["error"].split())
+        raise InputError(f"the tokenizer's chat template fails ({fact}): correct its chat_template.jinja")
+    return answer["pieces"]
+
+
+_RENDERING = threading.Lock()  # one question, one answer, whatever other threads ask
+
+
+def _ask_renderer(job: dict[str, Any]) -> dict[str, Any]:
+    process = _start_renderer()
+    if process.poll() is not None:  # a Ctrl-C in the terminal ends it, too
+        _start_renderer.cache_clear()
+        process = _start_renderer()
     timer = threading.Timer(RENDERING_SECONDS, process.kill)
     timer.start()
     try:
@@ -190,15 +203,10 @@ def _render_apart(
     finally:
         timer.cancel()
     if line:
-        answer = json.loads(line)
-    else:
-        process.kill()
-        process.wait()  # the next rendering starts another
-        answer = {"error": f"it takes more than {RENDERING_SECONDS:g} seconds, or crashes"}
-    if "error" in answer:
-        fact = " ".join(answer["error"].split())
-        raise InputError(f"the tokenizer's chat template fails ({fact}): correct its chat_template.jinja")
-    return answer["pieces"]
+        return json.loads(line)
+    process.kill()
+    process.wait()  # the next rendering starts another
+    return {"error": f"rendering took more than {RENDERING_SECONDS:g} seconds, or ended its process"}
 
 
 @functools.cache
@@ -206,7 +214,10 @@ def _start_renderer() -> subprocess.Popen:
     # It imports what this process does, and sees nothing else of its environment.
     process = subprocess.Popen(
         [sys.executable, "-P", str(SCRIPT)],
-        env={"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env={
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ},
+        },
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
