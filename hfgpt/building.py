@@ -228,7 +228,8 @@ def _load_to_train(
 ) -> PreTrainedModel:
     fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, *DROPOUTS, "attn_implementation")]
     if changed := [key for key in fixed if getattr(arguments, key) is not None]:
-        raise InputError(f"model.path brings its own architecture: leave out model.{changed[0]}")
+        names = ", ".join(f"model.{key}" for key in changed)
+        raise InputError(f"model.path brings its own architecture: leave out {names}")
     check_base_model(arguments)
     path, revision = arguments.path, arguments.revision
     # No dropout among the weights: one of another training may be changed.

@@ -187,7 +187,8 @@ def test_a_new_model_is_small_unless_a_size_is_asked_for_by_name(given, sizes, t
         ),
         (
             {"path": "nowhere", "qkv_bias": True},
-            "model.path brings its own architecture: leave out model.hidden_size",
+            "model.path brings its own architecture: leave out model.hidden_size, model.num_hidden_layers, "
+            "model.num_attention_heads, model.max_position_embeddings, model.qkv_bias",
         ),
     ],
 )

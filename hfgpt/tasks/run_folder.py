@@ -180,10 +180,10 @@ def _advise_longer(recipe: Recipe) -> str:
             "to train it further, merge its adapter with hfgpt merge and start a new run from the result (model.path)"
         )
     weights = folder if (folder / CARD_FILE).is_file() else last or folder
-    return (
-        f"to train it further, start a new run from its weights with --model.path {quote_path(weights)} and "
-        "another --training.output_dir"
-    )
+    others = " and another --training.output_dir"
+    if not recipe.model.path:
+        others = ", another --training.output_dir and a recipe without the sizes of the model"
+    return f"to train it further, start a new run from its weights with --model.path {quote_path(weights)}{others}"
 
 
 def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport, checkpoint: Path | None = None):

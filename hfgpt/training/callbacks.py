@@ -61,6 +61,8 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
+        if not self.console.is_terminal:
+            self.loss = self.eval_loss = ""  # a line shows what was measured at its step
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.3f}"
         if "eval_loss" in logs:
@@ -189,6 +191,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             last = f"{label}: {points[-1][1]:.3f}"
+            style = "o-" if len(points) == 1 and style == "-" else style  # a line of one point is invisible
             axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
     axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
     axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=drawable(Path(output_dir).name, "loss"))

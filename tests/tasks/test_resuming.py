@@ -235,7 +235,7 @@ def test_elsewhere_the_way_to_train_longer_is_said(stopped, text, whole, train):
     said = (
         rf"training.max_steps is 90, but was unset when the run in '{stopped}' began, on which its learning-rate "
         rf"schedule \(linear\) depends; to train it further, start a new run from its weights with --model.path "
-        rf"{stopped}/checkpoint-6 and another"
+        rf"{stopped}/checkpoint-6, another --training.output_dir and a recipe without the sizes of the model"
     )
     with pytest.raises(InputError, match=said):
         train(stopped, f"data.path={text}", "training.max_steps=90", resume=True)

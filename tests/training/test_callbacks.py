@@ -103,7 +103,7 @@ def test_progress_away_from_a_terminal_is_a_line_a_logging_step(clock, capsys):
     clock.seconds += 4
     callback.on_step_end(None, state_at(1), None)
     callback.on_log(None, state_at(2), None, logs={"loss": 3.14159, "learning_rate": 0.1})
-    # Evaluation takes no part in the speed of training: 6 more seconds pass, of which it takes 2.
+    # The loss of step 2 is not shown again; evaluation, 2 of 6 seconds, is not part of the speed of training.
     clock.seconds += 6
     callback.on_log(None, state_at(4), None, logs={"eval_loss": 2.71828, "eval_runtime": 2.0})
     callback.on_log(None, state_at(4), None, logs={"train_runtime": 10.0})
@@ -111,7 +111,7 @@ def test_progress_away_from_a_terminal_is_a_line_a_logging_step(clock, capsys):
     callback.on_train_end(None, state_at(4), None)
     assert console.file.getvalue().splitlines() == [
         "step 2/10  loss 3.142  256 tokens/s",
-        "step 4/10  loss 3.142  validation 2.718  256 tokens/s",
+        "step 4/10  validation 2.718  256 tokens/s",
     ]
     assert capsys.readouterr() == ("", "")
 
@@ -248,10 +248,13 @@ def test_curves_show_the_log(tmp_path, monkeypatch):
     assert not pyplot.get_fignums()
 
 
-def test_curves_of_a_log_without_evaluation(tmp_path):
+def test_curves_of_a_log_without_evaluation_show_a_single_loss(tmp_path, monkeypatch):
     write_log(tmp_path, {"step": 1, "loss": 4.0})
+    close, drawn = pyplot.close, []
+    monkeypatch.setattr(pyplot, "close", lambda figure: (drawn.append(figure), close(figure)))
     plot_loss(str(tmp_path), choices=61)
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
+    assert drawn[0].axes[0].lines[0].get_marker() == "o", "a line of one point would be invisible"
 
 
 @pytest.mark.parametrize(
