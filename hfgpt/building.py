@@ -1,5 +1,6 @@
 """Models to train, from a recipe's section `model`: new ones, and loaded ones with a new head or in 4 bits."""
 
+import dataclasses
 import difflib
 import os
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from hfgpt.loading import (
 )
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 
+DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
+
 
 @dataclass
 class ModelArguments:
@@ -54,7 +57,8 @@ class ModelArguments:
         pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
             never learned and never generated.
 
-    The other fields are those of `HfGPTConfig`; with `path`, only the dropouts among them may be set.
+    The other fields are those of `HfGPTConfig`. With `path`, only the dropouts among them may be set, and neither
+    `preset` nor `initialization` nor `pad_vocab_to_multiple_of`.
     """
 
     path: str | None = None
@@ -85,12 +89,17 @@ class ModelArguments:
                 f"model.attn_implementation is '{self.attn_implementation}', code on the Hub that hfgpt does not run; "
                 "choose sdpa, eager, flex_attention or flash_attention_2"
             )
+        if self.path is not None:
+            usable = {"path", "revision", "attn_implementation", "load_in_4bit", *DROPOUTS}
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            if given := [key for key in defaults if key not in usable and getattr(self, key) != defaults[key]]:
+                names = ", ".join(f"model.{key}" for key in given)
+                raise InputError(f"model.path brings its own architecture and weights: leave out {names}")
         if (self.num_hidden_layers or 0) > MOST_LAYERS:
             raise InputError(f"model.num_hidden_layers is {self.num_hidden_layers:,}; the limit is {MOST_LAYERS:,}")
 
 
 SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 256}
-DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 _NOT_ARCHITECTURE = {"path", "revision", "preset", "initialization", "load_in_4bit", "pad_vocab_to_multiple_of"}
 
 
@@ -226,10 +235,6 @@ def _check_memory(config: HfGPTConfig):
 def _load_to_train(
     arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> PreTrainedModel:
-    fixed = [key for key in vars(arguments) if key not in (*_NOT_ARCHITECTURE, *DROPOUTS, "attn_implementation")]
-    if changed := [key for key in fixed if getattr(arguments, key) is not None]:
-        names = ", ".join(f"model.{key}" for key in changed)
-        raise InputError(f"model.path brings its own architecture: leave out {names}")
     check_base_model(arguments)
     path, revision = arguments.path, arguments.revision
     # No dropout among the weights: one of another training may be changed.

@@ -13,7 +13,7 @@ import itertools
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,6 +133,9 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     def where(key: str) -> str:
         return f"{path.name}, line {lines.get(key) or lines.get(key.partition('.')[0], 1)}: "
 
+    def as_given(key: str) -> str:
+        return where(key) if key in lines and not _is_overridden(key, overrides) else ""
+
     task = _as_written("task", tree, overrides, "pretrain")
     if not isinstance(task, str) or task not in SECTIONS:
         fault = f"task is {task!r}; it must be one of {', '.join(SECTIONS)}" if task else "task cannot be empty"
@@ -148,26 +151,34 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
         for key in _find_empty(section, tree.get(section, {}), kind):
             raise InputError(f"{where(key)}{key} cannot be empty")
     parser = _build_parser(task)
+    values = _parse(parser, tree, overrides, where)
+    values.training.output_dir = values.training.output_dir or str(Path("runs") / path.stem)
+    unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
+    if values.model.path is None and "pretraining" in unused:
+        _train_from_scratch(values.training, tree, overrides)
+    for key, fault in _leave_out_unused(values, parser.get_defaults().tokenizer, overrides):
+        raise InputError(as_given(key) + fault)
+    try:
+        sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        key, fact = _explain_refusal(error, values.training)
+        raise InputError(as_given(key) + fact) from error
+    return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, sections))
+
+
+def _parse(
+    parser: ArgumentParser, tree: dict[str, Any], overrides: list[str], where: Callable[[str], str]
+) -> Namespace:
+    """Converts every value to the type of its key; only what is wrong in the recipe itself is told with its line."""
     try:
         values = parser.parse_object(tree)
     except ArgumentError as error:
         key, fact = _explain(error)
         raise InputError(where(key) + fact) from error
     try:
-        values = parser.parse_args(overrides, namespace=values) if overrides else values
+        return parser.parse_args(overrides, namespace=values) if overrides else values
     except ArgumentError as error:
         raise InputError(_explain(error)[1]) from error
-    values.training.output_dir = values.training.output_dir or str(Path("runs") / path.stem)
-    unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
-    if values.model.path is None and "pretraining" in unused:
-        _train_from_scratch(values.training, tree, overrides)
-    try:
-        sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        key, fact = _explain_refusal(error, values.training)
-        overridden = any(override.partition("=")[0] == f"--{key}" for override in overrides)
-        raise InputError((where(key) if key in lines and not overridden else "") + fact) from error
-    return Recipe(path.stem, task, **sections, values=_resolved_values(values, parser, sections))
 
 
 def _train_from_scratch(training: Namespace, tree: dict[str, Any], overrides: list[str]):
@@ -178,6 +189,29 @@ def _train_from_scratch(training: Namespace, tree: dict[str, Any], overrides: li
     for key, value in FROM_SCRATCH.items():
         if not given & {key, f"--training.{key}"}:
             training[key] = value
+
+
+def _leave_out_unused(values: Namespace, defaults: Namespace, overrides: list[str]) -> Iterator[tuple[str, str]]:
+    """Leaves out the keys of a tokenizer to train where one is loaded; yields those that were given, and the fault.
+
+    The keys of a recipe give way to an override that names the tokenizer, or the model that has one.
+    """
+    tokenizer = values.tokenizer
+    if tokenizer.path is not None:
+        source, unused = "tokenizer.path", ("kind", "vocab_size", "max_train_characters")
+    elif values.model.path is not None:
+        source, unused = "model.path", [key for key in vars(tokenizer) if key != "path"]
+    else:
+        return
+    for name in unused:
+        key, value = f"tokenizer.{name}", tokenizer.pop(name)
+        gives_way = _is_overridden(source, overrides) and not _is_overridden(key, overrides)
+        if value != defaults[name] and not gives_way:
+            yield key, f"{key} is {value!r}, but the tokenizer is that of {source}: leave out one of them"
+
+
+def _is_overridden(key: str, overrides: list[str]) -> bool:
+    return any(override.partition("=")[0] == f"--{key}" for override in overrides)
 
 
 def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict[str, Any]:
@@ -296,7 +330,7 @@ def _check_paths(tree: dict[str, Any], overrides: list[str], recipe: str = ""):
         path = _as_written(key, tree, overrides)
         if not isinstance(path, str) or not path or (key == "data.path" and Path(path).expanduser().exists()):
             continue
-        overridden = any(override.partition("=")[0] == f"--{key}" for override in overrides)
+        overridden = _is_overridden(key, overrides)
         is_file = (looks_local(path) or path.startswith("runs/")) and not glob.has_magic(path)
         if is_file and not overridden and not Path(path).expanduser().exists():
             trains = key == "model.path" and Path(path).name in recipe_names()
@@ -380,6 +414,8 @@ def _resolved_values(values: Namespace, parser: ArgumentParser, sections: dict[s
     for section, arguments in sections.items():
         kept, defaults = {}, vars(parser.get_defaults()[section])
         for key, value in vars(values[section]).items():
+            if key == "initialization" and values.model.path is not None:
+                continue
             learned = section == "training" and key in LEARNED  # written as this machine settles it: bf16
             # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
             if learned or value != defaults[key] or (value is not None and section != "training"):

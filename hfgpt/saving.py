@@ -60,6 +60,7 @@ def hash_file(path: Path) -> str:
 
 def write_checksums(folder: Path):
     """Writes the SHA-256 of every file in a folder and below it, which completes the folder."""
+    _share_weights(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
     lines = [f"{hash_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     write_text(folder / CHECKSUMS_FILE, "".join(lines))
@@ -70,6 +71,16 @@ def read_checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUMS_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+def _share_weights(folder: Path):
+    """Gives the files of weights the permissions of any other file: safetensors makes them its owner's alone."""
+    usual = folder / f".mode.{os.getpid()}.tmp"
+    usual.touch()
+    mode = usual.stat().st_mode
+    usual.unlink()
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(mode)
 
 
 def remove_leftovers(folder: Path):
@@ -84,6 +95,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
     try:
         yield staging
+        _share_weights(staging)
         for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)
     finally:
@@ -151,6 +163,7 @@ def appearing_folder(out: Path) -> Iterator[Path]:
     try:
         with explain_full_disk(parent):
             yield staging
+            _share_weights(staging)
             out.parent.mkdir(parents=True, exist_ok=True)
             staging.rename(out)
     finally:

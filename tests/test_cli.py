@@ -442,7 +442,10 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         (f"{TRAIN} --model.vocab_size 500", "leave it out, or set model.pad_vocab_to_multiple_of to round it up"),
         (f"{TRAIN} --model.hidden_act gleu", "model.hidden_act is 'gleu', which transformers lacks: try 'gelu'"),
         (f"{TRAIN} --model.attn_implementation flash", "model.attn_implementation is 'flash': "),
-        (f"{TRAIN} --model.path runs/tiny", "model.path brings its own architecture: leave out model.hidden_size"),
+        (
+            f"{TRAIN} --model.path runs/tiny",
+            "model.path brings its own architecture and weights: leave out model.hidden_size",
+        ),
         (
             f"{TRAIN} --training.max_steps -1 --training.num_train_epochs 0",
             "num_train_epochs is 0.0; it must be above 0",

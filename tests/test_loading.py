@@ -187,8 +187,8 @@ def test_a_new_model_is_small_unless_a_size_is_asked_for_by_name(given, sizes, t
         ),
         (
             {"path": "nowhere", "qkv_bias": True},
-            "model.path brings its own architecture: leave out model.hidden_size, model.num_hidden_layers, "
-            "model.num_attention_heads, model.max_position_embeddings, model.qkv_bias",
+            "model.path brings its own architecture and weights: leave out model.hidden_size, "
+            "model.num_hidden_layers, model.num_attention_heads, model.max_position_embeddings, model.qkv_bias",
         ),
     ],
 )
@@ -205,6 +205,15 @@ def test_a_model_that_no_machine_can_hold_is_refused_before_it_is_built(tokenize
         r"model.hidden_size, num_hidden_layers or max_position_embeddings",
         message,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("preset", "gpt2"), ("initialization", "torch"), ("pad_vocab_to_multiple_of", 64)]
+)
+def test_what_only_a_new_model_needs_is_refused_for_one_that_is_loaded(name, value):
+    with pytest.raises(InputError) as error:
+        ModelArguments(path="x", embd_pdrop=0.1, **{name: value})
+    assert str(error.value) == f"model.path brings its own architecture and weights: leave out model.{name}"
 
 
 def test_an_attention_that_is_not_there_is_refused(tokenizer):

@@ -253,6 +253,51 @@ def test_a_rendered_recipe_says_what_differs_and_our_own_defaults(write):
     assert set(values["data"]) == {field.name for field in fields(PRETRAIN["data"])} - unset
 
 
+LOADED = "model: {path: x}\ntokenizer: {kind: char}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            LOADED,
+            [],
+            "r.yaml, line 2: tokenizer.kind is 'char', but the tokenizer is that of model.path: leave out one of them",
+        ),
+        (
+            LOADED,
+            ["--model.path", "y", "--tokenizer.vocab_size=9"],
+            "tokenizer.vocab_size is 9, but the tokenizer is that of model.path: leave out one of them",
+        ),
+        (
+            "tokenizer: {path: y, vocab_size: 9}\n",
+            [],
+            "r.yaml, line 1: tokenizer.vocab_size is 9, but the tokenizer is that of tokenizer.path: leave out one of "
+            "them",
+        ),
+        (
+            "model: {path: x}\n",
+            ["--tokenizer.pad_token", "null"],
+            "tokenizer.pad_token is None, but the tokenizer is that of model.path: leave out one of them",
+        ),
+    ],
+)
+def test_how_to_train_a_tokenizer_is_refused_where_one_is_loaded(text, overrides, message, write):
+    with pytest.raises(InputError) as error:
+        load_recipe(write(text), overrides)
+    assert str(error.value) == message
+
+
+def test_a_recipe_claims_no_training_of_a_tokenizer_that_is_loaded(write):
+    trained = {"kind", "vocab_size", "max_train_characters", "pad_token"}
+    assert load_recipe(write("data: {path: x}\n")).values["tokenizer"].keys() == trained
+    assert load_recipe(write("model: {path: x}\n")).values["tokenizer"] == {}
+    assert "initialization" not in load_recipe("r.yaml").values["model"]
+    # The recipe's own keys give way to an override that names the tokenizer.
+    values = load_recipe(write("tokenizer: {kind: char, pad_token: <p>}\n"), ["--tokenizer.path", "y"]).values
+    assert values["tokenizer"] == {"path": "y", "pad_token": "<p>"}
+
+
 def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_become(write, monkeypatch):
     recipe = load_recipe(write("task: classify\nmodel: {path: x}\ntraining: {max_steps: 2}\n"))
     written = yaml.safe_load(render_recipe(recipe))["training"]

@@ -312,9 +312,9 @@ def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finis
 
 
 def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
-    def prepare(vocab_size: int, *overrides):
+    def prepare(vocab_size: int):
         kind = ("tokenizer.kind=bpe", f"tokenizer.vocab_size={vocab_size}", "data.max_documents=40")
-        return load_pretraining_data(load(tmp_path, *kind, *overrides))
+        return load_pretraining_data(load(tmp_path, *kind))
 
     data = prepare(50_000)
     found = len(data.tokenizer)
@@ -325,7 +325,8 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
     assert prepare(300).report.warnings == []
     # A tokenizer that is there already has the size it has.
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
-    assert prepare(50_000, f"tokenizer.path={tmp_path / 'tokenizer'}").report.warnings == []
+    recipe = load(tmp_path, f"tokenizer.path={tmp_path / 'tokenizer'}", "data.max_documents=40")
+    assert load_pretraining_data(recipe).report.warnings == []
 
 
 def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path):

@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hfgpt import HfGPTForCausalLM
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.saving import (
+    appearing_folder,
     check_free,
     check_writable,
     quote_path,
@@ -318,6 +320,24 @@ def test_staged_files_appear_together(tmp_path):
     assert content(tmp_path) == {"one": b"old"}
     stage(fail=False)
     assert content(tmp_path) == {"one": b"new", "two": b"new"}
+
+
+def test_weights_have_the_permissions_of_other_files(tmp_path):
+    def fill(folder: Path):
+        save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        (folder / "config.json").touch()
+
+    (tmp_path / "staged").mkdir()
+    with staged_files(tmp_path / "staged") as staging:
+        fill(staging)
+    with appearing_folder(tmp_path / "appeared") as staging:
+        fill(staging)
+    (tmp_path / "checkpoint").mkdir()
+    fill(tmp_path / "checkpoint")
+    write_checksums(tmp_path / "checkpoint")
+    for folder in (tmp_path / "staged", tmp_path / "appeared", tmp_path / "checkpoint"):
+        modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+        assert len(set(modes.values())) == 1, modes
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_any_work(load, tmp_path, monkeypatch):
