@@ -265,7 +265,8 @@ def publish_model(
     from hfgpt.tasks.publish import PublishArguments, publish
 
     arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
-    _print(publish(model, repo_id, arguments, _overrides(context)))
+    if code := publish(model, repo_id, arguments, _overrides(context)):
+        _print(code)
 
 
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)

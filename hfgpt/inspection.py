@@ -1,5 +1,6 @@
 """`hfgpt inspect`: what a recipe's data becomes, and which tokens are learned, in colour."""
 
+import sys
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -31,7 +32,7 @@ def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
     """
     if rows < 0:
         raise InputError(f"--rows is {rows}; it must be at least 0")
-    console = console or PlainConsole()
+    console = console or PlainConsole(soft_wrap=not sys.stdout.isatty())
     load, show = {
         "pretrain": (load_pretraining_data, show_blocks),
         "classify": (load_classification_data, show_texts),

@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, whatever happens meanwhile, and their checksums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -146,7 +147,9 @@ def check_writable(folder: Path):
         with tempfile.TemporaryFile(dir=above) as file:  # has no name, and is gone at once
             file.write(bytes(4096))
     except OSError as error:
-        raise InputError(f"cannot write to '{folder}': {error.strerror} ('{above}'); choose another path") from error
+        # What the kernel says of /proc and its like.
+        fault = "no files can be created there" if error.errno == errno.ENOENT else error.strerror
+        raise InputError(f"cannot write to '{folder}': {fault} ('{above}'); choose another path") from error
 
 
 def quote_path(path: str | Path) -> str:

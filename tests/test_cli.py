@@ -163,7 +163,7 @@ def here(workplace, monkeypatch) -> Path:
 def test_train_reports_on_stderr_and_leaves_a_model(here):
     shown = (here / "shown.txt").read_text()
     for line in (
-        r"stories.txt: 1 rows read, 1 kept",
+        r"stories.txt: 1 row read, 1 kept",
         r"steps: 20 of 256 tokens; about \d+ s at [\d,]+ tokens/s",
         r"step 20/20  validation \d\.\d{3}  [\d,]+ tokens/s",
         r"sample: Once.*",
@@ -240,7 +240,7 @@ def test_inspect(here):
     assert (result.status, result.err) == (0, "")
     text = (here / "stories.txt").read_text()
     head, *blocks = result.out.split("\nblock ")
-    assert head.startswith("stories.txt: 1 rows read, 1 kept\n")
+    assert head.startswith("stories.txt: 1 row read, 1 kept\n")
     # A block of 8 predictions shows 9 tokens, the first as context of the others.
     for number, block in enumerate(blocks):
         title, _, shown = block.partition(":\n")
@@ -248,6 +248,7 @@ def test_inspect(here):
         assert shown == text[8 * number : 8 * number + 9] + "\n"
     assert len(blocks) == 2
     assert len(hfgpt("inspect", "tiny.yaml", "--rows", 0).out.split("\nblock ")) == 1
+    assert hfgpt("inspect", "tiny.yaml", "--rows", 2, "--data.block_size", 8, COLUMNS="9").out == result.out, "piped"
 
 
 def test_plan(here):

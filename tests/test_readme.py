@@ -41,6 +41,7 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     text = "\n".join(generate_stories(100))
     (folder / "my_text.txt").write_text(text)
+    (folder / "another_text.txt").write_text("\n".join(generate_stories(20, seed=1)))
     (folder / "tinyshakespeare.txt").write_text(text)
     (folder / "my-gpt.yaml").write_text(blocks("yaml")[0])
     notes = [f"{row['label']}\t{row['text']}\n" for row in generate_messages(60)]

@@ -16,6 +16,11 @@ from typing import Any
 FEWEST = {"tokens": 1000, "rows": 100}
 
 
+def counted(count: int, plural: str) -> str:
+    """`3 rows`, but `1 row`."""
+    return f"{count:,} {plural.removesuffix('s') if count == 1 else plural}"
+
+
 @dataclass
 class SplitReport:
     """Sizes of one split; what was not measured (the split was never tokenized, say) stays 0.
@@ -97,7 +102,7 @@ class DataReport:
     def reasons(self) -> str:
         """What was read and left out, for a message: `3 rows read; left out: 2 empty`."""
         left_out = ", ".join(f"{rows} {reason}" for reason, rows in self.dropped.items()) or "none"
-        return f"{self.rows_read} row{'s' * (self.rows_read != 1)} read; left out: {left_out}"
+        return f"{counted(self.rows_read, 'rows')} read; left out: {left_out}"
 
     def split(self, name: str) -> SplitReport:
         """The sizes of a split, made on first use.
@@ -147,21 +152,22 @@ class DataReport:
 
     def summary(self) -> str:
         """A few lines for the terminal; zeros are left out."""
-        lines = [f"{self.source}: {self.rows_read:,} rows read, {self.rows_kept:,} kept"]
+        lines = [f"{self.source}: {counted(self.rows_read, 'rows')} read, {self.rows_kept:,} kept"]
         lines += [f"  dropped {rows:,}: {reason}" for reason, rows in sorted(self.dropped.items())]
         notes = {
             "truncated": self.truncated,
             "duplicated (kept)": self.duplicated,
-            "rows share their text with others (kept on one side)": self.kept_together,
-            "test rows are almost a training row": self.near_duplicates,
+            "rows that share their text with others (kept on one side)": self.kept_together,
+            "test rows that are almost a training row": self.near_duplicates,
             "rows of validation or test that are also in train": self.leaked,
             "files in neither split": len(self.unused_files),
         }
-        lines += [f"  {count:,} {what}" for what, count in notes.items() if count]
+        lines += [f"  {what}: {count:,}" for what, count in notes.items() if count]
         for name, split in self.splits.items():
-            sizes = dataclasses.asdict(split) | split.labels
-            del sizes["labels"]
-            sizes = [f"{size:,} {what.replace('_', ' ')}" for what, size in sizes.items() if size]
+            counts = dataclasses.asdict(split)
+            labels = counts.pop("labels").items()
+            sizes = [counted(size, what.replace("_", " ")) for what, size in counts.items() if size]
+            sizes += [f"{size:,} {label}" for label, size in labels if size]
             lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import PreTrainedModel
 
 from hfgpt.adapters import base_of
+from hfgpt.data.report import counted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.records import Records, is_hub_id, public_name
 from hfgpt.hub.usage import Place, pipeline_tag, usage_code
@@ -255,22 +256,22 @@ def _training_data(records: Records, hub: HubArguments) -> Rows:
     rows += [("licence", hub.data_license)] if hub.data_license else []
     rows += [("rows read", _format(data["rows_read"])), ("rows kept", _format(data["rows_kept"]))]
     rows += [(f"rows dropped: {reason}", _format(count)) for reason, count in sorted(data["dropped"].items())]
-    counted = {
+    found = {
         "truncated": "rows cut to the context",
         "duplicated": "rows whose text was already there, kept",
         "kept_together": "rows that share their text with others, kept on one side",
         "near_duplicates": "test rows that are almost a training row",
         "leaked": "rows of validation or test that are also in training",
     }
-    rows += [(label, _format(data[name])) for name, label in counted.items() if data.get(name)]
+    rows += [(label, _format(data[name])) for name, label in found.items() if data.get(name)]
     rows += [("divided by", SPLIT_BY[data["split_by"]])] if data.get("split_by") else []
     # A task that reads rows counts them as documents.
     names = {"predicted_tokens": "tokens predicted", "tail_tokens": "tokens left over at the end"}
     names |= {} if records.task == "pretrain" else {"documents": "rows"}
     for split, sizes in data["splits"].items():
-        counts = {names.get(name, name): size for name, size in sizes.items() if size and name != "labels"}
-        counts |= {f"`{label}`": size for label, size in sizes.get("labels", {}).items()}
-        rows.append((split, ", ".join(f"{size:,} {name}" for name, size in counts.items()) or "empty"))
+        counts = [counted(size, names.get(name, name)) for name, size in sizes.items() if size and name != "labels"]
+        counts += [f"{size:,} `{label}`" for label, size in sizes.get("labels", {}).items()]
+        rows.append((split, ", ".join(counts) or "empty"))
     return rows
 
 

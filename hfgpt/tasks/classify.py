@@ -336,7 +336,7 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
         place = "standard input" if file == Path("-") else file
         content = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
         try:
-            lines = content.decode().replace("\r\n", "\n").removesuffix("\n").split("\n") if content else []
+            lines = content.decode().replace("\r\n", "\n").rstrip("\n").split("\n") if content.strip() else []
         except UnicodeDecodeError as error:
             raise InputError(f"{place} is not UTF-8 at byte {error.start}: convert it") from error
         named += [(f"{place}, line {number}", line) for number, line in enumerate(lines, start=1)]

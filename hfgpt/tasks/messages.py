@@ -35,20 +35,23 @@ def describe_choices(model: PreTrainedModel, recipe: Recipe, estimate: Estimate)
         if recipe.task == "classify"
         else f"vocabulary {model.config.vocab_size:,}"
     )
-    lines = [
-        f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}; "
-        f"{model.config.num_hidden_layers} layers, {model.config.num_attention_heads} heads, hidden size "
-        f"{model.config.hidden_size}",
-        f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
-        f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
-        f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
-        f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
-        f"{estimate.tokens_per_second:,.0f} tokens/s",
-    ]
-    if recipe.task == "pretrain":
-        size = model.config.vocab_size
-        lines.append(f"first loss of a model that guesses evenly: ln {size} = {math.log(size):.3f}")
-    return "\n".join(lines)
+    return "\n".join(
+        (
+            f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}; "
+            f"{model.config.num_hidden_layers} layers, {model.config.num_attention_heads} heads, hidden size "
+            f"{model.config.hidden_size}",
+            f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
+            f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
+            f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
+            f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
+            f"{estimate.tokens_per_second:,.0f} tokens/s",
+        )
+    )
+
+
+def describe_first_loss(vocab_size: int) -> str:
+    """The loss that random weights should begin with, for a first look at whether they do."""
+    return f"first loss of a model that guesses evenly: ln {vocab_size} = {math.log(vocab_size):.3f}"
 
 
 def describe_metrics(metrics: dict[str, Any]) -> str:

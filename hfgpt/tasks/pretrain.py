@@ -23,7 +23,13 @@ from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import quote_path, write_json
-from hfgpt.tasks.messages import describe_choices, describe_data, describe_metrics, render_summary
+from hfgpt.tasks.messages import (
+    describe_choices,
+    describe_data,
+    describe_first_loss,
+    describe_metrics,
+    render_summary,
+)
 from hfgpt.tasks.run_folder import begin_run, check_run_folder, holds_run_folder
 from hfgpt.tasks.training_run import (
     Training,
@@ -96,6 +102,8 @@ def pretrain(recipe: Recipe, resume: bool = False, console: Console | None = Non
     estimate = plan_run(model, recipe.training, data.train.block_size, len(data.train), seconds=0.5)
     console.print(describe_data(data.report, data.train.stream), highlight=False)
     console.print(describe_choices(model, recipe, estimate), highlight=False)
+    if checkpoint is None and recipe.model.path is None:
+        console.print(describe_first_loss(model.config.vocab_size), highlight=False)
 
     # 5. Train.
     PartialState().wait_for_everyone()  # all have seen the folder free

@@ -103,7 +103,7 @@ def publish(
         console: Where to report; None: standard error.
 
     Returns:
-        Python that loads the model from there.
+        Python that loads the model from there; empty after a dry run.
 
     Raises:
         InputError: A check has failed, and nothing was sent; or the Hub has refused or not answered.
@@ -137,7 +137,7 @@ def publish(
         show_missing(contents, records, hub, console)
         if arguments.dry_run:
             show_card(branches[0], console)
-            return describe_loading(branches)
+            return ""
 
         # 8. Send, and look at what arrived.
         for branch in branches:

@@ -128,7 +128,7 @@ class InterruptCallback(TrainerCallback):
         if self.signalled:
             raise KeyboardInterrupt
         self.signalled = True
-        self.console.print("stopping after this step to save a checkpoint; Ctrl-C again stops at once, without one")
+        self.console.print("stopping after this step to save a checkpoint; a second signal stops at once, without one")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.interrupted = self.signalled

@@ -50,13 +50,13 @@ def choose_checkpoint(output_dir: str | Path, console: Console) -> Path | None:
                 "move it away to resume from the checkpoint before it, or start another run"
             )
         if not read_checksums(checkpoint):
-            console.print(f"{checkpoint} is incomplete: the run was stopped while it was saved", markup=False)
+            console.print(f"{checkpoint} is incomplete: the run was stopped while saving it", markup=False)
             continue
         fault = find_damage(checkpoint)
         if fault is None:
             return checkpoint
         damage[checkpoint] = fault
-        console.print(f"{checkpoint} is damaged: {fault}", highlight=False, markup=False)
+        console.print(f"{checkpoint} is damaged: {fault}; trying the one before it", highlight=False, markup=False)
     if damage:
         named = "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in damage.items())
         raise InputError(

@@ -35,7 +35,8 @@ class Estimate:
         activations_bytes: Kept for the backward pass of one micro-batch, logits included.
         process_bytes: Held by this process besides, when the run was planned: libraries and data. 0 on an accelerator:
             its memory holds tensors alone, and its own context is not counted.
-        tokens_per_step: Predicted in one optimizer step, on all devices.
+        tokens_per_step: Predicted in one optimizer step, on all devices: the mean of an epoch, whose last step may
+            be smaller.
         steps: Optimizer steps.
         flops_per_token: Forward and backward.
         tokens_per_second: Measured by the probe on this machine; None where it was not run.
@@ -94,7 +95,6 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
     muon = hidden_matrix_names(model) if arguments.muon_learning_rate is not None else set()
     # AdamW keeps two float32 averages a weight, Muon one.
     optimizer_bytes = sum(size * (4 if name in muon else 8) for name, size in trainable.items())
-    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     batch = arguments.per_device_train_batch_size * arguments.world_size
     batches = blocks // batch if arguments.dataloader_drop_last else -(-blocks // batch)
     steps_per_epoch = max(-(-batches // arguments.gradient_accumulation_steps), 1)
@@ -107,7 +107,7 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
         gradients_bytes=4 * parameters,
         optimizer_bytes=optimizer_bytes,
         activations_bytes=_activations_bytes(model.config, arguments, block_size),
-        tokens_per_step=rows * block_size,
+        tokens_per_step=round(min(batches * batch, blocks) * block_size / steps_per_epoch),
         steps=steps,
         flops_per_token=training_flops_per_token(model.config, block_size),
     )

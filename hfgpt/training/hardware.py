@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from hfgpt.data.report import counted
+
 
 def find_device() -> torch.device:
     """The device that Trainer will use: the current accelerator, or the CPU."""
@@ -35,7 +37,7 @@ def describe_device(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
         name = _cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-        return f"CPU {name}, {torch.get_num_threads()} threads"
+        return f"CPU {name}, {counted(torch.get_num_threads(), 'threads')}"
     return device.type
 
 

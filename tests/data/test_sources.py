@@ -418,4 +418,4 @@ def test_the_report_is_written_whole(tmp_path):
     report.save(tmp_path / "new" / "data_report.json")
     assert json.loads((tmp_path / "new" / "data_report.json").read_text()) == report.to_dict()
     assert [item.name for item in (tmp_path / "new").iterdir()] == ["data_report.json"]
-    assert report.summary() == "a.txt: 3 rows read, 0 kept\n  dropped 2: empty\n  train: 1 documents"
+    assert report.summary() == "a.txt: 3 rows read, 0 kept\n  dropped 2: empty\n  train: 1 document"

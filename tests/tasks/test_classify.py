@@ -322,7 +322,7 @@ def test_an_adapter_is_moved_with_its_own_base(here, finished):
 
 
 def test_texts_to_classify(tmp_path):
-    (tmp_path / "texts").write_text("a\nb\r\n c \n")
+    (tmp_path / "texts").write_text("a\nb\r\n c \n\n\r\n")
     assert read_texts(["x"], tmp_path / "texts") == ["x", "a", "b", " c "]
     (tmp_path / "texts").write_text("a\n\nb\n")
     with pytest.raises(InputError, match="texts, line 2 is empty: leave it out"):

@@ -141,7 +141,7 @@ def test_what_a_killed_process_left_is_gone_after_resuming(stopped, text, whole,
     (stopped / ".staging-x1" / "model.safetensors").write_bytes(b"half")
     (stopped / ".run.json.77.tmp").touch()
     run = train(stopped, f"data.path={text}", resume=True)
-    assert f"{stopped}/checkpoint-8 is incomplete: the run was stopped while it was saved" in run.shown
+    assert f"{stopped}/checkpoint-8 is incomplete: the run was stopped while saving it" in run.shown
     assert content(stopped).keys() == content(whole.folder).keys() - {"loss.png"}
     assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
 

@@ -111,7 +111,7 @@ def test_run_json_says_what_happened(finished):
     plan, actual = run["plan"], run["actual"]
     blocks_per_step = finished.recipe.training.per_device_train_batch_size
     assert run["steps"] == plan["steps"] == 2 * -(-len(data.train) // blocks_per_step)
-    assert plan["tokens_per_step"] == blocks_per_step * 32
+    assert plan["tokens_per_step"] == round(2 * len(data.train) * 32 / run["steps"])
     assert 0 < actual["training_seconds"] < actual["total_seconds"]
     assert plan["seconds"] > 0
     # Two epochs; the last step of each has fewer blocks than a full batch.
@@ -346,14 +346,15 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(load, tmp_path
     for check in (check_free, lambda folder: hold_folder(folder).__enter__()):
         with pytest.raises(InputError, match=r"cannot create '.*': '.*file' is not a directory; choose another path"):
             check(below)
-        for number in (errno.EACCES, errno.EROFS, errno.ENOSPC):
+        faults = {number: os.strerror(number) for number in (errno.EACCES, errno.EROFS, errno.ENOSPC)}
+        for number, fault in (faults | {errno.ENOENT: "no files can be created there"}).items():
 
             def fail(number=number, **kwargs):
                 raise OSError(number, os.strerror(number))
 
             with monkeypatch.context() as patch:
                 patch.setattr(tempfile, "TemporaryFile", fail)
-                with pytest.raises(InputError, match=f"cannot write to .*new': {os.strerror(number)} .*; choose"):
+                with pytest.raises(InputError, match=f"cannot write to .*new': {fault} .*; choose"):
                     check(tmp_path / "new")
         check(tmp_path / "new" / "run")
     assert os.listdir(tmp_path) == ["file"], "nothing is made"

@@ -51,7 +51,7 @@ def test_the_newest_complete_checkpoint_is_taken(output_dir):
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
     chosen, shown = choose(output_dir)
     assert chosen == output_dir / "checkpoint-10"
-    assert shown == f"{output_dir}/checkpoint-11 is incomplete: the run was stopped while it was saved\n"
+    assert shown == f"{output_dir}/checkpoint-11 is incomplete: the run was stopped while saving it\n"
     assert find_last_checkpoint(output_dir / "missing") is None
     assert choose(output_dir / "missing") == (None, "")
 
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, damage,
     chosen, shown = choose(output_dir)
     assert chosen == output_dir / "checkpoint-9"
     fault = "is missing" if damage == "missing" else "does not match its checksum"
-    assert f"{output_dir}/checkpoint-10 is damaged: {name} {fault}\n" in shown
+    assert f"{output_dir}/checkpoint-10 is damaged: {name} {fault}; trying the one before it\n" in shown
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(output_dir):
