@@ -23,6 +23,7 @@ from transformers.utils import cached_file, logging
 
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
 from hfgpt.conversion.checkpoints import check_archive, count_least_parameters, find_weight_files
+from hfgpt.data.files import hash_files
 from hfgpt.errors import InputError, make_visible
 from hfgpt.foreign_code import without_remote_code
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
@@ -189,7 +190,7 @@ def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreT
             f"the base model of the adapter '{path}' is not at '{base}': put it back, or correct "
             "base_model_name_or_path in adapter_config.json"
         )
-    _check_same_base(path, base)
+    _check_same_base(path, base, base_revision)
     labels = None
     if task == SEQ_CLS and not is_classifier(load_model_config(base, base_revision)):
         labels = _adapter_labels(path, revision)
@@ -197,16 +198,21 @@ def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreT
     return put_adapter_on(model, path, revision)
 
 
-def _check_same_base(path: str, base: str):
+def _check_same_base(path: str, base: str, revision: str | None):
     """Refuses a base whose weights are not those the adapter was trained on, where its run wrote them down."""
-    record, weights = Path(path) / "run.json", Path(base) / "model.safetensors"
-    if record.is_file() and weights.is_file():
-        trained_on = read_json(record).get("base_weights_sha256")
-        if trained_on and trained_on != hash_file(weights):
-            raise InputError(
-                f"the adapter '{path}' was trained on other weights than '{base}' now has: put those back, or train "
-                "the adapter again"
-            )
+    trained_on = read_json(Path(path) / "run.json").get("base_weights_sha256")
+    if trained_on and trained_on != hash_base(base, revision):
+        raise InputError(
+            f"the adapter '{path}' was trained on other weights than '{base}' now has: put those back, or train "
+            "the adapter again"
+        )
+
+
+def hash_base(path: str, revision: str | None = None) -> str | None:
+    """SHA-256 of the weights of a base model, of the lines `sha256sum` prints for several files; None: it has none."""
+    with explained("a model", path):
+        files = find_weight_files(path, revision, load_model_config(path, revision))
+    return hash_files(files) if files else None
 
 
 def save_labels(labels: list[str], folder: Path):

@@ -1,5 +1,6 @@
 """Adapters: PEFT finds what to adapt, trains nothing else, and every way to load one gives the same logits."""
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import hfgpt
 from hfgpt.adapters import AdapterArguments, attach_adapter, merge_adapter, put_adapter_on, trainable_parameters
 from hfgpt.errors import InputError
-from hfgpt.loading import classifies, find_base, hash_file, load_model, load_model_config, save_labels
+from hfgpt.loading import classifies, find_base, hash_base, load_model, load_model_config, save_labels
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+from hfgpt.saving import hash_file
 
 IDS = torch.arange(2, 22).view(2, 10)
 
@@ -200,6 +202,27 @@ def test_a_base_that_was_trained_again(base, adapter):
     load_model(str(adapter))
     disturb(model := load_model(str(base))).save_pretrained(base)
     assert model.training is False
+    with pytest.raises(InputError, match=r"was trained on other weights than .*base' now has"):
+        load_model(str(adapter))
+
+
+def test_the_hash_of_a_base_is_of_all_its_weights(base, adapter):
+    whole = hash_base(str(base))
+    assert whole == hash_file(base / "model.safetensors")
+    model = load_model(str(base))
+    (base / "model.safetensors").unlink()
+    assert hash_base(str(base)) is None
+    torch.save(model.state_dict(), base / "pytorch_model.bin")
+    assert hash_base(str(base)) == hash_file(base / "pytorch_model.bin")
+    model.save_pretrained(base, max_shard_size="20KB")
+    shards = sorted(base.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    lines = "".join(f"{hash_file(shard)}  {shard.name}\n" for shard in shards)
+    sharded = hash_base(str(base))
+    assert sharded == hashlib.sha256(lines.encode()).hexdigest()
+    (adapter / "run.json").write_text(json.dumps({"base_weights_sha256": sharded}))
+    load_model(str(adapter))
+    disturb(model).save_pretrained(base, max_shard_size="20KB")
     with pytest.raises(InputError, match=r"was trained on other weights than .*base' now has"):
         load_model(str(adapter))
 

@@ -39,7 +39,7 @@ from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from hfgpt.errors import InputError
 from hfgpt.foreign_code import CODE, find_foreign_code
-from hfgpt.loading import hash_file
+from hfgpt.saving import hash_file
 
 T = TypeVar("T")
 WEIGHTS_FILE = "model.safetensors"

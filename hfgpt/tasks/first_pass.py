@@ -51,9 +51,9 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
         tokens = round(trainer.state.total_flos / estimate.flops_per_token)
         write_json(folder / "run.json", describe_training(training, tokens))
         save_run(trainer, folder)
+        write_checksums(folder)
         for checkpoint in list_checkpoints(folder):  # of no use once it is done
             shutil.rmtree(checkpoint)
-        write_checksums(folder)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -22,10 +22,11 @@ from hfgpt.hub.contents import Contents, find_secrets, sort_contents
 from hfgpt.hub.records import Records, is_hub_id, read_records
 from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
 from hfgpt.hub.stranger import check_as_stranger
-from hfgpt.hub.upload import WEIGHTS_FILE, Target, fetch_base, upload, verify
+from hfgpt.hub.upload import Target, fetch_base, upload, verify
 from hfgpt.hub.usage import Place, loading_code
-from hfgpt.loading import hash_file, hash_weights, load_model, load_model_config, load_model_tokenizer
+from hfgpt.loading import hash_base, hash_weights, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import parse_sections
+from hfgpt.saving import hash_file
 from hfgpt.tasks.convert import export_model
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training.callbacks import stderr_console
@@ -257,7 +258,7 @@ def pin_base(records: Records, hub: HubArguments, staging: Path) -> HubArguments
         base, revision = records.adapter["base_model_name_or_path"], revision or records.adapter.get("revision")
     commit, folder, names = fetch_base(base, revision)
     expected = records.run.get("base_weights_sha256")
-    if expected and WEIGHTS_FILE in names and hash_file(folder / WEIGHTS_FILE) != expected:
+    if expected and hash_base(str(folder)) != expected:
         raise InputError(f"'{base}' has other weights than the adapter was trained on: publish the right base model")
     stage_base(folder, staging, names)
     return dataclasses.replace(hub, base_model=base, base_revision=commit)

@@ -13,16 +13,15 @@ from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
+from hfgpt.loading import hash_base
 from hfgpt.recipe import Recipe, first_difference, load_recipe, render_recipe
 from hfgpt.saving import (
     check_writable,
     explain_full_disk,
-    hash_file,
     quote_path,
     read_json,
     remove_leftovers,
@@ -269,12 +268,9 @@ def describe_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report:
 
 
 def describe_base(path: str, revision: str | None) -> dict[str, Any]:
-    """The base model of a run, and the hash of its weights where they are in one file."""
-    described = {"base_model": str(Path(path).resolve()) if Path(path).is_dir() else path}
-    settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
-    if file := cached_file(path, "model.safetensors", **settings):
-        described["base_weights_sha256"] = hash_file(Path(file))
-    return described
+    """The base model of a run, and the hash of its weights."""
+    place = str(Path(path).resolve()) if Path(path).is_dir() else path
+    return {"base_model": place, "base_weights_sha256": hash_base(path, revision)}
 
 
 def describe_environment() -> dict[str, Any]:

@@ -17,8 +17,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from hfgpt.data.classification import ClassificationDataArguments
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import ClassifierEvaluationArguments
-from hfgpt.loading import hash_file, load_model
+from hfgpt.loading import load_model
 from hfgpt.recipe import load_recipe
+from hfgpt.saving import hash_file
 from hfgpt.tasks.classify import classify, evaluate_classifier, load_classifier, predict, read_texts
 from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.first_pass import build_arguments

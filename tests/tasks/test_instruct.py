@@ -18,8 +18,9 @@ from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import AnswerEvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments
 from hfgpt.inspection import inspect_recipe
-from hfgpt.loading import hash_file, load_model, load_model_tokenizer
+from hfgpt.loading import load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
+from hfgpt.saving import hash_file
 from hfgpt.tasks.chat import Chat, run_chat
 from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
 from hfgpt.tasks.instruct import evaluate_follower, instruct

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hfgpt.errors import InputError, Interrupted
-from hfgpt.loading import hash_file
+from hfgpt.saving import hash_file
 from hfgpt.tasks.run_folder import check_same_sources
 from hfgpt.training.checkpoints import list_checkpoints
 
