@@ -98,7 +98,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
     assert "stays here  checkpoint-2: a checkpoint" in shown
     assert shown.count("  ok  ") == 7
     assert code == "", "what would load it is on the card"
-    assert 'model = AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)' in shown
+    assert 'pipeline("text-generation", model="me/model", trust_remote_code=True)' in shown
 
 
 @pytest.mark.parametrize(

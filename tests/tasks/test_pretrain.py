@@ -242,6 +242,9 @@ def test_the_stride_of_the_evaluation_is_used(finished, train, tmp_path):
     assert blocks > 7 * read_json(finished.folder / "data_report.json")["splits"]["validation"]["blocks"]
 
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -251,7 +254,7 @@ def test_the_stride_of_the_evaluation_is_used(finished, train, tmp_path):
         (["data.block_size=33"], "data.block_size is 33, but the context of the model is 32"),
         (["model.num_attention_heads=5"], "num_attention_heads 5"),
         (["model.vocab_size=9"], "model.vocab_size is 9"),
-        (["model.path=nowhere/at/all"], "nowhere/at/all"),
+        ([*(f"model.{size}=null" for size in SIZES), "model.path=nowhere/at/all"], "nowhere/at/all"),
         (["evaluation.max_new_tokens=40"], "ask for at most 29 new tokens"),
         (["tokenizer.kind=bpe", "tokenizer.vocab_size=10"], "vocab_size"),
     ],
