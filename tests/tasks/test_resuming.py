@@ -222,7 +222,7 @@ BEST_IS_FIRST = [
 
 @pytest.mark.parametrize(
     ("overrides", "kept", "left"),
-    [(["training.max_steps=12"], [8, 12], [4, 8, 12]), (BEST_IS_FIRST, [2], [2, 6])],
+    [(["training.max_steps=12"], [8, 12], [4, 8, 12]), (BEST_IS_FIRST, [2], [2, 4, 6])],
     ids=["the last two", "the best"],
 )
 def test_a_run_killed_before_it_removed_old_checkpoints_removes_them(
