@@ -62,7 +62,7 @@ from hfgpt.tasks.training_run import (
     warn_of_small_vocabulary,
 )
 from hfgpt.tokenizer import wrap_in_end_of_text
-from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
+from hfgpt.training.callbacks import log_result, plot_loss, stderr_console
 from hfgpt.training.hardware import find_device
 from hfgpt.training.trainer import HfGPTTrainer
 
@@ -167,7 +167,7 @@ def finish_run(recipe: Recipe, training: Training, data: ClassificationData, con
     metrics, tested = measure_splits(saved, data, recipe.training.per_device_eval_batch_size)
     write_json(folder / "metrics.json", metrics)
     logged = {re.sub("^eval_", "test_", name): value for name, value in metrics.items()}  # eval_ is validation's there
-    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **logged})
+    log_result(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **logged})
 
     # 7. What happened, for whoever repeats it or asks; and what is to be compared with, which may take a while.
     tokens = round(trainer.state.epoch * sum(data.encoded["train"]["length"]))

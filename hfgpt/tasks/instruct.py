@@ -54,7 +54,7 @@ from hfgpt.tasks.training_run import (
     sorted_by_length,
     warn_of_small_vocabulary,
 )
-from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
+from hfgpt.training.callbacks import log_result, plot_loss, stderr_console
 from hfgpt.training.hardware import find_device
 from hfgpt.training.trainer import HfGPTTrainer
 
@@ -146,7 +146,7 @@ def finish_run(recipe: Recipe, training: Training, data: InstructionData, consol
     write_answers(answers, folder)
     write_json(folder / "metrics.json", metrics)
     tested = {re.sub("^eval_", "test_", name): value for name, value in metrics.items()}  # eval_ is validation's there
-    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
+    log_result(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **tested})
     plot_loss(folder, saved.config.vocab_size)
     samples = sample(saved, data.tokenizer, recipe)
 

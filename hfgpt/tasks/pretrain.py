@@ -44,7 +44,7 @@ from hfgpt.tasks.training_run import (
     save_run,
     warn_of_small_vocabulary,
 )
-from hfgpt.training.callbacks import append_log, plot_loss, stderr_console
+from hfgpt.training.callbacks import log_result, plot_loss, stderr_console
 from hfgpt.training.estimate import plan_run
 from hfgpt.training.hardware import find_device
 from hfgpt.training.trainer import HfGPTTrainer
@@ -147,7 +147,7 @@ def finish_run(recipe: Recipe, training: Training, data: PretrainingData, consol
     metrics = measure(saved, data.tokenizer, data.validation, data.report, recipe.training.per_device_eval_batch_size)
     samples = sample(saved, data.tokenizer, recipe)
     write_json(folder / "metrics.json", metrics)
-    append_log(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **metrics})
+    log_result(folder, {"step": trainer.state.global_step, "epoch": trainer.state.epoch, **metrics})
     plot_loss(folder, saved.config.vocab_size)
 
     # 7. What happened, for whoever repeats it or asks. Trainer sums the operations of the tokens it saw: the last step

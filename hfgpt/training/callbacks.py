@@ -92,7 +92,7 @@ class LogCallback(TrainerCallback):
             return
         # A run that was stopped between two checkpoints repeats the steps since the first.
         kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
-        write_text(Path(args.output_dir) / LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in kept))
+        _write_log(args.output_dir, kept)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -146,6 +146,16 @@ def append_log(output_dir: str | Path, entry: dict):
     """Adds an entry, with its `step`, to a run's `training_log.jsonl`."""
     with open(Path(output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def log_result(output_dir: str | Path, entry: dict):
+    """Adds what a finished training was measured as, in place of what a process killed since has measured."""
+    others = [old for old in read_log(output_dir) if old["step"] != entry["step"] or old.keys() != entry.keys()]
+    _write_log(output_dir, [*others, entry])
+
+
+def _write_log(output_dir: str | Path, entries: list[dict]):
+    write_text(Path(output_dir) / LOG_FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def read_log(output_dir: str | Path) -> list[dict]:

@@ -83,4 +83,29 @@ def remove_later_checkpoints(output_dir: str | Path, step: int):
     """Removes checkpoints past the step that a run resumes from: incomplete or damaged ones, which it saves again."""
     for checkpoint in list_checkpoints(output_dir):
         if step_of(checkpoint) > step:
-            shutil.rmtree(checkpoint)
+            remove_checkpoint(checkpoint)
+
+
+def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str | None, keep_newest: bool = True):
+    """Removes the oldest checkpoints past a limit, as Trainer does, but by their steps and each at once.
+
+    Args:
+        output_dir: The run folder.
+        limit: How many to keep; None: all.
+        best: The checkpoint of the best model, which is kept; None: none is.
+        keep_newest: Whether the newest is kept beside the best if the limit is 1: a finished run needs it no more.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if limit is None or not checkpoints:
+        return
+    kept = {Path(best).name} if best else set()
+    if keep_newest or limit > 1 or not best:
+        kept.add(checkpoints[-1].name)
+    others = [checkpoint for checkpoint in checkpoints if checkpoint.name not in kept]
+    for checkpoint in others[: max(len(checkpoints) - max(limit, len(kept)), 0)]:
+        remove_checkpoint(checkpoint)
+
+
+def remove_checkpoint(checkpoint: Path):
+    """Removes a checkpoint at once: what a process killed meanwhile leaves of it is a leftover, and not damaged."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".staging-{checkpoint.name}")), ignore_errors=True)

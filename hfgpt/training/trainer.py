@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput
 
 from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
@@ -26,7 +26,7 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import fact_of, quiet_bars, save_labels
 from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_checksums, write_checksums
-from hfgpt.training.checkpoints import find_last_checkpoint, step_of
+from hfgpt.training.checkpoints import find_last_checkpoint, remove_old_checkpoints, step_of
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import find_device, has_native_bf16
 from hfgpt.training.optimizers import MuonFactory
@@ -342,9 +342,8 @@ class HfGPTTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "weights")
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer then deletes none
         try:
-            with explain_full_disk(folder, self._following()):
+            with explain_full_disk(folder, self._following()), self._keeping_checkpoints():
                 if self.args.should_save:
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / CHECKSUMS_FILE).write_text("")
@@ -356,11 +355,28 @@ class HfGPTTrainer(Trainer):
             if not read_checksums(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        self._remove_old_checkpoints()
+        self.accelerator.wait_for_everyone()  # one that ends now may take the others with it
+
+    def _finalize_training(self, *args, **kwargs):
+        """Trainer deletes the newest checkpoint, even of a stopped run, if one is to be kept and another is best."""
+        with self._keeping_checkpoints():
+            output = super()._finalize_training(*args, **kwargs)
+        self._remove_old_checkpoints(finished=self.state.global_step >= self.state.max_steps)
+        return output
+
+    @contextmanager
+    def _keeping_checkpoints(self) -> Iterator[None]:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer then deletes none
+        try:
+            yield
         finally:
             self.args.save_total_limit = limit
+
+    def _remove_old_checkpoints(self, finished: bool = False):
         if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=False)
-        self.accelerator.wait_for_everyone()  # one that ends now may take the others with it
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            remove_old_checkpoints(self.args.output_dir, limit, best, keep_newest=not finished)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer takes one step more when it resumes at `max_steps`, as a run stopped after training does."""
@@ -374,6 +390,7 @@ class HfGPTTrainer(Trainer):
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
+        self._remove_old_checkpoints(finished=True)
         return TrainOutput(state.global_step, math.nan, {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):

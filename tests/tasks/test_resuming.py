@@ -10,7 +10,8 @@ import pytest
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.saving import hash_file
 from hfgpt.tasks.run_folder import check_same_sources
-from hfgpt.training.checkpoints import list_checkpoints
+from hfgpt.training import checkpoints
+from hfgpt.training.checkpoints import list_checkpoints, step_of
 
 TEXT = "The fox saw the hen. The hen saw the fox. Neither said a word about it.\n" * 40
 
@@ -210,6 +211,47 @@ def test_the_best_model_is_also_saved_by_a_run_that_was_stopped_after_its_last_s
     run = train(tmp_path / "run", *overrides, resume=True)
     assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
     assert hash_file(run.folder / "model.safetensors") != hash_file(run.folder / "checkpoint-6" / "model.safetensors")
+
+
+BEST_IS_FIRST = [
+    *("training.load_best_model_at_end=true", "training.metric_for_best_model=eval_loss"),
+    *("training.greater_is_better=true", "training.save_total_limit=1", "training.eval_steps=2"),
+    *("training.save_steps=2", "training.max_steps=6"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept", "left"),
+    [(["training.max_steps=12"], [8, 12], [4, 8, 12]), (BEST_IS_FIRST, [2], [2, 4, 6])],
+    ids=["the last two", "the best"],
+)
+def test_a_run_killed_before_it_removed_old_checkpoints_removes_them(
+    overrides, kept, left, train, tmp_path, monkeypatch
+):
+    def die(checkpoint):
+        if steps(tmp_path / "run")[-1] == left[-1]:
+            raise KeyboardInterrupt
+        remove(checkpoint)
+
+    def steps(folder):
+        return [step_of(path) for path in list_checkpoints(folder)]
+
+    whole, remove = train(tmp_path / "whole", *overrides), checkpoints.remove_checkpoint
+    assert steps(whole.folder) == kept
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "remove_checkpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", *overrides)
+    assert steps(tmp_path / "run") == left
+    run = train(tmp_path / "run", *overrides, resume=True)
+    assert content(run.folder).keys() == content(whole.folder).keys()
+    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+
+
+def test_an_interrupted_run_keeps_the_checkpoint_it_saved_then(train, tmp_path):
+    with pytest.raises(Interrupted, match="stopped at step 5 of 6"):
+        train(tmp_path / "run", *BEST_IS_FIRST, during=stop_at(5))
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-5"]
 
 
 CONSTANT = ("training.lr_scheduler_type=constant", "training.save_steps=3")

@@ -26,6 +26,7 @@ from hfgpt.training.callbacks import (
     LogCallback,
     PlainConsole,
     ProgressCallback,
+    log_result,
     plot_loss,
     read_log,
     stderr_console,
@@ -94,6 +95,16 @@ def test_log_of_a_resumed_run_drops_what_is_repeated(tmp_path):
 def test_log_cut_by_a_crash_is_read_up_to_there(tmp_path):
     (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
     assert read_log(tmp_path) == [{"step": 1, "loss": 4.0}]
+
+
+def test_a_result_measured_again_after_a_crash_is_logged_once(tmp_path):
+    evaluated = {"step": 2, "eval_loss": 1.5, "eval_runtime": 0.1}  # while training
+    (tmp_path / LOG_FILE).write_text(json.dumps(evaluated) + '\n{"step": 2, "eval_lo')
+    for _ in range(2):
+        log_result(tmp_path, {"step": 2, "eval_loss": 1.5})
+    assert read_log(tmp_path) == [evaluated, {"step": 2, "eval_loss": 1.5}]
+    log_result(tmp_path, {"step": 4, "eval_loss": 1.25})  # the same run made longer
+    assert [entry["step"] for entry in read_log(tmp_path)] == [2, 2, 4]
 
 
 def test_progress_away_from_a_terminal_is_a_line_a_logging_step(clock, capsys):

@@ -1,17 +1,26 @@
 """Checkpoints: complete ones only, none that is damaged, and never one newer than the run."""
 
 import io
+import itertools
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
 import torch
 from rich.console import Console
+from transformers.trainer_utils import rotate_checkpoints
 
 from hfgpt.errors import InputError
-from hfgpt.saving import CHECKSUMS_FILE, read_checksums, write_checksums
-from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, list_checkpoints
+from hfgpt.saving import CHECKSUMS_FILE, read_checksums, remove_leftovers, write_checksums
+from hfgpt.training.checkpoints import (
+    choose_checkpoint,
+    find_last_checkpoint,
+    list_checkpoints,
+    remove_later_checkpoints,
+    remove_old_checkpoints,
+)
 
 STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 SAVING = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
@@ -109,6 +118,35 @@ def test_checkpoints_are_kept_by_step_whatever_the_clock_says(make_model, make_b
     trainer.train()
     assert [path.name for path in list_checkpoints(trainer.args.output_dir)] == ["checkpoint-6", "checkpoint-8"]
     assert trainer.args.save_total_limit == 2
+
+
+def test_as_many_checkpoints_are_kept_as_by_trainer(tmp_path):
+    steps = (3, 9, 12, 101)
+    for number, (limit, best) in enumerate(itertools.product((None, 1, 2, 3, 4, 5), (None, *steps, 6))):
+        ours, theirs = tmp_path / f"ours{number}", tmp_path / f"theirs{number}"
+        for folder, remove in ((ours, remove_old_checkpoints), (theirs, rotate_checkpoints)):
+            for step in steps:
+                (folder / f"checkpoint-{step}").mkdir(parents=True)
+            remove(str(folder), limit, best and str(folder / f"checkpoint-{best}"))
+        assert [path.name for path in list_checkpoints(ours)] == [path.name for path in list_checkpoints(theirs)]
+        assert not list(ours.glob(".*"))
+
+
+def test_of_a_finished_run_with_a_limit_of_1_the_best_checkpoint_is_kept(output_dir):
+    remove_old_checkpoints(output_dir, 1, "elsewhere/checkpoint-9", keep_newest=False)
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-9"]
+
+
+def test_a_removal_that_was_killed_leaves_no_damaged_checkpoint(output_dir, monkeypatch):
+    write_checksums(output_dir / "checkpoint-11")
+    with monkeypatch.context() as patch:
+        # Killed once the checksums are gone: what is left looks like a checkpoint of an earlier version.
+        patch.setattr(shutil, "rmtree", lambda path, **options: (path / CHECKSUMS_FILE).unlink())
+        remove_later_checkpoints(output_dir, 10)
+        remove_old_checkpoints(output_dir, 1, None)
+    assert choose(output_dir) == (output_dir / "checkpoint-10", "")
+    remove_leftovers(output_dir)
+    assert {path.name for path in output_dir.iterdir()} == {"checkpoint-10", "checkpoint-best", "other-12"}
 
 
 def keep_time(write):
