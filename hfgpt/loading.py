@@ -48,10 +48,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         InputError: Names both sizes.
     """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {rows}: use the model's own"
-        )
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    if tokens > rows:
+        raise InputError(f"the tokenizer has {tokens} tokens, but the model embeds only {rows}: use the model's own")
 
 
 def load_model(
@@ -225,7 +224,10 @@ def _adapter_labels(path: str, revision: str | None) -> list[str]:
     if names is not None:
         with explained("the labels", path):
             id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
-            return [id2label[str(index)] for index in range(len(id2label))]
+            labels = [id2label[str(index)] for index in range(len(id2label))]
+            if wrong := [label for label in labels if not isinstance(label, str)]:
+                raise InputError(f"a label in '{names}' is {wrong[0]!r}, not a text: take the file that was saved there")
+            return labels
     try:
         with safe_open(cached_file(path, WEIGHTS_FILE, revision=revision or "main"), "pt") as file:
             names = list(file.keys())
