@@ -232,8 +232,9 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def _quiet_peft():
-    """PEFT 0.21 asks transformers 5.23 for a name that it warns of."""
+    """PEFT 0.21 asks transformers 5.23 for a name that it warns of; weights that are missing are an error here."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
 

@@ -361,6 +361,9 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
                     "another copy"
                 )
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    names = config.architectures
+    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+        raise InputError(f"the config.json of '{path}' has architectures {names!r}, not a list of names: take another copy")
     if "/" in str(config._attn_implementation):
         raise InputError(
             f"the config.json of '{path}' names code on the Hub, attn_implementation '{config._attn_implementation}', "
