@@ -226,7 +226,9 @@ def _adapter_labels(path: str, revision: str | None) -> list[str]:
             id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
             labels = [id2label[str(index)] for index in range(len(id2label))]
             if wrong := [label for label in labels if not isinstance(label, str)]:
-                raise InputError(f"a label in '{names}' is {wrong[0]!r}, not a text: take the file that was saved there")
+                raise InputError(
+                    f"a label in '{names}' is {wrong[0]!r}, not a text: take the file that was saved there"
+                )
             return labels
     try:
         with safe_open(cached_file(path, WEIGHTS_FILE, revision=revision or "main"), "pt") as file:
@@ -363,7 +365,9 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     names = config.architectures
     if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
-        raise InputError(f"the config.json of '{path}' has architectures {names!r}, not a list of names: take another copy")
+        raise InputError(
+            f"the config.json of '{path}' has architectures {names!r}, not a list of names: take another copy"
+        )
     if "/" in str(config._attn_implementation):
         raise InputError(
             f"the config.json of '{path}' names code on the Hub, attn_implementation '{config._attn_implementation}', "

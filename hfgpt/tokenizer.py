@@ -339,8 +339,8 @@ def read_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         raise InputError(f"'{path}' gives a {type(tokenizer).__name__}, not a tokenizer: correct its tokenizer_class")
     if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 1:
         raise InputError(
-            f"the tokenizer of '{path}' has model_max_length {tokenizer.model_max_length!r}, which is not a whole number "
-            "above 0: correct its tokenizer_config.json"
+            f"the tokenizer of '{path}' has model_max_length {tokenizer.model_max_length!r}, which is not a whole "
+            "number above 0: correct its tokenizer_config.json"
         )
     if lacking := [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) is None]:
         raise InputError(

@@ -498,9 +498,13 @@ def test_a_damaged_tokenizer_is_refused(damage, copy):
 
 @pytest.mark.parametrize("length", ["x", 1.5, 0, [1]])
 def test_a_tokenizer_with_a_wrong_length_is_refused(length, copy):
-    edit("tokenizer_config.json", lambda data: json.dumps(json.loads(data) | {"model_max_length": length}).encode())(copy)
+    edit("tokenizer_config.json", lambda data: json.dumps(json.loads(data) | {"model_max_length": length}).encode())(
+        copy
+    )
     message = refusal(load_model_tokenizer, str(copy))
-    assert message.startswith(f"the tokenizer of '{copy}' has model_max_length {length!r}, which is not a whole number")
+    assert message.startswith(
+        f"the tokenizer of '{copy}' has model_max_length {length!r}, which is not a whole number"
+    )
     assert "has model_max_length" in refusal(load_tokenizer, str(copy))
 
 
