@@ -391,6 +391,8 @@ class HfGPTTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         with _readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                _check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _load_scaler(self, checkpoint: str | None):
         with _readable(checkpoint):
@@ -451,6 +453,22 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
             f"the checkpoint '{checkpoint}' cannot be resumed from ({fact_of(error)}): move it away, and --resume "
             "takes the one before it"
         ) from error
+
+
+def _check_moments(optimizer: torch.optim.Optimizer):
+    """Refuses a state of Adam that does not fit its parameters: the fused kernel reads it without looking at its size.
+
+    Raises:
+        ValueError: It does not.
+    """
+    optimizer = getattr(optimizer, "adamw", optimizer)  # beside Muon
+    if not isinstance(optimizer, torch.optim.Adam):
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            shape = () if name == "step" else parameter.shape
+            if value.shape != shape or not (value.is_contiguous() or value.stride() == parameter.stride()):
+                raise ValueError(f"{name} of its optimizer has the shape {tuple(value.shape)}, not {tuple(shape)}")
 
 
 def _read_state(checkpoint: Path) -> TrainerState:

@@ -206,6 +206,23 @@ def test_an_optimizer_that_fails_at_the_first_step_is_one_line(stopped, text, tr
         train(stopped, f"data.path={text}", resume=True)
 
 
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize("muon", [False, True])
+def test_moments_of_another_shape_are_refused_before_a_kernel_reads_past_them(name, muon, text, train, tmp_path):
+    overrides = [f"data.path={text}", *(["training.muon_learning_rate=0.01"] if muon else [])]
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", *overrides, during=stop_at(4))
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    content = torch.load(checkpoint / "optimizer.pt")
+    state = (content["adamw"] if muon else content)["state"]
+    state[0][name] = state[0][name].reshape(-1)[:1].expand(2)
+    torch.save(content, checkpoint / "optimizer.pt")
+    write_checksums(checkpoint)
+    said = rf"checkpoint-4' cannot be resumed from \({name} of its optimizer has the shape \(2,\), not \("
+    with pytest.raises(InputError, match=said):
+        train(tmp_path / "run", *overrides, resume=True)
+
+
 def test_what_fails_after_the_first_step_is_no_fault_of_the_checkpoint(stopped, text, train):
     def fail(step):
         if step == 8:
