@@ -145,6 +145,9 @@ def read_adapter(path: str, revision: str | None = None) -> SavedAdapter:
     # PEFT and json each raise errors of their own on a damaged file.
     except Exception as error:
         raise InputError(f"the adapter '{path}' cannot be read ({_in_one_line(error)}): save it again") from error
+    for name in ("base_model_name_or_path", "revision", "task_type"):
+        if not isinstance(value := getattr(config, name), str | None):
+            raise InputError(f"the adapter '{path}' has {name} {value!r}, which is not a text: save it again")
     if not config.base_model_name_or_path:
         raise InputError(f"the adapter '{path}' does not name its base model: set base_model_name_or_path in its file")
     if getattr(config, "megatron_config", None):  # PEFT would import the package that it names
@@ -229,8 +232,9 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def _quiet_peft():
-    """PEFT 0.21 asks transformers 5.23 for a name that it warns of."""
+    """PEFT 0.21 asks transformers 5.23 for a name that it warns of; weights that are missing are an error here."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
 

@@ -76,12 +76,13 @@ def generate(
 ):
     """Continue a prompt."""
     from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_texts
-    from hfgpt.loading import load_model, load_model_tokenizer
+    from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
     from hfgpt.training.hardware import find_device
 
     arguments = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, num_samples, seed)
     tokenizer = load_model_tokenizer(model)
     network = load_model(model, changed_weights="warn").to(find_device())
+    check_vocabulary(network, tokenizer)
     streamer = TerminalStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
     texts = generate_texts(network, tokenizer, prompt, arguments, streamer)
     if streamer is None:

@@ -49,10 +49,9 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         InputError: Names both sizes.
     """
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds only {rows}: use the model's own"
-        )
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+    if tokens > rows:
+        raise InputError(f"the tokenizer has {tokens} tokens, but the model embeds only {rows}: use the model's own")
 
 
 def load_model(
@@ -231,7 +230,12 @@ def _adapter_labels(path: str, revision: str | None) -> list[str]:
     if names is not None:
         with explained("the labels", path):
             id2label = json.loads(Path(names).read_text(encoding="utf-8"))["id2label"]
-            return [id2label[str(index)] for index in range(len(id2label))]
+            labels = [id2label[str(index)] for index in range(len(id2label))]
+            if wrong := [label for label in labels if not isinstance(label, str)]:
+                raise InputError(
+                    f"a label in '{names}' is {wrong[0]!r}, not a text: take the file that was saved there"
+                )
+            return labels
     try:
         with safe_open(cached_file(path, WEIGHTS_FILE, revision=revision or "main"), "pt") as file:
             names = list(file.keys())
@@ -365,6 +369,10 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
                     "another copy"
                 )
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    named = {"architectures": config.architectures or [], "id2label": list((config.id2label or {}).values())}
+    for key, names in named.items():
+        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise InputError(f"the config.json of '{path}' has {names!r} for {key}, not names: take another copy")
     if "/" in str(config._attn_implementation):
         raise InputError(
             f"the config.json of '{path}' names code on the Hub, attn_implementation '{config._attn_implementation}', "

@@ -331,12 +331,22 @@ def read_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        InputError: It needs code of its own, or is not a tokenizer.
+        InputError: It needs code of its own, is not a tokenizer, or lacks one of its special tokens.
     """
     with without_remote_code(path):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):  # `tokenizer_class` may be the name of any class
         raise InputError(f"'{path}' gives a {type(tokenizer).__name__}, not a tokenizer: correct its tokenizer_class")
+    if not isinstance(tokenizer.model_max_length, int) or tokenizer.model_max_length < 1:
+        raise InputError(
+            f"the tokenizer of '{path}' has model_max_length {tokenizer.model_max_length!r}, which is not a whole "
+            "number above 0: correct its tokenizer_config.json"
+        )
+    if lacking := [token for token in tokenizer.all_special_tokens if tokenizer.convert_tokens_to_ids(token) is None]:
+        raise InputError(
+            f"the tokenizer of '{path}' has the special token {lacking[0]!r}, which is not in its vocabulary: correct "
+            "its tokenizer_config.json"
+        )
     tokenizer.init_kwargs.pop("auto_map", None)  # which would be saved again
     return tokenizer
 

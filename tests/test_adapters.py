@@ -241,6 +241,15 @@ def test_a_damaged_adapter_and_a_base_that_is_gone(base, adapter, tmp_path):
         load_model(str(adapter))
 
 
+@pytest.mark.parametrize("name", ["base_model_name_or_path", "revision", "task_type"])
+@pytest.mark.parametrize("value", [5, ["a"], {"a": 1}])
+def test_an_adapter_of_wrong_types_is_refused(adapter, name, value):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(InputError, match=r"the adapter '.*adapter' (cannot be read|has \w+ .*, which is not a text)"):
+        load_model(str(adapter))
+
+
 def test_an_adapter_in_a_pickle_is_not_read(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "old")
     (tmp_path / "old" / "adapter_model.safetensors").unlink()
@@ -290,6 +299,14 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
     (tmp_path / "adapter" / "labels.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot load the labels from '.*adapter' \(Expecting property name"):
         load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
+    for content, said in (
+        ({"0": ["a"], "1": "b", "2": "c"}, r"a label in '.*labels.json' is \['a'\], not a text"),
+        ({"0": "a", "1": "b", "3": "c"}, r"cannot load the labels from '.*adapter' \(there is no '2'\)"),
+        ("abc", "cannot load the labels from '.*adapter'"),
+    ):
+        (tmp_path / "adapter" / "labels.json").write_text(json.dumps({"id2label": content}))
+        with pytest.raises(InputError, match=said):
+            load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
     (tmp_path / "labels.json").rename(tmp_path / "adapter" / "labels.json")
     merged = merge_adapter(loaded, "adapter")
     merged.save_pretrained(tmp_path / "merged")

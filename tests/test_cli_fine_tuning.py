@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 
 import datasets
 import pytest
@@ -130,6 +131,45 @@ def test_a_chat_from_standard_input():
     status, out, _ = hfgpt("chat", "answers", "--max-new-tokens", "5", "--greedy", stdin="What?\n/system x\nWhy?\n")
     assert status == 0
     assert len(out.splitlines()) >= 2
+
+
+def spoil(here, model: str, name: str, change) -> str:
+    """A copy of a run in which one JSON file is changed."""
+    folder = shutil.copytree(here / model, here / "spoilt", dirs_exist_ok=True)
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    return "spoilt"
+
+
+COMMANDS = {
+    "answers": (
+        ["generate", "Hello"],
+        ["chat"],
+        ["evaluate", "--task", "instruct", "--data.path", "questions.json"],
+    ),
+    "classes": (["classify", "Dear Mia!"], ["evaluate", "--data.path", "notes.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("model", COMMANDS)
+def test_a_tokenizer_larger_than_the_model_is_one_line(here, model):
+    spoilt = spoil(here, model, "tokenizer.json", lambda content: content["model"]["vocab"].update({"~~": 99999}))
+    for command, *options in COMMANDS[model]:
+        status, out, err = hfgpt(command, spoilt, *options, stdin="Hello\n")
+        assert (status, out) == (2, "")
+        assert re.fullmatch(r"hfgpt: the tokenizer has 100000 tokens, but the model embeds only \d+: .*\n", err), err
+    shutil.rmtree(here / spoilt)
+
+
+def test_a_wrong_generation_config_is_one_line(here):
+    spoilt = spoil(here, "answers", "generation_config.json", lambda content: content.update(suppress_tokens="x"))
+    for command, *options in COMMANDS["answers"]:
+        status, _, err = hfgpt(command, spoilt, *options, stdin="Hello\n")
+        assert status == (0 if command == "chat" else 2), "a conversation goes on"
+        said = "hfgpt: the model's generation_config.json cannot be used"
+        assert " ".join(err.split()).rpartition("hfgpt: ")[2].startswith(said.removeprefix("hfgpt: ")), err
+    shutil.rmtree(here / spoilt)
 
 
 def test_inspect_and_plan():

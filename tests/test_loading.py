@@ -505,6 +505,49 @@ def test_a_damaged_tokenizer_is_refused(damage, copy):
     assert message.endswith("): save or copy it again")
 
 
+@pytest.mark.parametrize("length", ["x", 1.5, 0, [1]])
+def test_a_tokenizer_with_a_wrong_length_is_refused(length, copy):
+    edit("tokenizer_config.json", lambda data: json.dumps(json.loads(data) | {"model_max_length": length}).encode())(
+        copy
+    )
+    message = refusal(load_model_tokenizer, str(copy))
+    assert message.startswith(
+        f"the tokenizer of '{copy}' has model_max_length {length!r}, which is not a whole number"
+    )
+    assert "has model_max_length" in refusal(load_tokenizer, str(copy))
+
+
+def test_a_special_token_that_is_not_in_the_vocabulary_is_refused(copy):
+    settings = {"eos_token": "", "unk_token": None}
+    edit("tokenizer_config.json", lambda data: json.dumps(json.loads(data) | settings).encode())(copy)
+    assert "has the special token '', which is not in its vocabulary" in refusal(load_model_tokenizer, str(copy))
+
+
+def test_ids_with_gaps_are_compared_by_the_largest(copy):
+    def add(data):
+        content = json.loads(data)
+        content["model"]["vocab"]["~"] = 99
+        return json.dumps(content).encode()
+
+    edit("tokenizer.json", add)(copy)
+    said = "the tokenizer has 100 tokens, but the model embeds only 29: use the model's own"
+    assert refusal(check_vocabulary, load_model(str(copy)), load_model_tokenizer(str(copy))) == said
+
+
+@pytest.mark.parametrize("names", [5, "HfGPTForCausalLM", [5], {"a": 1}])
+def test_architectures_that_are_no_names_are_refused(names, copy):
+    edit_config(architectures=names)(copy)
+    message = refusal(load_model_config, str(copy))
+    said = f"the config.json of '{copy}' has {names!r} for architectures, not names: take another copy"
+    assert message == said or message.startswith("cannot load a configuration from")
+
+
+def test_a_label_of_a_configuration_that_is_no_text_is_refused(copy):
+    edit_config(id2label={"0": "a", "1": ["b"]})(copy)
+    said = f"the config.json of '{copy}' has ['a', ['b']] for id2label, not names: take another copy"
+    assert refusal(load_model_config, str(copy)) == said
+
+
 def test_a_classifier_is_no_language_model(copy):
     edit_config(architectures=["HfGPTForSequenceClassification"])(copy)
     assert "is a classifier, not a language model" in refusal(load_model, str(copy))

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,12 +99,15 @@ def check_archive(path: Path):
 
 def _load_pickle(path: Path) -> Any:
     check_archive(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # a file from before torch 1.6
+    with warnings.catch_warnings():
+        # What its reader does not understand in another version of pickle is refused.
+        warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # a file from before torch 1.6
 
 
 def check_weights(path: Path, weights: dict[Any, Any]):

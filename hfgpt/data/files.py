@@ -354,16 +354,23 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, A
         with _open(path) as stream, pq.ParquetFile(stream) as file:
             if not set(columns or []) <= set(file.schema_arrow.names):
                 columns = None  # the first row then shows what there is
-            _check_sizes(path, file.metadata)
+            _check_sizes(path, file)
             # Few rows at a time: one text, stored once, can be the value of all of them.
             for batch in file.iter_batches(batch_size=16, columns=columns):
                 yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is not a valid Parquet file ({error}): write it again") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk
+        fact = " ".join(str(error).split())
+        raise InputError(f"{path} is not a valid Parquet file ({fact}): write it again") from error
 
 
-def _check_sizes(path: Path, metadata: pq.FileMetaData):
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+def _check_sizes(path: Path, file: pq.ParquetFile):
+    metadata = file.metadata
+    for number in range(metadata.num_row_groups):
+        # Opens its columns and reads no row: of a damaged one this raises, where its metadata would end the process.
+        list(file.reader.iter_batches(0, [number]))
+        group = metadata.row_group(number)
         for column in map(group.column, range(group.num_columns)):
             # Text compresses to a third or a tenth.
             if column.total_uncompressed_size > max(LONGEST_DECOMPRESSED, 100 * column.total_compressed_size):

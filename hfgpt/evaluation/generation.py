@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
@@ -102,6 +103,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
     return ids
 
 
+def generate_ids(model: PreTrainedModel, prompt_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """`model.generate` for ids and settings that are known to be right: what else decides is generation_config.json.
+
+    Raises:
+        InputError: That file has values that transformers cannot use.
+    """
+    try:
+        return model.generate(prompt_ids, **settings)
+    except (OSError, MemoryError, torch.OutOfMemoryError, UnicodeEncodeError):
+        raise  # of the machine, and of where a streamer prints
+    # What a wrong type or number raises depends on where it is first used.
+    except Exception as error:
+        fact = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"the model's generation_config.json cannot be used ({fact}): correct it, or move it away"
+        ) from error
+
+
 def generate_texts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -136,7 +155,8 @@ def generate_texts(
         }
     set_seed(arguments.seed)
     prompt_ids = torch.tensor([ids], device=model.device)
-    generated = model.generate(
+    generated = generate_ids(
+        model,
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         max_new_tokens=arguments.max_new_tokens or min(100, context - len(ids)),

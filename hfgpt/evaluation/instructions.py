@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfgpt.data.templates import encode_chat
 from hfgpt.errors import InputError
+from hfgpt.evaluation.generation import generate_ids
 
 Conversation = Sequence[dict[str, str]]
 
@@ -84,7 +85,8 @@ def generate_answers(
         room = min(max_new_tokens, context - longest)
         rows = [[padding] * (longest - len(prompts[index])) + prompts[index] for index in chosen]
         mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen]
-        generated = model.generate(
+        generated = generate_ids(
+            model,
             torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=room,

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +103,39 @@ class Records:
         return f" That is {few} only: too few for these figures to say much." if few else ""
 
 
+@contextmanager
+def explained_records(folder: Path) -> Iterator[None]:
+    """Turns what comes of records whose entries are of other types than hfgpt writes into one line.
+
+    Args:
+        folder: Where they lie.
+
+    Raises:
+        InputError: They are.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
+        fact = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the records in '{folder}' (run.json, recipe.yaml and the like) are not as hfgpt writes them "
+            f"({type(error).__name__}: {fact}): take those that were saved with the model, or move them away"
+        ) from error
+
+
 def read_records(folder: Path) -> Records:
     """Reads what lies beside the weights in a saved folder; beside a checkpoint, what is known of its run.
 
     Raises:
         InputError: A file cannot be read, or is none of hfgpt's.
     """
+    with explained_records(folder):
+        return _collect(folder)
+
+
+def _collect(folder: Path) -> Records:
     run_folder = folder.parent if is_checkpoint(folder) else folder
     run, metrics = _read(run_folder / "run.json"), _read(folder / "metrics.json")
     if is_checkpoint(folder):

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 
 from hfgpt.data.templates import check_chat_template, encode_chat
 from hfgpt.errors import InputError
-from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer
-from hfgpt.loading import load_model, load_model_tokenizer
+from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_ids
+from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.hardware import find_device
 
@@ -83,7 +83,8 @@ class Chat:
             names = ("temperature", "top_k", "top_p")
             sampling = {"do_sample": True, **{name: getattr(self.sampling, name) for name in names}}
         end = self.tokenizer.eos_token_id
-        generated = self.model.generate(
+        generated = generate_ids(
+            self.model,
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=self.max_new_tokens,
@@ -128,6 +129,7 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
     """
     tokenizer = load_model_tokenizer(path)
     model = load_model(path, changed_weights="warn").to(find_device())
+    check_vocabulary(model, tokenizer)
     chat = Chat(model, tokenizer, sampling, system=system)
     console = stderr_console()
     if sys.stdin.isatty() and lines is None:

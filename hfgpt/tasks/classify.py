@@ -39,7 +39,7 @@ from hfgpt.evaluation.classification import (
     predict_probabilities,
 )
 from hfgpt.evaluation.generation import unknown_token_id
-from hfgpt.loading import classifies, load_model, load_model_tokenizer
+from hfgpt.loading import check_vocabulary, classifies, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
 from hfgpt.saving import quote_path, write_json
 from hfgpt.tasks.first_pass import build_blocks, describe_first_pass, model_after_first_pass, run_first_pass
@@ -322,6 +322,7 @@ def load_classifier(path: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
         raise InputError(f"'{path}' is a language model, not a classifier: train one with task: classify")
     tokenizer = load_model_tokenizer(path)
     model = load_model(path, auto_class=AutoModelForSequenceClassification, **options).to(find_device())
+    check_vocabulary(model, tokenizer)
     return model, tokenizer, [model.config.id2label[index] for index in range(model.config.num_labels)]
 
 

@@ -12,7 +12,7 @@ from hfgpt.adapters import merge_adapter
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
-from hfgpt.hub.records import is_checkpoint, read_records
+from hfgpt.hub.records import explained_records, is_checkpoint, read_records
 from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     TRAINABLE_TYPES,
@@ -106,11 +106,12 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
         tokenizer.save_pretrained(staging)
         made = {"weights_sha256": hash_weights(staging), **describe_environment()}
         write_json(staging / "merge.json", {**asdict(report), **made})
-        if Path(path).is_dir():
-            _keep_records(Path(path), staging)
-        records = read_records(staging)
-        records.run["architecture"] = describe_architecture(merged)
-        write_card(staging, records, HubArguments(), Place(out.as_posix()))
+        with explained_records(Path(path)):
+            if Path(path).is_dir():
+                _keep_records(Path(path), staging)
+            records = read_records(staging)
+            records.run["architecture"] = describe_architecture(merged)
+            write_card(staging, records, HubArguments(), Place(out.as_posix()))
     console.print(f"saved to {out}", highlight=False)
     return report
 

@@ -19,7 +19,7 @@ from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments, check_repo_id
 from hfgpt.hub.card import describe_architecture
 from hfgpt.hub.contents import Contents, find_secrets, sort_contents
-from hfgpt.hub.records import Records, is_hub_id, read_records
+from hfgpt.hub.records import Records, explained_records, is_hub_id, read_records
 from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
 from hfgpt.hub.stranger import check_as_stranger
 from hfgpt.hub.upload import Target, fetch_base, upload, verify
@@ -209,7 +209,10 @@ def read_hub_arguments(records: Records, overrides: Sequence[str]) -> HubArgumen
         if any(override.partition("=")[0] == f"--hub.{option}" for override in overrides):
             raise InputError(f"--hub.{option} is of a recipe: here it is {instead} that says so")
     given = records.recipe.get("hub") or {}
-    written = [f"--hub.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    with explained_records(records.folder):
+        written = [
+            f"--hub.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()
+        ]
     task = records.task or "pretrain"
     return parse_sections([*written, *overrides], task, ["data", "evaluation", "hub"])["hub"]
 
@@ -290,9 +293,8 @@ def make_branch(
     if native:
         quiet = Console(file=io.StringIO())
         export_model(str(folder), branch.folder, merge_adapter=bool(records.adapter), console=quiet)
-        stage_native(folder, branch.folder, names, records, hub, branch.place)
-    else:
-        stage(folder, branch.folder, names, records, hub, branch.place)
+    with explained_records(folder):
+        (stage_native if native else stage)(folder, branch.folder, names, records, hub, branch.place)
     branch.hashes = branch.hash_files()
     if hash_weights(folder) != records.run["weights_sha256"]:
         raise InputError(f"the weights in '{folder}' were changed while they were checked: publish again")

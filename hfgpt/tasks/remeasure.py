@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from hfgpt.data.files import find_files, looks_local
 from hfgpt.errors import InputError
 from hfgpt.evaluation.classification import ClassifierResult
-from hfgpt.hub.records import Records, is_checkpoint
+from hfgpt.hub.records import Records, explained_records, is_checkpoint
 from hfgpt.loading import classifies, load_model
 from hfgpt.recipe import Recipe, load_recipe, parse_sections
 from hfgpt.tasks import classify, instruct, pretrain
@@ -47,7 +47,8 @@ def measure_again(folder: Path, records: Records, overrides: Sequence[str], cons
     now = datetime.datetime.now(datetime.UTC).date().isoformat()  # publishing twice on a day changes nothing
     if not records.recipe:
         return _measure_what_is_named(folder, records, overrides, now)
-    recipe = _find_rows(records, overrides)
+    with explained_records(folder):
+        recipe = _find_rows(records, overrides)
     if recipe is None:
         kept = "its metrics are those of the end of the run" if records.metrics else "nothing is measured"
         return f"{kept}: its data is no longer at '{_source(records)}'"

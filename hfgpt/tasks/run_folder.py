@@ -241,7 +241,7 @@ def check_same_sources(folder: Path, before: dict[str, Any], now: dict[str, Any]
         flag = {"bfloat16, mixed": "--training.bf16 true", "float16, mixed": "--training.fp16 true"}
         raise InputError(
             f"the run in '{folder}' began in {before['precision']}, and would continue in {now['precision']}: pass "
-            f"{flag.get(before['precision'], '--training.bf16 false')}, {anew}"
+            f"{flag.get(str(before['precision']), '--training.bf16 false')}, {anew}"
         )
     if "processes" in changed:
         raise InputError(

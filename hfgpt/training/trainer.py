@@ -385,7 +385,15 @@ class HfGPTTrainer(Trainer):
         with _readable(resume_from_checkpoint):
             state = _read_state(Path(resume_from_checkpoint))
         if not 0 < self.args.max_steps <= state.global_step:
-            return super().train(resume_from_checkpoint, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint, **kwargs)
+            except InputError:
+                raise
+            except Exception:
+                if self.state.global_step > state.global_step:
+                    raise
+                with _readable(resume_from_checkpoint):  # what it holds fails at the first step, if not when loaded
+                    raise
         self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -400,6 +408,8 @@ class HfGPTTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         with _readable(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                _check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _load_scaler(self, checkpoint: str | None):
         with _readable(checkpoint):
@@ -462,9 +472,41 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
+def _check_moments(optimizer: torch.optim.Optimizer):
+    """Refuses a state of Adam that does not fit its parameters: the fused kernel reads it without looking at its size.
+
+    Raises:
+        ValueError: It does not.
+    """
+    optimizer = getattr(optimizer, "adamw", optimizer)  # beside Muon
+    if not isinstance(optimizer, torch.optim.Adam):
+        return
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            shape = () if name == "step" else parameter.shape
+            if value.shape != shape or not (value.is_contiguous() or value.stride() == parameter.stride()):
+                raise ValueError(f"{name} of its optimizer has the shape {tuple(value.shape)}, not {tuple(shape)}")
+
+
 def _read_state(checkpoint: Path) -> TrainerState:
     """The state in a checkpoint, which must be of its step."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    if state.global_step != step_of(checkpoint) or not isinstance(state.log_history, list):
+    if state.global_step != step_of(checkpoint):
         raise ValueError(f"trainer_state.json is not that of step {step_of(checkpoint)}")
+    for name in ("logging_steps", "eval_steps", "save_steps", "epoch", "total_flos", "num_input_tokens_seen"):
+        value = getattr(state, name)
+        if not _is_number(value) or not 0 <= value < math.inf or (value == 0 and name.endswith("_steps")):
+            raise ValueError(f"{name} in trainer_state.json is {value!r}")
+    for name in ("best_metric", "best_global_step", "train_batch_size"):
+        if not (getattr(state, name) is None or _is_number(getattr(state, name))):
+            raise ValueError(f"{name} in trainer_state.json is {getattr(state, name)!r}")
+    if not isinstance(state.best_model_checkpoint, str | None):
+        raise ValueError(f"best_model_checkpoint in trainer_state.json is {state.best_model_checkpoint!r}")
+    for row in state.log_history:
+        if not all(map(_is_number, [row["step"], *row.values()])):
+            raise ValueError(f"log_history in trainer_state.json has the entry {row!r}")
     return state
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

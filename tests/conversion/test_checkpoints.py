@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import tarfile
+import warnings
 import zipfile
 
 import pytest
@@ -170,6 +171,13 @@ def test_a_file_from_before_torch_1_6_is_read(tmp_path):
     assert not zipfile.is_zipfile(tmp_path / "old.pth")
     weights = read_checkpoint(tmp_path / "old.pth").weights
     assert all(torch.equal(tensor, weights[name]) for name, tensor in make_book_weights().items())
+
+
+def test_a_newer_pickle_is_read_without_a_warning(tmp_path):
+    torch.save(make_book_weights(), tmp_path / "new.pth", pickle_protocol=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_checkpoint(tmp_path / "new.pth").weights.keys() == make_book_weights().keys()
 
 
 def test_a_flipped_bit_in_a_weight_is_found_by_its_checksum(tmp_path):

@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -262,6 +264,34 @@ def test_a_parquet_file_that_grows_a_hundred_times_is_refused(tmp_path, monkeypa
         InputError, match=r"decompresses \d+ bytes of text to 1,000,0\d\d, more than the limit of 100,000"
     ):
         list(read_rows(tmp_path / "a.parquet"))
+
+
+SPOIL_PARQUET = """
+import sys
+from pathlib import Path
+from hfgpt.data.files import read_rows
+from hfgpt.errors import InputError
+
+path, refused = Path(sys.argv[1]), 0
+whole = path.read_bytes()
+for place in range(len(whole)):
+    path.write_bytes(whole[:place] + b"\\0" + whole[place + 1 :])
+    try:
+        list(read_rows(path))
+    except InputError as error:
+        assert "is not a valid Parquet file" in str(error) and "\\n" not in str(error), error
+        refused += 1
+print(refused)
+"""
+
+
+def test_no_damaged_parquet_file_is_a_traceback_or_ends_the_process(tmp_path):
+    pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "a.parquet")
+    # In a process of its own, which pyarrow would abort.
+    command = [sys.executable, "-c", SPOIL_PARQUET, str(tmp_path / "a.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert int(done.stdout) > 100, "of its 411 bytes"
 
 
 def test_wrong_column_of_a_parquet_file(load, tmp_path):

@@ -149,6 +149,36 @@ def test_options_out_of_range(options, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("suppress_tokens", "x"),
+        ("repetition_penalty", [1]),
+        ("stop_strings", ["."]),
+        ("eos_token_id", "end"),
+        ("cache_implementation", "none such"),
+    ],
+)
+def test_a_wrong_value_in_generation_config_is_one_line(name, value, make_model, tokenizer):
+    model = make_model()
+    setattr(model.generation_config, name, value)
+    with pytest.raises(
+        InputError, match=r"the model's generation_config.json cannot be used \(.+\): correct"
+    ) as error:
+        generate_texts(model, tokenizer, "the ", SamplingArguments(4))
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is not None
+
+
+def test_an_error_of_the_machine_is_not_blamed_on_generation_config(model, tokenizer):
+    class Gone(TextStreamer):
+        def put(self, value):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        generate_texts(model, tokenizer, "the ", SamplingArguments(4), Gone(tokenizer))
+
+
 def test_the_streamer_gets_the_same_text(model, tokenizer, capsys):
     arguments = SamplingArguments(12, temperature=1.5, top_k=0)
     expected = generate_texts(model, tokenizer, "the ", arguments)

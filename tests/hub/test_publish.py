@@ -250,12 +250,49 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
         ("data_report.json", "{}", r"data_report\.json' .* lacks dropped, rows_kept, rows_read, sha256, splits"),
         ("conversion.json", "[]", r"conversion\.json' is not as hfgpt writes it"),
+        (
+            "recipe.yaml",
+            "{task: pretrain, hub: 5}",
+            r"the records in .*text' .* \(AttributeError: 'int' object has no",
+        ),
+        ("recipe.yaml", "{task: pretrain, hub: {license: mit}, data: 5}", "'data' is a section"),
+        ("trainer_state.json", "{}", r"\(KeyError: 'global_step'\): take those that were saved with the model"),
+        ("labels.json", '{"id2label": ["a"]}', r"the records in .* \(AttributeError: 'list' object has no"),
     ],
 )
 def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
     (run / name).write_text(content)
     with pytest.raises(InputError, match=match):
         send(run, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("run.json", {"data_source": [5]}),
+        ("run.json", {"actual": [1]}),
+        ("run.json", {"samples": {"texts": [None]}}),
+        ("run.json", {"versions": "1"}),
+        ("data_report.json", {"dropped": 3}),
+        ("data_report.json", {"splits": ["train"]}),
+    ],
+)
+def test_records_of_other_types_inside_are_one_line(hub, run, trusting, name, changes):
+    edit_json(run / name, **changes)
+    with pytest.raises(
+        InputError, match=rf"the records in '{run}' \(run.json, recipe.yaml and the like\) are not"
+    ) as error:
+        send(run, dry_run=True)
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is not None
+
+
+def test_a_merge_explains_the_records_of_its_adapter(runs, tmp_path):
+    adapter = shutil.copytree(runs / "adapter", tmp_path / "adapter")
+    edit_json(adapter / "data_report.json", splits=["train"])
+    with pytest.raises(InputError, match=rf"the records in '{adapter}' .* are not as hfgpt writes them"):
+        merge(str(adapter), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_another_tokenizer_is_refused(hub, run):

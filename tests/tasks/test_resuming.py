@@ -6,9 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from hfgpt.errors import InputError, Interrupted
-from hfgpt.saving import hash_file
+from hfgpt.saving import hash_file, write_checksums
 from hfgpt.tasks.run_folder import check_same_sources
 from hfgpt.training import checkpoints
 from hfgpt.training.checkpoints import list_checkpoints, step_of
@@ -100,6 +101,7 @@ BEGAN = {
         ),
         ({"precision": "bfloat16, mixed"}, {"precision": "float32"}, "pass --training.bf16 true"),
         ({"precision": "float16, mixed"}, {"precision": "float32"}, "pass --training.fp16 true"),
+        ({"precision": ["x"]}, {"precision": "float32"}, r"began in \['x'\], and would continue in float32: pass"),
         ({}, {"processes": 1}, "began on 2 processes, and would continue on 1: start as many"),
     ],
 )
@@ -167,6 +169,67 @@ def test_broken_files_of_a_run_are_one_line(name, broken, said, stopped, text, t
         train(stopped, f"data.path={text}", resume=True)
     assert "\n" not in str(error.value)
     assert not (stopped / "planted").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("best_model_checkpoint", ["x"]),
+        ("best_metric", "x"),
+        ("log_history", ["x"]),
+        ("log_history", [{"loss": 1.0}]),
+        ("log_history", [{"step": 1, "loss": None}]),
+        ("logging_steps", 0),
+        ("save_steps", "x"),
+        ("total_flos", None),
+        ("stateful_callbacks", ["x"]),
+    ],
+)
+def test_a_trainer_state_of_wrong_types_is_one_line(name, value, stopped, text, train):
+    """As a tool that writes the checksums anew may leave it."""
+    checkpoint = stopped / "checkpoint-6"
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {name: value}))
+    write_checksums(checkpoint)
+    with pytest.raises(InputError, match=r"checkpoint-6' cannot be resumed from \(.*\): move it away") as error:
+        train(stopped, f"data.path={text}", resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_an_optimizer_that_fails_at_the_first_step_is_one_line(stopped, text, train):
+    checkpoint = stopped / "checkpoint-6"
+    state = torch.load(checkpoint / "optimizer.pt")
+    state["param_groups"][0]["differentiable"] = True  # which a fused AdamW refuses to step with
+    torch.save(state, checkpoint / "optimizer.pt")
+    write_checksums(checkpoint)
+    with pytest.raises(InputError, match=r"checkpoint-6' cannot be resumed from \(Adam with fused=True"):
+        train(stopped, f"data.path={text}", resume=True)
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
+@pytest.mark.parametrize("muon", [False, True])
+def test_moments_of_another_shape_are_refused_before_a_kernel_reads_past_them(name, muon, text, train, tmp_path):
+    overrides = [f"data.path={text}", *(["training.muon_learning_rate=0.01"] if muon else [])]
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", *overrides, during=stop_at(4))
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    content = torch.load(checkpoint / "optimizer.pt")
+    state = (content["adamw"] if muon else content)["state"]
+    state[0][name] = state[0][name].reshape(-1)[:1].expand(2)
+    torch.save(content, checkpoint / "optimizer.pt")
+    write_checksums(checkpoint)
+    said = rf"checkpoint-4' cannot be resumed from \({name} of its optimizer has the shape \(2,\), not \("
+    with pytest.raises(InputError, match=said):
+        train(tmp_path / "run", *overrides, resume=True)
+
+
+def test_what_fails_after_the_first_step_is_no_fault_of_the_checkpoint(stopped, text, train):
+    def fail(step):
+        if step == 8:
+            raise RuntimeError("of its own")
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        train(stopped, f"data.path={text}", resume=True, during=fail)
 
 
 def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path, monkeypatch):
