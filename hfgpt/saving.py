@@ -91,13 +91,18 @@ def remove_leftovers(folder: Path):
 
 
 @contextmanager
-def staged_files(folder: Path) -> Iterator[Path]:
-    """A folder to write several files into that then appear in `folder` together, or not at all if writing fails."""
+def staged_files(folder: Path, first: str | None = None) -> Iterator[Path]:
+    """A folder to write several files into that then appear in `folder` together, or not at all if writing fails.
+
+    Args:
+        folder: Where they appear.
+        first: The file that comes first, by which a later process knows what a killed one was about to do.
+    """
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
     try:
         yield staging
         _share_weights(staging)
-        for path in sorted(staging.iterdir()):
+        for path in sorted(staging.iterdir(), key=lambda path: (path.name != first, path.name)):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

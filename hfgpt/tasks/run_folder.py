@@ -208,7 +208,7 @@ def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataRe
     remove_later_checkpoints(folder, step_of(checkpoint) if checkpoint else 0)
     for name in (CARD_FILE, "metrics.json"):  # of a finished run that is made longer
         (folder / name).unlink(missing_ok=True)
-    with explain_full_disk(folder), staged_files(folder) as staging:
+    with explain_full_disk(folder), staged_files(folder, first=RECIPE_FILE) as staging:
         write_text(staging / RECIPE_FILE, render_recipe(recipe))
         tokenizer.save_pretrained(staging)
         report.save(staging / "data_report.json")

@@ -1,6 +1,7 @@
 """What a run is resumed on: the data, tokenizer, base model and precision it began with, and undamaged checkpoints."""
 
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -147,6 +148,26 @@ def test_what_a_killed_process_left_is_gone_after_resuming(stopped, text, whole,
     assert f"{stopped}/checkpoint-8 is incomplete: the run was stopped while saving it" in run.shown
     assert content(stopped).keys() == content(whole.folder).keys() - {"loss.png"}
     assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("moved", [1, 2, 3])
+def test_a_run_that_was_killed_while_it_began_starts_again_with_resume(moved, text, train, tmp_path, monkeypatch):
+    replace, done = os.replace, []
+
+    def move(source, target):
+        if Path(source).parent.name.startswith(".staging-") and Path(target).parent == tmp_path / "run":
+            if len(done) == moved:
+                raise KeyboardInterrupt
+            done.append(Path(target).name)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", move)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", f"data.path={text}", "training.max_steps=1")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(done)
+    train(tmp_path / "run", f"data.path={text}", "training.max_steps=1", resume=True)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
