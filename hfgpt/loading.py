@@ -369,10 +369,14 @@ def load_model_config(path: str, revision: str | None = None) -> PreTrainedConfi
                     "another copy"
                 )
         config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
-    named = {"architectures": config.architectures or [], "id2label": list((config.id2label or {}).values())}
-    for key, names in named.items():
-        if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise InputError(f"the config.json of '{path}' has {names!r} for {key}, not names: take another copy")
+    names, labels = config.architectures or [], config.id2label or {}
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise InputError(f"the config.json of '{path}' has {names!r} for architectures, not names: take another copy")
+    if sorted(labels) != list(range(len(labels))) or not all(isinstance(label, str) for label in labels.values()):
+        raise InputError(
+            f"the id2label in the config.json of '{path}' does not give a text for each number from 0 on: take "
+            "another copy"
+        )
     if "/" in str(config._attn_implementation):
         raise InputError(
             f"the config.json of '{path}' names code on the Hub, attn_implementation '{config._attn_implementation}', "

@@ -542,10 +542,11 @@ def test_architectures_that_are_no_names_are_refused(names, copy):
     assert message == said or message.startswith("cannot load a configuration from")
 
 
-def test_a_label_of_a_configuration_that_is_no_text_is_refused(copy):
-    edit_config(id2label={"0": "a", "1": ["b"]})(copy)
-    said = f"the config.json of '{copy}' has ['a', ['b']] for id2label, not names: take another copy"
-    assert refusal(load_model_config, str(copy)) == said
+@pytest.mark.parametrize("labels", [{"0": ["a"], "1": "b"}, {"0": "a", "2": "b"}, {"0": "a", "1": None}])
+def test_labels_that_are_no_texts_or_have_gaps_are_refused(labels, copy):
+    edit_config(architectures=["HfGPTForSequenceClassification"], id2label=labels)(copy)
+    said = f"the id2label in the config.json of '{copy}' does not give a text for each number from 0 on"
+    assert refusal(load_model_config, str(copy)).startswith(said)
 
 
 def test_a_classifier_is_no_language_model(copy):

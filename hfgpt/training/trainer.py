@@ -500,6 +500,8 @@ def _read_state(checkpoint: Path) -> TrainerState:
     for name in ("best_metric", "best_global_step", "train_batch_size"):
         if not (getattr(state, name) is None or _is_number(getattr(state, name))):
             raise ValueError(f"{name} in trainer_state.json is {getattr(state, name)!r}")
+    if not isinstance(state.stateful_callbacks, dict) or "TrainerControl" not in state.stateful_callbacks:
+        raise ValueError("stateful_callbacks in trainer_state.json has no TrainerControl")
     if not isinstance(state.best_model_checkpoint, str | None):
         raise ValueError(f"best_model_checkpoint in trainer_state.json is {state.best_model_checkpoint!r}")
     for row in state.log_history:

@@ -204,6 +204,7 @@ def test_broken_files_of_a_run_are_one_line(name, broken, said, stopped, text, t
         ("save_steps", "x"),
         ("total_flos", None),
         ("stateful_callbacks", ["x"]),
+        ("stateful_callbacks", {"x": {}}),
     ],
 )
 def test_a_trainer_state_of_wrong_types_is_one_line(name, value, stopped, text, train):
