@@ -156,8 +156,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     unused = {name for name in OPTIONAL if name not in tree and not any(o.startswith(f"--{name}.") for o in overrides)}
     if values.model.path is None and "pretraining" in unused:
         _train_from_scratch(values.training, tree, overrides)
-    for key, fault in _leave_out_unused(values, parser.get_defaults().tokenizer, overrides):
-        raise InputError(as_given(key) + fault)
+    _leave_out_unused(values, parser.get_defaults().tokenizer, overrides, as_given)
     try:
         sections = {name: _build(kind, values[name]) for name, kind in kinds.items() if name not in unused}
     except (ValueError, TypeError, KeyError, ImportError) as error:
@@ -191,8 +190,8 @@ def _train_from_scratch(training: Namespace, tree: dict[str, Any], overrides: li
             training[key] = value
 
 
-def _leave_out_unused(values: Namespace, defaults: Namespace, overrides: list[str]) -> Iterator[tuple[str, str]]:
-    """Leaves out the keys of a tokenizer to train where one is loaded; yields those that were given, and the fault.
+def _leave_out_unused(values: Namespace, defaults: Namespace, overrides: list[str], as_given: Callable[[str], str]):
+    """Leaves out the keys of a tokenizer to train where one is loaded, or refuses those that were given.
 
     The keys of a recipe give way to an override that names the tokenizer, or the model that has one.
     """
@@ -207,7 +206,8 @@ def _leave_out_unused(values: Namespace, defaults: Namespace, overrides: list[st
         key, value = f"tokenizer.{name}", tokenizer.pop(name)
         gives_way = _is_overridden(source, overrides) and not _is_overridden(key, overrides)
         if value != defaults[name] and not gives_way:
-            yield key, f"{key} is {value!r}, but the tokenizer is that of {source}: leave out one of them"
+            fault = f"{key} is {value!r}, but the tokenizer is that of {source}: leave out one of them"
+            raise InputError(as_given(key) + fault)
 
 
 def _is_overridden(key: str, overrides: list[str]) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from hfgpt.errors import InputError, make_visible
 
@@ -115,6 +115,8 @@ def generate_ids(model: PreTrainedModel, prompt_ids: torch.Tensor, **settings: A
         raise  # of the machine, and of where a streamer prints
     # What a wrong type or number raises depends on where it is first used.
     except Exception as error:
+        if model.generation_config.to_dict() == GenerationConfig.from_model_config(model.config).to_dict():
+            raise  # the file says nothing of its own
         fact = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(
             f"the model's generation_config.json cannot be used ({fact}): correct it, or move it away"

@@ -385,15 +385,7 @@ class HfGPTTrainer(Trainer):
         with _readable(resume_from_checkpoint):
             state = _read_state(Path(resume_from_checkpoint))
         if not 0 < self.args.max_steps <= state.global_step:
-            try:
-                return super().train(resume_from_checkpoint, **kwargs)
-            except InputError:
-                raise
-            except Exception:
-                if self.state.global_step > state.global_step:
-                    raise
-                with _readable(resume_from_checkpoint):  # what it holds fails at the first step, if not when loaded
-                    raise
+            return super().train(resume_from_checkpoint, **kwargs)
         self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -407,9 +399,14 @@ class HfGPTTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         with _readable(checkpoint):
+            if checkpoint is None:
+                return
+            settings = _settings_of(self.optimizer)
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None:
-                _check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+            for before, now in zip(settings, _settings_of(self.optimizer), strict=True):
+                if changed := [name for name in before.keys() & now.keys() if now[name] != before[name]]:
+                    raise ValueError(f"{changed[0]} of its optimizer is {now[changed[0]]!r}")
+            _check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
 
     def _load_scaler(self, checkpoint: str | None):
         with _readable(checkpoint):
@@ -470,6 +467,12 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
             f"the checkpoint '{checkpoint}' cannot be resumed from ({fact_of(error)}): move it away, and --resume "
             "takes the one before it"
         ) from error
+
+
+def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the recipe decides of each group of parameters; the schedule decides its learning rate."""
+    varying = ("params", "lr", "initial_lr")
+    return [{name: value for name, value in group.items() if name not in varying} for group in optimizer.param_groups]
 
 
 def _check_moments(optimizer: torch.optim.Optimizer):

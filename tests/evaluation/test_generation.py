@@ -170,6 +170,16 @@ def test_a_wrong_value_in_generation_config_is_one_line(name, value, make_model,
     assert error.value.__cause__ is not None
 
 
+def test_a_bug_is_not_blamed_on_a_generation_config_that_says_nothing(make_model, tokenizer, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    model = make_model()
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        generate_texts(model, tokenizer, "the ", SamplingArguments(4))
+
+
 def test_an_error_of_the_machine_is_not_blamed_on_generation_config(model, tokenizer):
     class Gone(TextStreamer):
         def put(self, value):

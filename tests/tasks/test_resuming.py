@@ -14,6 +14,7 @@ from hfgpt.saving import hash_file, write_checksums
 from hfgpt.tasks.run_folder import check_same_sources
 from hfgpt.training import checkpoints
 from hfgpt.training.checkpoints import list_checkpoints, step_of
+from hfgpt.training.trainer import HfGPTTrainer
 
 TEXT = "The fox saw the hen. The hen saw the fox. Neither said a word about it.\n" * 40
 
@@ -218,13 +219,23 @@ def test_a_trainer_state_of_wrong_types_is_one_line(name, value, stopped, text, 
     assert "\n" not in str(error.value)
 
 
-def test_an_optimizer_that_fails_at_the_first_step_is_one_line(stopped, text, train):
+@pytest.mark.parametrize(("name", "value"), [("differentiable", True), ("betas", (0.5, 0.5)), ("weight_decay", "x")])
+def test_an_optimizer_with_other_settings_than_the_recipe_is_refused(name, value, stopped, text, train):
     checkpoint = stopped / "checkpoint-6"
     state = torch.load(checkpoint / "optimizer.pt")
-    state["param_groups"][0]["differentiable"] = True  # which a fused AdamW refuses to step with
+    state["param_groups"][0][name] = value
     torch.save(state, checkpoint / "optimizer.pt")
     write_checksums(checkpoint)
-    with pytest.raises(InputError, match=r"checkpoint-6' cannot be resumed from \(Adam with fused=True"):
+    with pytest.raises(InputError, match=rf"checkpoint-6' cannot be resumed from \({name} of its optimizer is "):
+        train(stopped, f"data.path={text}", resume=True)
+
+
+def test_a_fault_that_is_not_the_checkpoints_is_not_blamed_on_it(stopped, text, train, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(HfGPTTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
         train(stopped, f"data.path={text}", resume=True)
 
 
