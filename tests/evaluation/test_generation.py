@@ -175,6 +175,7 @@ def test_a_bug_is_not_blamed_on_a_generation_config_that_says_nothing(make_model
         raise RuntimeError("a bug")
 
     model = make_model()
+    model.generation_config.suppress_tokens = None
     monkeypatch.setattr(model, "forward", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         generate_texts(model, tokenizer, "the ", SamplingArguments(4))
