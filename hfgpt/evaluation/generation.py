@@ -110,7 +110,7 @@ def generate_ids(model: PreTrainedModel, prompt_ids: torch.Tensor, **settings: A
         InputError: That file has values that transformers cannot use.
     """
     try:
-        return model.generate(prompt_ids, **settings)
+        return model.generate(prompt_ids, return_dict_in_generate=False, **settings)
     except (OSError, MemoryError, torch.OutOfMemoryError, UnicodeEncodeError):
         raise  # of the machine, and of where a streamer prints
     # What a wrong type or number raises depends on where it is first used.

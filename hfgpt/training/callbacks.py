@@ -22,6 +22,8 @@ from hfgpt.evaluation.classification import drawable
 from hfgpt.saving import write_text
 
 LOG_FILE = "training_log.jsonl"
+# Name in the log -> label and style of its curve in loss.png.
+CURVES = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
 
 
 class ProgressCallback(TrainerCallback):
@@ -175,6 +177,8 @@ def read_log(output_dir: str | Path) -> list[dict]:
             entry = json.loads(line)
             if not isinstance(entry["step"], int):
                 raise TypeError
+            for name, _, _ in CURVES:
+                float(entry.get(name, 0))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"'{path}' is damaged in line {number}: restore or delete it") from error
         entries.append(entry)
@@ -196,8 +200,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
 
     log = read_log(output_dir)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    curves = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
-    for key, label, style in curves:
+    for key, label, style in CURVES:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             last = f"{label}: {points[-1][1]:.3f}"

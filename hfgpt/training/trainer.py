@@ -401,12 +401,13 @@ class HfGPTTrainer(Trainer):
         with _readable(checkpoint):
             if checkpoint is None:
                 return
-            settings = _settings_of(self.optimizer)
+            settings, rates = _settings_of(self.optimizer), getattr(self.lr_scheduler, "base_lrs", [])
             super()._load_optimizer_and_scheduler(checkpoint)
             for before, now in zip(settings, _settings_of(self.optimizer), strict=True):
                 if changed := [name for name in before.keys() & now.keys() if now[name] != before[name]]:
                     raise ValueError(f"{changed[0]} of its optimizer is {now[changed[0]]!r}")
             _check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
+            _check_schedule(self.lr_scheduler, rates)
 
     def _load_scaler(self, checkpoint: str | None):
         with _readable(checkpoint):
@@ -473,6 +474,28 @@ def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """What the recipe decides of each group of parameters; the schedule decides its learning rate."""
     varying = ("params", "lr", "initial_lr")
     return [{name: value for name, value in group.items() if name not in varying} for group in optimizer.param_groups]
+
+
+def _check_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: list[float]):
+    """Refuses the state of a schedule that gives other learning rates than the recipe's, or none.
+
+    Args:
+        scheduler: As it was loaded.
+        rates: Its learning rates before the schedule scales them, as the recipe has them.
+
+    Raises:
+        ValueError: It does.
+    """
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # its rates depend on what was measured
+        return
+    if scheduler.base_lrs != rates:
+        raise ValueError(f"base_lrs of its schedule is {scheduler.base_lrs!r}, not {rates}")
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    scheduled = [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+    saved = [group["lr"] for group in scheduler.optimizer.param_groups]
+    for name, found in (("lr of its optimizer", saved), ("_last_lr of its schedule", scheduler.get_last_lr())):
+        if not all(map(math.isclose, found, scheduled)) or len(found) != len(scheduled):
+            raise ValueError(f"{name} is {found!r}, not {scheduled}")
 
 
 def _check_moments(optimizer: torch.optim.Optimizer):

@@ -170,6 +170,13 @@ def test_a_wrong_value_in_generation_config_is_one_line(name, value, make_model,
     assert error.value.__cause__ is not None
 
 
+def test_a_generation_config_that_asks_for_more_than_ids_gives_the_same_text(model, make_model, tokenizer):
+    asking = make_model()
+    asking.generation_config.return_dict_in_generate = asking.generation_config.output_scores = True
+    plain, other = (generate_texts(m, tokenizer, "the ", SamplingArguments(4)) for m in (model, asking))
+    assert plain == other
+
+
 def test_a_bug_is_not_blamed_on_a_generation_config_that_says_nothing(make_model, tokenizer, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("a bug")

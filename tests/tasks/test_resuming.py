@@ -230,6 +230,34 @@ def test_an_optimizer_with_other_settings_than_the_recipe_is_refused(name, value
         train(stopped, f"data.path={text}", resume=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("lr", "base_lrs", "_last_lr") for value in ([], ["x"], [0.5])] + [("lr_lambdas", [5])],
+)
+def test_a_schedule_with_other_rates_than_the_recipe_is_refused(name, value, stopped, text, train):
+    checkpoint = stopped / "checkpoint-6"
+    file = checkpoint / ("optimizer.pt" if name == "lr" else "scheduler.pt")
+    state = torch.load(file)
+    if name == "lr":
+        state["param_groups"][0][name] = value[0] if value else None
+    else:
+        state[name] = value
+    torch.save(state, file)
+    write_checksums(checkpoint)
+    with pytest.raises(InputError, match=r"checkpoint-6' cannot be resumed from \(.*\): move it away"):
+        train(stopped, f"data.path={text}", resume=True)
+
+
+def test_a_run_whose_schedule_depends_on_what_is_measured_resumes(text, train, tmp_path):
+    options = ["lr_scheduler_type=reduce_lr_on_plateau", "eval_strategy=steps", "eval_steps=2", "max_steps=6"]
+    overrides = [f"data.path={text}", *(f"training.{option}" for option in options)]
+    train(tmp_path / "whole", *overrides)
+    with pytest.raises(Interrupted):
+        train(tmp_path / "run", *overrides, "training.save_steps=2", during=stop_at(4))
+    train(tmp_path / "run", *overrides, "training.save_steps=2", resume=True)
+    assert hash_file(tmp_path / "run" / "model.safetensors") == hash_file(tmp_path / "whole" / "model.safetensors")
+
+
 def test_a_fault_that_is_not_the_checkpoints_is_not_blamed_on_it(stopped, text, train, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("a bug")

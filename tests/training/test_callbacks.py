@@ -69,7 +69,19 @@ def test_log_has_one_object_a_logging_step(tmp_path):
     assert read_log(str(tmp_path)) == expected
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"loss": 1}', '{"step": "2"}', "\x1b", "[" * 9999])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"loss": 1}',
+        '{"step": 2, "loss": {}}',
+        '{"step": 2, "eval_loss": "x"}',
+        '{"step": "2"}',
+        "\x1b",
+        "[" * 9999,
+    ],
+)
 def test_a_damaged_log_names_the_line(line, tmp_path):
     (tmp_path / LOG_FILE).write_text(f'{{"step": 1, "loss": 2.0}}\n{line}\n')
     with pytest.raises(InputError, match=r"training_log.jsonl' is damaged in line 2: restore or delete it"):
