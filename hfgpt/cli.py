@@ -354,6 +354,11 @@ def main() -> NoReturn:
         _refuse(f"{letters!r} cannot be written in {error.encoding}: use a terminal that is set to UTF-8")
     except UsageError as error:
         _refuse(_explain_usage(error))
+    # What a library in Rust meets and did not expect; the class cannot be imported.
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        _refuse(f"the tokenizer's files are damaged ({error}): save or copy them again")
 
 
 def _print(text: str):

@@ -227,6 +227,15 @@ def test_evaluate(here):
     assert rows["eval_loss"] == f"{metrics['eval_loss']:.4f}"
 
 
+def test_a_tokenizer_that_makes_its_library_panic_is_one_line(here, tmp_path):
+    shutil.copytree(here / "runs" / "tiny", tmp_path / "copy")
+    file = tmp_path / "copy" / "tokenizer.json"
+    second = [{"Sequence": {"id": "B", "type_id": 0}}]  # where there is only one text
+    template = {"type": "TemplateProcessing", "single": second, "pair": second, "special_tokens": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
+    assert "the tokenizer's files are damaged (index out of bounds" in refusal("generate", tmp_path / "copy", "Once")
+
+
 def test_text_that_the_tokenizer_cannot_express_is_counted_not_measured_in_bytes(here, tmp_path):
     (tmp_path / "other.txt").write_text((here / "stories.txt").read_text()[:300] + "@@ @")
     result = hfgpt("evaluate", "runs/tiny", "--data.path", tmp_path / "other.txt", "--json")
