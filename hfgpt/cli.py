@@ -53,11 +53,9 @@ def train(
     from hfgpt.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
-    from hfgpt.tasks.classify import classify
-    from hfgpt.tasks.instruct import instruct
-    from hfgpt.tasks.pretrain import pretrain
+    from hfgpt.commands.train import train as train_recipe
 
-    {"pretrain": pretrain, "classify": classify, "instruct": instruct}[loaded.task](loaded, resume)
+    train_recipe(loaded, resume)
 
 
 @app.command()
@@ -103,8 +101,8 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answers.")] = 0,
 ):
     """Talk with a model that was trained to answer; /reset, /system TEXT, /exit."""
+    from hfgpt.commands.chat import run_chat
     from hfgpt.evaluation.generation import SamplingArguments
-    from hfgpt.tasks.chat import run_chat
 
     run_chat(model, SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, 1, seed), system)
 
@@ -122,13 +120,9 @@ def classify(
     as_json: AsJson = False,
 ):
     """Say to which class each text belongs, and how probably to each."""
-    from hfgpt.tasks.classify import load_classifier, predict, read_texts
+    from hfgpt.commands.classify import classify as classify_texts
 
-    if not texts and file is None and sys.stdin and not sys.stdin.isatty():
-        file = Path("-")
-    texts = read_texts(texts or [], file)
-    network, tokenizer, _ = load_classifier(model, changed_weights="warn")
-    predictions = predict(network, tokenizer, texts)
+    predictions = classify_texts(model, texts or [], file)
     if as_json:
         rows = [{"text": found.text, "label": found.label, "score": found.score} for found in predictions]
         # On a terminal everything beyond ASCII is escaped: json leaves C1 and the marks of direction as they are.
@@ -152,30 +146,15 @@ def evaluate(
     as_json: AsJson = False,
 ):
     """Measure a model on all rows of --data.path: loss and perplexity, or accuracy, or answers."""
-    from hfgpt.recipe import SECTIONS, parse_sections
-    from hfgpt.tasks.evaluate import refuse_unused
+    from hfgpt.recipe_keys import SECTIONS
 
     if task not in (None, *SECTIONS):
         raise InputError(f"--task is '{task}'; it must be pretrain, classify or instruct")
-    if task is None:
-        from hfgpt.loading import classifies
+    from hfgpt.loading import classifies
+    from hfgpt.runs.evaluation import evaluate as evaluate_model
 
-        task = "classify" if classifies(model) else "pretrain"
-    overrides = _overrides(context)
-    sections = parse_sections(overrides, task, ["data", "evaluation"])
-    refuse_unused(task, overrides, sections["data"])
-    if task == "classify":
-        from hfgpt.tasks.classify import evaluate_classifier
-
-        metrics = evaluate_classifier(model, sections["data"])
-    elif task == "instruct":
-        from hfgpt.tasks.instruct import evaluate_follower
-
-        metrics = evaluate_follower(model, **sections)
-    else:
-        from hfgpt.tasks.pretrain import evaluate_model
-
-        metrics = evaluate_model(model, **sections)
+    task = task or ("classify" if classifies(model) else "pretrain")
+    metrics = evaluate_model(model, task, _overrides(context))
     if as_json:
         print(json.dumps(metrics))
     else:
@@ -195,7 +174,7 @@ def merge(
     ] = 1e-5,
 ):
     """Merge an adapter into its base model, and prove that it computes the same."""
-    from hfgpt.tasks.merge import merge as merge_into_base
+    from hfgpt.commands.merge import merge as merge_into_base
 
     merge_into_base(adapter, out, tolerance)
 
@@ -224,8 +203,8 @@ def import_weights(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
 ):
     """Make a checkpoint of GPT-2, nanoGPT or the book a model that every Auto class loads, and prove it the same."""
+    from hfgpt.commands.convert import import_checkpoint
     from hfgpt.conversion.sources import ImportArguments
-    from hfgpt.tasks.convert import import_checkpoint
 
     arguments = ImportArguments(checkpoint_format, num_heads, tokenizer, vocab_size, lora_scale, hidden_act, revision)
     import_checkpoint(source, out, arguments)
@@ -241,7 +220,7 @@ def export(
     ] = False,
 ):
     """Write a model as a native GPT-2, which needs no code of ours, and prove it the same."""
-    from hfgpt.tasks.convert import export_model
+    from hfgpt.commands.convert import export_model
 
     if export_format != "gpt2":
         raise InputError(f"--format is '{export_format}'; it must be gpt2")
@@ -263,7 +242,7 @@ def publish_model(
     commit_message: Annotated[str | None, typer.Option(help="Of the one commit.")] = None,
 ):
     """Check a model, write its card and send it to the Hub in one commit; --hub.license mit and the like add facts."""
-    from hfgpt.tasks.publish import PublishArguments, publish
+    from hfgpt.commands.publish import PublishArguments, publish
 
     arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
     if code := publish(model, repo_id, arguments, _overrides(context)):
@@ -280,7 +259,7 @@ def inspect_data(
     from hfgpt.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
-    from hfgpt.inspection import inspect_recipe
+    from hfgpt.commands.inspect import inspect_recipe
 
     inspect_recipe(loaded, rows)
 
@@ -291,7 +270,7 @@ def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
     from hfgpt.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
-    from hfgpt.plan import plan_recipe, render_plan
+    from hfgpt.commands.plan import plan_recipe, render_plan
 
     estimate = plan_recipe(loaded)
     print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
@@ -300,7 +279,7 @@ def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
 @app.command()
 def doctor(as_json: AsJson = False):
     """Say what this machine has: versions, devices, the kernels that will be used, Hub login."""
-    from hfgpt.doctor import examine, render_examination
+    from hfgpt.commands.doctor import examine, render_examination
 
     findings = examine()
     print(json.dumps(findings) if as_json else render_examination(findings))
@@ -311,7 +290,7 @@ def demo(
     output_dir: Annotated[Path | None, typer.Option(help="The run folder; by default a new one below runs/.")] = None,
 ):
     """Take the tour: train a small story-teller on generated text and teach it two trades, offline, in minutes."""
-    from hfgpt.tasks.demo import run_demo
+    from hfgpt.commands.demo import run_demo
 
     run_demo(output_dir)
 

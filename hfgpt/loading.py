@@ -311,6 +311,25 @@ def load_model_tokenizer(path: str, revision: str | None = None) -> PreTrainedTo
     return tokenizer
 
 
+def load_classifier(path: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    """A saved classifier on this machine's device, its tokenizer, and its classes in the order of their ids.
+
+    Args:
+        path: A folder or Hub id.
+        options: Those of `load_model`.
+
+    Raises:
+        InputError: There is none, or it is a language model.
+    """
+    if not classifies(path):
+        raise InputError(f"'{path}' is a language model, not a classifier: train one with task: classify")
+    tokenizer = load_model_tokenizer(path)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = load_model(path, auto_class=AutoModelForSequenceClassification, **options).to(device)
+    check_vocabulary(model, tokenizer)
+    return model, tokenizer, [model.config.id2label[index] for index in range(model.config.num_labels)]
+
+
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None = None):
     """Refuses a tokenizer that gives other ids to the tokens of the one beside a model's weights.
 

@@ -39,6 +39,9 @@ UNKNOWN = "<|unk|>"
 SAVED_FILES = ("tokenizer.json", "tokenizer_config.json")
 GPT2_FILES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 
+# The trainers of tokenizers allocate memory for as many, and abort the process where it is not there. The largest
+# vocabulary published has a million tokens (XLM-V, arXiv:2301.10472).
+MOST_TOKENS = 2**22
 # Texts go to the trainer in pieces: its memory grows with the longest, and text without spaces (one word a piece)
 # takes time that grows with its square. 2048 costs nothing on ordinary text.
 PIECE_CHARACTERS = 2048
@@ -114,6 +117,8 @@ def train_tokenizer(
         raise InputError(f"tokenizer kind {kind!r} is unknown; choose one of {', '.join(_TRAINERS)}")
     if max_characters < 1:
         raise InputError(f"max_train_characters is {max_characters}, the least is 1; raise it or leave it out")
+    if vocab_size > MOST_TOKENS:
+        raise InputError(f"vocab_size is {vocab_size:,}, the limit is {MOST_TOKENS:,}; lower it")
     if pad_token in (END_OF_TEXT, UNKNOWN, ""):
         raise InputError(f"pad_token {pad_token!r} cannot be the padding token; choose another, like {PADDING}")
 

@@ -496,11 +496,11 @@ def test_a_text_that_may_not_be_read(here, tmp_path):
 @pytest.mark.parametrize(
     ("place", "status", "remedy"),
     [
-        ("hfgpt.tasks.run_folder.write_text", errno.ENOSPC, "free some space, or choose a folder on another disk"),
+        ("hfgpt.runs.folder.write_text", errno.ENOSPC, "free some space, or choose a folder on another disk"),
         ("hfgpt.data.streams._write_stream", errno.ENOSPC, "free some space, or choose a folder on another disk"),
-        ("hfgpt.tasks.run_folder.write_text", errno.EROFS, "choose a folder that can be written"),
-        ("hfgpt.tasks.run_folder.write_text", errno.EACCES, "change its permissions, or choose another folder"),
-        ("hfgpt.tasks.run_folder.write_text", errno.EIO, "check the path"),
+        ("hfgpt.runs.folder.write_text", errno.EROFS, "choose a folder that can be written"),
+        ("hfgpt.runs.folder.write_text", errno.EACCES, "change its permissions, or choose another folder"),
+        ("hfgpt.runs.folder.write_text", errno.EIO, "check the path"),
     ],
 )
 def test_a_disk_that_cannot_be_written(place, status, remedy, here, tmp_path, monkeypatch):
@@ -513,7 +513,7 @@ def test_a_disk_that_cannot_be_written(place, status, remedy, here, tmp_path, mo
     assert re.fullmatch(rf"hfgpt: {os.strerror(status)}: [^\n]+; {remedy}", result.err.splitlines()[-1])
     assert "Traceback" not in result.err
     assert not Path("new").exists()
-    assert not list(tmp_path.iterdir()) or "run_folder" in place
+    assert not list(tmp_path.iterdir()) or "runs.folder" in place
 
 
 def test_messages_are_one_line_of_unicode(here):

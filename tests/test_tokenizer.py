@@ -121,6 +121,14 @@ def test_smallest_vocabulary(kind, minimum):
         train_tokenizer(texts, kind, vocab_size=minimum - 1)
 
 
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_largest_vocabulary(kind):
+    """The trainers of tokenizers raise an OverflowError, or abort the process."""
+    assert len(train_tokenizer(["ab ab.\n"] * 20, kind, vocab_size=2**22)) < 300
+    with pytest.raises(InputError, match=r"vocab_size is 4,194,305, the limit is 4,194,304; lower it"):
+        train_tokenizer(["ab"], kind, vocab_size=2**22 + 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["a", "\n", "  ", "hello", "ab" * 50])
 def test_tiny_texts_train(kind, text):

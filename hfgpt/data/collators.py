@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
@@ -39,3 +41,15 @@ class PaddingCollator:
         real = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(length) < real[:, None]).long()
         return batch
+
+
+def padding_collator(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
+    """Pads with the tokenizer's padding token, or with any other where it has none: the mask marks the padding."""
+    token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return PaddingCollator(token or 0)
+
+
+def sorted_by_length(rows: Dataset) -> Dataset:
+    """The rows in order of their `length`, so that a batch of neighbours has little padding."""
+    lengths = rows["length"]
+    return rows.select(sorted(range(len(rows)), key=lambda index: lengths[index]))

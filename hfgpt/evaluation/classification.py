@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hfgpt.data.collators import padding_collator
+from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import in_double
 
 
@@ -55,6 +59,16 @@ class ClassifierResult:
         for name in ("precision", "recall"):
             metrics |= {f"{name}_{label}": value for label, value in zip(self.labels, computed[name], strict=True)}
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+@dataclass
+class Prediction:
+    """What a classifier says of a text: the likeliest label, its probability, and those of all labels."""
+
+    text: str
+    label: str
+    score: float
+    probabilities: dict[str, float]
 
 
 def classification_loss(
@@ -125,6 +139,40 @@ def predict_probabilities(model: nn.Module, batches: Iterable[dict[str, torch.Te
         batch = {name: value.to(model.device) for name, value in batch.items()}
         probabilities += model(**batch, use_cache=False).logits.float().softmax(-1).tolist()
     return probabilities
+
+
+def check_texts(texts: Sequence[str]):
+    """Refuses an empty text to classify.
+
+    Raises:
+        InputError: Names its number.
+    """
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise InputError(f"text {number} is empty: leave it out")
+
+
+def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Prediction]:
+    """Classifies texts as `transformers.pipeline("text-classification")` does, cut to what the model can read.
+
+    Raises:
+        InputError: A text is empty.
+    """
+    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    rows = []
+    for number, text in enumerate(texts, start=1):
+        ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
+        if not ids:
+            raise InputError(f"text {number} is {text!r}, which has no token: leave it out")
+        rows.append({"input_ids": ids})
+    batches = DataLoader(rows, batch_size=16, collate_fn=padding_collator(tokenizer)) if rows else []
+    labels = model.config.id2label
+    predictions = []
+    for text, probabilities in zip(texts, predict_probabilities(model, batches), strict=True):
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        named = {labels[index]: value for index, value in enumerate(probabilities)}
+        predictions.append(Prediction(text, labels[best], probabilities[best], named))
+    return predictions
 
 
 def accuracy_interval(right: int, rows: int) -> tuple[float, float]:

@@ -117,7 +117,15 @@ def explained_records(folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, yaml.YAMLError) as error:
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
         fact = " ".join(str(error).split())[:200]
         raise InputError(
             f"the records in '{folder}' (run.json, recipe.yaml and the like) are not as hfgpt writes them "

@@ -15,10 +15,10 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from hfgpt import InputError
+from hfgpt.commands.convert import import_checkpoint
 from hfgpt.conversion.checkpoints import read_checkpoint
 from hfgpt.conversion.nanogpt import read_meta
 from hfgpt.conversion.sources import ImportArguments
-from hfgpt.tasks.convert import import_checkpoint
 
 QUIET = Console(file=io.StringIO())
 

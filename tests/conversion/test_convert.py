@@ -34,9 +34,9 @@ from transformers import (
 )
 
 from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification, InputError
+from hfgpt.commands.convert import export_model, import_checkpoint
 from hfgpt.conversion import book, gpt2, nanogpt, openai
 from hfgpt.conversion.sources import ImportArguments
-from hfgpt.tasks.convert import export_model, import_checkpoint
 from hfgpt.tokenizer import train_tokenizer
 
 QUIET = Console(file=io.StringIO())

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from hfgpt import HfGPTForCausalLM, InputError
+from hfgpt.commands.convert import export_model, import_checkpoint
 from hfgpt.conversion.nanogpt import read_meta
 from hfgpt.conversion.sources import ImportArguments
 from hfgpt.data.sources import DataArguments
 from hfgpt.evaluation import EvaluationArguments
 from hfgpt.saving import check_free
-from hfgpt.tasks.convert import export_model, import_checkpoint
-from hfgpt.tasks.pretrain import evaluate_model
+from hfgpt.tasks import TASKS
 from hfgpt.tokenizer import train_tokenizer
 
 QUIET = Console(file=io.StringIO())
@@ -162,10 +162,10 @@ def test_characters_without_an_end_of_text_stay_as_they_are(tmp_path):
     (tmp_path / "good.txt").write_text("a bad cafe gag " * 9)
     (tmp_path / "bad.txt").write_text("a snowman " * 9)
     data = DataArguments(path=str(tmp_path / "good.txt"), cache_dir=str(tmp_path / "cache"))
-    assert evaluate_model(str(tmp_path / "gpt2"), data, EvaluationArguments())["eval_tokens"] == 15 * 9 - 1
+    assert TASKS["pretrain"].evaluate(str(tmp_path / "gpt2"), data, EvaluationArguments())["eval_tokens"] == 15 * 9 - 1
     data = DataArguments(path=str(tmp_path / "bad.txt"), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(InputError, match="the tokenizer does not know all of the text"):
-        evaluate_model(str(tmp_path / "gpt2"), data, EvaluationArguments())
+        TASKS["pretrain"].evaluate(str(tmp_path / "gpt2"), data, EvaluationArguments())
 
 
 def test_old_files_of_gpt2(tmp_path):

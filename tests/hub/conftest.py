@@ -49,11 +49,12 @@ def recipes(tmp_path_factory) -> Path:
 def finish(recipes):
     """Runs a recipe to its end."""
     from hfgpt.recipe import load_recipe
+    from hfgpt.runs.run import run
     from hfgpt.training import estimate
 
-    def finish(task, name: str, out: str, *overrides: str) -> Path:
+    def finish(name: str, out: str, *overrides: str) -> Path:
         output = ["--training.output_dir", str(recipes / out)]
-        task(load_recipe(str(recipes / f"{name}.yaml"), [*output, *overrides]), console=Console(file=io.StringIO()))
+        run(load_recipe(str(recipes / f"{name}.yaml"), [*output, *overrides]), console=Console(file=io.StringIO()))
         return recipes / out
 
     with pytest.MonkeyPatch.context() as patch:
@@ -65,21 +66,16 @@ def finish(recipes):
 @pytest.fixture(scope="session")
 def text_run(finish) -> Path:
     """The run of a language model; nothing may be changed in it."""
-    from hfgpt.tasks.pretrain import pretrain
-
-    return finish(pretrain, "text", "text")
+    return finish("text", "text")
 
 
 @pytest.fixture(scope="session")
 def runs(text_run, finish) -> Path:
     """A folder with the runs `text`, `classes`, `adapter` and `answers`; nothing may be changed in it."""
-    from hfgpt.tasks.classify import classify
-    from hfgpt.tasks.instruct import instruct
-
     path = ["--model.path", str(text_run)]
-    finish(classify, "classes", "classes", *path)
-    finish(classify, "classes", "adapter", *path, "--adapters.r", "2")
-    finish(instruct, "answers", "answers")
+    finish("classes", "classes", *path)
+    finish("classes", "adapter", *path, "--adapters.r", "2")
+    finish("answers", "answers")
     return text_run.parent
 
 

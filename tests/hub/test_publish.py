@@ -21,6 +21,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from hfgpt.commands import publish as task
+from hfgpt.commands.convert import import_checkpoint
+from hfgpt.commands.merge import merge
+from hfgpt.commands.publish import PublishArguments, check_metadata, publish
 from hfgpt.configuration_hfgpt import AUTO_MAP
 from hfgpt.errors import InputError
 from hfgpt.foreign_code import find_foreign_code
@@ -29,13 +33,9 @@ from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.records import read_records
 from hfgpt.loading import load_model
 from hfgpt.recipe import load_recipe
+from hfgpt.runs.remeasure import _find_rows
+from hfgpt.runs.run import run as train
 from hfgpt.saving import write_json
-from hfgpt.tasks import publish as task
-from hfgpt.tasks.convert import import_checkpoint
-from hfgpt.tasks.merge import merge
-from hfgpt.tasks.pretrain import pretrain
-from hfgpt.tasks.publish import PublishArguments, check_metadata, publish
-from hfgpt.tasks.remeasure import _find_rows
 from hfgpt.tokenizer import train_tokenizer
 
 WORDS = """
@@ -285,6 +285,13 @@ def test_records_of_other_types_inside_are_one_line(hub, run, trusting, name, ch
         send(run, dry_run=True)
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is not None
+
+
+def test_a_log_that_is_nested_too_deeply_is_one_line(hub, run, trusting):
+    with open(run / "training_log.jsonl", "a") as log:
+        log.write("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match=rf"the records in '{run}' .* are not as hfgpt writes them"):
+        send(run, dry_run=True)
 
 
 def test_a_merge_explains_the_records_of_its_adapter(runs, tmp_path):
@@ -759,7 +766,7 @@ def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeyp
     monkeypatch.chdir(tmp_path)
     Path("words.txt").write_text("to be or not to be " * 30)
     Path("words.yaml").write_text(WORDS)
-    pretrain(load_recipe("words.yaml", []), console=Console(file=io.StringIO()))
+    train(load_recipe("words.yaml", []), console=Console(file=io.StringIO()))
     monkeypatch.chdir("/")
     _, shown = send(tmp_path / "run", dry_run=True)
     assert "measured again on the whole validation split" in shown

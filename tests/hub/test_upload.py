@@ -17,6 +17,8 @@ from hub_server import Fault
 from rich.console import Console
 from sending import send
 
+from hfgpt.commands.train import check_publication
+from hfgpt.commands.train import train as train_and_publish
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub import upload as way
@@ -25,8 +27,6 @@ from hfgpt.hub.upload import Target, check_login, upload, verify
 from hfgpt.loading import load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.saving import hash_file
-from hfgpt.tasks.pretrain import pretrain
-from hfgpt.tasks.training_run import check_publication
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
 TARGET = Target("me/model")
@@ -242,14 +242,14 @@ def test_trainers_own_pushes_are_refused():
 @pytest.fixture
 def train(recipes, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "some")
-    monkeypatch.setattr("hfgpt.tasks.publish.check_as_stranger", lambda *args, **kwargs: None)
+    monkeypatch.setattr("hfgpt.commands.publish.check_as_stranger", lambda *args, **kwargs: None)
     monkeypatch.setattr(way, "WAITS", ())
 
     def train(*overrides: str):
         console = Console(file=io.StringIO(), width=300)
         out = ["--training.output_dir", str(tmp_path / "run"), "--hub.repo_id", "me/run", *overrides]
         try:
-            pretrain(load_recipe(str(recipes / "text.yaml"), out), console=console)
+            train_and_publish(load_recipe(str(recipes / "text.yaml"), out), console=console)
         finally:
             train.shown = console.file.getvalue()
         return tmp_path / "run"

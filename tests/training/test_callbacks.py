@@ -1,4 +1,4 @@
-"""Progress, log, curves and Ctrl-C, each by itself; `tests/tasks` sees them work together."""
+"""Progress, log, curves and Ctrl-C, each by itself; `tests/runs` sees them work together."""
 
 import io
 import json

@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
+from hfgpt.commands.plan import render_plan
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
-from hfgpt.plan import render_plan
 from hfgpt.training import estimate as module
 from hfgpt.training import hardware
 from hfgpt.training.estimate import estimate_run, plan_run, probe_tokens_per_second

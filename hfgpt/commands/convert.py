@@ -42,8 +42,8 @@ from hfgpt.loading import (
     load_model_tokenizer,
     quiet_bars,
 )
+from hfgpt.runs.folder import describe_environment
 from hfgpt.saving import appearing_folder, check_free, write_json
-from hfgpt.tasks.run_folder import describe_environment
 from hfgpt.tokenizer import GPT2_FILES, build_char_tokenizer, load_tokenizer
 from hfgpt.training.callbacks import stderr_console
 

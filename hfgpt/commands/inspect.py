@@ -1,5 +1,6 @@
 """`hfgpt inspect`: what a recipe's data becomes, and which tokens are learned, in colour."""
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -10,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from hfgpt.data.blocks import IGNORED
 from hfgpt.errors import InputError, make_visible
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.classify import load_classification_data
-from hfgpt.tasks.instruct import load_instruction_data
-from hfgpt.tasks.pretrain import load_pretraining_data
+from hfgpt.tasks import TASKS
+from hfgpt.tasks.classify import ClassificationData
+from hfgpt.tasks.instruct import InstructionData
+from hfgpt.tasks.pretrain import PretrainingData
+from hfgpt.tasks.task import Data
 from hfgpt.training.callbacks import PlainConsole
 
 LEARNED = ("green", "cyan")  # in turn, so that tokens can be told apart
@@ -33,30 +36,34 @@ def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
     if rows < 0:
         raise InputError(f"--rows is {rows}; it must be at least 0")
     console = console or PlainConsole(soft_wrap=not sys.stdout.isatty())
-    load, show = {
-        "pretrain": (load_pretraining_data, show_blocks),
-        "classify": (load_classification_data, show_texts),
-        "instruct": (load_instruction_data, show_conversations),
-    }[recipe.task]
-    data = load(recipe)
+    data = TASKS[recipe.task].load(recipe)
     console.print(data.report.summary(), highlight=False, markup=False)
-    for line in show(data, rows):
+    for line in show_rows(data, rows):
         console.print(line, highlight=False)
 
 
-def show_blocks(data, rows: int) -> Iterator[Text]:
+@functools.singledispatch
+def show_rows(data: Data, rows: int) -> Iterator[Text]:
+    """The first rows of the training split, as the task reads them."""
+    raise NotImplementedError(type(data).__name__)
+
+
+@show_rows.register
+def show_blocks(data: PretrainingData, rows: int) -> Iterator[Text]:
     """The first blocks of the training split of pre-training."""
     yield _legend()
-    for index in range(min(rows, len(data.train))):
-        item = data.train[index]
-        yield Text(f"\nblock {index} of {len(data.train):,}:")
+    blocks = data.splits["train"]
+    for index in range(min(rows, len(blocks))):
+        item = blocks[index]
+        yield Text(f"\nblock {index} of {len(blocks):,}:")
         yield colour_tokens(item["input_ids"].tolist(), item["shift_labels"].tolist(), data.tokenizer)
 
 
-def show_texts(data, rows: int) -> Iterator[Text]:
+@show_rows.register
+def show_texts(data: ClassificationData, rows: int) -> Iterator[Text]:
     """The first texts of the training split of a classifier, with their labels and as tokens."""
     yield Text.assemble("\ntokens, in turn: ", ("one ", LEARNED[0]), ("after ", LEARNED[1]), ("the other", LEARNED[0]))
-    encoded = data.encoded["train"]
+    encoded = data.splits["train"]
     for index in range(min(rows, len(encoded))):
         label = make_visible(data.labels[encoded[index]["labels"]])
         yield Text(f"\nrow {index} of {len(encoded):,}, {label}:")
@@ -66,12 +73,13 @@ def show_texts(data, rows: int) -> Iterator[Text]:
         yield text
 
 
-def show_conversations(data, rows: int) -> Iterator[Text]:
+@show_rows.register
+def show_conversations(data: InstructionData, rows: int) -> Iterator[Text]:
     """The first rows of the training split of instructions, what is learned apart from what is read."""
     for test, train in data.report.near_duplicate_examples[:rows]:
         yield Text(make_visible(f"\nin test:  {test}\nin train: {train}"))
     yield _legend()
-    encoded = data.encoded["train"]
+    encoded = data.splits["train"]
     for index in range(min(rows, len(encoded))):
         row = encoded[index]
         yield Text(f"\nrow {index} of {len(encoded):,}:")

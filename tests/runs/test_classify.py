@@ -14,16 +14,18 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+from hfgpt.commands.classify import read_texts
+from hfgpt.commands.merge import merge
 from hfgpt.data.classification import ClassificationDataArguments
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import ClassifierEvaluationArguments
-from hfgpt.loading import load_model
+from hfgpt.evaluation.classification import predict
+from hfgpt.loading import load_classifier, load_model
 from hfgpt.recipe import load_recipe
+from hfgpt.runs.first_pass import build_arguments
+from hfgpt.runs.run import run as run_recipe
 from hfgpt.saving import hash_file
-from hfgpt.tasks.classify import classify, evaluate_classifier, load_classifier, predict, read_texts
-from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
-from hfgpt.tasks.first_pass import build_arguments
-from hfgpt.tasks.merge import merge
+from hfgpt.tasks import TASKS
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import ProgressCallback, read_log
 
@@ -52,6 +54,10 @@ LABELS = ["blue", "green", "red"]
 LONGER = ("training.num_train_epochs=10", "training.learning_rate=0.005")
 
 
+def evaluate(path, data):
+    return TASKS["classify"].evaluate(path, data, ClassifierEvaluationArguments())
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     """A folder with rows and recipes, in which the tests of this file run."""
@@ -71,7 +77,7 @@ def here(tmp_path_factory):
 def run(output_dir, *overrides, recipe="tiny", resume=False):
     console = Console(file=io.StringIO(), width=500)
     overrides = [f"--{override}" for override in (f"training.output_dir={output_dir}", *overrides)]
-    metrics = classify(load_recipe(f"{recipe}.yaml", overrides), resume, console)
+    metrics = run_recipe(load_recipe(f"{recipe}.yaml", overrides), resume, console)
     return metrics, console.file.getvalue()
 
 
@@ -192,12 +198,12 @@ def test_what_is_not_to_be_trained_does_not_move(here, finished, override, train
 
 
 def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
-    read = read_keys(partial(evaluate_classifier, "finished"), data=ClassificationDataArguments(path="rows.jsonl"))
+    read = read_keys(partial(evaluate, "finished"), data=ClassificationDataArguments(path="rows.jsonl"))
     of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
     keys = {f"data.{field.name}" for field in fields(ClassificationDataArguments)}
-    assert keys - read - of_splits <= set(ONLY_FOR_TRAINING["classify"])
+    assert keys - read - of_splits <= TASKS["classify"].only_for_training.keys()
     evaluation = {f"evaluation.{field.name}" for field in fields(ClassifierEvaluationArguments)}
-    assert evaluation <= set(ONLY_FOR_TRAINING["classify"]), "none of them is handed over"
+    assert evaluation <= TASKS["classify"].only_for_training.keys(), "none of them is handed over"
 
 
 def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
@@ -220,9 +226,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     assert merged.difference <= 1e-5
     assert (here / "merged" / "recipe.yaml").stat().st_mode & 0o200, "what is copied can be written"
     arguments = ClassificationDataArguments(path="rows.jsonl")
-    assert evaluate_classifier("merged", arguments) == pytest.approx(
-        evaluate_classifier("adapter", arguments), abs=1e-5
-    )
+    assert evaluate("merged", arguments) == pytest.approx(evaluate("adapter", arguments), abs=1e-5)
     theirs = pipeline("text-classification", model="merged")("red cup")[0]["label"]
     model, tokenizer, _ = load_classifier("adapter")
     assert predict(model, tokenizer, ["red cup"])[0].label == theirs
@@ -298,7 +302,7 @@ def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path
     with pytest.raises(InputError, match=r"'finished' has the classes blue, green, red, the data x, y, z"):
         run("refused", "model.path=finished", f"data.path={tmp_path / 'xyz.jsonl'}", recipe="based")
     with pytest.raises(InputError, match=r"the label 'x' of .* is not one of the model's classes"):
-        evaluate_classifier("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))
+        evaluate("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))
     with pytest.raises(InputError, match=r"'finished/pretrained' is a language model, not a classifier"):
         load_classifier("finished/pretrained")
 

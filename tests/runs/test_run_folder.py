@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hfgpt import HfGPTForCausalLM
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
+from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
 from hfgpt.saving import (
     appearing_folder,
     check_free,
@@ -32,8 +33,7 @@ from hfgpt.saving import (
     write_json,
     write_text,
 )
-from hfgpt.tasks.pretrain import load_pretraining_data
-from hfgpt.tasks.run_folder import begin_run, check_run_folder, hold_folder
+from hfgpt.tasks import TASKS
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.hardware import process_memory_bytes
@@ -98,7 +98,7 @@ def test_the_code_beside_the_weights_is_named_in_the_config(finished):
 
 def test_run_json_says_what_happened(finished):
     run, folder = read_json(finished.folder / "run.json"), finished.folder
-    data = load_pretraining_data(finished.recipe)
+    data = TASKS["pretrain"].load(finished.recipe)
     assert run["weights_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert run["tokenizer_sha256"] == tokenizer_hash(AutoTokenizer.from_pretrained(folder))
     assert run["tokenizer_vocab_size"] == len(data.tokenizer)
@@ -110,13 +110,13 @@ def test_run_json_says_what_happened(finished):
     # Planned and measured, beside each other.
     plan, actual = run["plan"], run["actual"]
     blocks_per_step = finished.recipe.training.per_device_train_batch_size
-    assert run["steps"] == plan["steps"] == 2 * -(-len(data.train) // blocks_per_step)
-    assert plan["tokens_per_step"] == round(2 * len(data.train) * 32 / run["steps"])
+    assert run["steps"] == plan["steps"] == 2 * -(-len(data.splits["train"]) // blocks_per_step)
+    assert plan["tokens_per_step"] == round(2 * len(data.splits["train"]) * 32 / run["steps"])
     assert 0 < actual["training_seconds"] < actual["total_seconds"]
     assert plan["seconds"] > 0
     # Two epochs; the last step of each has fewer blocks than a full batch.
-    assert len(data.train) % blocks_per_step
-    assert run["tokens"] == 2 * len(data.train) * 32
+    assert len(data.splits["train"]) % blocks_per_step
+    assert run["tokens"] == 2 * len(data.splits["train"]) * 32
     assert actual["tokens_per_second"] == pytest.approx(run["tokens"] / actual["training_seconds"], rel=1e-9)
     assert 0.5 < plan["memory_bytes"] / actual["peak_memory_bytes"] < 2, "the libraries and all"
 
@@ -139,7 +139,7 @@ def test_the_peak_of_memory_is_that_of_the_training(train, tmp_path, monkeypatch
 
 def test_reports_agree(finished):
     assert read_json(finished.folder / "metrics.json") == finished.metrics
-    assert read_json(finished.folder / "data_report.json") == load_pretraining_data(finished.recipe).report.to_dict()
+    assert read_json(finished.folder / "data_report.json") == TASKS["pretrain"].load(finished.recipe).report.to_dict()
     log = [json.loads(line) for line in (finished.folder / "training_log.jsonl").read_text().splitlines()]
     steps = read_json(finished.folder / "run.json")["steps"]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, steps + 1))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
 from hfgpt.saving import CHECKSUMS_FILE, read_json, remove_leftovers, write_checksums, write_json
-from hfgpt.tasks.training_run import context_length, describe_training, run_training, save_run
+from hfgpt.runs.record import describe_training, first_pass_folder
+from hfgpt.runs.training import run_training, save_run
+from hfgpt.tasks.preparation import context_length
 from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
@@ -45,22 +46,17 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
         highlight=False,
     )
     trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)
-    training = run_training(trainer, estimate, choose_checkpoint(folder, console), time.perf_counter(), console)
+    training = run_training(trainer, estimate, choose_checkpoint(folder, console), console)
     if trainer.is_world_process_zero():
         remove_leftovers(folder)
         tokens = round(trainer.state.total_flos / estimate.flops_per_token)
         write_json(folder / "run.json", describe_training(training, tokens))
-        save_run(trainer, folder)
+    save_run(trainer, folder)
+    if trainer.is_world_process_zero():
         write_checksums(folder)
         for checkpoint in list_checkpoints(folder):  # of no use once it is done
             shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()
-
-
-def describe_first_pass(recipe: Recipe) -> dict[str, Any]:
-    """The entry of a run's `run.json` on its first pass; empty where there was none, or no record of it."""
-    record = read_json(first_pass_folder(recipe) / "run.json") if recipe.pretraining else {}
-    return {"first_pass": record} if record else {}
 
 
 def plan_first_pass(
@@ -69,11 +65,6 @@ def plan_first_pass(
     """What the first pass will cost."""
     model = build_language_model(recipe, tokenizer)
     return plan_run(model, build_arguments(recipe), blocks.block_size, len(blocks), seconds)
-
-
-def first_pass_folder(recipe: Recipe) -> Path:
-    """Where the language model of the first pass is: in the run's folder, so that an adapter on it stays whole."""
-    return Path(recipe.training.output_dir) / "pretrained"
 
 
 def model_after_first_pass(recipe: Recipe) -> ModelArguments:

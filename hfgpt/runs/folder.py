@@ -2,11 +2,10 @@
 
 import datetime
 import fcntl
-import functools
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,6 @@ from hfgpt.training.trainer import HfGPTTrainingArguments
 RECIPE_FILE, CARD_FILE = "recipe.yaml", "README.md"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
 LENGTH = ("training.max_steps", "training.num_train_epochs")
-
-
-def holds_run_folder(task: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a task hold its run folder from start to end, so that no other process trains into it meanwhile."""
-
-    @functools.wraps(task)
-    def run(recipe: Recipe, resume: bool = False, console: Console | None = None):
-        with hold_folder(Path(recipe.training.output_dir), recipe.training.process_index == 0):
-            return task(recipe, resume, console)
-
-    return run
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from hfgpt.loading import (
     load_model_tokenizer,
     quiet_bars,
 )
+from hfgpt.runs.folder import describe_environment
 from hfgpt.saving import appearing_folder, check_free, write_json
-from hfgpt.tasks.run_folder import describe_environment
 from hfgpt.training.callbacks import stderr_console
 
 TOLERANCE = 1e-5

@@ -6,7 +6,8 @@ import pytest
 
 from hfgpt.errors import InputError
 from hfgpt.evaluation.classification import ClassifierResult
-from hfgpt.tasks.remeasure import _compare, allowed_for_classes
+from hfgpt.runs.remeasure import _compare
+from hfgpt.tasks.classify import allowed_for_classes
 
 
 @pytest.mark.parametrize(("rows", "flips"), [(40, 1), (150, 1), (300, 3)])

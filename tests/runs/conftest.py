@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from hfgpt.recipe import Recipe, load_recipe
-from hfgpt.tasks import pretrain as task
+from hfgpt.runs import run as module
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import ProgressCallback
 
@@ -123,8 +123,8 @@ def train(load) -> Callable[..., Run]:
             patch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
             patch.setattr(ProgressCallback, "on_step_begin", on_step_begin)
             if not plot:
-                patch.setattr(task, "plot_loss", lambda folder, vocab_size: None)
-            metrics = task.pretrain(recipe, resume, console)
+                patch.setattr(module, "plot_loss", lambda *args: None)
+            metrics = module.run(recipe, resume, console)
         return Run(recipe, folder, metrics, console.file.getvalue())
 
     return train

@@ -1,36 +1,35 @@
-"""`hfgpt evaluate` takes keys of the sections `data` and `evaluation`, and refuses those that change nothing there."""
+"""`hfgpt evaluate`: a saved model measured on all rows of a source; keys that change nothing there are refused."""
 
 from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
 
 from hfgpt.data.files import family, find_files
 from hfgpt.data.rows import SourceArguments
 from hfgpt.errors import InputError
+from hfgpt.recipe import parse_sections
+from hfgpt.tasks import TASKS
 
-ALL_ROWS = "all rows are measured, and none are divided"
-NO_TEXTS = "it writes no texts, as hfgpt {} does"
-# Task -> keys of its sections `data` and `evaluation` that only a training reads, and why evaluation does not.
-ONLY_FOR_TRAINING = {
-    "pretrain": {
-        "data.validation_fraction": ALL_ROWS,
-        "data.stride": "the windows of a measurement move by evaluation.stride",
-        **dict.fromkeys(("evaluation.prompts", "evaluation.max_new_tokens"), NO_TEXTS.format("generate")),
-        **dict.fromkeys(("evaluation.temperature", "evaluation.top_k"), NO_TEXTS.format("generate")),
-    },
-    "classify": {
-        **dict.fromkeys(("data.validation_fraction", "data.test_fraction"), ALL_ROWS),
-        "data.balance": "all rows are measured, as many of each class as there are",
-        "data.end_of_text": "the model's tokenizer has it settled",
-        "evaluation.baseline": "a baseline is fitted to training rows",
-        "evaluation.prompts": NO_TEXTS.format("classify"),
-    },
-    "instruct": {
-        **dict.fromkeys(("data.validation_fraction", "data.test_fraction", "data.divide"), ALL_ROWS),
-        "data.learn": "the answers are measured, whatever was learned",
-        "data.packing": "rows are measured one by one",
-        "data.near_duplicate_threshold": "there are no training rows to compare with",
-        "evaluation.prompts": NO_TEXTS.format("chat"),
-    },
-}
+
+def evaluate(path: str, task: str, overrides: Sequence[str], console: Console | None = None) -> dict[str, Any]:
+    """Measures a saved model on all rows of a source.
+
+    Args:
+        path: A folder or Hub id.
+        task: What it is measured for: `pretrain`, `classify` or `instruct`.
+        overrides: `--data.path FILE` and other keys of the sections `data` and `evaluation`.
+        console: Where to show progress; None: standard error.
+
+    Returns:
+        Metrics under the names of `metrics.json`.
+
+    Raises:
+        InputError: A key is unknown or has no effect here, or as `Task.evaluate`.
+    """
+    sections = parse_sections(list(overrides), task, ["data", "evaluation"])
+    refuse_unused(task, overrides, sections["data"])
+    return TASKS[task].evaluate(path, sections["data"], sections["evaluation"], console)
 
 
 def refuse_unused(task: str, overrides: Sequence[str], data: SourceArguments):
@@ -45,7 +44,7 @@ def refuse_unused(task: str, overrides: Sequence[str], data: SourceArguments):
         InputError: One would not.
     """
     given = [override.removeprefix("--").partition("=")[0] for override in overrides if override.startswith("--")]
-    unused = ONLY_FOR_TRAINING[task] | _unused_by(data)
+    unused = TASKS[task].only_for_training | _unused_by(data)
     if "evaluation.judge.base_url" not in given:
         judge = ("model", "timeout", "max_answers")
         unused |= {f"evaluation.judge.{key}": "no evaluation.judge.base_url names a judge" for key in judge}

@@ -9,13 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hfgpt.commands.chat import Chat
+from hfgpt.evaluation.classification import predict
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
-from hfgpt.loading import load_model, load_model_tokenizer
+from hfgpt.loading import load_classifier, load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
-from hfgpt.tasks.chat import Chat
-from hfgpt.tasks.classify import classify, load_classifier, predict
-from hfgpt.tasks.instruct import instruct
-from hfgpt.tasks.pretrain import pretrain
+from hfgpt.runs.run import run
 from hfgpt.training.callbacks import PlainConsole, stderr_console
 from hfgpt.training.hardware import find_device
 
@@ -51,7 +50,7 @@ def run_demo(
         return load_recipe(name, [*base, *overrides.get(name, ()), "--training.output_dir", str(folders[name])])
 
     progress.rule("1  Train a small GPT on generated stories")
-    metrics = {"demo": pretrain(recipe("demo"), console=progress)}
+    metrics = {"demo": run(recipe("demo"), console=progress)}
 
     progress.rule("2  Load it as any transformers model, and let it write")
     model, tokenizer = load_model(str(folder)).to(find_device()), load_model_tokenizer(str(folder))
@@ -60,13 +59,13 @@ def run_demo(
         console.print(generate_texts(model, tokenizer, prompt, arguments)[0], highlight=False, end="\n\n")
 
     progress.rule("3  Teach it, with LoRA, to tell what kind of note a villager has left")
-    metrics["demo-messages"] = classify(recipe("demo-messages"), console=progress)
+    metrics["demo-messages"] = run(recipe("demo-messages"), console=progress)
     model, tokenizer, _ = load_classifier(str(folders["demo-messages"]))
     for found in predict(model, tokenizer, recipe("demo-messages").evaluation.prompts):
         console.print(f"{found.text}\n  -> {found.label} ({found.score:.3f})", highlight=False, end="\n\n")
 
     progress.rule("4  Teach it, with all its weights, to follow instructions")
-    metrics["demo-instructions"] = instruct(recipe("demo-instructions"), console=progress)
+    metrics["demo-instructions"] = run(recipe("demo-instructions"), console=progress)
     model, tokenizer = (
         load_model(str(folders["demo-instructions"])),
         load_model_tokenizer(str(folders["demo-instructions"])),

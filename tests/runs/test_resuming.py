@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.runs.folder import check_same_sources
 from hfgpt.saving import hash_file, write_checksums
-from hfgpt.tasks.run_folder import check_same_sources
 from hfgpt.training import checkpoints
 from hfgpt.training.checkpoints import list_checkpoints, step_of
 from hfgpt.training.trainer import HfGPTTrainer
@@ -117,7 +117,7 @@ def test_what_a_run_began_with_is_compared(began, now, said):
 def test_a_base_model_is_recorded_when_a_run_begins(whole, load, tmp_path):
     from hfgpt.data.report import DataReport
     from hfgpt.loading import load_model_tokenizer
-    from hfgpt.tasks.run_folder import describe_sources
+    from hfgpt.runs.folder import describe_sources
 
     recipe = load(tmp_path)
     recipe.model.path = str(whole.folder)
@@ -295,14 +295,14 @@ def test_what_fails_after_the_first_step_is_no_fault_of_the_checkpoint(stopped, 
 
 def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path, monkeypatch):
     """In the middle of an epoch: transformers' Trainer would."""
-    from hfgpt.tasks import pretrain
+    from hfgpt.runs import run as module
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     whole = train(tmp_path / "whole", "training.max_steps=5")
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_run", interrupt)
+        patch.setattr(module, "save_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", "training.max_steps=5")
     trained = []
@@ -320,7 +320,7 @@ def test_a_run_without_its_record_is_not_resumed(stopped, text, train):
 
 
 def test_the_best_model_is_also_saved_by_a_run_that_was_stopped_after_its_last_step(train, tmp_path, monkeypatch):
-    from hfgpt.tasks import pretrain
+    from hfgpt.runs import run as module
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -329,7 +329,7 @@ def test_the_best_model_is_also_saved_by_a_run_that_was_stopped_after_its_last_s
     overrides += ["training.learning_rate=3", "training.max_steps=6"]  # the first is the best
     whole = train(tmp_path / "whole", *overrides)
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain, "save_run", interrupt)
+        patch.setattr(module, "save_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", *overrides)
     run = train(tmp_path / "run", *overrides, resume=True)

@@ -13,18 +13,18 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hfgpt.commands.chat import Chat, run_chat
+from hfgpt.commands.inspect import inspect_recipe
+from hfgpt.commands.merge import merge
 from hfgpt.data.instructions import InstructionDataArguments
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import AnswerEvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments
-from hfgpt.inspection import inspect_recipe
 from hfgpt.loading import load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
+from hfgpt.runs.run import run as run_recipe
 from hfgpt.saving import hash_file
-from hfgpt.tasks.chat import Chat, run_chat
-from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
-from hfgpt.tasks.instruct import evaluate_follower, instruct
-from hfgpt.tasks.merge import merge
+from hfgpt.tasks import TASKS
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import ProgressCallback
 
@@ -66,7 +66,7 @@ def here(tmp_path_factory):
 def run(output_dir, *overrides, recipe="tiny", resume=False):
     console = Console(file=io.StringIO(), width=500)
     overrides = [f"--{override}" for override in (f"training.output_dir={output_dir}", *overrides)]
-    metrics = instruct(load_recipe(f"{recipe}.yaml", overrides), resume, console)
+    metrics = run_recipe(load_recipe(f"{recipe}.yaml", overrides), resume, console)
     return metrics, console.file.getvalue()
 
 
@@ -109,21 +109,21 @@ def test_anybody_can_talk_to_it(here, finished):
 
 def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
     evaluation = AnswerEvaluationArguments(max_new_tokens=8, answers=str(tmp_path / "a"))
-    metrics = evaluate_follower("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
+    metrics = TASKS["instruct"].evaluate("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
     assert (metrics["eval_answers"], metrics["eval_exact_match"]) == (60, 1.0)
     assert len((tmp_path / "a" / "answers.jsonl").read_text().splitlines()) == 60
     evaluation.judge.base_url, evaluation.judge.model, evaluation.answers = "http://127.0.0.1:9/v1", "m", None
     with pytest.raises(InputError, match=r"judgements have to be kept somewhere: name a folder"):
-        evaluate_follower("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
+        TASKS["instruct"].evaluate("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
 
 
 def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
     data, evaluation = InstructionDataArguments(path="rows.jsonl", max_rows=5), AnswerEvaluationArguments()
-    read = read_keys(partial(evaluate_follower, "finished"), data=data, evaluation=evaluation)
+    read = read_keys(partial(TASKS["instruct"].evaluate, "finished"), data=data, evaluation=evaluation)
     of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
     sections = {"data": data, "evaluation": evaluation}
     keys = {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
-    assert keys - read - of_splits <= set(ONLY_FOR_TRAINING["instruct"])
+    assert keys - read - of_splits <= set(TASKS["instruct"].only_for_training.keys())
 
 
 def test_an_adapter_with_packing(here, finished):
@@ -318,7 +318,7 @@ def test_a_chat_with_a_broken_template_is_refused_before_anything_is_said(here, 
     with pytest.raises(
         InputError, match=r"the tokenizer's chat template fails \(ZeroDivisionError: division by zero\)"
     ):
-        evaluate_follower(str(tmp_path), *arguments)
+        TASKS["instruct"].evaluate(str(tmp_path), *arguments)
 
 
 def test_the_context_of_a_prompt_is_all_of_it(chat):

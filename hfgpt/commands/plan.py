@@ -3,11 +3,8 @@
 from rich.table import Table
 
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.classify import build_classifier, first_pass_blocks, load_classification_data
-from hfgpt.tasks.first_pass import plan_first_pass
-from hfgpt.tasks.instruct import build_follower, load_instruction_data
-from hfgpt.tasks.pretrain import build_pretraining_model, load_pretraining_data
-from hfgpt.tasks.training_run import plan_rows
+from hfgpt.runs.first_pass import build_blocks, plan_first_pass
+from hfgpt.tasks import TASKS
 from hfgpt.training.callbacks import PlainConsole
 from hfgpt.training.estimate import Estimate, plan_run
 
@@ -20,18 +17,14 @@ def plan_recipe(recipe: Recipe) -> Estimate:
     Raises:
         InputError: As the run itself would.
     """
-    if recipe.task == "classify":
-        labelled = load_classification_data(recipe)
-        estimate = plan_rows(build_classifier(recipe, labelled), recipe, labelled.encoded["train"], SECONDS)
-        if blocks := first_pass_blocks(recipe, labelled):
-            estimate.first_pass = plan_first_pass(recipe, blocks, labelled.tokenizer, SECONDS)
-        return estimate
-    if recipe.task == "instruct":
-        answers = load_instruction_data(recipe)
-        return plan_rows(build_follower(recipe, answers), recipe, answers.encoded["train"], SECONDS)
-    data = load_pretraining_data(recipe)
-    model = build_pretraining_model(recipe, data)
-    return plan_run(model, recipe.training, data.train.block_size, len(data.train), SECONDS)
+    task = TASKS[recipe.task]
+    data = task.load(recipe)
+    model = task.build(recipe, data)
+    estimate = plan_run(model, recipe.training, data.row_length, len(data.splits["train"]), SECONDS)
+    if recipe.pretraining:
+        blocks = build_blocks(recipe, data.pretraining_texts, data.tokenizer)
+        estimate.first_pass = plan_first_pass(recipe, blocks, data.tokenizer, SECONDS)
+    return estimate
 
 
 def render_plan(estimate: Estimate) -> str:

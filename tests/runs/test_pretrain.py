@@ -14,19 +14,16 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from hfgpt.commands.merge import merge
+from hfgpt.commands.plan import plan_recipe
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
-from hfgpt.plan import plan_recipe
 from hfgpt.recipe import load_recipe, section_types
-from hfgpt.tasks import pretrain as module
-from hfgpt.tasks.classify import classify
-from hfgpt.tasks.evaluate import ONLY_FOR_TRAINING
-from hfgpt.tasks.instruct import instruct
-from hfgpt.tasks.merge import merge
-from hfgpt.tasks.pretrain import evaluate_model, load_pretraining_data, pretrain
-from hfgpt.tasks.training_run import context_length
+from hfgpt.runs.run import run
+from hfgpt.tasks import TASKS
+from hfgpt.tasks.preparation import context_length
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
@@ -165,7 +162,7 @@ def test_a_run_that_failed_after_training_goes_on(finished, train, tmp_path, mon
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "measure", fail)
+        patch.setattr("hfgpt.tasks.pretrain.measure_blocks", fail)
         with pytest.raises(OSError, match="no space"):
             train(folder)
     assert not (folder / "metrics.json").exists()
@@ -179,7 +176,9 @@ def test_a_run_that_failed_after_training_goes_on(finished, train, tmp_path, mon
 def test_metrics_are_the_definition(finished):
     """Every token of the validation split but the first, once, in blocks of the context from left to right."""
     model = AutoModelForCausalLM.from_pretrained(finished.folder)
-    tokens = torch.from_numpy(load_pretraining_data(finished.recipe).validation.stream.tokens.astype("int64"))
+    tokens = torch.from_numpy(
+        TASKS["pretrain"].load(finished.recipe).splits["validation"].stream.tokens.astype("int64")
+    )
     losses, predicted, size = [], 0, model.config.max_position_embeddings
     while predicted < len(tokens) - 1:
         end = min(predicted + size, len(tokens) - 1)
@@ -207,27 +206,29 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in documents), encoding="utf-8")
     data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
     # The same weights, tokens and batches of eight: the very same numbers.
-    assert evaluate_model(str(finished.folder), data, EvaluationArguments()) == finished.metrics
-    strided = evaluate_model(str(finished.folder), data, EvaluationArguments(stride=4))
+    assert TASKS["pretrain"].evaluate(str(finished.folder), data, EvaluationArguments()) == finished.metrics
+    strided = TASKS["pretrain"].evaluate(str(finished.folder), data, EvaluationArguments(stride=4))
     assert strided["eval_tokens"] == finished.metrics["eval_tokens"]
     assert strided["eval_loss"] != finished.metrics["eval_loss"]
     data.block_size = 33
     with pytest.raises(InputError, match=r"data\.block_size is 33, but the context of the model is 32"):
-        evaluate_model(str(finished.folder), data, EvaluationArguments())
+        TASKS["pretrain"].evaluate(str(finished.folder), data, EvaluationArguments())
 
 
 def test_evaluate_reads_every_key_that_it_does_not_refuse(finished, read_keys, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("The village is small. " * 9, encoding="utf-8")
     data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
-    read = read_keys(partial(evaluate_model, str(finished.folder)), data=data, evaluation=EvaluationArguments())
-    assert all_keys("pretrain") - read - ONLY_OF_SPLITS <= set(ONLY_FOR_TRAINING["pretrain"])
+    read = read_keys(
+        partial(TASKS["pretrain"].evaluate, str(finished.folder)), data=data, evaluation=EvaluationArguments()
+    )
+    assert all_keys("pretrain") - read - ONLY_OF_SPLITS <= TASKS["pretrain"].only_for_training.keys()
     assert {"data.path", "data.block_size", "evaluation.stride"} <= read
 
 
 def test_what_evaluate_refuses_are_keys():
-    for task, refused in ONLY_FOR_TRAINING.items():
-        assert set(refused) < all_keys(task)
+    for name, task in TASKS.items():
+        assert set(task.only_for_training) < all_keys(name)
 
 
 def all_keys(task: str) -> set[str]:
@@ -317,7 +318,7 @@ def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finis
 def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
     def prepare(vocab_size: int):
         kind = ("tokenizer.kind=bpe", f"tokenizer.vocab_size={vocab_size}", "data.max_documents=40")
-        return load_pretraining_data(load(tmp_path, *kind))
+        return TASKS["pretrain"].load(load(tmp_path, *kind))
 
     data = prepare(50_000)
     found = len(data.tokenizer)
@@ -329,7 +330,7 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
     # A tokenizer that is there already has the size it has.
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
     recipe = load(tmp_path, f"tokenizer.path={tmp_path / 'tokenizer'}", "data.max_documents=40")
-    assert load_pretraining_data(recipe).report.warnings == []
+    assert TASKS["pretrain"].load(recipe).report.warnings == []
 
 
 def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path):
@@ -339,14 +340,14 @@ def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path
     settings = f"model: {{path: {finished.folder}}}\ndata: {data}\n"
     path.write_text(settings + f"training: {{output_dir: {tmp_path / 'run'}, use_cpu: true}}\n")
     recipe = load_recipe(str(path))
-    data = load_pretraining_data(recipe)
+    data = TASKS["pretrain"].load(recipe)
     assert tokenizer_hash(data.tokenizer) == tokenizer_hash(AutoTokenizer.from_pretrained(finished.folder))
-    model = module.build_pretraining_model(recipe, data)
+    model = TASKS["pretrain"].build(recipe, data)
     assert weights_of(model) == weights_of(AutoModelForCausalLM.from_pretrained(finished.folder))
 
 
-@pytest.mark.parametrize(("task", "run"), [("pretrain", pretrain), ("classify", classify), ("instruct", instruct)])
-def test_a_base_of_another_architecture_is_refused_before_any_data_is_read(task, run, tmp_path):
+@pytest.mark.parametrize("task", TASKS)
+def test_a_base_of_another_architecture_is_refused_before_any_data_is_read(task, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     (tmp_path / "r.yaml").write_text(
         f"task: {task}\nmodel: {{path: {tmp_path / 'llama'}}}\ndata: {{path: ./no.txt}}\n"

@@ -15,6 +15,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from hfgpt.commands.convert import export_model
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments, check_repo_id
 from hfgpt.hub.card import describe_architecture
@@ -26,8 +27,8 @@ from hfgpt.hub.upload import Target, fetch_base, upload, verify
 from hfgpt.hub.usage import Place, loading_code
 from hfgpt.loading import hash_base, hash_weights, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import parse_sections
+from hfgpt.runs.remeasure import measure_again
 from hfgpt.saving import hash_file
-from hfgpt.tasks.convert import export_model
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training.callbacks import stderr_console
 
@@ -123,8 +124,6 @@ def publish(
 
         # 5. What the card will say: measured now, on these very weights.
         if arguments.measure:
-            from hfgpt.tasks.remeasure import measure_again  # of the tasks, whose runs end here
-
             passed(measure_again(folder, records, overrides, console))
         base = Path(temporary) / "base" if records.adapter and arguments.format == "hfgpt" else None
         if base:

@@ -1,0 +1,50 @@
+"""`hfgpt classify`: texts from the command line, a file or standard input, and the class of each."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hfgpt.errors import InputError
+from hfgpt.evaluation.classification import Prediction, predict
+from hfgpt.loading import load_classifier
+
+
+def classify(path: str, texts: Sequence[str], file: Path | None) -> list[Prediction]:
+    """Classifies texts with a saved classifier.
+
+    Args:
+        path: A folder or Hub id.
+        texts: Of the command line; without any, and without a file, standard input is read unless it is a terminal.
+        file: Has a text per line; `-` is standard input.
+
+    Raises:
+        InputError: There is no classifier or no text, or a text is empty.
+    """
+    if not texts and file is None and sys.stdin and not sys.stdin.isatty():
+        file = Path("-")
+    texts = read_texts(texts, file)
+    model, tokenizer, _ = load_classifier(path, changed_weights="warn")
+    return predict(model, tokenizer, texts)
+
+
+def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
+    """Texts of the command line, then the lines of a file; `-` is standard input.
+
+    Raises:
+        InputError: There is none, one is empty, or the file cannot be read.
+    """
+    named = [(f"text {number}", text) for number, text in enumerate(texts, start=1)]
+    if file is not None:
+        place = "standard input" if file == Path("-") else file
+        content = sys.stdin.buffer.read() if file == Path("-") else file.read_bytes()
+        try:
+            lines = content.decode().replace("\r\n", "\n").rstrip("\n").split("\n") if content.strip() else []
+        except UnicodeDecodeError as error:
+            raise InputError(f"{place} is not UTF-8 at byte {error.start}: convert it") from error
+        named += [(f"{place}, line {number}", line) for number, line in enumerate(lines, start=1)]
+    if not named:
+        raise InputError("there is no text to classify: give some, or a file with a text per line (--file)")
+    for place, text in named:
+        if not text.strip():
+            raise InputError(f"{place} is empty: leave it out")
+    return [text for _, text in named]

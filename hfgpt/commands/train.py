@@ -1,0 +1,76 @@
+"""`hfgpt train`: a run, and its publication where the recipe asks for it."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from hfgpt.commands.publish import PublishArguments, check_base, publish
+from hfgpt.errors import InputError
+from hfgpt.hub.background import CheckpointPushes
+from hfgpt.hub.upload import check_login
+from hfgpt.recipe import Recipe
+from hfgpt.runs.run import run
+from hfgpt.saving import quote_path, read_json
+from hfgpt.training.callbacks import append_log, stderr_console
+
+
+def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Runs a recipe, and publishes what its section `hub` says.
+
+    Args, returns and raises as `hfgpt.runs.run.run`; besides:
+
+    Raises:
+        InputError: The run could not be published, or is finished and did not arrive on the Hub.
+    """
+    hub, is_main = recipe.hub, recipe.training.process_index == 0
+    if hub is None or hub.repo_id is None:
+        return run(recipe, resume, console)
+    console = console or stderr_console(quiet=not is_main)
+    check_publication(recipe)
+    pushes = CheckpointPushes(hub, console) if hub.strategy == "checkpoints" and is_main else None
+    try:
+        metrics = run(recipe, resume, console, [pushes] if pushes else [])
+    finally:
+        if pushes:
+            pushes.stop()
+    if is_main:
+        publish_run(recipe, pushes, console)
+    return metrics
+
+
+def check_publication(recipe: Recipe):
+    """Refuses a run that is to be published and could not be, before hours of training rather than after.
+
+    Raises:
+        InputError: Nobody is logged in, or its adapter would be of use on this machine alone.
+    """
+    if recipe.adapters is not None:
+        # Without a path, its base is the first pass of this very run.
+        check_base(recipe.model.path or str(Path(recipe.training.output_dir).resolve()), recipe.hub)
+    check_login(recipe.hub.repo_id)
+
+
+def publish_run(recipe: Recipe, pushes: CheckpointPushes | None, console: Console):
+    """Publishes a finished run, once the pushes of its checkpoints have come to their end.
+
+    Raises:
+        InputError: Something did not arrive; the run itself is finished.
+    """
+    hub, folder = recipe.hub, Path(recipe.training.output_dir)
+    failed = []
+    for step, reason in (pushes.finish() if pushes else {}).items():
+        append_log(folder, {"step": step, "hub_error": reason})
+        failed.append(f"checkpoint {step}: {reason}")
+    try:
+        # What was measured a moment ago need not be measured again.
+        code = publish(str(folder), hub.repo_id, PublishArguments(private=hub.private, measure=False), (), console)
+        console.print(code, highlight=False, markup=False)
+    except InputError as error:
+        append_log(folder, {"step": read_json(folder / "run.json")["steps"], "hub_error": str(error)})
+        failed.append(f"the finished model: {error}")
+    if failed:
+        raise InputError(
+            f"the run in {folder} is finished, but not all of it was published: {'; '.join(failed)}; publish it with: "
+            f"hfgpt publish {quote_path(folder)} {hub.repo_id}"
+        )

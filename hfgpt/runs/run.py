@@ -1,0 +1,149 @@
+"""A run: from a recipe to a folder with a model that anyone can load, in seven steps, the same for every task."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PreTrainedModel, TrainerCallback
+
+from hfgpt.errors import InputError
+from hfgpt.hub import HubArguments
+from hfgpt.hub.card import write_card
+from hfgpt.hub.records import read_records
+from hfgpt.hub.usage import Place
+from hfgpt.recipe import Recipe
+from hfgpt.runs.first_pass import build_blocks, model_after_first_pass, run_first_pass
+from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
+from hfgpt.runs.messages import describe_end, describe_start
+from hfgpt.runs.record import describe_run
+from hfgpt.runs.training import Training, run_training, save_run
+from hfgpt.saving import write_json
+from hfgpt.tasks import TASKS
+from hfgpt.tasks.task import Data, Measured
+from hfgpt.training.callbacks import log_result, plot_loss, stderr_console
+from hfgpt.training.estimate import plan_run
+from hfgpt.training.trainer import HfGPTTrainer
+
+
+def run(
+    recipe: Recipe,
+    resume: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Trains what a recipe describes and leaves a complete run folder.
+
+    Args:
+        recipe: See `hfgpt.recipe.load_recipe`.
+        resume: Go on from the last checkpoint in `training.output_dir`.
+        console: Where to report; None: standard error.
+        callbacks: Of the training, beside those that show progress and write the log.
+
+    Returns:
+        The content of `metrics.json`; empty in every process but the main one.
+
+    Raises:
+        InputError: Something in the recipe, the data or the run folder has to be corrected first; or the judge failed
+            at the end, and everything else is written.
+        Interrupted: Ctrl-C; the run can be resumed.
+    """
+    is_main = recipe.training.process_index == 0
+    console = console or stderr_console(quiet=not is_main)
+    with hold_folder(Path(recipe.training.output_dir), is_main):
+        return _run_steps(recipe, resume, console, callbacks)
+
+
+def _run_steps(
+    recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[TrainerCallback]
+) -> dict[str, Any]:
+    started, arguments, task = time.perf_counter(), recipe.training, TASKS[recipe.task]
+    folder, is_main = Path(arguments.output_dir), arguments.process_index == 0
+
+    # 1. The run folder: free, or that of the run to resume; and what the end of the run will need.
+    checkpoint = check_run_folder(recipe, resume, console)
+    task.check(recipe)
+
+    # 2. The data: rows to token ids to splits.
+    with arguments.main_process_first():  # the others then find the tokens in the cache
+        data = task.load(recipe, folder if resume else None)
+
+    # 3. The model.
+    model = task.build(recipe, data)
+    first_blocks = build_blocks(recipe, data.pretraining_texts, data.tokenizer) if recipe.pretraining else None
+
+    # 4. What it will cost, and what was chosen.
+    estimate = plan_run(model, arguments, data.row_length, len(data.splits["train"]), seconds=0.5)
+    console.print(describe_start(recipe, data, model, estimate, is_new=checkpoint is None), highlight=False)
+
+    # 5. Train, after a first pass over the texts alone if the recipe has one.
+    PartialState().wait_for_everyone()  # all have seen the folder free
+    if is_main:
+        begin_run(recipe, data.tokenizer, data.report, checkpoint)
+    if first_blocks is not None:
+        run_first_pass(recipe, first_blocks, data.tokenizer, console)
+        model = task.build(dataclasses.replace(recipe, model=model_after_first_pass(recipe)), data)
+    trainer = build_trainer(recipe, model, data)
+    training = run_training(trainer, estimate, checkpoint, console, callbacks)
+
+    # 6. Save in every process, then measure in one the weights as they were saved.
+    save_run(trainer, folder)
+    if not is_main:
+        return {}
+    saved = task.load_saved(str(folder)).to(arguments.device)
+    measured = task.measure(saved, data, recipe, console)
+    samples = task.sample(saved, data, recipe)
+
+    # 7. What happened, for whoever repeats it or asks; with the card the run is finished.
+    write_results(recipe, training, data, measured)
+    write_json(folder / "run.json", describe_run(recipe, training, data, samples, started))
+    metrics = judge(measured, folder)
+    write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place(folder.as_posix()))
+    console.print(describe_end(folder, task, metrics, samples["texts"], training), highlight=False)
+    return metrics
+
+
+def build_trainer(recipe: Recipe, model: PreTrainedModel, data: Data) -> HfGPTTrainer:
+    """The trainer of a run, with what its task adds to it."""
+    return HfGPTTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=data.splits["train"],
+        eval_dataset=data.splits["validation"],
+        processing_class=data.tokenizer,
+        **TASKS[recipe.task].trainer_arguments(recipe, data),
+    )
+
+
+def write_results(recipe: Recipe, training: Training, data: Data, measured: Measured):
+    """Writes what was measured: metrics.json, the end of the log, the pictures and the answers."""
+    folder, state, metrics = Path(recipe.training.output_dir), training.trainer.state, measured.metrics
+    write_json(folder / "metrics.json", metrics)
+    if measured.keep:
+        measured.keep(folder)
+    if TASKS[recipe.task].measured_split == "test":  # in the log, eval_ is the validation split
+        metrics = {re.sub("^eval_", "test_", name): value for name, value in metrics.items()}
+    log_result(folder, {"step": state.global_step, "epoch": state.epoch, **metrics})
+    choices, unit = (len(data.labels), "row") if data.labels else (training.trainer.model.config.vocab_size, "token")
+    plot_loss(folder, choices, unit)
+
+
+def judge(measured: Measured, folder: Path) -> dict[str, Any]:
+    """All metrics, with those of the judge if there is one; it comes last, since it may fail.
+
+    Raises:
+        InputError: It has failed. The run has no card then and is not finished: --resume goes on here, and asks the
+            judge only for what is missing.
+    """
+    if measured.judge is None:
+        return measured.metrics
+    try:
+        metrics = measured.metrics | measured.judge(folder)
+    except InputError as error:
+        raise InputError(f"{error}; all else is written: go on with the same command and --resume") from error
+    write_json(folder / "metrics.json", metrics)
+    return metrics

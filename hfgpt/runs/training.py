@@ -1,0 +1,97 @@
+"""Training to the end: under a progress bar, ended in order by Ctrl-C, saved whole."""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback
+
+from hfgpt.errors import Interrupted
+from hfgpt.saving import staged_files
+from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback
+from hfgpt.training.checkpoints import step_of
+from hfgpt.training.estimate import Estimate
+from hfgpt.training.hardware import peak_memory_bytes, reset_peak_memory
+from hfgpt.training.trainer import HfGPTTrainer
+
+
+@dataclass
+class Training:
+    """A training that came to its end.
+
+    Args:
+        trainer: With the trained model and its state.
+        estimate: What was planned.
+        first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
+        seconds: Of training.
+        peak_memory: In bytes, and what it is of: `training`, or `process` where no peak can be measured anew.
+    """
+
+    trainer: HfGPTTrainer
+    estimate: Estimate
+    first_step: int
+    seconds: float
+    peak_memory: tuple[int, str]
+
+
+def run_training(
+    trainer: HfGPTTrainer,
+    estimate: Estimate,
+    checkpoint: Path | None,
+    console: Console,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Training:
+    """Trains to the end.
+
+    Args:
+        trainer: Built, with nothing to show progress yet.
+        estimate: What was planned.
+        checkpoint: Where to go on from; None: from the start.
+        console: Where to show progress.
+        callbacks: Told of each step, too.
+
+    Raises:
+        Interrupted: Ctrl-C; a checkpoint was saved.
+        InputError: The loss is not finite, or the disk full.
+    """
+    if checkpoint:
+        console.print(
+            f"resuming from {checkpoint.name}: step {step_of(checkpoint):,} of {estimate.steps:,}, with the same data "
+            "order and random state",
+            highlight=False,
+        )
+    progress = ProgressCallback(estimate.tokens_per_step, console)
+    interrupt = InterruptCallback(console)
+    trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
+    for callback in (LogCallback(), progress, interrupt, *callbacks):
+        trainer.add_callback(callback)
+    peak_of = "training" if reset_peak_memory(trainer.args.device) else "process"  # without the probe's copy
+    begun = time.perf_counter()
+    try:
+        with interrupt:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    if trainer.state.global_step < trainer.state.max_steps and interrupt.interrupted:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
+            f"{trainer.args.output_dir}: go on with the same command and --resume"
+        )
+    seconds, peak_memory = time.perf_counter() - begun, (peak_memory_bytes(trainer.args.device), peak_of)
+    first_step = step_of(checkpoint) if checkpoint else 0
+    return Training(trainer, estimate, first_step, seconds, peak_memory)
+
+
+def save_run(trainer: HfGPTTrainer, folder: Path):
+    """Saves the trained model or adapter, and its tokenizer, all files at once.
+
+    Every process takes part, since each may hold a part of the weights; the main one writes.
+    """
+    main = trainer.is_world_process_zero()
+    with staged_files(folder) if main else contextlib.nullcontext(folder) as staging:
+        trainer.save_model(str(staging))
+        if main:
+            (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same

@@ -1,0 +1,110 @@
+"""What the tasks have in common before training: the tokenizer of a run, and its model with what is not trained."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfgpt.adapters import CAUSAL_LM, SEQ_CLS, attach_adapter
+from hfgpt.building import build_model, find_architecture
+from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.data.report import DataReport
+from hfgpt.errors import InputError
+from hfgpt.loading import load_model_config, load_model_tokenizer
+from hfgpt.recipe import Recipe
+from hfgpt.tokenizer import build_tokenizer, load_tokenizer
+
+
+def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run.
+
+    Args:
+        recipe: Its sections `tokenizer` and `model`.
+        folder: A run to resume, whose tokenizer is taken rather than trained again.
+        texts: To train one on, if none is named and there is no model to go on from.
+    """
+    if folder and (folder / "tokenizer.json").is_file():
+        return load_tokenizer(str(folder), pad_token=None, add_eos=False)  # as the run saved it
+    if recipe.model.path and recipe.tokenizer.path is None:
+        return load_model_tokenizer(recipe.model.path, recipe.model.revision)  # the one its weights know
+    return build_tokenizer(recipe.tokenizer, texts)
+
+
+def warn_of_small_vocabulary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport):
+    """Adds to the warnings of a run's report that its text gave its tokenizer fewer tokens than were asked for."""
+    wanted, trained = recipe.tokenizer.vocab_size, recipe.tokenizer.path is None and recipe.model.path is None
+    if trained and recipe.tokenizer.kind != "char" and len(tokenizer) < wanted:
+        report.warnings.append(
+            f"the tokenizer has {len(tokenizer):,} tokens, not the {wanted:,} of tokenizer.vocab_size: the training "
+            "text gives no more"
+        )
+
+
+def context_length(recipe: Recipe) -> int:
+    """The context of the recipe's model, in tokens, without building it."""
+    if recipe.model.path is not None:
+        return load_model_config(recipe.model.path, recipe.model.revision).max_position_embeddings
+    return find_architecture(recipe.model).get("max_position_embeddings", HfGPTConfig.max_position_embeddings)
+
+
+def build_recipe_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None = None
+) -> PreTrainedModel:
+    """The model of a recipe, with its adapter and what is not trained frozen.
+
+    Args:
+        recipe: Its sections `model`, `adapters` and `training`.
+        tokenizer: What the model will be trained with.
+        labels: Of a classifier; None: a language model.
+
+    Raises:
+        InputError: See `hfgpt.building.build_model` and `hfgpt.adapters.attach_adapter`; or an adapter on weights that
+            nobody else has.
+    """
+    arguments = recipe.model
+    trainable = getattr(recipe.training, "trainable", None) or ("adapters" if recipe.adapters else "all")
+    if (trainable == "adapters") != (recipe.adapters is not None):
+        raise InputError(
+            f"there is a section adapters, but training.trainable is '{trainable}': leave one of them out"
+            if recipe.adapters
+            else "training.trainable is 'adapters', but there is no section adapters: add it, with r for instance"
+        )
+    if recipe.adapters is None:
+        if arguments.load_in_4bit:
+            raise InputError(
+                "4-bit weights cannot be trained: add a section adapters, or leave out model.load_in_4bit"
+            )
+        model = build_model(arguments, tokenizer, labels)
+        if trainable != "all":
+            freeze_model(model, (recipe.training.last_blocks or 1) if trainable == "last_blocks" else 0)
+        return model
+    if arguments.path is None and recipe.pretraining is None:
+        raise InputError("an adapter needs a model to adapt: set model.path")
+    if arguments.path is not None and Path(arguments.path).is_dir():  # found from wherever the adapter is loaded
+        arguments = dataclasses.replace(arguments, path=str(Path(arguments.path).resolve()))
+    task_type = CAUSAL_LM if labels is None else SEQ_CLS
+    model = attach_adapter(build_model(arguments, tokenizer, labels), recipe.adapters, task_type, arguments.revision)
+    if recipe.training.gradient_checkpointing:
+        model.enable_input_require_grads()  # the frozen embeddings give none
+    return model
+
+
+def freeze_model(model: PreTrainedModel, last_blocks: int):
+    """Leaves the head to be trained, and with some last blocks these and the final norm; the rest is frozen.
+
+    Raises:
+        InputError: The model has fewer blocks, or its head is its embedding.
+    """
+    if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
+        raise InputError(
+            "the head of this model is its embedding (tie_word_embeddings), which cannot be trained without it: use "
+            "training.trainable all, or a section adapters"
+        )
+    blocks = model.model.layers
+    if last_blocks > len(blocks):
+        raise InputError(f"training.last_blocks is {last_blocks}, but num_hidden_layers is {len(blocks)}: lower it")
+    model.requires_grad_(False)
+    head = model.get_output_embeddings() if hasattr(model, "lm_head") else model.score
+    for module in (head, *((*blocks[len(blocks) - last_blocks :], model.model.norm) if last_blocks else ())):
+        module.requires_grad_(True)
