@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import typer
 
 from hfgpt import cli
 from hfgpt.data.synthetic import generate_stories
@@ -519,3 +520,33 @@ def test_a_disk_that_cannot_be_written(place, status, remedy, here, tmp_path, mo
 def test_messages_are_one_line_of_unicode(here):
     assert refusal("train", "a\nb.yaml").startswith("there is no recipe file 'a b.yaml'")
     assert refusal("generate", "runs/tiny", os.fsdecode(b"caf\xe9")).startswith("'\\udce9' cannot be written in utf-8")
+
+
+def test_the_commands_and_their_options_are_these():
+    """Scripts rely on them: one that is renamed or removed breaks somebody's."""
+    sampling = "--max-new-tokens --temperature --top-k --top-p --greedy"
+    expected = {
+        "chat": f"MODEL --system {sampling} --seed",
+        "classify": "MODEL TEXTS --file --json",
+        "demo": "--output-dir",
+        "doctor": "--json",
+        "evaluate": "MODEL --task --json",
+        "export": "MODEL OUT --format --merge-adapter",
+        "generate": f"MODEL PROMPT {sampling} --num-samples --seed",
+        "import": "SOURCE OUT --format --num-heads --tokenizer --vocab-size --lora-scale --hidden-act --revision",
+        "inspect": "RECIPE --rows",
+        "merge": "ADAPTER OUT --tolerance",
+        "plan": "RECIPE --json",
+        "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
+        "train": "RECIPE --resume",
+    }
+    found = {
+        name: " ".join(
+            "/".join([*parameter.opts, *parameter.secondary_opts])
+            if parameter.param_type_name == "option"
+            else parameter.name.upper()
+            for parameter in command.params
+        )
+        for name, command in typer.main.get_command(cli.app).commands.items()
+    }
+    assert found == expected
