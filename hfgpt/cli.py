@@ -146,15 +146,21 @@ def evaluate(
     as_json: AsJson = False,
 ):
     """Measure a model on all rows of --data.path: loss and perplexity, or accuracy, or answers."""
-    from hfgpt.recipe_keys import SECTIONS
+    from hfgpt.recipe import SECTIONS, parse_sections
 
     if task not in (None, *SECTIONS):
         raise InputError(f"--task is '{task}'; it must be pretrain, classify or instruct")
-    from hfgpt.loading import classifies
-    from hfgpt.runs.evaluation import evaluate as evaluate_model
+    if task is None:
+        from hfgpt.loading import classifies
 
-    task = task or ("classify" if classifies(model) else "pretrain")
-    metrics = evaluate_model(model, task, _overrides(context))
+        task = "classify" if classifies(model) else "pretrain"
+    overrides = _overrides(context)
+    sections = parse_sections(overrides, task, ["data", "evaluation"])
+    from hfgpt.runs.evaluation import refuse_unused
+    from hfgpt.tasks import TASKS
+
+    refuse_unused(task, overrides, sections["data"])
+    metrics = TASKS[task].evaluate(model, **sections)
     if as_json:
         print(json.dumps(metrics))
     else:

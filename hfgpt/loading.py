@@ -27,7 +27,8 @@ from hfgpt.data.files import hash_files
 from hfgpt.errors import InputError, make_visible
 from hfgpt.foreign_code import without_remote_code
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
-from hfgpt.saving import CHECKSUMS_FILE, check_model_path, hash_file, read_checksums, read_json
+from hfgpt.records import LABELS_FILE, OF_WEIGHTS, RunRecord
+from hfgpt.saving import CHECKSUMS_FILE, check_model_path, hash_file, read_checksums
 from hfgpt.tokenizer import read_tokenizer
 
 # Our classes for a GPT-2 checkpoint, which the Auto classes would load as transformers' own.
@@ -35,7 +36,6 @@ OF_GPT2 = {
     AutoModelForCausalLM: HfGPTForCausalLM,
     AutoModelForSequenceClassification: HfGPTForSequenceClassification,
 }
-LABELS_FILE = "labels.json"
 TRAINABLE_TYPES = ("hfgpt", "gpt2")  # what becomes a model of ours
 MOST_LAYERS = 1_000  # the deepest transformer published (DeepNet, arXiv:2203.00555)
 # What transformers makes lists, tables and modules of before it looks at the weights, and how many at most.
@@ -199,7 +199,8 @@ def _load_adapted(path: str, revision: str | None, auto_class, **kwargs) -> PreT
 
 def _check_same_base(path: str, base: str, revision: str | None):
     """Refuses a base whose weights are not those the adapter was trained on, where its run wrote them down."""
-    trained_on = read_json(Path(path) / "run.json").get("base_weights_sha256")
+    run = RunRecord.read(Path(path))
+    trained_on = run and run.base_weights_sha256
     if trained_on and trained_on != hash_base(base, revision):
         raise InputError(
             f"the adapter '{path}' was trained on other weights than '{base}' now has: put those back, or train "
@@ -270,8 +271,9 @@ def find_changed_weights(path: str) -> str | None:
     if weights is None:
         return None
     recorded = {CHECKSUMS_FILE: read_checksums(folder).get(weights.name)}
-    for name in ("conversion.json", "merge.json", "run.json"):  # what was made from a run may keep its run.json
-        recorded[name] = read_json(folder / name).get("weights_sha256")
+    for kind in OF_WEIGHTS:
+        if record := kind.read(folder):
+            recorded[kind.FILE] = record.weights_sha256
     name, expected = next(((name, value) for name, value in recorded.items() if value), (None, None))
     if expected is None or expected == (actual := hash_file(weights)):
         return None

@@ -36,23 +36,6 @@ def write_json(path: Path, content: dict[str, Any]):
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that hfgpt wrote; empty if there is no such file.
-
-    Raises:
-        InputError: The file is damaged.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"'{path}' is damaged ({error}): restore the file that was saved with the model") from error
-    if not isinstance(content, dict):
-        raise InputError(f"'{path}' is not a JSON object: restore the file that was saved with the model")
-    return content
-
-
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, as `sha256sum` prints it."""
     with open(path, "rb") as file:

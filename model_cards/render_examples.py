@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import build_card
-from hfgpt.hub.records import read_records
+from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
 
 FOLDERS = sorted(path.parent for path in Path(__file__).parent.glob("examples/*/README.md"))

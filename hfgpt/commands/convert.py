@@ -27,7 +27,7 @@ from hfgpt.data.synthetic import generate_stories
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
-from hfgpt.hub.records import public_name, read_records
+from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     check_vocabulary,
@@ -42,8 +42,8 @@ from hfgpt.loading import (
     load_model_tokenizer,
     quiet_bars,
 )
-from hfgpt.runs.folder import describe_environment
-from hfgpt.saving import appearing_folder, check_free, write_json
+from hfgpt.records import ConversionRecord, public_name
+from hfgpt.saving import appearing_folder, check_free
 from hfgpt.tokenizer import GPT2_FILES, build_char_tokenizer, load_tokenizer
 from hfgpt.training.callbacks import stderr_console
 
@@ -300,9 +300,9 @@ def _finish(report: Parity, staging: Path, out: Path, architecture: dict[str, An
     (console or stderr_console()).print(report.render(), highlight=False, markup=False)
     if not report.passed:
         raise InputError("the converted model computes something else than its source, so nothing was written")
-    made = {"architecture": architecture, "weights_sha256": hash_weights(staging), **describe_environment()}
-    write_json(staging / "conversion.json", {**report.to_dict(), **made})
+    made = {"architecture": architecture, "weights_sha256": hash_weights(staging)}
+    ConversionRecord(**report.to_dict(), **made).stamp().write(staging)
     records = read_records(staging)
-    records.run["architecture"] = architecture
+    records.run.architecture = architecture
     place = Place(out.as_posix(), native=report.format.startswith("to "))
     write_card(staging, records, HubArguments(), place)

@@ -1,7 +1,6 @@
 """The tour: every stage on text that hfgpt generates itself, offline, with a table of what was measured at the end."""
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from hfgpt.evaluation.classification import predict
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
 from hfgpt.loading import load_classifier, load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
+from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
 from hfgpt.training.callbacks import PlainConsole, stderr_console
 from hfgpt.training.hardware import find_device
@@ -80,7 +80,7 @@ def run_demo(
 
 def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> Table:
     """What was measured at each stage, and how long its training took."""
-    records = {name: json.loads((path / "run.json").read_text(encoding="utf-8")) for name, path in folders.items()}
+    records = {name: RunRecord.read(path) for name, path in folders.items()}
     stories, messages, answers = (metrics[name] for name in folders)
     rows = [
         ("pre-training", f"loss on {stories['eval_tokens']:,} tokens of unseen stories",
@@ -93,7 +93,7 @@ def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str,
     ]  # fmt: skip
     table = Table("stage", "what was measured", "result", "trained weights", "time")
     for *cells, name in rows:
-        plan, actual = (records[name]["plan"], records[name]["actual"]) if name else (None, None)
+        plan, actual = (records[name].plan, records[name].actual) if name else (None, None)
         table.add_row(*cells, *([f"{plan['parameters']:,}", f"{actual['training_seconds']:.0f} s"] if name else []))
     return table
 

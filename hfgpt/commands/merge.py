@@ -1,18 +1,18 @@
 """`hfgpt merge`: an adapter and its base model become one ordinary model, proven the same."""
 
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from hfgpt.adapters import merge_adapter
+from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
-from hfgpt.hub.records import explained_records, is_checkpoint, read_records
+from hfgpt.hub.folder import explained_records, read_records
 from hfgpt.hub.usage import Place
 from hfgpt.loading import (
     TRAINABLE_TYPES,
@@ -25,39 +25,15 @@ from hfgpt.loading import (
     load_model_tokenizer,
     quiet_bars,
 )
-from hfgpt.runs.folder import describe_environment
-from hfgpt.saving import appearing_folder, check_free, write_json
+from hfgpt.records import ADAPTER, RECIPE_FILE, MergeRecord, is_checkpoint, is_run
+from hfgpt.saving import appearing_folder, check_free
 from hfgpt.training.callbacks import stderr_console
 
 TOLERANCE = 1e-5
 
 
-@dataclass
-class Merge:
-    """How much merging changed.
-
-    Args:
-        adapter, base_model: What was merged into what.
-        difference: The largest difference of logits in float32.
-        largest_logit: The largest magnitude of the unmerged model's.
-        tolerance: Largest difference allowed, as a part of `largest_logit` where that is above 1.
-        tokens: How many random tokens were compared.
-    """
-
-    adapter: str
-    base_model: str
-    difference: float
-    largest_logit: float
-    tolerance: float
-    tokens: int
-
-    @property
-    def limit(self) -> float:
-        return self.tolerance * max(1.0, self.largest_logit)
-
-
 @torch.no_grad()
-def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console | None = None) -> Merge:
+def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console | None = None) -> MergeRecord:
     """Merges an adapter into its base model, in float32, and compares the logits with those of the two apart.
 
     Args:
@@ -90,7 +66,14 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
     apart = adapted(rows, use_cache=False).logits
     merged = merge_adapter(adapted, path)
     difference = (merged(rows, use_cache=False).logits - apart).abs().max().item()
-    report = Merge(path, base, difference, apart.abs().max().item(), tolerance, rows.numel())
+    report = MergeRecord(
+        adapter=path,
+        base_model=base,
+        difference=difference,
+        largest_logit=apart.abs().max().item(),
+        tolerance=tolerance,
+        tokens=rows.numel(),
+    ).stamp()
     console.print(
         f"largest difference of logits {report.difference:.1e} over {report.tokens} random tokens, where the largest "
         f"logit is {report.largest_logit:.2f}; allowed {report.limit:.1e}",
@@ -104,27 +87,30 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
     with appearing_folder(out) as staging, quiet_bars():
         merged.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        made = {"weights_sha256": hash_weights(staging), **describe_environment()}
-        write_json(staging / "merge.json", {**asdict(report), **made})
-        with explained_records(Path(path)):
-            if Path(path).is_dir():
-                _keep_records(Path(path), staging)
-            records = read_records(staging)
-            records.run["architecture"] = describe_architecture(merged)
-            write_card(staging, records, HubArguments(), Place(out.as_posix()))
+        report.weights_sha256 = hash_weights(staging)
+        report.write(staging)
+        _write_card(Path(path), merged, staging, out)
     console.print(f"saved to {out}", highlight=False)
     return report
 
 
+def _write_card(adapter: Path, merged: PreTrainedModel, staging: Path, out: Path):
+    with explained_records(adapter):
+        if adapter.is_dir():
+            _keep_records(adapter, staging)
+        records = read_records(staging)
+        records.run.architecture = describe_architecture(merged)
+        write_card(staging, records, HubArguments(), Place(out.as_posix()))
+
+
 def _keep_records(adapter: Path, staging: Path):
     """Takes over how the adapter was trained. What was measured is of other weights, and stays with it."""
-    run, run_folder = read_records(adapter).run, adapter.parent if is_checkpoint(adapter) else adapter
-    if not run:
+    run_folder = adapter.parent if is_checkpoint(adapter) else adapter
+    if not is_run(run_folder):
         return
-    for name in ("recipe.yaml", "data_report.json"):
+    for name in (RECIPE_FILE, DataReport.FILE):
         shutil.copyfile(run_folder / name, staging / name)
-    of_adapter = ("weights_sha256", "saved_parameters", "samples")
-    write_json(staging / "run.json", {name: value for name, value in run.items() if name not in of_adapter})
+    read_records(adapter).run.without(ADAPTER).write(staging)
 
 
 def _rows(config) -> torch.Tensor:

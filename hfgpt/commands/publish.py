@@ -20,13 +20,14 @@ from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments, check_repo_id
 from hfgpt.hub.card import describe_architecture
 from hfgpt.hub.contents import Contents, find_secrets, sort_contents
-from hfgpt.hub.records import Records, explained_records, is_hub_id, read_records
+from hfgpt.hub.folder import FolderRecords, explained_records, read_records
 from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
 from hfgpt.hub.stranger import check_as_stranger
 from hfgpt.hub.upload import Target, fetch_base, upload, verify
 from hfgpt.hub.usage import Place, loading_code
 from hfgpt.loading import hash_base, hash_weights, load_model, load_model_config, load_model_tokenizer
 from hfgpt.recipe import parse_sections
+from hfgpt.records import CARD_FILE, is_hub_id
 from hfgpt.runs.remeasure import measure_again
 from hfgpt.saving import hash_file
 from hfgpt.tokenizer import tokenizer_hash
@@ -150,7 +151,7 @@ def publish(
 
 def check_folder(
     folder: Path, arguments: PublishArguments, overrides: Sequence[str], passed: Callable[[str], None]
-) -> tuple[Records, HubArguments, Contents]:
+) -> tuple[FolderRecords, HubArguments, Contents]:
     """The checks of what lies in a folder, in order, each told when it has passed.
 
     Returns:
@@ -180,7 +181,7 @@ def check_folder(
     return records, hub, contents
 
 
-def open_folder(folder: Path) -> Records:
+def open_folder(folder: Path) -> FolderRecords:
     """What lies in a folder of ours.
 
     Raises:
@@ -198,7 +199,7 @@ def open_folder(folder: Path) -> Records:
     return read_records(folder)
 
 
-def read_hub_arguments(records: Records, overrides: Sequence[str]) -> HubArguments:
+def read_hub_arguments(records: FolderRecords, overrides: Sequence[str]) -> HubArguments:
     """The section `hub` of the run's recipe, with what the command line changes."""
     for option, instead in {
         "repo_id": "REPO_ID",
@@ -244,7 +245,7 @@ def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hu
     return branches
 
 
-def pin_base(records: Records, hub: HubArguments, staging: Path) -> HubArguments:
+def pin_base(records: FolderRecords, hub: HubArguments, staging: Path) -> HubArguments:
     """The section `hub` with the base model of an adapter and the commit that others will load it from.
 
     Args:
@@ -259,7 +260,7 @@ def pin_base(records: Records, hub: HubArguments, staging: Path) -> HubArguments
     if base is None:
         base, revision = records.adapter["base_model_name_or_path"], revision or records.adapter.get("revision")
     commit, folder, names = fetch_base(base, revision)
-    expected = records.run.get("base_weights_sha256")
+    expected = records.run.base_weights_sha256
     if expected and hash_base(str(folder)) != expected:
         raise InputError(f"'{base}' has other weights than the adapter was trained on: publish the right base model")
     stage_base(folder, staging, names)
@@ -269,7 +270,7 @@ def pin_base(records: Records, hub: HubArguments, staging: Path) -> HubArguments
 def make_branch(
     branch: Branch,
     names: Sequence[str],
-    records: Records,
+    records: FolderRecords,
     hub: HubArguments,
     passed: Callable[[str], None],
     base: Path | None = None,
@@ -295,11 +296,11 @@ def make_branch(
     with explained_records(folder):
         (stage_native if native else stage)(folder, branch.folder, names, records, hub, branch.place)
     branch.hashes = branch.hash_files()
-    if hash_weights(folder) != records.run["weights_sha256"]:
+    if hash_weights(folder) != records.run.weights_sha256:
         raise InputError(f"the weights in '{folder}' were changed while they were checked: publish again")
     # The weights themselves were looked through before; all else may have come or changed since.
     refuse_secrets(branch.folder, [name for name in branch.hashes if not name.endswith(".safetensors")])
-    check_metadata(branch.folder / "README.md")
+    check_metadata(branch.folder / CARD_FILE)
     passed(f"the metadata of the card is valid ({branch})")
     check_as_stranger(branch.folder, branch.folder if native else folder, native, None if native else base)
     passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
@@ -311,7 +312,7 @@ def refuse_secrets(folder: Path, names: Sequence[str]):
         raise InputError(f"{'; '.join(secrets)}: remove it, and have it revoked if it was ever published")
 
 
-def check_weights(folder: Path, records: Records) -> Records:
+def check_weights(folder: Path, records: FolderRecords) -> FolderRecords:
     """Loads the model, whole and finite, and compares its weights with the hash that was written when it was measured.
 
     Returns:
@@ -321,11 +322,10 @@ def check_weights(folder: Path, records: Records) -> Records:
         InputError: They are damaged, or others than those that were measured.
     """
     model = load_model(str(folder), auto_class=_auto_class(records))
-    run = dict(records.run)
-    run["weights_sha256"] = hash_weights(folder)
-    if (expected := run.get("tokenizer_sha256")) and tokenizer_hash(load_model_tokenizer(str(folder))) != expected:
+    run = dataclasses.replace(records.run, weights_sha256=hash_weights(folder))
+    if (expected := run.tokenizer_sha256) and tokenizer_hash(load_model_tokenizer(str(folder))) != expected:
         raise InputError(f"the tokenizer in '{folder}' is not the one of the run: put that back")
-    run["architecture"] = describe_architecture(model)
+    run.architecture = describe_architecture(model)
     return dataclasses.replace(records, run=run)
 
 
@@ -362,7 +362,7 @@ def describe_loading(branches: Sequence[Branch]) -> str:
     return "\n\n".join(loading_code(read_records(branch.folder), branch.place) for branch in branches)
 
 
-def show_missing(contents: Contents, records: Records, hub: HubArguments, console: Console):
+def show_missing(contents: Contents, records: FolderRecords, hub: HubArguments, console: Console):
     """Prints what of the folder is not sent, and why; and what the card does not say, and how it would."""
     lines = [f"  {'stays here':>15}  {name}: {reason}" for name, reason in contents.staying.items()]
     if hub.license is None:
@@ -377,7 +377,7 @@ def show_missing(contents: Contents, records: Records, hub: HubArguments, consol
 
 def show_card(branch: Branch, console: Console):
     """Prints the card that a dry run would have sent."""
-    card = (branch.folder / "README.md").read_text(encoding="utf-8")
+    card = (branch.folder / CARD_FILE).read_text(encoding="utf-8")
     login = "a Hub token is set" if get_token() else "not logged in: run `hf auth login` before publishing"
     console.print(f"the card:\n\n{card}\nnothing was sent (--dry-run); {login}", highlight=False, markup=False)
 
@@ -390,5 +390,5 @@ def show_files(branch: Branch, console: Console):
         console.print(f"  {size:>15,}  {name}", highlight=False, markup=False)
 
 
-def _auto_class(records: Records):
+def _auto_class(records: FolderRecords):
     return AutoModelForSequenceClassification if records.task == "classify" else AutoModelForCausalLM

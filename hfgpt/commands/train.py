@@ -10,8 +10,9 @@ from hfgpt.errors import InputError
 from hfgpt.hub.background import CheckpointPushes
 from hfgpt.hub.upload import check_login
 from hfgpt.recipe import Recipe
+from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
-from hfgpt.saving import quote_path, read_json
+from hfgpt.saving import quote_path
 from hfgpt.training.callbacks import append_log, stderr_console
 
 
@@ -67,7 +68,7 @@ def publish_run(recipe: Recipe, pushes: CheckpointPushes | None, console: Consol
         code = publish(str(folder), hub.repo_id, PublishArguments(private=hub.private, measure=False), (), console)
         console.print(code, highlight=False, markup=False)
     except InputError as error:
-        append_log(folder, {"step": read_json(folder / "run.json")["steps"], "hub_error": str(error)})
+        append_log(folder, {"step": RunRecord.read(folder).steps, "hub_error": str(error)})
         failed.append(f"the finished model: {error}")
     if failed:
         raise InputError(

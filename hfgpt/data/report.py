@@ -4,12 +4,10 @@ Every stage counts into one `DataReport`; `data_report.json` of a run and `hfgpt
 """
 
 import dataclasses
-import json
-import os
-import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
+
+from hfgpt.records import PLACE, PRIVATE, REQUIRED, Record
 
 # What a split needs at least for its figures to say something. Losses of single tokens spread by about 3 nats, so the
 # standard error of the mean of 1,000 is 0.1 nats; that of a share of 100 rows is up to 5 points.
@@ -22,7 +20,7 @@ def counted(count: int, plural: str) -> str:
 
 
 @dataclass
-class SplitReport:
+class SplitReport(Record):
     """Sizes of one split; what was not measured (the split was never tokenized, say) stays 0.
 
     Args:
@@ -49,7 +47,7 @@ class SplitReport:
 
 
 @dataclass
-class DataReport:
+class DataReport(Record):
     """What was read from a source and what was done with it.
 
     Args:
@@ -73,20 +71,22 @@ class DataReport:
         warnings: What is otherwise than a reader of the recipe would expect, a line each.
     """
 
-    source: str = ""
-    sha256: str = ""
-    rows_read: int = 0
-    rows_kept: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    FILE: ClassVar[str] = "data_report.json"
+
+    source: Annotated[str, PLACE] = ""
+    sha256: Annotated[str, REQUIRED] = ""
+    rows_read: Annotated[int, REQUIRED] = 0
+    rows_kept: Annotated[int, REQUIRED] = 0
+    dropped: Annotated[dict[str, int], REQUIRED] = field(default_factory=dict)
     truncated: int = 0
     duplicated: int = 0
     kept_together: int = 0
     near_duplicates: int = 0
-    near_duplicate_examples: list[list[str]] = field(default_factory=list)
+    near_duplicate_examples: Annotated[list[list[str]], PRIVATE] = field(default_factory=list)
     leaked: int = 0
     split_by: str = ""
-    unused_files: list[str] = field(default_factory=list)
-    splits: dict[str, SplitReport] = field(default_factory=dict)
+    unused_files: Annotated[list[str], PRIVATE] = field(default_factory=list)
+    splits: Annotated[dict[str, SplitReport], REQUIRED] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, rows: int = 1) -> None:
@@ -129,26 +129,6 @@ class DataReport:
                 f"the {name} split has {count:,} {unit} to measure on; the figures of fewer than {FEWEST[unit]:,} say "
                 f"little: add data, or raise data.{name}_fraction where it divides them"
             )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain numbers, strings, lists and dictionaries, ready for JSON."""
-        return dataclasses.asdict(self)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the report as JSON; the file appears whole or not at all.
-
-        Args:
-            path: The file to write; its folder is made if needed.
-        """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder, because os.replace is atomic only within one file system.
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def summary(self) -> str:
         """A few lines for the terminal; zeros are left out."""

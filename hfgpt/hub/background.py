@@ -19,7 +19,7 @@ from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture
 from hfgpt.hub.contents import find_secrets, sort_contents
-from hfgpt.hub.records import read_records
+from hfgpt.hub.folder import read_records
 from hfgpt.hub.staging import files_in, stage
 from hfgpt.hub.upload import Target, upload
 from hfgpt.hub.usage import Place
@@ -50,7 +50,7 @@ class CheckpointPushes(TrainerCallback):
         copy = Path(self.copies.name) / checkpoint.name
         try:
             records = read_records(checkpoint)
-            records.run["architecture"] = describe_architecture(model)
+            records.run.architecture = describe_architecture(model)
             copy.mkdir()
             going = sort_contents(checkpoint).going
             stage(checkpoint, copy / "links", going, records, self.hub, Place(self.hub.repo_id))

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from hfgpt.adapters import base_of
 from hfgpt.data.report import counted
 from hfgpt.hub import HubArguments
-from hfgpt.hub.records import Records, is_hub_id, public_name
+from hfgpt.hub.folder import FolderRecords
 from hfgpt.hub.usage import Place, pipeline_tag, usage_code
+from hfgpt.records import CARD_FILE, Environment, RunRecord, TrainingRecord, is_hub_id, public_name
 from hfgpt.saving import write_text
 
 Rows = list[tuple[str, str]]
@@ -136,12 +137,12 @@ def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
     return {"parameters": parameters} | {name: getattr(network.config, name) for name in settings}
 
 
-def write_card(folder: Path, records: Records, hub: HubArguments, place: Place):
+def write_card(folder: Path, records: FolderRecords, hub: HubArguments, place: Place):
     """Writes README.md into a folder; arguments as of `build_card`."""
-    write_text(folder / "README.md", build_card(records, hub, place).render())
+    write_text(folder / CARD_FILE, build_card(records, hub, place).render())
 
 
-def build_card(records: Records, hub: HubArguments, place: Place) -> Card:
+def build_card(records: FolderRecords, hub: HubArguments, place: Place) -> Card:
     """Collects what a card says.
 
     Args:
@@ -158,7 +159,7 @@ def build_card(records: Records, hub: HubArguments, place: Place) -> Card:
         summary=_summary(records),
         usage=usage_code(records, place),
         loading=_loading(records, place.native),
-        architecture=[(ARCHITECTURE[name], _format(value)) for name, value in run.get("architecture", {}).items()],
+        architecture=[(ARCHITECTURE[name], _format(value)) for name, value in (run.architecture or {}).items()],
         training_data=_training_data(records, hub),
         procedure=_procedure(run, hub),
         evaluation=[(label, _format(value, key)) for key, label, _, value in _results(records.metrics)],
@@ -166,23 +167,23 @@ def build_card(records: Records, hub: HubArguments, place: Place) -> Card:
         relations=_relations(records, hub),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else "",
         pictures={file: what for file, what in PICTURES.items() if (records.folder / file).is_file()},
-        samples=[text.replace("```", "'''") for text in run.get("samples", {}).get("texts", [])],
+        samples=[text.replace("```", "'''") for text in (run.samples.texts if run.samples else [])],
         sampling=_sampling(records),
         citation=_citation(title, records),
         versions=", ".join(f"{package} {version}" for package, version in _versions(records.origin).items()),
     )
 
 
-def evaluation_results(records: Records) -> list[dict[str, Any]]:
+def evaluation_results(records: FolderRecords) -> list[dict[str, Any]]:
     """What was measured, in the form of the Hub's `.eval_results/*.yaml`."""
-    sha = records.run.get("weights_sha256")
+    sha = records.run.weights_sha256
     weights = f"; {'converted from ' if _is_exported(records) else ''}weights of sha256 {sha}" if sha else ""
     entries = [
         EvalResultEntry(
             dataset_id=records.data_name,
             task_id=kind,
             value=value,
-            date=records.run.get("measured_again") or records.run.get("finished"),
+            date=records.run.measured_again or records.run.finished,
             notes=f"{label}, on {records.measured_on}; hfgpt evaluate{weights}",
         )
         for _, label, kind, value in _results(records.metrics)
@@ -191,12 +192,12 @@ def evaluation_results(records: Records) -> list[dict[str, Any]]:
     return eval_result_entries_to_yaml(entries)
 
 
-def public_base(records: Records, hub: HubArguments) -> str | None:
+def public_base(records: FolderRecords, hub: HubArguments) -> str | None:
     """The Hub id of the base model; None: it has none, or lies on this machine alone."""
     return hub.base_model or (records.base if records.base and is_hub_id(records.base) else None)
 
 
-def _metadata(records: Records, hub: HubArguments, title: str) -> ModelCardData:
+def _metadata(records: FolderRecords, hub: HubArguments, title: str) -> ModelCardData:
     base, data = public_base(records, hub), records.data_name
     results = [
         EvalResult(
@@ -224,21 +225,21 @@ def _metadata(records: Records, hub: HubArguments, title: str) -> ModelCardData:
     )
 
 
-def _summary(records: Records) -> str:
+def _summary(records: FolderRecords) -> str:
     labels = list(records.labels.values())
     purposes = {"classify": f"tells {_enumerate(labels)} apart", "instruct": "follows instructions"}
     purpose = purposes.get(records.task, "continues text")
-    parameters = records.run.get("architecture", {}).get("parameters")
+    parameters = (records.run.architecture or {}).get("parameters")
     size = f" of {parameters:,} parameters" if parameters else ""
     data = f" It was trained on `{records.data_name}`." if records.recipe else ""
     if not records.adapter:
         return f"A GPT{size} that {purpose}.{data}"
-    saved = records.run.get("saved_parameters")
+    saved = records.run.saved_parameters
     own = f" of {saved:,} parameters" if saved else ""
     return f"A LoRA adapter{own} with which `{public_name(records.base)}`, a GPT{size}, {purpose}.{data}"
 
 
-def _loading(records: Records, native: bool) -> str:
+def _loading(records: FolderRecords, native: bool) -> str:
     if native:
         return "A native GPT-2: transformers, and every tool for GPT-2, loads it without any code of its own."
     whose = "the base model's" if records.adapter else "its"
@@ -248,14 +249,14 @@ def _loading(records: Records, native: bool) -> str:
     )
 
 
-def _training_data(records: Records, hub: HubArguments) -> Rows:
+def _training_data(records: FolderRecords, hub: HubArguments) -> Rows:
     data = records.data
-    if not data:
+    if data is None:
         return []
-    rows = [("source", f"`{records.data_name}`"), ("sha256 of its content", f"`{data['sha256']}`")]
+    rows = [("source", f"`{records.data_name}`"), ("sha256 of its content", f"`{data.sha256}`")]
     rows += [("licence", hub.data_license)] if hub.data_license else []
-    rows += [("rows read", _format(data["rows_read"])), ("rows kept", _format(data["rows_kept"]))]
-    rows += [(f"rows dropped: {reason}", _format(count)) for reason, count in sorted(data["dropped"].items())]
+    rows += [("rows read", _format(data.rows_read)), ("rows kept", _format(data.rows_kept))]
+    rows += [(f"rows dropped: {reason}", _format(count)) for reason, count in sorted(data.dropped.items())]
     found = {
         "truncated": "rows cut to the context",
         "duplicated": "rows whose text was already there, kept",
@@ -263,20 +264,22 @@ def _training_data(records: Records, hub: HubArguments) -> Rows:
         "near_duplicates": "test rows that are almost a training row",
         "leaked": "rows of validation or test that are also in training",
     }
-    rows += [(label, _format(data[name])) for name, label in found.items() if data.get(name)]
-    rows += [("divided by", SPLIT_BY[data["split_by"]])] if data.get("split_by") else []
+    rows += [(label, _format(value)) for name, label in found.items() if (value := getattr(data, name))]
+    rows += [("divided by", SPLIT_BY[data.split_by])] if data.split_by else []
     # A task that reads rows counts them as documents.
     names = {"predicted_tokens": "tokens predicted", "tail_tokens": "tokens left over at the end"}
     names |= {} if records.task == "pretrain" else {"documents": "rows"}
-    for split, sizes in data["splits"].items():
-        counts = [counted(size, names.get(name, name)) for name, size in sizes.items() if size and name != "labels"]
-        counts += [f"{size:,} `{label}`" for label, size in sizes.get("labels", {}).items()]
+    for split, sizes in data.splits.items():
+        sizes = vars(sizes).copy()
+        labels = sizes.pop("labels")
+        counts = [counted(size, names.get(name, name)) for name, size in sizes.items() if size]
+        counts += [f"{size:,} `{label}`" for label, size in labels.items()]
         rows.append((split, ", ".join(counts) or "empty"))
     return rows
 
 
-def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
-    facts, first = run | run.get("actual", {}), run.get("first_pass", {})
+def _procedure(run: TrainingRecord, hub: HubArguments) -> Rows:
+    facts, first = _facts_of(run), run.first_pass if isinstance(run, RunRecord) else None
     peak_of = facts.get("peak_memory_of")
     names = {
         "steps": "optimizer steps",
@@ -291,15 +294,19 @@ def _procedure(run: dict[str, Any], hub: HubArguments) -> Rows:
         "tokens_per_second": "tokens a second",
         "peak_memory_bytes": f"peak memory of the {peak_of}, bytes" if peak_of else "peak memory, bytes",
     }
-    for name in names.keys() & (first | first.get("actual", {})).keys():
+    for name in names.keys() & (_facts_of(first) if first else {}).keys():
         names[name] = f"second pass: {names[name]}"
-    times = {name: f"{value:,.1f}" for name, value in run.get("actual", {}).items() if "second" in name}
-    if step := run.get("resumed_from_step"):
+    times = {name: f"{value:,.1f}" for name, value in (run.actual or {}).items() if "second" in name}
+    if step := run.resumed_from_step:
         for name in times:
             names[name] += f", from step {step:,} on, where the run was resumed"
     rows = [(label, times.get(name, _format(facts[name]))) for name, label in names.items() if name in facts]
     before = [(f"first pass: {label}", value) for label, value in _procedure(first, HubArguments())] if first else []
     return before + rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
+
+
+def _facts_of(training: TrainingRecord) -> dict[str, Any]:
+    return training.to_dict() | (training.actual or {})
 
 
 def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
@@ -311,8 +318,8 @@ def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
     return named
 
 
-def _measured_on(records: Records) -> str:
-    sha, again, finished = (records.run.get(name) for name in ("weights_sha256", "measured_again", "finished"))
+def _measured_on(records: FolderRecords) -> str:
+    sha, again, finished = records.run.weights_sha256, records.run.measured_again, records.run.finished
     weights = f", with the weights of sha256 `{sha}`" if sha else ""
     if sha and _is_exported(records):
         weights += ", of which those here are a conversion"
@@ -326,21 +333,21 @@ def _measured_on(records: Records) -> str:
     return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}.{records.caution}"
 
 
-def _is_exported(records: Records) -> bool:
-    return records.conversion.get("format", "").startswith("to ")
+def _is_exported(records: FolderRecords) -> bool:
+    return bool(records.conversion) and records.conversion.format.startswith("to ")
 
 
-def _relations(records: Records, hub: HubArguments) -> list[str]:
+def _relations(records: FolderRecords, hub: HubArguments) -> list[str]:
     relations, merge, conversion = [], records.merge, records.conversion
     base = hub.base_model or (public_name(records.base) if records.base else None)
     if records.adapter:
-        sha = records.run.get("base_weights_sha256")
+        sha = records.run.base_weights_sha256
         weights = f", whose weights have the sha256 `{sha}`" if sha else ""
         relations.append(f"The adapter is of use on its own base model only: `{base}`{weights}.")
     elif records.recipe and not merge:
         merged = ", as a LoRA adapter that is merged into it" if "adapters" in records.recipe else ""
         relations.append(f"Trained from `{base}`{merged}." if base else "Trained from random weights.")
-    if records.run.get("checkpoint"):
+    if records.run.checkpoint:
         relations.append("This is a checkpoint: what the run had come to before its end.")
     if "pretraining" in records.recipe:
         relations.append("A pass of language modelling over the texts of the training split came first.")
@@ -348,43 +355,44 @@ def _relations(records: Records, hub: HubArguments) -> list[str]:
         relations.append("Trained on the base model with its weights quantized, measured on it in float32.")
     if merge:
         relations.append(
-            f"The adapter `{public_name(merge['adapter'])}`, merged into `{base}` in float32: the largest difference "
-            f"of logits from the two apart is {merge['difference']:.1e} over {merge['tokens']:,} random tokens, where "
-            f"the largest logit is {merge['largest_logit']:.2f}."
+            f"The adapter `{public_name(merge.adapter)}`, merged into `{base}` in float32: the largest difference "
+            f"of logits from the two apart is {merge.difference:.1e} over {merge.tokens:,} random tokens, where "
+            f"the largest logit is {merge.largest_logit:.2f}."
         )
     if conversion:
-        largest = max(row["absolute"] for row in conversion["differences"])
-        form = conversion["format"]
+        largest = max(row["absolute"] for row in conversion.differences)
+        form = conversion.format
         relations.append(
             f"Converted {form if form.startswith('to ') else f'from {form}'}, out of "
-            f"`{public_name(conversion['source'])}`; the largest difference of logits between them is {largest:.1e}."
+            f"`{public_name(conversion.source)}`; the largest difference of logits between them is {largest:.1e}."
         )
     return relations
 
 
-def _sampling(records: Records) -> str:
+def _sampling(records: FolderRecords) -> str:
     if records.task == "classify":
         return "Texts, and the likeliest class of each with its probability."
     if records.task == "instruct":
         return "Questions, and the answers of always taking the likeliest token."
-    if not (samples := records.run.get("samples")):
+    if not (samples := records.run.samples):
         return ""
     return (
-        f"Sampled with seed {samples['seed']}, temperature {samples['temperature']:g}, top_k {samples['top_k']} and "
-        f"at most {samples['max_new_tokens']} new tokens: one continuation of each prompt, the first."
+        f"Sampled with seed {samples.seed}, temperature {samples.temperature:g}, top_k {samples.top_k} and "
+        f"at most {samples.max_new_tokens} new tokens: one continuation of each prompt, the first."
     )
 
 
-def _citation(title: str, records: Records) -> str:
+def _citation(title: str, records: FolderRecords) -> str:
     key = re.sub(r"\W+", "-", title).strip("-").lower()
     note = f"{'Trained' if records.recipe else 'Converted'} with hfgpt"
-    fields = {"title": title, "note": note, "year": records.origin.get("finished", "")[:4]}
+    fields = {"title": title, "note": note, "year": (records.origin.finished or "")[:4]}
     lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
     return "\n".join([f"@misc{{{key},", *lines, "}"])
 
 
-def _versions(origin: dict[str, Any]) -> dict[str, str]:
-    return {name: origin[name] for name in ("hfgpt", "python") if name in origin} | origin.get("versions", {})
+def _versions(origin: Environment) -> dict[str, str]:
+    own = {"hfgpt": origin.hfgpt, "python": origin.python}
+    return {name: version for name, version in own.items() if version} | (origin.versions or {})
 
 
 def _format(value: Any, name: str = "") -> str:

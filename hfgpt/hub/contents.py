@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 
 from hfgpt.errors import InputError
 from hfgpt.foreign_code import CODE, find_fault_of_json
-from hfgpt.hub.records import is_checkpoint
+from hfgpt.records import ANSWERS_FILE, CARD_FILE, JUDGEMENTS_FILE, is_checkpoint
 from hfgpt.saving import CHECKSUMS_FILE
 
 TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
 STAYING = {
-    "README.md": "the card is written anew",
-    "answers.jsonl": "rows of the data",
-    "judgements.jsonl": "rows of the data",
+    CARD_FILE: "the card is written anew",
+    ANSWERS_FILE: "rows of the data",
+    JUDGEMENTS_FILE: "rows of the data",
     ".gitattributes": "the Hub's own",
     CHECKSUMS_FILE: "of the files as they are here",
 }

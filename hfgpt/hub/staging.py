@@ -12,21 +12,19 @@ import yaml
 from hfgpt.foreign_code import CODE
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import evaluation_results, write_card
-from hfgpt.hub.records import Records, read_records, without_paths
+from hfgpt.hub.folder import FolderRecords, read_records, without_paths
 from hfgpt.hub.usage import Place
+from hfgpt.records import LOG_FILE, RECIPE_FILE, write_metrics
 from hfgpt.saving import write_json, write_text
 
-# Entries of data_report.json that are texts of the data, or names of files that are none of it.
-KEPT_BACK = ("near_duplicate_examples", "unused_files")
 # What of the section hub is said of the model; the rest says where its owner publishes it.
 SAID = ("license", "language", "base_model", "base_revision", "data_license", "energy_kwh")
 # Files of the other layout, which a native GPT-2 must not have beside it.
 NOT_NATIVE = re.compile(r".*\.safetensors(\.index\.json)?|.*_hfgpt\.py|adapter_config\.json|labels\.json")
-LOG_FILE = "training_log.jsonl"
 RESULTS_FILE = ".eval_results/hfgpt.yaml"
 
 
-def stage(folder: Path, staging: Path, names: Sequence[str], records: Records, hub: HubArguments, place: Place):
+def stage(folder: Path, staging: Path, names: Sequence[str], records: FolderRecords, hub: HubArguments, place: Place):
     """Makes the folder that is sent, with the code that runs here, the records and the card.
 
     Args:
@@ -55,26 +53,27 @@ def stage_base(folder: Path, staging: Path, names: Sequence[str]):
         _add_code(staging)
 
 
-def stage_native(folder: Path, staging: Path, names: Sequence[str], records: Records, hub: HubArguments, place: Place):
+def stage_native(
+    folder: Path, staging: Path, names: Sequence[str], records: FolderRecords, hub: HubArguments, place: Place
+):
     """Adds the other files and the card to what `hfgpt export` made of a folder; arguments as of `stage`."""
     _link(folder, staging, [name for name in names if not NOT_NATIVE.fullmatch(name)])
-    architecture = read_records(staging).conversion["architecture"]
-    _stage_records(staging, dataclasses.replace(records, run=records.run | {"architecture": architecture}), hub, place)
+    run = dataclasses.replace(records.run, architecture=read_records(staging).conversion.architecture)
+    _stage_records(staging, dataclasses.replace(records, run=run), hub, place)
 
 
-def _stage_records(staging: Path, records: Records, hub: HubArguments, place: Place):
-    kept = {"run.json": records.run, "metrics.json": records.metrics, "merge.json": records.merge}
-    kept["data_report.json"] = {key: value for key, value in records.data.items() if key not in KEPT_BACK}
+def _stage_records(staging: Path, records: FolderRecords, hub: HubArguments, place: Place):
     staged = read_records(staging)
-    kept["conversion.json"] = staged.conversion
-    for name, content in kept.items():
-        if content:
-            write_json(staging / name, without_paths(content))
+    for record in (records.run, records.data, records.merge, staged.conversion):
+        if record and (content := record.publishable()):
+            write_json(staging / record.FILE, content)
+    if records.metrics:
+        write_metrics(staging, records.metrics)
     recipe = without_paths(records.recipe)
     if recipe:
         said = {name: getattr(hub, name) for name in SAID if getattr(hub, name) is not None}
         text = yaml.safe_dump({**recipe, "hub": said}, sort_keys=False, allow_unicode=True)
-        write_text(staging / "recipe.yaml", text)
+        write_text(staging / RECIPE_FILE, text)
     if (staging / LOG_FILE).is_file():  # what went wrong on this machine is nobody else's
         lines = (staging / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(staging / LOG_FILE, "".join(line for line in lines if "hub_error" not in json.loads(line)))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hfgpt.data.templates import encode_chat
 from hfgpt.errors import InputError
 from hfgpt.foreign_code import find_foreign_code
-from hfgpt.hub.records import read_records
+from hfgpt.hub.folder import read_records
 from hfgpt.hub.staging import files_in
 from hfgpt.hub.usage import Place, usage_code
 from hfgpt.loading import load_model, load_model_tokenizer, quiet_bars

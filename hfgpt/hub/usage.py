@@ -3,13 +3,13 @@
 import json
 from dataclasses import dataclass, replace
 
-from hfgpt.hub.records import Records
+from hfgpt.hub.folder import FolderRecords
 
 AUTO_CLASSES = {"classify": "ForSequenceClassification", None: "ForCausalLM"}
 PIPELINES = {"classify": "text-classification", None: "text-generation"}
 
 
-def pipeline_tag(records: Records) -> str:
+def pipeline_tag(records: FolderRecords) -> str:
     """The Hub's name of what the model does."""
     return PIPELINES.get(records.task, PIPELINES[None])
 
@@ -39,13 +39,13 @@ class Place:
         return revision + ("" if self.native else ", trust_remote_code=True")
 
 
-def loading_code(records: Records, place: Place) -> str:
+def loading_code(records: FolderRecords, place: Place) -> str:
     """Three lines that load a model and its tokenizer; four for an adapter."""
     imports, assignments = _load(records, place)
     return "\n".join([*imports, *assignments])
 
 
-def usage_code(records: Records, place: Place) -> str:
+def usage_code(records: FolderRecords, place: Place) -> str:
     """Python that loads a model and uses it."""
     if not records.has_tokenizer:
         return loading_code(records, place) + "\nprint(model)"
@@ -59,7 +59,7 @@ def usage_code(records: Records, place: Place) -> str:
     return "\n".join([*imports, "", *assignments, pipeline, f"print(pipe({call}))"])
 
 
-def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
+def _load(records: FolderRecords, place: Place) -> tuple[list[str], list[str]]:
     """The lines that import and those that assign."""
     model_class = "AutoModel" + AUTO_CLASSES.get(records.task, AUTO_CLASSES[None])
     classes = ""
@@ -81,11 +81,11 @@ def _load(records: Records, place: Place) -> tuple[list[str], list[str]]:
     return imports, assignments
 
 
-def _prompt(records: Records) -> str:
+def _prompt(records: FolderRecords) -> str:
     return next(filter(None, records.prompts), "The")
 
 
-def _example(records: Records) -> str:
+def _example(records: FolderRecords) -> str:
     prompt = _quote(_prompt(records))
     return f'[{{"role": "user", "content": {prompt}}}]' if records.task == "instruct" else prompt
 
@@ -95,13 +95,13 @@ def _quote(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
-def _options(records: Records) -> dict[str, object]:
+def _options(records: FolderRecords) -> dict[str, object]:
     """How the recipe had the model write, with no more new tokens than the context surely has room for."""
     if records.task == "classify":
         return {}
     evaluation = records.recipe.get("evaluation", {})
     new_tokens = evaluation.get("max_new_tokens", NEW_TOKENS)
-    if context := records.run.get("architecture", {}).get("max_position_embeddings"):
+    if context := (records.run.architecture or {}).get("max_position_embeddings"):
         # A token is at least a byte of the prompt; how many those of a conversation are is the chat template's matter.
         taken = context // 2 if records.task == "instruct" else len(_prompt(records).encode(errors="replace"))
         new_tokens = max(1, min(new_tokens, context - taken))

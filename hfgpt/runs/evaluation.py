@@ -1,35 +1,11 @@
-"""`hfgpt evaluate`: a saved model measured on all rows of a source; keys that change nothing there are refused."""
+"""`hfgpt evaluate` takes keys of the sections `data` and `evaluation`, and refuses those that change nothing there."""
 
 from collections.abc import Sequence
-from typing import Any
-
-from rich.console import Console
 
 from hfgpt.data.files import family, find_files
 from hfgpt.data.rows import SourceArguments
 from hfgpt.errors import InputError
-from hfgpt.recipe import parse_sections
 from hfgpt.tasks import TASKS
-
-
-def evaluate(path: str, task: str, overrides: Sequence[str], console: Console | None = None) -> dict[str, Any]:
-    """Measures a saved model on all rows of a source.
-
-    Args:
-        path: A folder or Hub id.
-        task: What it is measured for: `pretrain`, `classify` or `instruct`.
-        overrides: `--data.path FILE` and other keys of the sections `data` and `evaluation`.
-        console: Where to show progress; None: standard error.
-
-    Returns:
-        Metrics under the names of `metrics.json`.
-
-    Raises:
-        InputError: A key is unknown or has no effect here, or as `Task.evaluate`.
-    """
-    sections = parse_sections(list(overrides), task, ["data", "evaluation"])
-    refuse_unused(task, overrides, sections["data"])
-    return TASKS[task].evaluate(path, sections["data"], sections["evaluation"], console)
 
 
 def refuse_unused(task: str, overrides: Sequence[str], data: SourceArguments):

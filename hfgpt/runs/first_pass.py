@@ -2,8 +2,6 @@
 
 import dataclasses
 import shutil
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,9 +12,9 @@ from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
-from hfgpt.saving import CHECKSUMS_FILE, read_json, remove_leftovers, write_checksums, write_json
 from hfgpt.runs.record import describe_training, first_pass_folder
 from hfgpt.runs.training import run_training, save_run
+from hfgpt.saving import CHECKSUMS_FILE, remove_leftovers, write_checksums
 from hfgpt.tasks.preparation import context_length
 from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
 from hfgpt.training.estimate import Estimate, plan_run
@@ -50,7 +48,7 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
     if trainer.is_world_process_zero():
         remove_leftovers(folder)
         tokens = round(trainer.state.total_flos / estimate.flops_per_token)
-        write_json(folder / "run.json", describe_training(training, tokens))
+        describe_training(training, tokens).write(folder)
     save_run(trainer, folder)
     if trainer.is_world_process_zero():
         write_checksums(folder)

@@ -1,31 +1,26 @@
 """The folder of a run: held by one process, refused if it holds another run, filled with what makes it repeatable."""
 
-import datetime
+import dataclasses
 import fcntl
-import importlib.metadata
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-import hfgpt
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.loading import hash_base
 from hfgpt.recipe import Recipe, first_difference, load_recipe, render_recipe
+from hfgpt.records import CARD_FILE, METRICS_FILE, RECIPE_FILE, RunRecord, is_finished, is_run
 from hfgpt.saving import (
     check_writable,
     explain_full_disk,
     quote_path,
-    read_json,
     remove_leftovers,
     staged_files,
-    write_json,
     write_text,
 )
 from hfgpt.tokenizer import tokenizer_hash
@@ -33,8 +28,6 @@ from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, remove_later_checkpoints, step_of
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
-RECIPE_FILE, CARD_FILE = "recipe.yaml", "README.md"
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
 LENGTH = ("training.max_steps", "training.num_train_epochs")
 
 
@@ -104,14 +97,14 @@ def check_run_folder(recipe: Recipe, resume: bool, console: Console | None = Non
         InputError: The folder holds another run, or there is nothing to resume.
     """
     folder, console = Path(recipe.training.output_dir), console or stderr_console()
-    is_run, finished = (folder / RECIPE_FILE).is_file(), (folder / CARD_FILE).is_file()  # the card is written last
+    began, finished = is_run(folder), is_finished(folder)
     if not resume:
-        if is_run and finished:
+        if finished:
             raise InputError(
                 f"'{folder}' already holds a finished run: choose another --training.output_dir; "
                 f"{_advise_longer(recipe)}"
             )
-        if is_run:
+        if began:
             raise InputError(
                 f"'{folder}' already holds an unfinished run: pass --resume to continue it, or choose another "
                 "--training.output_dir"
@@ -121,7 +114,7 @@ def check_run_folder(recipe: Recipe, resume: bool, console: Console | None = Non
                 f"'{folder}' already holds other files ({names[0]}, ...): choose another --training.output_dir"
             )
         return None
-    if not is_run:
+    if not began:
         raise InputError(f"there is no run to resume in '{folder}': leave out --resume to start one")
     old = load_recipe(str(folder / RECIPE_FILE))
     longer = _is_longer(old.training, recipe.training)
@@ -166,7 +159,7 @@ def _advise_longer(recipe: Recipe) -> str:
         return (
             "to train it further, merge its adapter with hfgpt merge and start a new run from the result (model.path)"
         )
-    weights = folder if (folder / CARD_FILE).is_file() else last or folder
+    weights = folder if is_finished(folder) else last or folder
     others = " and another --training.output_dir"
     if not recipe.model.path:
         others = ", another --training.output_dir and a recipe without the sizes of the model"
@@ -187,86 +180,76 @@ def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataRe
     """
     folder = Path(recipe.training.output_dir)
     sources = describe_sources(recipe, tokenizer, report)
-    before = read_json(folder / "run.json")
-    if checkpoint and not before:
+    before = RunRecord.read(folder)
+    if checkpoint and before is None:
         raise InputError(
             f"'{folder}' has no run.json, which says what the run began with: restore it, or start another"
         )
-    check_same_sources(folder, before, sources)
+    if before:
+        check_same_sources(folder, before, sources)
     remove_later_checkpoints(folder, step_of(checkpoint) if checkpoint else 0)
-    for name in (CARD_FILE, "metrics.json"):  # of a finished run that is made longer
+    for name in (CARD_FILE, METRICS_FILE):  # of a finished run that is made longer
         (folder / name).unlink(missing_ok=True)
     with explain_full_disk(folder), staged_files(folder, first=RECIPE_FILE) as staging:
         write_text(staging / RECIPE_FILE, render_recipe(recipe))
         tokenizer.save_pretrained(staging)
-        report.save(staging / "data_report.json")
-        write_json(staging / "run.json", sources)
+        report.write(staging)
+        sources.write(staging)
 
 
-def check_same_sources(folder: Path, before: dict[str, Any], now: dict[str, Any]):
+def check_same_sources(folder: Path, before: RunRecord, now: RunRecord):
     """Refuses to resume a run on something else than it began with.
 
     Args:
         folder: Of the run.
-        before: Its run.json; empty for a new run.
+        before: Its run.json.
         now: See `describe_sources`.
 
     Raises:
         InputError: Names what has changed.
     """
-    changed = {key for key in now.keys() & before.keys() if now[key] != before[key]}
+    both = now.to_dict().keys() & before.to_dict().keys()
+    changed = {name for name in both if getattr(now, name) != getattr(before, name)}
     anew = "or start another run in another --training.output_dir"
     if "data_sha256" in changed:
-        raise InputError(f"'{now['data_source']}' has changed since the run in '{folder}' began: restore it, {anew}")
+        raise InputError(f"'{now.data_source}' has changed since the run in '{folder}' began: restore it, {anew}")
     if "tokenizer_sha256" in changed:
         raise InputError(f"the tokenizer in '{folder}' has changed since its run began: restore it, {anew}")
     if "base_weights_sha256" in changed:
         raise InputError(
-            f"the weights of '{now['base_model']}' have changed since the run in '{folder}' began: restore them, "
-            f"{anew}"
+            f"the weights of '{now.base_model}' have changed since the run in '{folder}' began: restore them, {anew}"
         )
     if "precision" in changed:
         flag = {"bfloat16, mixed": "--training.bf16 true", "float16, mixed": "--training.fp16 true"}
         raise InputError(
-            f"the run in '{folder}' began in {before['precision']}, and would continue in {now['precision']}: pass "
-            f"{flag.get(str(before['precision']), '--training.bf16 false')}, {anew}"
+            f"the run in '{folder}' began in {before.precision}, and would continue in {now.precision}: pass "
+            f"{flag.get(before.precision, '--training.bf16 false')}, {anew}"
         )
     if "processes" in changed:
         raise InputError(
-            f"the run in '{folder}' began on {before['processes']} processes, and would continue on "
-            f"{now['processes']}: start as many, {anew}"
+            f"the run in '{folder}' began on {before.processes} processes, and would continue on "
+            f"{now.processes}: start as many, {anew}"
         )
 
 
-def describe_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> dict[str, Any]:
+def describe_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> RunRecord:
     """What a run is made from, for `run.json`: known before it starts, and of its checkpoints all that is known."""
-    place, arguments = Path(recipe.data.path), recipe.training
-    sources = {
-        "task": recipe.task,
-        "recipe": recipe.name,
-        "seed": arguments.seed,
-        "data_source": str(place.resolve()) if place.exists() else recipe.data.path,
-        "data_sha256": report.sha256,
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "tokenizer_vocab_size": len(tokenizer),
-        "precision": "bfloat16, mixed" if arguments.bf16 else "float16, mixed" if arguments.fp16 else "float32",
-        "processes": arguments.world_size,
-    }
-    return sources | (describe_base(recipe.model.path, recipe.model.revision) if recipe.model.path else {})
+    place, arguments, model = Path(recipe.data.path), recipe.training, recipe.model
+    record = RunRecord(
+        task=recipe.task,
+        recipe=recipe.name,
+        seed=arguments.seed,
+        data_source=str(place.resolve()) if place.exists() else recipe.data.path,
+        data_sha256=report.sha256,
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        tokenizer_vocab_size=len(tokenizer),
+        precision="bfloat16, mixed" if arguments.bf16 else "float16, mixed" if arguments.fp16 else "float32",
+        processes=arguments.world_size,
+    )
+    return record_base(record, model.path, model.revision) if model.path else record
 
 
-def describe_base(path: str, revision: str | None) -> dict[str, Any]:
-    """The base model of a run, and the hash of its weights."""
+def record_base(record: RunRecord, path: str, revision: str | None) -> RunRecord:
+    """Adds the base model of a run and the hash of its weights to its record."""
     place = str(Path(path).resolve()) if Path(path).is_dir() else path
-    return {"base_model": place, "base_weights_sha256": hash_base(path, revision)}
-
-
-def describe_environment() -> dict[str, Any]:
-    """Versions and date, for `run.json`."""
-    return {
-        "hfgpt": hfgpt.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    return dataclasses.replace(record, base_model=place, base_weights_sha256=hash_base(path, revision))

@@ -34,15 +34,15 @@ def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate:
     trained, everything = trainable_parameters(model)
     kind = f"{len(data.labels)} classes" if data.labels else f"vocabulary {model.config.vocab_size:,}"
     lines = [
-            data.summary(),
-            f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}; "
-            f"{model.config.num_hidden_layers} layers, {model.config.num_attention_heads} heads, hidden size "
-            f"{model.config.hidden_size}",
-            f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
-            f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
-            f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
-            f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
-            f"{estimate.tokens_per_second:,.0f} tokens/s",
+        data.summary(),
+        f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}; "
+        f"{model.config.num_hidden_layers} layers, {model.config.num_attention_heads} heads, hidden size "
+        f"{model.config.hidden_size}",
+        f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
+        f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
+        f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
+        f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
+        f"{estimate.tokens_per_second:,.0f} tokens/s",
     ]
     if is_new and recipe.model.path is None and data.labels is None:  # what random weights should begin with
         size = model.config.vocab_size
@@ -50,9 +50,7 @@ def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate:
     return "\n".join(lines)
 
 
-def describe_end(
-    folder: Path, task: Task, metrics: dict[str, Any], samples: Sequence[str], training: Training
-) -> str:
+def describe_end(folder: Path, task: Task, metrics: dict[str, Any], samples: Sequence[str], training: Training) -> str:
     """The lines printed at the end of a run.
 
     Args:

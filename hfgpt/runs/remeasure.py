@@ -10,9 +10,10 @@ from rich.console import Console
 
 from hfgpt.data.files import find_files, looks_local
 from hfgpt.errors import InputError
-from hfgpt.hub.records import Records, explained_records, is_checkpoint
+from hfgpt.hub.folder import FolderRecords, explained_records
 from hfgpt.loading import classifies
 from hfgpt.recipe import Recipe, load_recipe, parse_sections
+from hfgpt.records import RECIPE_FILE, is_checkpoint
 from hfgpt.runs.evaluation import refuse_unused
 from hfgpt.tasks import TASKS
 from hfgpt.training.hardware import find_device
@@ -23,7 +24,7 @@ TOLERANCE = 1e-3
 OF_THIS_MACHINE = ("--data.path", "--data.cache_dir", "--data.num_proc")
 
 
-def measure_again(folder: Path, records: Records, overrides: Sequence[str], console: Console) -> str:
+def measure_again(folder: Path, records: FolderRecords, overrides: Sequence[str], console: Console) -> str:
     """Measures the weights that are to be published, on the rows that the run held out, or on those that are named.
 
     Args:
@@ -50,18 +51,18 @@ def measure_again(folder: Path, records: Records, overrides: Sequence[str], cons
     with console.status("measuring the weights"):
         data = task.load(recipe, _run_folder(folder))
         measured = task.measure(task.load_saved(str(folder)).to(find_device()), data, recipe, console)
-    if records.data and data.report.sha256 != records.data["sha256"]:
+    if records.data and data.report.sha256 != records.data.sha256:
         raise InputError(
             f"the data at '{recipe.data.path}' is not that of the run (its sha256 is another): put that back, or name "
             "it with --data.path"
         )
     as_before = ", and found as at the end of the run" if records.metrics else ""
     records.metrics = _compare(records.metrics, measured.metrics, measured.allowed)
-    records.run["measured_again"] = now
+    records.run.measured_again = now
     return f"measured again on {records.measured_on}{as_before}"
 
 
-def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
+def _find_rows(records: FolderRecords, overrides: Sequence[str]) -> Recipe | None:
     """The recipe of the run with its data where it now is; None: it is gone."""
     options = [
         override.partition("=")[0] for override in overrides if override.startswith(("--data.", "--evaluation."))
@@ -74,7 +75,7 @@ def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
     # Nothing is trained or reported: a machine without the run's bfloat16 or its reporting tool measures it as well.
     unneeded = ("--training.bf16=null", "--training.tf32=null", "--training.report_to=none")
     overrides = [*overrides, *unneeded]
-    recipe = load_recipe(str(_run_folder(records.folder) / "recipe.yaml"), overrides)
+    recipe = load_recipe(str(_run_folder(records.folder) / RECIPE_FILE), overrides)
     if "--data.path" in options:
         return recipe
     source = _source(records)
@@ -84,9 +85,9 @@ def _find_rows(records: Records, overrides: Sequence[str]) -> Recipe | None:
     return recipe
 
 
-def _source(records: Records) -> str:
+def _source(records: FolderRecords) -> str:
     """Where the data was: as it was found, or else as it was written."""
-    return records.run.get("data_source") or records.recipe["data"]["path"]
+    return records.run.data_source or records.recipe["data"]["path"]
 
 
 def _run_folder(folder: Path) -> Path:
@@ -117,7 +118,7 @@ def _compare(before: dict[str, Any], after: dict[str, Any], allowed: dict[str, f
 
 
 def _measure_what_is_named(
-    folder: Path, records: Records, overrides: Sequence[str], now: str, console: Console
+    folder: Path, records: FolderRecords, overrides: Sequence[str], now: str, console: Console
 ) -> str:
     """`hfgpt evaluate` on what the command line names, for a model of which no recipe says what it was kept from."""
     others = _chosen_rows(overrides)
@@ -129,9 +130,9 @@ def _measure_what_is_named(
     refuse_unused(task, overrides, data)
     source = str(Path(data.path).resolve()) if Path(data.path).exists() else data.path
     records.metrics = TASKS[task].evaluate(str(folder), data, sections["evaluation"], console)
-    records.run |= {"data_source": source, "measured_again": now}
+    records.run.data_source, records.run.measured_again = source, now
     if others:
-        records.run["measured_with"] = " ".join(others)
+        records.run.measured_with = " ".join(others)
     return f"measured on {records.measured_on} of {source}"
 
 

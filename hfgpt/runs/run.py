@@ -14,15 +14,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import write_card
-from hfgpt.hub.records import read_records
+from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
 from hfgpt.recipe import Recipe
+from hfgpt.records import write_metrics
 from hfgpt.runs.first_pass import build_blocks, model_after_first_pass, run_first_pass
 from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
 from hfgpt.runs.messages import describe_end, describe_start
 from hfgpt.runs.record import describe_run
 from hfgpt.runs.training import Training, run_training, save_run
-from hfgpt.saving import write_json
 from hfgpt.tasks import TASKS
 from hfgpt.tasks.task import Data, Measured
 from hfgpt.training.callbacks import log_result, plot_loss, stderr_console
@@ -58,9 +58,7 @@ def run(
         return _run_steps(recipe, resume, console, callbacks)
 
 
-def _run_steps(
-    recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[TrainerCallback]
-) -> dict[str, Any]:
+def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
     started, arguments, task = time.perf_counter(), recipe.training, TASKS[recipe.task]
     folder, is_main = Path(arguments.output_dir), arguments.process_index == 0
 
@@ -100,7 +98,7 @@ def _run_steps(
 
     # 7. What happened, for whoever repeats it or asks; with the card the run is finished.
     write_results(recipe, training, data, measured)
-    write_json(folder / "run.json", describe_run(recipe, training, data, samples, started))
+    describe_run(recipe, training, data, samples, started).write(folder)
     metrics = judge(measured, folder)
     write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place(folder.as_posix()))
     console.print(describe_end(folder, task, metrics, samples["texts"], training), highlight=False)
@@ -122,7 +120,7 @@ def build_trainer(recipe: Recipe, model: PreTrainedModel, data: Data) -> HfGPTTr
 def write_results(recipe: Recipe, training: Training, data: Data, measured: Measured):
     """Writes what was measured: metrics.json, the end of the log, the pictures and the answers."""
     folder, state, metrics = Path(recipe.training.output_dir), training.trainer.state, measured.metrics
-    write_json(folder / "metrics.json", metrics)
+    write_metrics(folder, metrics)
     if measured.keep:
         measured.keep(folder)
     if TASKS[recipe.task].measured_split == "test":  # in the log, eval_ is the validation split
@@ -145,5 +143,5 @@ def judge(measured: Measured, folder: Path) -> dict[str, Any]:
         metrics = measured.metrics | measured.judge(folder)
     except InputError as error:
         raise InputError(f"{error}; all else is written: go on with the same command and --resume") from error
-    write_json(folder / "metrics.json", metrics)
+    write_metrics(folder, metrics)
     return metrics

@@ -33,13 +33,12 @@ from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
 from hfgpt.recipe import Recipe
+from hfgpt.records import ANSWERS_FILE, JUDGEMENTS_FILE
 from hfgpt.saving import check_writable, write_text
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured, flips
 from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.hardware import find_device
-
-ANSWERS_FILE, JUDGEMENTS_FILE = "answers.jsonl", "judgements.jsonl"
 
 
 @dataclass(kw_only=True)

@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 
 from hfgpt.errors import InputError, make_visible
 from hfgpt.evaluation.classification import drawable
+from hfgpt.records import LOG_FILE
 from hfgpt.saving import write_text
 
-LOG_FILE = "training_log.jsonl"
 # Name in the log -> label and style of its curve in loss.png.
 CURVES = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
 

@@ -9,10 +9,12 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from render_examples import FOLDERS, render
 
+from hfgpt.data.report import DataReport
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import METRICS, build_card
-from hfgpt.hub.records import Records, read_records, without_paths
+from hfgpt.hub.folder import FolderRecords, read_records, without_paths
 from hfgpt.hub.usage import Place, usage_code
+from hfgpt.records import MergeRecord, RunRecord, TrainingRecord
 
 LABELS = ("ham", "spam", "invitation", "lost", "thanks", "trick")
 
@@ -57,7 +59,7 @@ def values_of(tree) -> list:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_number_of_a_card_was_measured(folder):
     records = read_records(folder)
-    known = values_of([records.run, records.metrics, records.data, records.recipe])
+    known = values_of([records.run.to_dict(), records.metrics, records.data.to_dict(), records.recipe])
     figures = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
     texts = " ".join(value for value in known if isinstance(value, str))
     texts = numbers_of(re.sub(r"(?<=\d)[-:+T](?=\d)", " ", texts))  # dates and times have theirs apart
@@ -92,7 +94,7 @@ def test_every_number_of_the_evaluation_stands_at_its_name(folder):
 
 def test_times_of_a_resumed_run_are_of_its_last_part():
     records = read_records(FOLDERS[-1])
-    records.run["resumed_from_step"] = 1390
+    records.run.resumed_from_step = 1390
     rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
     assert "seconds of training, from step 1,390 on, where the run was resumed" in rows
     assert "seconds of training" not in rows
@@ -118,13 +120,13 @@ def test_figures_of_too_few_tokens_or_rows_are_told_to_say_little(name, count, s
 def test_a_first_pass_is_counted():
     records = read_records(FOLDERS[-2])
     actual = {"training_seconds": 61.25, "tokens_per_second": 6687.3}
-    records.run["first_pass"] = {"steps": 200, "tokens": 409_600, "resumed_from_step": 0, "actual": actual}
+    records.run.first_pass = TrainingRecord(steps=200, tokens=409_600, resumed_from_step=0, actual=actual)
     rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
     assert rows["first pass: optimizer steps"] == "200"
     assert rows["first pass: tokens seen"] == "409,600"
     assert rows["first pass: seconds of training"] == "61.2"
-    assert rows["second pass: tokens seen"] == f"{records.run['tokens']:,}"
-    assert rows["seconds in all, with data and evaluation"] == f"{records.run['actual']['total_seconds']:,.1f}"
+    assert rows["second pass: tokens seen"] == f"{records.run.tokens:,}"
+    assert rows["seconds in all, with data and evaluation"] == f"{records.run.actual['total_seconds']:,.1f}"
     assert not {"tokens seen", "optimizer steps", "seconds of training"} & rows.keys()
 
 
@@ -132,22 +134,29 @@ def test_a_base_in_a_folder_is_no_repository(tmp_path):
     """Though its name be that of one."""
     records = read_records(FOLDERS[-1])
     (tmp_path / "gpt2").mkdir()
-    records.run["base_model"] = str(tmp_path / "gpt2")
+    records.run.base_model = str(tmp_path / "gpt2")
     assert build_card(records, HubArguments(), Place("user/x")).metadata.base_model is None
-    records.run["base_model"] = "gpt2"
+    records.run.base_model = "gpt2"
     assert build_card(records, HubArguments(), Place("user/x")).metadata.base_model == "gpt2"
 
 
 def test_paths_of_this_machine_do_not_travel():
-    tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y", "source": "../up/z"}
-    assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y", "source": "z"}
+    tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y"}
+    assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y"}
     kept = {"path": "me/model", "source": "synthetic:stories", "prompts": ["/help me and/or you", "~"]}
     assert without_paths(kept) == kept
+    run = RunRecord(data_source="/home/me/data.txt", base_model="me/model", recipe="/not/a/place")
+    assert run.publishable() == {"data_source": "data.txt", "base_model": "me/model", "recipe": "/not/a/place"}
+    merge = MergeRecord(adapter="../up/z", base_model="gpt2", difference=0, largest_logit=1, tokens=2)
+    assert (merge.publishable()["adapter"], merge.publishable()["base_model"]) == ("z", "gpt2")
+    report = DataReport(source="/x/y.txt", near_duplicate_examples=[["mine", "other"]], unused_files=["salaries.txt"])
+    assert {"near_duplicate_examples", "unused_files"} & report.publishable().keys() == set()
+    assert report.publishable()["source"] == "y.txt"
 
 
 @pytest.mark.parametrize("name", ["runs/my run", 'a "quoted" run', "back\\slash"])
 def test_the_code_of_a_card_names_any_path(name):
     for adapter in ({}, {"r": 2}):
-        records = Records(Path(name), *({} for _ in range(6)), adapter, {}, has_tokenizer=True)
+        records = FolderRecords(Path(name), {}, RunRecord(), {}, None, None, None, adapter, {}, has_tokenizer=True)
         code = ast.parse(usage_code(records, Place(name)))
         assert name in [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]

@@ -30,7 +30,7 @@ from hfgpt.errors import InputError
 from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub import fresh_process, stranger
 from hfgpt.hub.contents import SECRETS, find_secrets
-from hfgpt.hub.records import read_records
+from hfgpt.hub.folder import read_records
 from hfgpt.loading import load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.runs.remeasure import _find_rows
@@ -244,7 +244,11 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
     ("name", "content", "match"),
     [
         ("metrics.json", "{", r"metrics\.json' cannot be read .*: take the one"),
-        ("metrics.json", '{"eval_loss": null}', "eval_loss in .* is no number"),
+        (
+            "metrics.json",
+            '{"eval_loss": null}',
+            r"metrics\.json' is not .*: eval_loss is not a number",
+        ),
         ("metrics.json", '{"eval_judge_scre": 1, "x": 9}', "metrics.json has x, which is not measured"),
         ("recipe.yaml", "a: [", r"recipe\.yaml' cannot be read"),
         ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
@@ -253,9 +257,13 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         (
             "recipe.yaml",
             "{task: pretrain, hub: 5}",
-            r"the records in .*text' .* \(AttributeError: 'int' object has no",
+            r"recipe\.yaml' is not as hfgpt writes it: hub is 5; take the one that was saved with the model",
         ),
-        ("recipe.yaml", "{task: pretrain, hub: {license: mit}, data: 5}", "'data' is a section"),
+        (
+            "recipe.yaml",
+            "{task: pretrain, hub: {license: mit}, data: 5}",
+            r"recipe\.yaml' is not .*: data is 5",
+        ),
         ("trainer_state.json", "{}", r"\(KeyError: 'global_step'\): take those that were saved with the model"),
         ("labels.json", '{"id2label": ["a"]}', r"the records in .* \(AttributeError: 'list' object has no"),
     ],
@@ -271,7 +279,6 @@ def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
     [
         ("run.json", {"data_source": [5]}),
         ("run.json", {"actual": [1]}),
-        ("run.json", {"samples": {"texts": [None]}}),
         ("run.json", {"versions": "1"}),
         ("data_report.json", {"dropped": 3}),
         ("data_report.json", {"splits": ["train"]}),
@@ -279,9 +286,8 @@ def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
 )
 def test_records_of_other_types_inside_are_one_line(hub, run, trusting, name, changes):
     edit_json(run / name, **changes)
-    with pytest.raises(
-        InputError, match=rf"the records in '{run}' \(run.json, recipe.yaml and the like\) are not"
-    ) as error:
+    (key,) = changes
+    with pytest.raises(InputError, match=rf"'{run / name}' is not as hfgpt writes it: {key} is ") as error:
         send(run, dry_run=True)
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is not None
@@ -297,7 +303,7 @@ def test_a_log_that_is_nested_too_deeply_is_one_line(hub, run, trusting):
 def test_a_merge_explains_the_records_of_its_adapter(runs, tmp_path):
     adapter = shutil.copytree(runs / "adapter", tmp_path / "adapter")
     edit_json(adapter / "data_report.json", splits=["train"])
-    with pytest.raises(InputError, match=rf"the records in '{adapter}' .* are not as hfgpt writes them"):
+    with pytest.raises(InputError, match=r"data_report\.json' is not as hfgpt writes it: splits is \["):
         merge(str(adapter), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

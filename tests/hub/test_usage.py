@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from hfgpt.hub.records import Records
+from hfgpt.hub.folder import FolderRecords
 from hfgpt.hub.usage import Place, loading_code, usage_code
+from hfgpt.records import RunRecord
 
 NASTY = [
     "plain",
@@ -23,16 +24,16 @@ NASTY = [
 ]
 
 
-def records_of(task: str, text: str, adapter: bool = False, context: int = 64, **evaluation) -> Records:
+def records_of(task: str, text: str, adapter: bool = False, context: int = 64, **evaluation) -> FolderRecords:
     settings = {"prompts": [text], "max_new_tokens": 60, "temperature": 1.0, "top_k": None, **evaluation}
-    return Records(
+    return FolderRecords(
         folder=Path(),
         recipe={"task": task, "evaluation": settings} if task else {},
-        run={"architecture": {"max_position_embeddings": context}},
+        run=RunRecord(architecture={"max_position_embeddings": context}),
         metrics={},
-        data={},
-        merge={},
-        conversion={},
+        data=None,
+        merge=None,
+        conversion=None,
         adapter={"peft_type": "LORA"} if adapter else {},
         labels={0: text, 1: "other"} if task == "classify" else {},
         has_tokenizer=True,

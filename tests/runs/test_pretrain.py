@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(train, tmp_path, monkey
     def fail(self, path):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(DataReport, "save", fail)
+    monkeypatch.setattr(DataReport, "write", fail)
     with pytest.raises(OSError, match="no space"):
         train(tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

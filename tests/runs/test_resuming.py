@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.records import RunRecord
 from hfgpt.runs.folder import check_same_sources
 from hfgpt.saving import hash_file, write_checksums
 from hfgpt.training import checkpoints
@@ -103,15 +105,15 @@ BEGAN = {
         ),
         ({"precision": "bfloat16, mixed"}, {"precision": "float32"}, "pass --training.bf16 true"),
         ({"precision": "float16, mixed"}, {"precision": "float32"}, "pass --training.fp16 true"),
-        ({"precision": ["x"]}, {"precision": "float32"}, r"began in \['x'\], and would continue in float32: pass"),
         ({}, {"processes": 1}, "began on 2 processes, and would continue on 1: start as many"),
     ],
 )
 def test_what_a_run_began_with_is_compared(began, now, said):
-    check_same_sources(Path("r"), {**BEGAN, **began, "steps": 7}, {**BEGAN, **began})
-    check_same_sources(Path("r"), {}, BEGAN)
+    before = RunRecord(**BEGAN | began)
+    check_same_sources(Path("r"), replace(before, steps=7), before)
+    check_same_sources(Path("r"), RunRecord(), before)
     with pytest.raises(InputError, match=said):
-        check_same_sources(Path("r"), {**BEGAN, **began}, {**BEGAN, **now})
+        check_same_sources(Path("r"), before, RunRecord(**BEGAN | now))
 
 
 def test_a_base_model_is_recorded_when_a_run_begins(whole, load, tmp_path):
@@ -122,8 +124,8 @@ def test_a_base_model_is_recorded_when_a_run_begins(whole, load, tmp_path):
     recipe = load(tmp_path)
     recipe.model.path = str(whole.folder)
     sources = describe_sources(recipe, load_model_tokenizer(str(whole.folder)), DataReport(sha256="1"))
-    assert sources["base_weights_sha256"] == hash_file(whole.folder / "model.safetensors")
-    assert sources.keys() >= BEGAN.keys()
+    assert sources.base_weights_sha256 == hash_file(whole.folder / "model.safetensors")
+    assert sources.to_dict().keys() >= BEGAN.keys()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
@@ -178,8 +180,8 @@ def test_a_run_that_was_killed_while_it_began_starts_again_with_resume(moved, te
         ("recipe.yaml", b"!!python/object/apply:os.system ['touch planted']", "recipe.yaml"),
         ("recipe.yaml", b"training: 5\n", "'training' is a section"),
         ("recipe.yaml", b"\xff\xfe", "recipe.yaml is not UTF-8"),
-        ("run.json", b'{"task": "pre', "run.json' is damaged"),
-        ("run.json", b"[1]", "run.json' is not a JSON object"),
+        ("run.json", b'{"task": "pre', "run.json' cannot be read"),
+        ("run.json", b"[1]", "run.json' is not as hfgpt writes it, it is not a JSON object"),
         ("training_log.jsonl", b"{\n", "training_log.jsonl' is damaged in line 1"),
         ("tokenizer.json", b"{", "tokenizer"),
     ],

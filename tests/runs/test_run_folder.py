@@ -376,7 +376,7 @@ def test_a_path_is_pasted_into_a_shell_as_it_is():
 @pytest.mark.parametrize("existed", [True, False])
 def test_a_run_begins_whole_or_not_at_all(existed, finished, load, tmp_path):
     class Full(DataReport):
-        def save(self, path):
+        def write(self, folder):
             raise OSError("no space left on device")
 
     tokenizer = AutoTokenizer.from_pretrained(finished.folder)

@@ -1,0 +1,197 @@
+"""What a saved folder says of itself, and the names by which strangers may know its data and its base model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hfgpt.data.report import FEWEST, DataReport
+from hfgpt.errors import InputError
+from hfgpt.records import (
+    END,
+    LABELS_FILE,
+    RECIPE_FILE,
+    REMEDY,
+    ConversionRecord,
+    Environment,
+    MergeRecord,
+    Number,
+    RunRecord,
+    is_checkpoint,
+    public_name,
+    read_metrics,
+    read_object,
+)
+
+# Keys of recipes whose values are places on this machine, or Hub ids.
+PLACES = ("path", "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint")
+
+
+@dataclass
+class FolderRecords:
+    """What lies in a saved folder beside its weights.
+
+    Args:
+        folder: Where.
+        recipe, metrics: The content of recipe.yaml and metrics.json; empty where there is none.
+        run: run.json; without entries where there is none.
+        data, merge, conversion: data_report.json, merge.json and conversion.json; None where there is none.
+        adapter: adapter_config.json; not empty: the folder holds an adapter.
+        labels: The classes of a classifier by their ids.
+        has_tokenizer: Whether a tokenizer is there.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    run: RunRecord
+    metrics: dict[str, Number]
+    data: DataReport | None
+    merge: MergeRecord | None
+    conversion: ConversionRecord | None
+    adapter: dict[str, Any]
+    labels: dict[int, str]
+    has_tokenizer: bool
+
+    @property
+    def task(self) -> str | None:
+        """`pretrain`, `classify` or `instruct`; None where it is not known what a language model was trained for."""
+        return self.recipe.get("task") or ("classify" if self.labels else None)
+
+    @property
+    def origin(self) -> Environment:
+        """The record of how the folder came about, with versions and date: its run, conversion or merge."""
+        found = (record for record in (self.run, self.conversion, self.merge) if record and record.versions)
+        return next(found, self.run)
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.recipe.get("evaluation", {}).get("prompts", [])
+
+    @property
+    def data_name(self) -> str:
+        """The data it was trained or measured on: a Hub id, or the name of a file or folder without where it lies."""
+        source = self.run.data_source or self.recipe.get("data", {}).get("path") or (self.data and self.data.source)
+        return public_name(source or "its data")
+
+    @property
+    def base(self) -> str | None:
+        """The base model as it was named: a folder or a Hub id; None: it has none."""
+        return (
+            self.adapter.get("base_model_name_or_path")
+            or (self.merge and self.merge.base_model)
+            or self.run.base_model
+            or self.recipe.get("model", {}).get("path")
+        )
+
+    @property
+    def measured_on(self) -> str:
+        """Which rows of the data the metrics are of."""
+        if not self.recipe:
+            options = self.run.measured_with
+            return f"what `{options}` chooses" if options else "all rows"
+        return "the whole validation split" if self.task == "pretrain" else "the test split"
+
+    @property
+    def caution(self) -> str:
+        """A sentence, after a blank, that the metrics are of too little to say much; empty where they are not."""
+        sizes = {"eval_tokens": "tokens", "eval_rows": "rows", "eval_answers": "rows"}
+        found = [(self.metrics[name], unit) for name, unit in sizes.items() if name in self.metrics]
+        few = " and ".join(f"{count:,} {unit}" for count, unit in found if count < FEWEST[unit])
+        return f" That is {few} only: too few for these figures to say much." if few else ""
+
+
+@contextmanager
+def explained_records(folder: Path) -> Iterator[None]:
+    """Turns what comes of records whose entries are of other types than hfgpt writes into one line.
+
+    Args:
+        folder: Where they lie.
+
+    Raises:
+        InputError: They are.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        fact = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"the records in '{folder}' (run.json, recipe.yaml and the like) are not as hfgpt writes them "
+            f"({type(error).__name__}: {fact}): take those that were saved with the model, or move them away"
+        ) from error
+
+
+def read_records(folder: Path) -> FolderRecords:
+    """Reads what lies beside the weights in a saved folder; beside a checkpoint, what is known of its run.
+
+    Raises:
+        InputError: A file cannot be read, or is none of hfgpt's.
+    """
+    with explained_records(folder):
+        return _collect(folder)
+
+
+def _collect(folder: Path) -> FolderRecords:
+    run_folder = folder.parent if is_checkpoint(folder) else folder
+    run = RunRecord.read(run_folder) or RunRecord()
+    if is_checkpoint(folder):
+        run = run.without(END)
+        run.checkpoint, run.steps = True, read_object(folder / "trainer_state.json")["global_step"]
+    config = read_object(folder / "config.json") or {}
+    classifies = any("SequenceClassification" in name for name in config.get("architectures") or [])
+    labels = read_object(folder / LABELS_FILE) or (config if classifies else {})
+    return FolderRecords(
+        folder,
+        recipe=read_recipe(run_folder / RECIPE_FILE),
+        run=run,
+        metrics=read_metrics(folder),
+        data=DataReport.read(run_folder),
+        merge=MergeRecord.read(folder),
+        conversion=ConversionRecord.read(folder),
+        adapter=read_object(folder / "adapter_config.json") or {},
+        labels={int(index): label for index, label in (labels.get("id2label") or {}).items()},
+        has_tokenizer=any(
+            (folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+        ),
+    )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The values of a recipe that a run has written; empty if there is none.
+
+    Raises:
+        InputError: It cannot be read, or does not have a task and sections below it.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(f"'{path}' cannot be read ({' '.join(str(error).split())[:200]}): {REMEDY}") from error
+    if not isinstance(content, dict) or "task" not in content:
+        raise InputError(f"'{path}' is not as hfgpt writes it, it lacks a task: {REMEDY}")
+    for name, section in content.items():
+        if name != "task" and not isinstance(section, dict):
+            raise InputError(f"'{path}' is not as hfgpt writes it: {name} is {section!r}; {REMEDY}")
+    return content
+
+
+def without_paths(value: Any, key: str = "") -> Any:
+    """A recipe in which no place of this machine is named: of each the last part alone is left."""
+    if isinstance(value, dict):
+        return {name: without_paths(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner, key) for inner in value]
+    return public_name(value) if isinstance(value, str) and key in PLACES else value
