@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -20,19 +21,16 @@ from transformers.activations import ACT2FN
 from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
 from hfgpt.conversion.checkpoints import count_least_parameters
 from hfgpt.errors import InputError
-from hfgpt.loading import (
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+from hfgpt.models import (
     MOST_LAYERS,
     TRAINABLE_TYPES,
-    check_same_tokens,
+    SavedModel,
     check_vocabulary,
     fact_of,
-    find_base,
-    is_classifier,
+    find_model,
     label_fields,
-    load_model,
-    load_model_config,
 )
-from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 
 DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 
@@ -161,7 +159,10 @@ def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
 
 
 def build_model(
-    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None = None
+    arguments: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: list[str] | None = None,
+    base: SavedModel | None = None,
 ) -> PreTrainedModel:
     """A model to train: new, with weights drawn from torch's global generator, or loaded.
 
@@ -170,13 +171,14 @@ def build_model(
         tokenizer: What the model will be trained with; its ids must fit.
         labels: Names of classes in the order of their ids; None: a causal language model. A classifier on the path of
             a language model gets a new head; one on the path of a classifier goes on from its head.
+        base: What `find_base_model` found at the path, if it was asked before.
 
     Raises:
-        InputError: As `build_config`, `check_base_model` and `load_model`; the memory is too small; or a loaded model
-            has another vocabulary, or other classes.
+        InputError: As `build_config`, `find_base_model` and `SavedModel.load`; the memory is too small; or a loaded
+            model has another vocabulary, or other classes.
     """
     if arguments.path is not None:
-        return _load_to_train(arguments, tokenizer, labels)
+        return _load_to_train(base or find_base_model(arguments), arguments, tokenizer, labels)
     if arguments.load_in_4bit:
         raise InputError("model.load_in_4bit is for the weights of model.path: set that, or leave it out")
     if arguments.initialization not in ("gpt2", "torch"):
@@ -203,22 +205,23 @@ def build_model(
     return model
 
 
-def check_base_model(arguments: ModelArguments):
-    """Refuses a `model.path` that cannot be trained; needs no data.
+def find_base_model(arguments: ModelArguments) -> SavedModel | None:
+    """The model at `model.path`, which must be one that can be trained; None: no path is given. Needs no data.
 
     Raises:
         InputError: There is no model, it is an adapter, or its architecture is not GPT-2's.
     """
-    path, revision = arguments.path, arguments.revision
-    if path is None:
-        return
-    if find_base(path, revision):
-        raise InputError(f"model.path '{path}' is an adapter: merge it first with hfgpt merge")
-    kind = load_model_config(path, revision).model_type
-    if kind not in TRAINABLE_TYPES:
+    if arguments.path is None:
+        return None
+    model = find_model(arguments.path, arguments.revision)
+    if model.adapter:
+        raise InputError(f"model.path '{model.path}' is an adapter: merge it first with hfgpt merge")
+    if model.config.model_type not in TRAINABLE_TYPES:
         raise InputError(
-            f"model.path '{path}' is a model of type {kind}; only {' and '.join(TRAINABLE_TYPES)} can be trained"
+            f"model.path '{model.path}' is a model of type {model.config.model_type}; only "
+            f"{' and '.join(TRAINABLE_TYPES)} can be trained"
         )
+    return model
 
 
 def _check_memory(config: HfGPTConfig):
@@ -233,10 +236,8 @@ def _check_memory(config: HfGPTConfig):
 
 
 def _load_to_train(
-    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
+    base: SavedModel, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> PreTrainedModel:
-    check_base_model(arguments)
-    path, revision = arguments.path, arguments.revision
     # No dropout among the weights: one of another training may be changed.
     kwargs = {name: getattr(arguments, name) for name in DROPOUTS if getattr(arguments, name) is not None}
     kwargs["attn_implementation"] = arguments.attn_implementation
@@ -249,19 +250,17 @@ def _load_to_train(
             bnb_4bit_compute_dtype=compute,
         )
     if labels is None:
-        model = load_model(path, revision, **kwargs)
+        model = base.load(AutoModelForCausalLM, **kwargs)
     else:
-        config = load_model_config(path, revision)
-        names = [config.id2label[index] for index in range(config.num_labels)]
-        if is_classifier(config) and names != labels:
+        if base.is_classifier and base.labels != labels:
             raise InputError(
-                f"'{path}' has the classes {', '.join(names)}, the data {', '.join(labels)}: start from a language "
-                "model"
+                f"'{base.path}' has the classes {', '.join(base.labels)}, the data {', '.join(labels)}: start from a "
+                "language model"
             )
-        head = None if is_classifier(config) else labels
-        model = load_model(path, revision, AutoModelForSequenceClassification, new_head=head, **kwargs)
+        head = None if base.is_classifier else labels
+        model = base.load(AutoModelForSequenceClassification, new_head=head, **kwargs)
         model.config.problem_type = "single_label_classification"  # others' may not say
-    check_same_tokens(tokenizer, path, revision)
+    base.check_same_tokens(tokenizer)
     check_vocabulary(model, tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

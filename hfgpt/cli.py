@@ -73,14 +73,13 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
 ):
     """Continue a prompt."""
+    from transformers import AutoModelForCausalLM
+
     from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_texts
-    from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
-    from hfgpt.training.hardware import find_device
+    from hfgpt.models import find_model
 
     arguments = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, num_samples, seed)
-    tokenizer = load_model_tokenizer(model)
-    network = load_model(model, changed_weights="warn").to(find_device())
-    check_vocabulary(network, tokenizer)
+    network, tokenizer = find_model(model).load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
     streamer = TerminalStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
     texts = generate_texts(network, tokenizer, prompt, arguments, streamer)
     if streamer is None:
@@ -151,16 +150,17 @@ def evaluate(
     if task not in (None, *SECTIONS):
         raise InputError(f"--task is '{task}'; it must be pretrain, classify or instruct")
     if task is None:
-        from hfgpt.loading import classifies
+        from hfgpt.models import find_model
 
-        task = "classify" if classifies(model) else "pretrain"
+        task = "classify" if find_model(model).is_classifier else "pretrain"
     overrides = _overrides(context)
     sections = parse_sections(overrides, task, ["data", "evaluation"])
+    from hfgpt.models import find_model
     from hfgpt.runs.evaluation import refuse_unused
     from hfgpt.tasks import TASKS
 
     refuse_unused(task, overrides, sections["data"])
-    metrics = TASKS[task].evaluate(model, **sections)
+    metrics = TASKS[task].evaluate(find_model(model), **sections)
     if as_json:
         print(json.dumps(metrics))
     else:

@@ -198,6 +198,15 @@ class HfGPTPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
+def count_positions(inputs_embeds: torch.Tensor, padding_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
+    """The positions (B or 1, T) of new tokens after those `seen`: how many real tokens of the row come before each."""
+    index = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen  # (T)
+    if padding_mask is None:
+        return index.unsqueeze(0)
+    counted = padding_mask.long().cumsum(-1) - 1  # (B, S)
+    return counted.clamp(min=0).index_select(1, index)
+
+
 def find_packed_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """Numbers the document of each token (B, T) in rows that pack several; None if every row holds one.
 
@@ -261,8 +270,26 @@ class HfGPTModel(HfGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
 
-        position_ids, documents = self._place_tokens(inputs_embeds, attention_mask, position_ids, past_key_values)
-        same_document = None
+        batch_size, length = inputs_embeds.shape[:2]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # A mask of two dimensions marks padding; any other was prepared by the caller and says nothing of it.
+        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        padding_mask = attention_mask if is_padding_mask else None  # (B, S)
+        refuse_short_mask(padding_mask, seen, length)
+        given = position_ids is not None
+        position_ids = (
+            position_ids.expand(batch_size, -1) if given else count_positions(inputs_embeds, padding_mask, seen)
+        )
+        refuse_positions_past(self.config.max_position_embeddings, position_ids, given, seen + length)
+
+        # Positions that restart pack documents, unless the caller's own mask says who attends to whom. While tracing,
+        # positions beside a cache come from `generate`: one document a row.
+        documents = same_document = None
+        traced_cache = past_key_values is not None and is_tracing(inputs_embeds)
+        if given and length > 1 and (attention_mask is None or is_padding_mask) and not traced_cache:
+            new_mask = padding_mask[:, -length:] if is_padding_mask else None  # (B, T)
+            documents = find_packed_documents(position_ids, new_mask)  # (B, T)
+            refuse_packed_rows_that_mix(documents, new_mask, past_key_values, self.config._attn_implementation)
         if documents is not None:  # and no cache is made: several documents could not continue it
 
             def same_document(batch, head, query, key):
@@ -285,55 +312,6 @@ class HfGPTModel(HfGPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
-
-    def _place_tokens(self, inputs_embeds, attention_mask, position_ids, past_key_values):
-        """Finds or checks the positions (B or 1, T), and the documents (B, T) of packed rows, None for others."""
-        batch_size, length = inputs_embeds.shape[:2]
-        context = self.config.max_position_embeddings
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        index = torch.arange(length, device=inputs_embeds.device) + seen  # (T)
-        # A graph cannot branch on values, so while tracing nothing is refused.
-        tracing = is_tracing(index)
-        # Any other mask was prepared by the caller and says nothing of padding.
-        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-        if is_padding_mask and not tracing and attention_mask.shape[1] < int(seen) + length:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, but the cache holds {int(seen)} and the "
-                f"input {length}: pass the mask of all {int(seen) + length}"
-            )
-        given = position_ids is not None
-        if given:
-            position_ids = position_ids.expand(batch_size, -1)
-        elif not is_padding_mask:
-            position_ids = index.unsqueeze(0)
-        else:
-            counted = attention_mask.long().cumsum(-1) - 1  # (B, S): real tokens before each
-            position_ids = counted.clamp(min=0).index_select(1, index)
-        # Looked at only where it can happen: reading values from an accelerator waits for it.
-        if not tracing and (given or int(seen) + length > context) and int(position_ids.max()) >= context:
-            raise ValueError(
-                f"the sequence has {int(position_ids.max()) + 1} tokens, but the context of this model ends at "
-                f"{context} (max_position_embeddings): shorten it"
-            )
-        prepared = attention_mask is not None and not is_padding_mask
-        # While tracing, positions beside a cache come from `generate`: one document a row.
-        if not given or length == 1 or prepared or (tracing and past_key_values is not None):
-            return position_ids, None
-        padding_mask = attention_mask[:, -length:] if is_padding_mask else None
-        documents = find_packed_documents(position_ids, padding_mask)
-        if documents is not None and past_key_values is not None:
-            raise ValueError(
-                "position_ids restart, so these rows pack several documents, and one cache cannot hold them: "
-                "pass no past_key_values and use_cache=False"
-            )
-        # Flash attention finds the documents by itself, from the positions of an unpadded batch of one row.
-        one_row = batch_size == 1 and (padding_mask is None or padding_mask.bool().all())
-        if documents is not None and "flash" in self.config._attn_implementation and not one_row:
-            raise ValueError(
-                "flash attention keeps packed documents apart only in a batch of one row without padding: "
-                "flatten the rows into one, or use attn_implementation='sdpa' or 'flex_attention'"
-            )
-        return position_ids, documents
 
 
 class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
@@ -444,6 +422,49 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
         return SequenceClassifierOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        )
+
+
+# What is refused rather than computed wrongly. A graph cannot branch on values, so while tracing nothing is.
+
+
+def refuse_short_mask(padding_mask: torch.Tensor | None, seen: int, length: int):
+    """Raises ValueError where a mask (B, S) does not cover the tokens in the cache and the new ones."""
+    if padding_mask is None or is_tracing(padding_mask) or padding_mask.shape[1] >= int(seen) + length:
+        return
+    raise ValueError(
+        f"attention_mask covers {padding_mask.shape[1]} tokens, but the cache holds {int(seen)} and the input "
+        f"{length}: pass the mask of all {int(seen) + length}"
+    )
+
+
+def refuse_positions_past(context: int, position_ids: torch.Tensor, given: bool, tokens: int):
+    """Raises ValueError where a position (B, T) has no embedding."""
+    # Looked at only where it can happen: reading values from an accelerator waits for it.
+    if is_tracing(position_ids) or not (given or int(tokens) > context) or int(position_ids.max()) < context:
+        return
+    raise ValueError(
+        f"the sequence has {int(position_ids.max()) + 1} tokens, but the context of this model ends at {context} "
+        "(max_position_embeddings): shorten it"
+    )
+
+
+def refuse_packed_rows_that_mix(
+    documents: torch.Tensor | None, mask: torch.Tensor | None, past_key_values: Cache | None, attention: str
+):
+    """Raises ValueError where packed documents (B, T) could not be kept apart."""
+    if documents is None:
+        return
+    if past_key_values is not None:
+        raise ValueError(
+            "position_ids restart, so these rows pack several documents, and one cache cannot hold them: "
+            "pass no past_key_values and use_cache=False"
+        )
+    # Flash attention finds the documents by itself, from the positions of an unpadded batch of one row.
+    if "flash" in attention and not (len(documents) == 1 and (mask is None or mask.bool().all())):
+        raise ValueError(
+            "flash attention keeps packed documents apart only in a batch of one row without padding: "
+            "flatten the rows into one, or use attn_implementation='sdpa' or 'flex_attention'"
         )
 
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import hfgpt
 from hfgpt.adapters import AdapterArguments, attach_adapter, merge_adapter, put_adapter_on, trainable_parameters
 from hfgpt.errors import InputError
-from hfgpt.loading import classifies, find_base, hash_base, load_model, load_model_config, save_labels
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
+from hfgpt.models import find_model, load_model, save_labels
 from hfgpt.saving import hash_file
 
 IDS = torch.arange(2, 22).view(2, 10)
@@ -175,10 +175,10 @@ def test_every_way_to_load_an_adapter_gives_the_same_logits(base, adapter):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     assert torch.equal(logits_of(loaded), ours)
     assert not torch.equal(logits_of(load_model(str(base))), ours)
-    assert find_base(str(adapter)) == str(base)
-    assert find_base(str(base)) is None
-    assert not classifies(str(adapter))
-    assert load_model_config(str(adapter)).model_type == "hfgpt"
+    assert find_model(str(adapter)).base.path == str(base)
+    assert find_model(str(base)).base is None
+    assert not find_model(str(adapter)).is_classifier
+    assert find_model(str(adapter)).config.model_type == "hfgpt"
 
 
 def test_an_adapter_for_another_base(base, adapter, tiny_config, tmp_path):
@@ -207,18 +207,18 @@ def test_a_base_that_was_trained_again(base, adapter):
 
 
 def test_the_hash_of_a_base_is_of_all_its_weights(base, adapter):
-    whole = hash_base(str(base))
+    whole = find_model(str(base)).hash()
     assert whole == hash_file(base / "model.safetensors")
     model = load_model(str(base))
     (base / "model.safetensors").unlink()
-    assert hash_base(str(base)) is None
+    assert find_model(str(base)).hash() is None
     torch.save(model.state_dict(), base / "pytorch_model.bin")
-    assert hash_base(str(base)) == hash_file(base / "pytorch_model.bin")
+    assert find_model(str(base)).hash() == hash_file(base / "pytorch_model.bin")
     model.save_pretrained(base, max_shard_size="20KB")
     shards = sorted(base.glob("model-*.safetensors"))
     assert len(shards) > 1
     lines = "".join(f"{hash_file(shard)}  {shard.name}\n" for shard in shards)
-    sharded = hash_base(str(base))
+    sharded = find_model(str(base)).hash()
     assert sharded == hashlib.sha256(lines.encode()).hexdigest()
     (adapter / "run.json").write_text(json.dumps({"base_weights_sha256": sharded}))
     load_model(str(adapter))
@@ -288,7 +288,7 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
         next(p for n, p in adapted.named_parameters() if "score.modules_to_save" in n).mul_(3)
     apart = logits_of(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
-    assert classifies(str(tmp_path / "adapter"))
+    assert find_model(str(tmp_path / "adapter")).is_classifier
     loaded = load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
     assert torch.equal(logits_of(loaded), apart)
     assert loaded.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, "PEFT saves the head without names"

@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "adapters"},
     {"tokenizer", "evaluation"},
     {"conversion"},
-    {"loading"},
+    {"models"},
     {"building"},
     {"training", "hub"},
     {"recipe"},

@@ -184,7 +184,7 @@ def test_generate_greedily_is_deterministic(here):
     assert texts[0].err == ""
     assert texts[0].out.startswith("Once")
     assert len(texts[0].out.removesuffix("\n")) == len("Once") + 20
-    from hfgpt.loading import load_model, load_model_tokenizer
+    from hfgpt.models import load_model, load_model_tokenizer
 
     model, tokenizer = load_model("runs/tiny"), load_model_tokenizer("runs/tiny")
     ids = tokenizer("Once")["input_ids"]
@@ -337,7 +337,7 @@ def test_ctrl_c(here, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hfgpt.loading.load_model", interrupt)
+    monkeypatch.setattr("hfgpt.models.find_model", interrupt)
     assert hfgpt("generate", "runs/tiny", "Once") == (130, "", "hfgpt: stopped\n")
 
 

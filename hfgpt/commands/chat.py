@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from hfgpt.data.templates import check_chat_template, encode_chat
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_ids
-from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
+from hfgpt.models import find_model
 from hfgpt.training.callbacks import stderr_console
-from hfgpt.training.hardware import find_device
 
 HELP = "/reset forgets the conversation; /system TEXT says how to behave, and begins anew; /exit or Ctrl-D ends"
 
@@ -127,9 +126,7 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
     Raises:
         InputError: There is no model, or it was not trained to chat.
     """
-    tokenizer = load_model_tokenizer(path)
-    model = load_model(path, changed_weights="warn").to(find_device())
-    check_vocabulary(model, tokenizer)
+    model, tokenizer = find_model(path).load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
     chat = Chat(model, tokenizer, sampling, system=system)
     console = stderr_console()
     if sys.stdin.isatty() and lines is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hfgpt.errors import InputError
 from hfgpt.evaluation.classification import Prediction, predict
-from hfgpt.loading import load_classifier
+from hfgpt.models import find_model, load_classifier
 
 
 def classify(path: str, texts: Sequence[str], file: Path | None) -> list[Prediction]:
@@ -23,7 +23,7 @@ def classify(path: str, texts: Sequence[str], file: Path | None) -> list[Predict
     if not texts and file is None and sys.stdin and not sys.stdin.isatty():
         file = Path("-")
     texts = read_texts(texts, file)
-    model, tokenizer, _ = load_classifier(path, changed_weights="warn")
+    model, tokenizer, _ = load_classifier(find_model(path), changed_weights="warn")
     return predict(model, tokenizer, texts)
 
 

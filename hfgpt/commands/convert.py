@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Tokenizer,
@@ -29,16 +27,14 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
-from hfgpt.loading import (
+from hfgpt.models import (
+    TRAINABLE_TYPES,
     check_vocabulary,
     check_weights_match,
-    classifies,
     explained,
-    find_base,
+    find_model,
     hash_weights,
     is_classifier,
-    load_model,
-    load_model_config,
     load_model_tokenizer,
     quiet_bars,
 )
@@ -91,7 +87,7 @@ def import_checkpoint(
         with quiet_bars(parameters < LARGE):
             model.save_pretrained(staging)
         del model
-        saved = load_model(str(staging), auto_class=_auto_class(opened.config), dtype="auto")
+        saved = find_model(str(staging)).load(dtype="auto")
         differences, greedy_equal = compare(
             expected, record(compute_with(saved), rows, greedy_tokens), opened.recomputed
         )
@@ -185,7 +181,8 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
     """A GPT-2 in transformers' own format, from a folder or the Hub."""
     if Path(source).suffix in SUFFIXES and not Path(source).exists():
         raise InputError(f"there is no file '{source}': check the path")
-    config = load_model_config(source, arguments.revision)
+    saved = find_model(source, arguments.revision)
+    config = saved.config
     if config.model_type != "gpt2":
         raise InputError(
             f"'{source}' is a model of type {config.model_type}; import converts models of type gpt2, and files of "
@@ -197,11 +194,10 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} is not needed: the config.json of '{source}' has it")
     check_weights_match(source, arguments.revision, config)
-    auto_class = _auto_class(config)
 
     def load() -> PreTrainedModel:
         # Refuses what does not fit, so that a GPT-2 which is silently random cannot be the measure.
-        return load_model(source, arguments.revision, auto_class, dtype="auto")
+        return saved.load(dtype="auto")
 
     native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
     with explained("a model", source), quiet_bars(Path(source).is_dir()):
@@ -262,24 +258,20 @@ def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
     return rows
 
 
-def _auto_class(config: PreTrainedConfig):
-    return AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
-
-
 def _load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    base = find_base(model_path)
-    if (base is not None) != merge_adapters:
+    saved = find_model(model_path)
+    if (saved.base is not None) != merge_adapters:
         raise InputError(
             f"'{model_path}' is an adapter: pass --merge-adapter to export it with its base model"
-            if base
+            if saved.base
             else f"'{model_path}' is not an adapter: leave out --merge-adapter"
         )
-    config = load_model_config(base or model_path)
-    if config.model_type not in ("hfgpt", "gpt2"):
-        raise InputError(f"'{model_path}' is a model of type {config.model_type}; only hfgpt models are exported")
-    auto_class = AutoModelForSequenceClassification if classifies(model_path) else AutoModelForCausalLM
-    model = load_model(model_path, auto_class=auto_class, dtype=torch.float32 if base else "auto")
-    if base:
+    if saved.config.model_type not in TRAINABLE_TYPES:
+        raise InputError(
+            f"'{model_path}' is a model of type {saved.config.model_type}; only hfgpt models are exported"
+        )
+    model = saved.load(dtype=torch.float32 if saved.base else "auto")
+    if saved.base:
         model = merge_adapter(model, model_path)
         model.config.architectures = [type(model).__name__]  # a language model's, where its base was one
     tokenizer = find_tokenizer(Path(model_path), ImportArguments())

@@ -11,12 +11,11 @@ from rich.table import Table
 from hfgpt.commands.chat import Chat
 from hfgpt.evaluation.classification import predict
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
-from hfgpt.loading import load_classifier, load_model, load_model_tokenizer
+from hfgpt.models import find_model, load_classifier
 from hfgpt.recipe import load_recipe
 from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
 from hfgpt.training.callbacks import PlainConsole, stderr_console
-from hfgpt.training.hardware import find_device
 
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")
 
@@ -53,25 +52,22 @@ def run_demo(
     metrics = {"demo": run(recipe("demo"), console=progress)}
 
     progress.rule("2  Load it as any transformers model, and let it write")
-    model, tokenizer = load_model(str(folder)).to(find_device()), load_model_tokenizer(str(folder))
+    model, tokenizer = find_model(str(folder)).load_with_tokenizer()
     for seed, prompt in enumerate(PROMPTS):
         arguments = SamplingArguments(max_new_tokens=200, temperature=0.6, seed=seed)
         console.print(generate_texts(model, tokenizer, prompt, arguments)[0], highlight=False, end="\n\n")
 
     progress.rule("3  Teach it, with LoRA, to tell what kind of note a villager has left")
     metrics["demo-messages"] = run(recipe("demo-messages"), console=progress)
-    model, tokenizer, _ = load_classifier(str(folders["demo-messages"]))
+    model, tokenizer, _ = load_classifier(find_model(str(folders["demo-messages"])))
     for found in predict(model, tokenizer, recipe("demo-messages").evaluation.prompts):
         console.print(f"{found.text}\n  -> {found.label} ({found.score:.3f})", highlight=False, end="\n\n")
 
     progress.rule("4  Teach it, with all its weights, to follow instructions")
     metrics["demo-instructions"] = run(recipe("demo-instructions"), console=progress)
-    model, tokenizer = (
-        load_model(str(folders["demo-instructions"])),
-        load_model_tokenizer(str(folders["demo-instructions"])),
-    )
+    model, tokenizer = find_model(str(folders["demo-instructions"])).load_with_tokenizer()
     for question in recipe("demo-instructions").evaluation.prompts:
-        answer = Chat(model.to(find_device()), tokenizer, SamplingArguments(greedy=True)).answer(question)
+        answer = Chat(model, tokenizer, SamplingArguments(greedy=True)).answer(question)
         console.print(f"{question}\n  -> {answer}", highlight=False, end="\n\n")
 
     console.print(render_table(metrics, folders))

@@ -12,8 +12,9 @@ from huggingface_hub import constants, get_token
 from rich.table import Table
 
 import hfgpt
+from hfgpt.models import find_device
 from hfgpt.training.callbacks import PlainConsole
-from hfgpt.training.hardware import describe_device, find_device, has_native_bf16
+from hfgpt.training.hardware import describe_device, has_native_bf16
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hfgpt.adapters import merge_adapter
 from hfgpt.data.report import DataReport
@@ -14,17 +14,7 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.folder import explained_records, read_records
 from hfgpt.hub.usage import Place
-from hfgpt.loading import (
-    TRAINABLE_TYPES,
-    check_same_tokens,
-    classifies,
-    find_base,
-    hash_weights,
-    load_model,
-    load_model_config,
-    load_model_tokenizer,
-    quiet_bars,
-)
+from hfgpt.models import TRAINABLE_TYPES, find_model, hash_weights, quiet_bars
 from hfgpt.records import ADAPTER, RECIPE_FILE, MergeRecord, is_checkpoint, is_run
 from hfgpt.saving import appearing_folder, check_free
 from hfgpt.training.callbacks import stderr_console
@@ -47,10 +37,10 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
             nothing is then written.
     """
     console = console or stderr_console()
-    base = find_base(path)
-    if base is None:
+    saved = find_model(path)
+    if saved.base is None:
         raise InputError(f"'{path}' is not an adapter, here or on the Hub: name the folder of a run that trained one")
-    kind = load_model_config(path).model_type
+    kind = saved.config.model_type
     if kind not in TRAINABLE_TYPES:
         raise InputError(
             f"'{path}' is the adapter of a model of type {kind}; only those of hfgpt and gpt2 can be merged"
@@ -58,17 +48,16 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
     if not tolerance >= 0:
         raise InputError(f"--tolerance is {tolerance}; it must be at least 0")
     out = check_free(out)
-    tokenizer = load_model_tokenizer(path)
-    check_same_tokens(tokenizer, base)
-    auto_class = AutoModelForSequenceClassification if classifies(path) else AutoModelForCausalLM
-    adapted = load_model(path, auto_class=auto_class)
+    tokenizer = saved.load_tokenizer()
+    saved.base.check_same_tokens(tokenizer)
+    adapted = saved.load()
     rows = _rows(adapted.config)
     apart = adapted(rows, use_cache=False).logits
     merged = merge_adapter(adapted, path)
     difference = (merged(rows, use_cache=False).logits - apart).abs().max().item()
     report = MergeRecord(
         adapter=path,
-        base_model=base,
+        base_model=saved.base.path,
         difference=difference,
         largest_logit=apart.abs().max().item(),
         tolerance=tolerance,

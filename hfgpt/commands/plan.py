@@ -22,7 +22,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
     model = task.build(recipe, data)
     estimate = plan_run(model, recipe.training, data.row_length, len(data.splits["train"]), SECONDS)
     if recipe.pretraining:
-        blocks = build_blocks(recipe, data.pretraining_texts, data.tokenizer)
+        blocks = build_blocks(recipe, data)
         estimate.first_pass = plan_first_pass(recipe, blocks, data.tokenizer, SECONDS)
     return estimate
 

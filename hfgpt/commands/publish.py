@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub import CommitInfo, ModelCard, constants, get_token
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hfgpt.commands.convert import export_model
 from hfgpt.errors import InputError
@@ -25,7 +24,7 @@ from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
 from hfgpt.hub.stranger import check_as_stranger
 from hfgpt.hub.upload import Target, fetch_base, upload, verify
 from hfgpt.hub.usage import Place, loading_code
-from hfgpt.loading import hash_base, hash_weights, load_model, load_model_config, load_model_tokenizer
+from hfgpt.models import find_model, hash_weights
 from hfgpt.recipe import parse_sections
 from hfgpt.records import CARD_FILE, is_hub_id
 from hfgpt.runs.remeasure import measure_again
@@ -189,13 +188,11 @@ def open_folder(folder: Path) -> FolderRecords:
     """
     if not folder.is_dir():
         raise InputError(f"'{folder}' is no folder: name that of a run, or of a merged or imported model")
-    config = load_model_config(str(folder))  # of the base, for an adapter
-    adapter = (folder / "adapter_config.json").is_file()
-    if config.model_type != "hfgpt" and not (adapter and config.model_type == "gpt2"):
-        remedy = "publish the model it was exported from with --format gpt2" if config.model_type == "gpt2" else ""
-        raise InputError(
-            f"'{folder}' holds a model of type {config.model_type}, not hfgpt: {remedy or 'name one of hfgpt'}"
-        )
+    model = find_model(str(folder))
+    kind = model.config.model_type  # of the base, for an adapter
+    if kind != "hfgpt" and not (model.adapter and kind == "gpt2"):
+        remedy = "publish the model it was exported from with --format gpt2" if kind == "gpt2" else ""
+        raise InputError(f"'{folder}' holds a model of type {kind}, not hfgpt: {remedy or 'name one of hfgpt'}")
     return read_records(folder)
 
 
@@ -261,7 +258,7 @@ def pin_base(records: FolderRecords, hub: HubArguments, staging: Path) -> HubArg
         base, revision = records.adapter["base_model_name_or_path"], revision or records.adapter.get("revision")
     commit, folder, names = fetch_base(base, revision)
     expected = records.run.base_weights_sha256
-    if expected and hash_base(str(folder)) != expected:
+    if expected and find_model(str(folder)).hash() != expected:
         raise InputError(f"'{base}' has other weights than the adapter was trained on: publish the right base model")
     stage_base(folder, staging, names)
     return dataclasses.replace(hub, base_model=base, base_revision=commit)
@@ -321,9 +318,10 @@ def check_weights(folder: Path, records: FolderRecords) -> FolderRecords:
     Raises:
         InputError: They are damaged, or others than those that were measured.
     """
-    model = load_model(str(folder), auto_class=_auto_class(records))
+    saved = find_model(str(folder))
+    model = saved.load()
     run = dataclasses.replace(records.run, weights_sha256=hash_weights(folder))
-    if (expected := run.tokenizer_sha256) and tokenizer_hash(load_model_tokenizer(str(folder))) != expected:
+    if (expected := run.tokenizer_sha256) and tokenizer_hash(saved.load_tokenizer()) != expected:
         raise InputError(f"the tokenizer in '{folder}' is not the one of the run: put that back")
     run.architecture = describe_architecture(model)
     return dataclasses.replace(records, run=run)
@@ -388,7 +386,3 @@ def show_files(branch: Branch, console: Console):
     console.print(f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({branch}):", highlight=False)
     for name, size in sizes.items():
         console.print(f"  {size:>15,}  {name}", highlight=False, markup=False)
-
-
-def _auto_class(records: FolderRecords):
-    return AutoModelForSequenceClassification if records.task == "classify" else AutoModelForCausalLM

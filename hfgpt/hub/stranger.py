@@ -24,7 +24,7 @@ from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub.folder import read_records
 from hfgpt.hub.staging import files_in
 from hfgpt.hub.usage import Place, usage_code
-from hfgpt.loading import load_model, load_model_tokenizer, quiet_bars
+from hfgpt.models import load_model, load_model_tokenizer, quiet_bars
 from hfgpt.saving import write_json
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hfgpt.building import DROPOUTS, ModelArguments, build_model
+from hfgpt.building import DROPOUTS, ModelArguments, build_model, find_base_model
 from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
@@ -16,6 +16,7 @@ from hfgpt.runs.record import describe_training, first_pass_folder
 from hfgpt.runs.training import run_training, save_run
 from hfgpt.saving import CHECKSUMS_FILE, remove_leftovers, write_checksums
 from hfgpt.tasks.preparation import context_length
+from hfgpt.tasks.task import Data
 from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
 from hfgpt.training.estimate import Estimate, plan_run
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
@@ -65,10 +66,11 @@ def plan_first_pass(
     return plan_run(model, build_arguments(recipe), blocks.block_size, len(blocks), seconds)
 
 
-def model_after_first_pass(recipe: Recipe) -> ModelArguments:
-    """The section `model` of the run once its first pass is done."""
+def after_first_pass(recipe: Recipe, data: Data) -> tuple[Recipe, Data]:
+    """The recipe and the data of the run once its first pass is done: training goes on from its model."""
     kept = {name: getattr(recipe.model, name) for name in ("attn_implementation", "load_in_4bit", *DROPOUTS)}
-    return ModelArguments(path=str(first_pass_folder(recipe).resolve()), **kept)
+    model = ModelArguments(path=str(first_pass_folder(recipe).resolve()), **kept)
+    return dataclasses.replace(recipe, model=model), dataclasses.replace(data, base=find_base_model(model))
 
 
 def build_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -78,22 +80,21 @@ def build_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> 
     return build_model(dataclasses.replace(recipe.model, **dropouts), tokenizer)
 
 
-def build_blocks(recipe: Recipe, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> BlockDataset:
-    """The texts as blocks of one stream.
+def build_blocks(recipe: Recipe, data: Data) -> BlockDataset:
+    """The texts of the training split as blocks of one stream.
 
     Args:
         recipe: Its sections `pretraining` and `model`.
-        texts: Those of the training split and of no other.
-        tokenizer: The run's.
+        data: The run's.
 
     Raises:
         InputError: They are too short for a block, or a block is longer than the context.
     """
-    context = context_length(recipe)
+    context = context_length(recipe, data.base)
     length = recipe.pretraining.block_size or context
     if length > context:
         raise InputError(f"pretraining.block_size is {length}, but the context of the model is {context}: lower it")
-    return BlockDataset(join_texts(texts, tokenizer), length, name="the training texts")
+    return BlockDataset(join_texts(data.pretraining_texts, data.tokenizer), length, name="the training texts")
 
 
 def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:

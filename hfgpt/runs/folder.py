@@ -8,11 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
-from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
-from hfgpt.loading import hash_base
+from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe, first_difference, load_recipe, render_recipe
 from hfgpt.records import CARD_FILE, METRICS_FILE, RECIPE_FILE, RunRecord, is_finished, is_run
 from hfgpt.saving import (
@@ -23,6 +21,7 @@ from hfgpt.saving import (
     staged_files,
     write_text,
 )
+from hfgpt.tasks.task import Data
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, remove_later_checkpoints, step_of
@@ -166,20 +165,19 @@ def _advise_longer(recipe: Recipe) -> str:
     return f"to train it further, start a new run from its weights with --model.path {quote_path(weights)}{others}"
 
 
-def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport, checkpoint: Path | None = None):
+def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None):
     """Writes what is known before training: the recipe, the tokenizer and the data report, all or none of them.
 
     Args:
         recipe: What is run.
-        tokenizer: The run's.
-        report: What became of its data.
+        data: Its data, whose report and tokenizer are written.
         checkpoint: Where the run is resumed from.
 
     Raises:
         InputError: Data, tokenizer, base model, precision or processes are not those that a resumed run began with.
     """
     folder = Path(recipe.training.output_dir)
-    sources = describe_sources(recipe, tokenizer, report)
+    sources = describe_sources(recipe, data)
     before = RunRecord.read(folder)
     if checkpoint and before is None:
         raise InputError(
@@ -192,8 +190,8 @@ def begin_run(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataRe
         (folder / name).unlink(missing_ok=True)
     with explain_full_disk(folder), staged_files(folder, first=RECIPE_FILE) as staging:
         write_text(staging / RECIPE_FILE, render_recipe(recipe))
-        tokenizer.save_pretrained(staging)
-        report.write(staging)
+        data.tokenizer.save_pretrained(staging)
+        data.report.write(staging)
         sources.write(staging)
 
 
@@ -232,24 +230,24 @@ def check_same_sources(folder: Path, before: RunRecord, now: RunRecord):
         )
 
 
-def describe_sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> RunRecord:
+def describe_sources(recipe: Recipe, data: Data) -> RunRecord:
     """What a run is made from, for `run.json`: known before it starts, and of its checkpoints all that is known."""
-    place, arguments, model = Path(recipe.data.path), recipe.training, recipe.model
+    place, arguments = Path(recipe.data.path), recipe.training
     record = RunRecord(
         task=recipe.task,
         recipe=recipe.name,
         seed=arguments.seed,
         data_source=str(place.resolve()) if place.exists() else recipe.data.path,
-        data_sha256=report.sha256,
-        tokenizer_sha256=tokenizer_hash(tokenizer),
-        tokenizer_vocab_size=len(tokenizer),
+        data_sha256=data.report.sha256,
+        tokenizer_sha256=tokenizer_hash(data.tokenizer),
+        tokenizer_vocab_size=len(data.tokenizer),
         precision="bfloat16, mixed" if arguments.bf16 else "float16, mixed" if arguments.fp16 else "float32",
         processes=arguments.world_size,
     )
-    return record_base(record, model.path, model.revision) if model.path else record
+    return record_base(record, data.base) if data.base else record
 
 
-def record_base(record: RunRecord, path: str, revision: str | None) -> RunRecord:
+def record_base(record: RunRecord, base: SavedModel) -> RunRecord:
     """Adds the base model of a run and the hash of its weights to its record."""
-    place = str(Path(path).resolve()) if Path(path).is_dir() else path
-    return dataclasses.replace(record, base_model=place, base_weights_sha256=hash_base(path, revision))
+    place = str(Path(base.path).resolve()) if base.is_local else base.path
+    return dataclasses.replace(record, base_model=place, base_weights_sha256=base.hash())

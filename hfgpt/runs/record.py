@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hfgpt.adapters import base_of, count_saved_parameters, is_adapted, read_adapter, trainable_parameters
+from hfgpt.adapters import base_of, count_saved_parameters, is_adapted, trainable_parameters
 from hfgpt.hub.card import describe_architecture
-from hfgpt.loading import hash_weights
+from hfgpt.models import find_model, hash_weights
 from hfgpt.recipe import Recipe
 from hfgpt.records import RunRecord, Samples, TrainingRecord
 from hfgpt.runs.folder import record_base
@@ -44,7 +44,7 @@ def describe_run(recipe: Recipe, training: Training, data: Data, samples: dict[s
     if is_adapted(model):
         record.saved_parameters = count_saved_parameters(str(folder))
         if record.base_model is None:  # its base is the first pass of this run
-            record = record_base(record, read_adapter(str(folder)).base, recipe.model.revision)
+            record = record_base(record, find_model(str(folder)).base)
     return record.stamp()
 
 

@@ -11,12 +11,11 @@ from rich.console import Console
 from hfgpt.data.files import find_files, looks_local
 from hfgpt.errors import InputError
 from hfgpt.hub.folder import FolderRecords, explained_records
-from hfgpt.loading import classifies
+from hfgpt.models import find_device, find_model
 from hfgpt.recipe import Recipe, load_recipe, parse_sections
 from hfgpt.records import RECIPE_FILE, is_checkpoint
 from hfgpt.runs.evaluation import refuse_unused
 from hfgpt.tasks import TASKS
-from hfgpt.training.hardware import find_device
 
 # How far a measurement may be from that at the end of the run: another machine rounds otherwise, no more.
 TOLERANCE = 1e-3
@@ -50,7 +49,8 @@ def measure_again(folder: Path, records: FolderRecords, overrides: Sequence[str]
     task = TASKS[recipe.task]
     with console.status("measuring the weights"):
         data = task.load(recipe, _run_folder(folder))
-        measured = task.measure(task.load_saved(str(folder)).to(find_device()), data, recipe, console)
+        model = find_model(str(folder)).load().to(find_device())
+        measured = task.measure(model, data, recipe, console)
     if records.data and data.report.sha256 != records.data.sha256:
         raise InputError(
             f"the data at '{recipe.data.path}' is not that of the run (its sha256 is another): put that back, or name "
@@ -124,12 +124,13 @@ def _measure_what_is_named(
     others = _chosen_rows(overrides)
     if not any(override.partition("=")[0] == "--data.path" for override in overrides):
         return "nothing is measured: it is not recorded on what to"
-    task = "classify" if classifies(str(folder)) else "pretrain"
+    saved = find_model(str(folder))
+    task = "classify" if saved.is_classifier else "pretrain"
     sections = parse_sections(list(overrides), task, ["data", "evaluation", "hub"])
     data = sections["data"]
     refuse_unused(task, overrides, data)
     source = str(Path(data.path).resolve()) if Path(data.path).exists() else data.path
-    records.metrics = TASKS[task].evaluate(str(folder), data, sections["evaluation"], console)
+    records.metrics = TASKS[task].evaluate(saved, data, sections["evaluation"], console)
     records.run.data_source, records.run.measured_again = source, now
     if others:
         records.run.measured_with = " ".join(others)

@@ -1,6 +1,5 @@
 """A run: from a recipe to a folder with a model that anyone can load, in seven steps, the same for every task."""
 
-import dataclasses
 import re
 import time
 from collections.abc import Sequence
@@ -16,9 +15,10 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import write_card
 from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
+from hfgpt.models import find_model
 from hfgpt.recipe import Recipe
 from hfgpt.records import write_metrics
-from hfgpt.runs.first_pass import build_blocks, model_after_first_pass, run_first_pass
+from hfgpt.runs.first_pass import after_first_pass, build_blocks, run_first_pass
 from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
 from hfgpt.runs.messages import describe_end, describe_start
 from hfgpt.runs.record import describe_run
@@ -72,7 +72,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
 
     # 3. The model.
     model = task.build(recipe, data)
-    first_blocks = build_blocks(recipe, data.pretraining_texts, data.tokenizer) if recipe.pretraining else None
+    first_blocks = build_blocks(recipe, data) if recipe.pretraining else None
 
     # 4. What it will cost, and what was chosen.
     estimate = plan_run(model, arguments, data.row_length, len(data.splits["train"]), seconds=0.5)
@@ -81,10 +81,11 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     # 5. Train, after a first pass over the texts alone if the recipe has one.
     PartialState().wait_for_everyone()  # all have seen the folder free
     if is_main:
-        begin_run(recipe, data.tokenizer, data.report, checkpoint)
+        begin_run(recipe, data, checkpoint)
     if first_blocks is not None:
         run_first_pass(recipe, first_blocks, data.tokenizer, console)
-        model = task.build(dataclasses.replace(recipe, model=model_after_first_pass(recipe)), data)
+        recipe, data = after_first_pass(recipe, data)
+        model = task.build(recipe, data)
     trainer = build_trainer(recipe, model, data)
     training = run_training(trainer, estimate, checkpoint, console, callbacks)
 
@@ -92,7 +93,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     save_run(trainer, folder)
     if not is_main:
         return {}
-    saved = task.load_saved(str(folder)).to(arguments.device)
+    saved = find_model(str(folder)).load().to(arguments.device)
     measured = task.measure(saved, data, recipe, console)
     samples = task.sample(saved, data, recipe)
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hfgpt.building import check_base_model
+from hfgpt.building import find_base_model
 from hfgpt.data.classification import (
     SPLITS,
     ClassificationDataArguments,
@@ -35,7 +35,7 @@ from hfgpt.evaluation.classification import (
     predict,
 )
 from hfgpt.evaluation.generation import unknown_token_id
-from hfgpt.loading import load_classifier, load_model
+from hfgpt.models import SavedModel, load_classifier
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured, flips
@@ -71,18 +71,17 @@ class Classification:
         check_texts(recipe.evaluation.prompts)
 
     def load(self, recipe: Recipe, tokenizer_folder: Path | None = None) -> ClassificationData:
-        if tokenizer_folder is None:
-            check_base_model(recipe.model)
+        base = find_base_model(recipe.model)
         report = DataReport()
         texts = load_labelled_texts(recipe.data, recipe.training.seed, report)
         trained_on = [*texts.splits["train"]["text"], *texts.unlabelled]
-        tokenizer = find_tokenizer(recipe, tokenizer_folder, trained_on)
+        tokenizer = find_tokenizer(recipe, base, tokenizer_folder, trained_on)
         warn_of_small_vocabulary(recipe, tokenizer, report)
         if recipe.data.end_of_text:
             wrap_in_end_of_text(tokenizer)
         elif tokenizer.pad_token is None:  # GPT-2 has none, and pipelines then cannot batch; the mask marks padding
             tokenizer.pad_token = tokenizer.eos_token
-        context = context_length(recipe)
+        context = context_length(recipe, base)
         length = recipe.data.max_length or context
         if length > context:
             raise InputError(f"data.max_length is {length}, but the context of the model is {context}: lower it")
@@ -101,6 +100,7 @@ class Classification:
             tokenizer=tokenizer,
             report=report,
             labels=texts.labels,
+            base=base,
             pretraining_texts=trained_on if recipe.pretraining else [],
             rows=texts.splits,
             weights=class_weights(texts.splits["train"], texts.labels) if recipe.data.balance == "weights" else None,
@@ -108,7 +108,7 @@ class Classification:
 
     def build(self, recipe: Recipe, data: ClassificationData) -> PreTrainedModel:
         set_seed(recipe.training.seed)
-        return build_recipe_model(recipe, data.tokenizer, data.labels)
+        return build_recipe_model(recipe, data)
 
     def trainer_arguments(self, recipe: Recipe, data: ClassificationData) -> dict[str, Any]:
         return {
@@ -116,9 +116,6 @@ class Classification:
             "compute_loss_func": classification_loss(data.weights, recipe.training.label_smoothing_factor),
             "measure": functools.partial(measure_classifier, labels=data.labels),
         }
-
-    def load_saved(self, path: str) -> PreTrainedModel:
-        return load_model(path, auto_class=AutoModelForSequenceClassification)
 
     def measure(self, model: PreTrainedModel, data: ClassificationData, recipe: Recipe, console: Console) -> Measured:
         batch_size = recipe.training.per_device_eval_batch_size
@@ -147,12 +144,12 @@ class Classification:
 
     def evaluate(
         self,
-        path: str,
+        saved: SavedModel,
         data: ClassificationDataArguments,
         evaluation: ClassifierEvaluationArguments,
         console: Console | None = None,
     ) -> dict[str, Any]:
-        model, tokenizer, labels = load_classifier(path)
+        model, tokenizer, labels = load_classifier(saved)
         rows = load_all_labelled_texts(data, labels, DataReport())
         context = model.config.max_position_embeddings
         length = min(data.max_length or context, tokenizer.model_max_length, context)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hfgpt.building import check_base_model
+from hfgpt.building import find_base_model
 from hfgpt.data.collators import padding_collator, sorted_by_length
 from hfgpt.data.instructions import (
     SPLITS,
@@ -31,14 +31,13 @@ from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.evaluation.instructions import Answer, encode_question, generate_answers, match_answers
 from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
-from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
+from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.records import ANSWERS_FILE, JUDGEMENTS_FILE
 from hfgpt.saving import check_writable, write_text
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured, flips
 from hfgpt.training.callbacks import stderr_console
-from hfgpt.training.hardware import find_device
 
 
 @dataclass(kw_only=True)
@@ -69,18 +68,19 @@ class Instructions:
             check_judge(recipe.evaluation.judge)
 
     def load(self, recipe: Recipe, tokenizer_folder: Path | None = None) -> InstructionData:
-        if tokenizer_folder is None:
-            check_base_model(recipe.model)
+        base = find_base_model(recipe.model)
         report, arguments = DataReport(), recipe.data
         # A trained tokenizer needs the rows first, and the rows the template, whose name is enough for a new one.
-        before_input = _before_input(recipe, tokenizer_folder)
+        before_input = _before_input(recipe, base, tokenizer_folder)
         conversations = load_conversations(arguments, before_input, recipe.training.seed, report)
         texts = [message["content"] for conversation in conversations["train"] for message in conversation]
         # A new tokenizer is to know the letters of the template, too.
-        tokenizer = find_tokenizer(recipe, tokenizer_folder, [render_letters(arguments.template or "chat"), *texts])
+        tokenizer = find_tokenizer(
+            recipe, base, tokenizer_folder, [render_letters(arguments.template or "chat"), *texts]
+        )
         warn_of_small_vocabulary(recipe, tokenizer, report)
         set_chat_template(tokenizer, arguments.template)
-        context = context_length(recipe)
+        context = context_length(recipe, base)
         length = arguments.max_length or context
         if length > context:
             raise InputError(f"data.max_length is {length}, but the context of the model is {context}: lower it")
@@ -97,11 +97,13 @@ class Instructions:
         if arguments.packing:
             encoded["train"] = pack_rows(encoded["train"], length)
             report.split("train").blocks = len(encoded["train"])
-        return InstructionData(splits=encoded, tokenizer=tokenizer, report=report, conversations=conversations)
+        return InstructionData(
+            splits=encoded, tokenizer=tokenizer, report=report, base=base, conversations=conversations
+        )
 
     def build(self, recipe: Recipe, data: InstructionData) -> PreTrainedModel:
         set_seed(recipe.training.seed)
-        model = build_recipe_model(recipe, data.tokenizer)
+        model = build_recipe_model(recipe, data)
         for conversation in ask(recipe.evaluation.prompts):
             encode_question(conversation, data.tokenizer, model.config.max_position_embeddings)
         model.generation_config.eos_token_id = data.tokenizer.eos_token_id  # generation ends where answers do
@@ -109,9 +111,6 @@ class Instructions:
 
     def trainer_arguments(self, recipe: Recipe, data: InstructionData) -> dict[str, Any]:
         return {"data_collator": padding_collator(data.tokenizer)}
-
-    def load_saved(self, path: str) -> PreTrainedModel:
-        return load_model(path)
 
     def measure(self, model: PreTrainedModel, data: InstructionData, recipe: Recipe, console: Console) -> Measured:
         batch_size = recipe.training.per_device_eval_batch_size
@@ -131,7 +130,7 @@ class Instructions:
 
     def evaluate(
         self,
-        path: str,
+        saved: SavedModel,
         data: InstructionDataArguments,
         evaluation: AnswerEvaluationArguments,
         console: Console | None = None,
@@ -144,10 +143,8 @@ class Instructions:
             check_judge(evaluation.judge)
         if evaluation.answers:
             check_writable(Path(evaluation.answers))
-        tokenizer = load_model_tokenizer(path)
+        model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM)
         before_input = set_chat_template(tokenizer, data.template)
-        model = load_model(path).to(find_device())
-        check_vocabulary(model, tokenizer)
         report = DataReport()
         conversations = load_all_conversations(data, before_input, report)
         context = model.config.max_position_embeddings
@@ -234,9 +231,9 @@ def write_answers(answers: Sequence[Answer], folder: Path):
     write_text(folder / ANSWERS_FILE, "".join(lines))
 
 
-def _before_input(recipe: Recipe, tokenizer_folder: Path | None) -> str:
+def _before_input(recipe: Recipe, base: SavedModel | None, tokenizer_folder: Path | None) -> str:
     """What stands between an instruction and its input, before there is a tokenizer to train on both."""
-    trains = recipe.model.path is None and recipe.tokenizer.path is None and tokenizer_folder is None
+    trains = base is None and recipe.tokenizer.path is None and tokenizer_folder is None
     if trains:
         return BEFORE_INPUT.get(recipe.data.template, "\n")
-    return set_chat_template(find_tokenizer(recipe, tokenizer_folder, ()), recipe.data.template)
+    return set_chat_template(find_tokenizer(recipe, base, tokenizer_folder, ()), recipe.data.template)

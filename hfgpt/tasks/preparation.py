@@ -11,23 +11,27 @@ from hfgpt.building import build_model, find_architecture
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
-from hfgpt.loading import load_model_config, load_model_tokenizer
+from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
+from hfgpt.tasks.task import Data
 from hfgpt.tokenizer import build_tokenizer, load_tokenizer
 
 
-def find_tokenizer(recipe: Recipe, folder: Path | None, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+def find_tokenizer(
+    recipe: Recipe, base: SavedModel | None, folder: Path | None, texts: Iterable[str]
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a run.
 
     Args:
-        recipe: Its sections `tokenizer` and `model`.
+        recipe: Its section `tokenizer`.
+        base: The model to go on from; None: there is none.
         folder: A run to resume, whose tokenizer is taken rather than trained again.
         texts: To train one on, if none is named and there is no model to go on from.
     """
     if folder and (folder / "tokenizer.json").is_file():
         return load_tokenizer(str(folder), pad_token=None, add_eos=False)  # as the run saved it
-    if recipe.model.path and recipe.tokenizer.path is None:
-        return load_model_tokenizer(recipe.model.path, recipe.model.revision)  # the one its weights know
+    if base and recipe.tokenizer.path is None:
+        return base.load_tokenizer()  # the one its weights know
     return build_tokenizer(recipe.tokenizer, texts)
 
 
@@ -41,22 +45,19 @@ def warn_of_small_vocabulary(recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def context_length(recipe: Recipe) -> int:
-    """The context of the recipe's model, in tokens, without building it."""
-    if recipe.model.path is not None:
-        return load_model_config(recipe.model.path, recipe.model.revision).max_position_embeddings
+def context_length(recipe: Recipe, base: SavedModel | None) -> int:
+    """The context of the recipe's model, in tokens, without building it; `base` is the model to go on from."""
+    if base:
+        return base.config.max_position_embeddings
     return find_architecture(recipe.model).get("max_position_embeddings", HfGPTConfig.max_position_embeddings)
 
 
-def build_recipe_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None = None
-) -> PreTrainedModel:
+def build_recipe_model(recipe: Recipe, data: Data) -> PreTrainedModel:
     """The model of a recipe, with its adapter and what is not trained frozen.
 
     Args:
         recipe: Its sections `model`, `adapters` and `training`.
-        tokenizer: What the model will be trained with.
-        labels: Of a classifier; None: a language model.
+        data: What the model will be trained with: its tokenizer, its labels and its base model.
 
     Raises:
         InputError: See `hfgpt.building.build_model` and `hfgpt.adapters.attach_adapter`; or an adapter on weights that
@@ -75,7 +76,7 @@ def build_recipe_model(
             raise InputError(
                 "4-bit weights cannot be trained: add a section adapters, or leave out model.load_in_4bit"
             )
-        model = build_model(arguments, tokenizer, labels)
+        model = build_model(arguments, data.tokenizer, data.labels, data.base)
         if trainable != "all":
             freeze_model(model, (recipe.training.last_blocks or 1) if trainable == "last_blocks" else 0)
         return model
@@ -83,8 +84,9 @@ def build_recipe_model(
         raise InputError("an adapter needs a model to adapt: set model.path")
     if arguments.path is not None and Path(arguments.path).is_dir():  # found from wherever the adapter is loaded
         arguments = dataclasses.replace(arguments, path=str(Path(arguments.path).resolve()))
-    task_type = CAUSAL_LM if labels is None else SEQ_CLS
-    model = attach_adapter(build_model(arguments, tokenizer, labels), recipe.adapters, task_type, arguments.revision)
+    task_type = CAUSAL_LM if data.labels is None else SEQ_CLS
+    model = build_model(arguments, data.tokenizer, data.labels, data.base)
+    model = attach_adapter(model, recipe.adapters, task_type, arguments.revision)
     if recipe.training.gradient_checkpointing:
         model.enable_input_require_grads()  # the frozen embeddings give none
     return model

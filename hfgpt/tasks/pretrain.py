@@ -8,9 +8,16 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, default_data_collator, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+    default_data_collator,
+    set_seed,
+)
 
-from hfgpt.building import check_base_model
+from hfgpt.building import find_base_model
 from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, cache_folder, load_all_documents, load_documents
@@ -19,12 +26,11 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts, unknown_token_id
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
-from hfgpt.loading import check_vocabulary, load_model, load_model_tokenizer
+from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured
 from hfgpt.training.estimate import Estimate
-from hfgpt.training.hardware import find_device
 
 
 @dataclass(kw_only=True)
@@ -62,13 +68,12 @@ class Pretraining:
         pass
 
     def load(self, recipe: Recipe, tokenizer_folder: Path | None = None) -> PretrainingData:
-        if tokenizer_folder is None:
-            check_base_model(recipe.model)
+        base = find_base_model(recipe.model)
         report = DataReport()
         documents = load_documents(recipe.data, recipe.training.seed, report)
-        tokenizer = find_tokenizer(recipe, tokenizer_folder, (row["text"] for row in documents["train"]))
+        tokenizer = find_tokenizer(recipe, base, tokenizer_folder, (row["text"] for row in documents["train"]))
         warn_of_small_vocabulary(recipe, tokenizer, report)
-        block_size = context_length(recipe) if recipe.data.block_size is None else recipe.data.block_size
+        block_size = context_length(recipe, base) if recipe.data.block_size is None else recipe.data.block_size
         blocks = {}
         for split, texts in documents.items():
             stream = tokenize(texts, tokenizer, recipe.data)
@@ -82,11 +87,11 @@ class Pretraining:
             )
             count_blocks(blocks[split], unknown_token_id(tokenizer), report, split)
         report.warn_if_small("validation", "tokens")
-        return PretrainingData(splits=blocks, tokenizer=tokenizer, report=report)
+        return PretrainingData(splits=blocks, tokenizer=tokenizer, report=report, base=base)
 
     def build(self, recipe: Recipe, data: PretrainingData) -> PreTrainedModel:
         set_seed(recipe.training.seed)
-        model = build_recipe_model(recipe, data.tokenizer)
+        model = build_recipe_model(recipe, data)
         check_blocks(model, data)
         context = model.config.max_position_embeddings
         sampling_arguments(recipe)
@@ -97,9 +102,6 @@ class Pretraining:
 
     def trainer_arguments(self, recipe: Recipe, data: PretrainingData) -> dict[str, Any]:
         return {}
-
-    def load_saved(self, path: str) -> PreTrainedModel:
-        return load_model(path)
 
     def measure(self, model: PreTrainedModel, data: PretrainingData, recipe: Recipe, console: Console) -> Measured:
         batch_size = recipe.training.per_device_eval_batch_size
@@ -113,11 +115,9 @@ class Pretraining:
         return {"texts": texts, **{name: getattr(arguments, name) for name in names}}
 
     def evaluate(
-        self, path: str, data: DataArguments, evaluation: EvaluationArguments, console: Console | None = None
+        self, saved: SavedModel, data: DataArguments, evaluation: EvaluationArguments, console: Console | None = None
     ) -> dict[str, Any]:
-        tokenizer = load_model_tokenizer(path)
-        model = load_model(path).to(find_device())
-        check_vocabulary(model, tokenizer)
+        model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM)
         report = DataReport()
         stream = tokenize(load_all_documents(data, report), tokenizer, data)
         context = model.config.max_position_embeddings

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from hfgpt.data.report import DataReport
+from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.training.estimate import Estimate
 
@@ -31,6 +32,7 @@ class Data:
         tokenizer: What made them.
         report: What became of the source.
         labels: The classes of a classifier in the order of their ids; None: a language model.
+        base: The model to go on from; None: training starts from random weights.
         pretraining_texts: What a first pass of language modelling may read.
     """
 
@@ -38,6 +40,7 @@ class Data:
     tokenizer: PreTrainedTokenizerBase
     report: DataReport
     labels: list[str] | None = None
+    base: SavedModel | None = None
     pretraining_texts: list[str] = field(default_factory=list)
 
     @property
@@ -113,26 +116,25 @@ class Task(Protocol):
     def trainer_arguments(self, recipe: Recipe, data: Data) -> dict[str, Any]:
         """What `HfGPTTrainer` gets beside model, arguments and data: collator, loss, measure."""
 
-    def load_saved(self, path: str) -> PreTrainedModel:
-        """A model that this task has trained, as it was saved."""
-
     def measure(self, model: PreTrainedModel, data: Data, recipe: Recipe, console: Console) -> Measured:
         """Measures a saved model on the rows that were held out."""
 
     def sample(self, model: PreTrainedModel, data: Data, recipe: Recipe) -> dict[str, Any]:
         """`texts` that show what the model has learned from the recipe's prompts, and how they were sampled."""
 
-    def evaluate(self, path: str, data: Any, evaluation: Any, console: Console | None = None) -> dict[str, Any]:
+    def evaluate(
+        self, saved: SavedModel, data: Any, evaluation: Any, console: Console | None = None
+    ) -> dict[str, Any]:
         """Measures a saved model on all rows of a source.
 
         Args:
-            path: A folder or Hub id.
+            saved: The model.
             data: The section `data`.
             evaluation: The section `evaluation`.
             console: Where to show progress; None: standard error.
 
         Raises:
-            InputError: There is no such model, no rows, or they do not fit the model.
+            InputError: The model is of another kind, there are no rows, or they do not fit it.
         """
 
     def describe(self, metrics: Mapping[str, Any]) -> str:

@@ -12,11 +12,6 @@ import torch
 from hfgpt.data.report import counted
 
 
-def find_device() -> torch.device:
-    """The device that Trainer will use: the current accelerator, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
 def has_native_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bfloat16 matrices in hardware.
 

@@ -24,11 +24,11 @@ from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
-from hfgpt.loading import fact_of, quiet_bars, save_labels
+from hfgpt.models import fact_of, find_device, quiet_bars, save_labels
 from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_checksums, write_checksums
 from hfgpt.training.checkpoints import find_last_checkpoint, remove_old_checkpoints, step_of
 from hfgpt.training.flops import training_flops_per_token
-from hfgpt.training.hardware import find_device, has_native_bf16
+from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.optimizers import MuonFactory
 
 # The arguments that decide what is learned. The recipe.yaml of a run has all of them, so that it means the same when a

@@ -18,6 +18,7 @@ from hfgpt.conversion.nanogpt import read_meta
 from hfgpt.conversion.sources import ImportArguments
 from hfgpt.data.sources import DataArguments
 from hfgpt.evaluation import EvaluationArguments
+from hfgpt.models import find_model
 from hfgpt.saving import check_free
 from hfgpt.tasks import TASKS
 from hfgpt.tokenizer import train_tokenizer
@@ -162,10 +163,11 @@ def test_characters_without_an_end_of_text_stay_as_they_are(tmp_path):
     (tmp_path / "good.txt").write_text("a bad cafe gag " * 9)
     (tmp_path / "bad.txt").write_text("a snowman " * 9)
     data = DataArguments(path=str(tmp_path / "good.txt"), cache_dir=str(tmp_path / "cache"))
-    assert TASKS["pretrain"].evaluate(str(tmp_path / "gpt2"), data, EvaluationArguments())["eval_tokens"] == 15 * 9 - 1
+    model, evaluate = find_model(str(tmp_path / "gpt2")), TASKS["pretrain"].evaluate
+    assert evaluate(model, data, EvaluationArguments())["eval_tokens"] == 15 * 9 - 1
     data = DataArguments(path=str(tmp_path / "bad.txt"), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(InputError, match="the tokenizer does not know all of the text"):
-        TASKS["pretrain"].evaluate(str(tmp_path / "gpt2"), data, EvaluationArguments())
+        evaluate(model, data, EvaluationArguments())
 
 
 def test_old_files_of_gpt2(tmp_path):

@@ -31,7 +31,7 @@ from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub import fresh_process, stranger
 from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.folder import read_records
-from hfgpt.loading import load_model
+from hfgpt.models import load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.runs.remeasure import _find_rows
 from hfgpt.runs.run import run as train

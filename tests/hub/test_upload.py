@@ -24,7 +24,7 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub import upload as way
 from hfgpt.hub.background import CheckpointPushes
 from hfgpt.hub.upload import Target, check_login, upload, verify
-from hfgpt.loading import load_model
+from hfgpt.models import load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.saving import hash_file
 from hfgpt.training.trainer import HfGPTTrainingArguments

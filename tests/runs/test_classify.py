@@ -20,7 +20,7 @@ from hfgpt.data.classification import ClassificationDataArguments
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import ClassifierEvaluationArguments
 from hfgpt.evaluation.classification import predict
-from hfgpt.loading import load_classifier, load_model
+from hfgpt.models import find_model, load_classifier, load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.runs.first_pass import build_arguments
 from hfgpt.runs.run import run as run_recipe
@@ -55,7 +55,7 @@ LONGER = ("training.num_train_epochs=10", "training.learning_rate=0.005")
 
 
 def evaluate(path, data):
-    return TASKS["classify"].evaluate(path, data, ClassifierEvaluationArguments())
+    return TASKS["classify"].evaluate(find_model(path), data, ClassifierEvaluationArguments())
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, 
 
 def test_prediction_is_what_the_pipeline_says(here, finished):
     texts = ["red apple 3", "green", "a blue egg " * 10]
-    model, tokenizer, labels = load_classifier("finished")
+    model, tokenizer, labels = load_classifier(find_model("finished"))
     ours = predict(model, tokenizer, texts)
     theirs = pipeline("text-classification", model="finished")(texts, truncation=True)
     assert [(found.label, pytest.approx(found.score, abs=1e-6)) for found in ours] == [
@@ -228,7 +228,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     arguments = ClassificationDataArguments(path="rows.jsonl")
     assert evaluate("merged", arguments) == pytest.approx(evaluate("adapter", arguments), abs=1e-5)
     theirs = pipeline("text-classification", model="merged")("red cup")[0]["label"]
-    model, tokenizer, _ = load_classifier("adapter")
+    model, tokenizer, _ = load_classifier(find_model("adapter"))
     assert predict(model, tokenizer, ["red cup"])[0].label == theirs
     with pytest.raises(InputError, match=r"merged' exists: name a folder that does not"):
         merge("adapter", here / "merged")
@@ -260,7 +260,7 @@ def test_a_first_pass_takes_the_optimizer_of_the_run(here):
 def test_an_adapter_on_a_first_pass_of_its_own_run(here):
     run("both", "pretraining.max_steps=3", "pretraining.block_size=16", "adapters.r=2", "training.max_steps=2")
     assert read(here / "both" / "adapter_config.json")["base_model_name_or_path"] == str(here / "both" / "pretrained")
-    assert load_classifier("both")[2] == LABELS
+    assert load_classifier(find_model("both"))[2] == LABELS
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path
     with pytest.raises(InputError, match=r"the label 'x' of .* is not one of the model's classes"):
         evaluate("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))
     with pytest.raises(InputError, match=r"'finished/pretrained' is a language model, not a classifier"):
-        load_classifier("finished/pretrained")
+        load_classifier(find_model("finished/pretrained"))
 
 
 def test_a_classifier_that_does_not_say_its_problem_is_gone_on_from(here, finished, tmp_path):
@@ -321,9 +321,9 @@ def test_an_adapter_is_moved_with_its_own_base(here, finished):
     card = (here / "before" / "README.md").read_text()
     assert "with which `pretrained`, a GPT of" in card
     assert str(here) not in card
-    ours = predict(*load_classifier("before")[:2], ["red cup"])
+    ours = predict(*load_classifier(find_model("before"))[:2], ["red cup"])
     (here / "before").rename(here / "after")
-    assert predict(*load_classifier("after")[:2], ["red cup"]) == ours
+    assert predict(*load_classifier(find_model("after"))[:2], ["red cup"]) == ours
 
 
 def test_texts_to_classify(tmp_path):

@@ -20,7 +20,7 @@ from hfgpt.data.instructions import InstructionDataArguments
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import AnswerEvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments
-from hfgpt.loading import load_model, load_model_tokenizer
+from hfgpt.models import find_model, load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
 from hfgpt.runs.run import run as run_recipe
 from hfgpt.saving import hash_file
@@ -109,17 +109,19 @@ def test_anybody_can_talk_to_it(here, finished):
 
 def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
     evaluation = AnswerEvaluationArguments(max_new_tokens=8, answers=str(tmp_path / "a"))
-    metrics = TASKS["instruct"].evaluate("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
+    metrics = TASKS["instruct"].evaluate(
+        find_model("finished"), InstructionDataArguments(path="rows.jsonl"), evaluation
+    )
     assert (metrics["eval_answers"], metrics["eval_exact_match"]) == (60, 1.0)
     assert len((tmp_path / "a" / "answers.jsonl").read_text().splitlines()) == 60
     evaluation.judge.base_url, evaluation.judge.model, evaluation.answers = "http://127.0.0.1:9/v1", "m", None
     with pytest.raises(InputError, match=r"judgements have to be kept somewhere: name a folder"):
-        TASKS["instruct"].evaluate("finished", InstructionDataArguments(path="rows.jsonl"), evaluation)
+        TASKS["instruct"].evaluate(find_model("finished"), InstructionDataArguments(path="rows.jsonl"), evaluation)
 
 
 def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
     data, evaluation = InstructionDataArguments(path="rows.jsonl", max_rows=5), AnswerEvaluationArguments()
-    read = read_keys(partial(TASKS["instruct"].evaluate, "finished"), data=data, evaluation=evaluation)
+    read = read_keys(partial(TASKS["instruct"].evaluate, find_model("finished")), data=data, evaluation=evaluation)
     of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
     sections = {"data": data, "evaluation": evaluation}
     keys = {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
@@ -318,7 +320,7 @@ def test_a_chat_with_a_broken_template_is_refused_before_anything_is_said(here, 
     with pytest.raises(
         InputError, match=r"the tokenizer's chat template fails \(ZeroDivisionError: division by zero\)"
     ):
-        TASKS["instruct"].evaluate(str(tmp_path), *arguments)
+        TASKS["instruct"].evaluate(find_model(str(tmp_path)), *arguments)
 
 
 def test_the_context_of_a_prompt_is_all_of_it(chat):

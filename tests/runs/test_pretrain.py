@@ -20,6 +20,7 @@ from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import EvaluationArguments
+from hfgpt.models import find_model
 from hfgpt.recipe import load_recipe, section_types
 from hfgpt.runs.run import run
 from hfgpt.tasks import TASKS
@@ -205,14 +206,15 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
     file = tmp_path / "held-out.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in documents), encoding="utf-8")
     data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
+    evaluate = partial(TASKS["pretrain"].evaluate, find_model(str(finished.folder)))
     # The same weights, tokens and batches of eight: the very same numbers.
-    assert TASKS["pretrain"].evaluate(str(finished.folder), data, EvaluationArguments()) == finished.metrics
-    strided = TASKS["pretrain"].evaluate(str(finished.folder), data, EvaluationArguments(stride=4))
+    assert evaluate(data, EvaluationArguments()) == finished.metrics
+    strided = evaluate(data, EvaluationArguments(stride=4))
     assert strided["eval_tokens"] == finished.metrics["eval_tokens"]
     assert strided["eval_loss"] != finished.metrics["eval_loss"]
     data.block_size = 33
     with pytest.raises(InputError, match=r"data\.block_size is 33, but the context of the model is 32"):
-        TASKS["pretrain"].evaluate(str(finished.folder), data, EvaluationArguments())
+        evaluate(data, EvaluationArguments())
 
 
 def test_evaluate_reads_every_key_that_it_does_not_refuse(finished, read_keys, tmp_path):
@@ -220,7 +222,9 @@ def test_evaluate_reads_every_key_that_it_does_not_refuse(finished, read_keys, t
     file.write_text("The village is small. " * 9, encoding="utf-8")
     data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
     read = read_keys(
-        partial(TASKS["pretrain"].evaluate, str(finished.folder)), data=data, evaluation=EvaluationArguments()
+        partial(TASKS["pretrain"].evaluate, find_model(str(finished.folder))),
+        data=data,
+        evaluation=EvaluationArguments(),
     )
     assert all_keys("pretrain") - read - ONLY_OF_SPLITS <= TASKS["pretrain"].only_for_training.keys()
     assert {"data.path", "data.block_size", "evaluation.stride"} <= read
@@ -296,9 +300,9 @@ def test_what_is_shown(finished):
 def test_blocks_are_as_long_as_the_context_of_the_model_that_is_built(tmp_path):
     (tmp_path / "r.yaml").write_text("task: pretrain\n")
     for overrides, context in (([], 256), (["--model.preset=gpt2"], 1024), (["--model.max_position_embeddings=8"], 8)):
-        assert context_length(load_recipe(str(tmp_path / "r.yaml"), overrides)) == context
+        assert context_length(load_recipe(str(tmp_path / "r.yaml"), overrides), None) == context
     with pytest.raises(InputError, match=r"model.max_position_embeddings is 0; it must be at least 1"):
-        context_length(load_recipe(str(tmp_path / "r.yaml"), ["--model.max_position_embeddings=0"]))
+        context_length(load_recipe(str(tmp_path / "r.yaml"), ["--model.max_position_embeddings=0"]), None)
 
 
 def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finished, train, tmp_path):

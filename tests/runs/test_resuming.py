@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.models import find_model
 from hfgpt.records import RunRecord
-from hfgpt.runs.folder import check_same_sources
+from hfgpt.runs.folder import check_same_sources, describe_sources
 from hfgpt.saving import hash_file, write_checksums
+from hfgpt.tasks.task import Data
 from hfgpt.training import checkpoints
 from hfgpt.training.checkpoints import list_checkpoints, step_of
 from hfgpt.training.trainer import HfGPTTrainer
@@ -117,13 +120,9 @@ def test_what_a_run_began_with_is_compared(began, now, said):
 
 
 def test_a_base_model_is_recorded_when_a_run_begins(whole, load, tmp_path):
-    from hfgpt.data.report import DataReport
-    from hfgpt.loading import load_model_tokenizer
-    from hfgpt.runs.folder import describe_sources
-
-    recipe = load(tmp_path)
-    recipe.model.path = str(whole.folder)
-    sources = describe_sources(recipe, load_model_tokenizer(str(whole.folder)), DataReport(sha256="1"))
+    base = find_model(str(whole.folder))
+    data = Data(splits={}, tokenizer=base.load_tokenizer(), report=DataReport(sha256="1"), base=base)
+    sources = describe_sources(load(tmp_path), data)
     assert sources.base_weights_sha256 == hash_file(whole.folder / "model.safetensors")
     assert sources.to_dict().keys() >= BEGAN.keys()
 

@@ -34,6 +34,7 @@ from hfgpt.saving import (
     write_text,
 )
 from hfgpt.tasks import TASKS
+from hfgpt.tasks.task import Data
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.hardware import process_memory_bytes
@@ -384,11 +385,11 @@ def test_a_run_begins_whole_or_not_at_all(existed, finished, load, tmp_path):
     if existed:
         (tmp_path / "runs" / "new").mkdir(parents=True)
     with pytest.raises(OSError, match="no space"), hold_folder(tmp_path / "runs" / "new"):
-        begin_run(recipe, tokenizer, Full())
+        begin_run(recipe, Data(splits={}, tokenizer=tokenizer, report=Full()))
     assert (tmp_path / "runs").exists() == existed
     assert content(tmp_path) == {}
     with hold_folder(tmp_path / "runs" / "new"):
-        begin_run(recipe, tokenizer, DataReport(source="here"))
+        begin_run(recipe, Data(splits={}, tokenizer=tokenizer, report=DataReport(source="here")))
     assert content(tmp_path / "runs" / "new").keys() == {
         "recipe.yaml",
         "run.json",

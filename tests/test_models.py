@@ -20,15 +20,15 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from hfgpt import HfGPTConfig, HfGPTForCausalLM, loading
+from hfgpt import HfGPTConfig, HfGPTForCausalLM, models
 from hfgpt.building import ModelArguments, build_config, build_model
 from hfgpt.errors import InputError
-from hfgpt.loading import (
+from hfgpt.models import (
     check_model_path,
     check_vocabulary,
     find_changed_weights,
+    find_model,
     load_model,
-    load_model_config,
     load_model_tokenizer,
     quiet_bars,
 )
@@ -45,6 +45,10 @@ SMALL = {
     "attn_pdrop": 0.0,
 }
 WEIGHTS = "model.safetensors"
+
+
+def load_model_config(path, revision=None):
+    return find_model(path, revision).config
 
 
 @pytest.fixture(scope="module")
@@ -321,15 +325,15 @@ def test_a_hub_id_is_asked_for_once_and_never_runs_its_code(auto_class, load, re
         looked.append((path, name, revision))
 
     looked = []
-    loading._is_adapter_on_the_hub.cache_clear()
-    monkeypatch.setattr(loading, "cached_file", cached_file)
+    models._is_adapter_on_the_hub.cache_clear()
+    monkeypatch.setattr(models, "cached_file", cached_file)
     monkeypatch.setattr(auto_class, "from_pretrained", from_pretrained)
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda path, revision: ({}, {}))
     message = refusal(load, "org/name", revision)
     assert asked == [("org/name", revision or "main", False)]
     expected = [] if load is load_model_tokenizer else [("org/name", "adapter_config.json", revision or "main")]
     assert looked == expected, "whether it is an adapter"
-    loading._is_adapter_on_the_hub.cache_clear()
+    models._is_adapter_on_the_hub.cache_clear()
     assert message.startswith("cannot load a ")
     assert message.endswith(
         " from 'org/name' (there is no network and never was): check the name, the network and the login"
