@@ -22,10 +22,14 @@ from hfgpt.training import estimate
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = ["--training.max_steps", "2"]
-SHORTER = {  # of recipes
+FEW_TOKENS = ["--evaluation.max_new_tokens", "4"]
+SHORTER = {  # of recipes, and of what is evaluated by its answers
+    "my-gpt.yaml": FEW_TOKENS,
+    "shakespeare-char": FEW_TOKENS,
     "spam": ["--pretraining.max_steps", "2"],
-    "instruct": ["--evaluation.max_answers", "2", "--evaluation.max_new_tokens", "4"],
-    "instruct-lora": ["--evaluation.max_answers", "2", "--evaluation.max_new_tokens", "4"],
+    "instruct": ["--evaluation.max_answers", "2", *FEW_TOKENS],
+    "instruct-lora": ["--evaluation.max_answers", "2", *FEW_TOKENS],
+    "merged/instruct": FEW_TOKENS,
 }
 
 
@@ -57,9 +61,9 @@ def workplace(tmp_path_factory):
         run_demo(
             Path("runs/demo"),
             {
-                "demo": [*quick, "--data.max_documents", "300"],
+                "demo": [*quick, "--data.max_documents", "100", *FEW_TOKENS],
                 "demo-messages": [*quick, "--data.max_rows", "60"],
-                "demo-instructions": [*quick, "--data.max_rows", "30", "--evaluation.max_answers", "5"],
+                "demo-instructions": [*quick, "--data.max_rows", "30", "--evaluation.max_answers", "2", *FEW_TOKENS],
             },
         )
         save_as_others_do(AutoModelForCausalLM.from_pretrained("runs/demo"), folder)
@@ -84,7 +88,8 @@ def test_readme_commands_run(workplace, monkeypatch, capsys):
     for command in commands:
         words = shlex.split(command)
         if words[1] in ("train", "plan", "inspect"):
-            words += [*SHORT, *SHORTER.get(words[2], ())]
+            words += SHORT
+        words += SHORTER.get(words[2], ())
         monkeypatch.setattr("sys.argv", words)
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         with contextlib.chdir(workplace), pytest.raises(SystemExit) as stop:

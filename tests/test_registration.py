@@ -39,16 +39,6 @@ def test_import_alone_imports_nothing_heavy(tmp_path):
     assert imported - {"hfgpt"} <= set(sys.stdlib_module_names)
 
 
-def test_beside_the_auto_classes_it_costs_nothing(tmp_path):
-    """Our classes are imported when one is asked for: their imports take as long as torch."""
-    script = "import sys, hfgpt; from transformers import AutoModelForCausalLM; print(*sys.modules)"
-    imported = run_python(script, tmp_path).split()
-    assert "transformers.models.auto.modeling_auto" in imported
-    ours = {name for name in imported if name.partition(".")[0] == "hfgpt"}
-    assert ours == {"hfgpt"}
-    assert "transformers.modeling_utils" not in imported
-
-
 # What comes before the check in a process where neither hfgpt nor the Auto classes have been imported.
 ORDERS = {
     "hfgpt, then Auto": "import hfgpt; from transformers import AutoModelForCausalLM",
@@ -75,7 +65,7 @@ except ImportError:
 # Those processes are forks of one that has imported what they need besides: a cold start takes 6 s, 5 s of it torch.
 FORKS = """
 import json, os, sys
-import accelerate, scipy.optimize, torch, torch.distributed.checkpoint, transformers.activations
+import accelerate, scipy.optimize, torch, torch.distributed.checkpoint, transformers.activations, transformers.models
 
 orders, unwanted = json.loads(sys.argv[1])
 CHECK = '''
@@ -99,14 +89,16 @@ report = {
 '''
 for name, imports in orders.items():
     tables = ("hfgpt", "transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
-    loaded = [module for module in sys.modules if module.startswith(tables)]
+    loaded = [module for module in sys.modules if module.startswith((*tables, "transformers.modeling_utils"))]
     assert loaded == [], loaded
     child = os.fork()
     if child == 0:
         status = 1
         try:
             exec(imports)
+            imported = [*sys.modules]
             exec(CHECK)
+            report["imported"] = [module for module in imported if module.startswith(("hfgpt", "transformers.model"))]
             print(json.dumps({name: report}), flush=True)
             status = 0
         finally:
@@ -116,10 +108,24 @@ for name, imports in orders.items():
 """
 
 
-def test_auto_classes_know_hfgpt_in_whatever_order_they_are_imported(tmp_path):
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What each of those processes says of itself."""
     unwanted = ["datasets", "peft", "matplotlib", "evaluate", "jsonargparse", "typer"]
-    printed = run_python(FORKS, tmp_path, json.dumps([ORDERS, unwanted])).splitlines()
-    reports = {name: report for line in printed for name, report in json.loads(line).items()}
+    printed = run_python(FORKS, tmp_path_factory.mktemp("forks"), json.dumps([ORDERS, unwanted])).splitlines()
+    return {name: report for line in printed for name, report in json.loads(line).items()}
+
+
+def test_beside_the_auto_classes_it_costs_nothing(reports):
+    """Our classes are imported when one is asked for: their imports take as long as torch."""
+    imported = reports["hfgpt, then Auto"]["imported"]
+    assert "transformers.models.auto.modeling_auto" in imported
+    ours = {name for name in imported if name.partition(".")[0] == "hfgpt"}
+    assert ours == {"hfgpt"}
+    assert "transformers.modeling_utils" not in imported
+
+
+def test_auto_classes_know_hfgpt_in_whatever_order_they_are_imported(reports):
     assert list(reports) == list(ORDERS)
     for name, report in reports.items():
         assert report["classes"] == ["HfGPTConfig", *REGISTERED.values()], name

@@ -151,16 +151,16 @@ def test_what_an_earlier_publication_left_goes(hub, run, trusting):
     for name in ("README.md", *stale, *kept):
         hub.blobs[name] = b"---\ntags: [hfgpt]\n---\n"
         repository.commits[repository.branches["main"]][name] = (False, name)
-    send(run)
+    send(run, measure=False)
     assert not stale & hub.files("me/model").keys()
     assert kept <= hub.files("me/model").keys(), "not ours"
 
 
 def test_branches_and_pull_requests(hub, run, trusting):
-    send(run, revision="dev")
+    send(run, revision="dev", measure=False)
     assert hub.files("me/model") == {}
     assert "model.safetensors" in hub.files("me/model", "dev")
-    send(run, create_pr=True)
+    send(run, create_pr=True, measure=False)
     assert hub.files("me/model") == {}
     assert "model.safetensors" in hub.files("me/model", "refs/pr/1")
     with pytest.raises(InputError, match="leave out --revision"):
@@ -174,7 +174,7 @@ def test_what_arrives_otherwise_is_told(hub, run, trusting):
 
     hub.faults.append(Fault("GET /me/model/resolve/.*/metrics.json|HEAD /me/model/resolve/.*/metrics.json", spoil))
     with pytest.raises(InputError, match=r"'metrics\.json' did not arrive at me/model as it was sent"):
-        send(run)
+        send(run, measure=False)
 
 
 def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, trusting):
@@ -198,7 +198,7 @@ def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, tru
 def test_notes_and_licence_go_to_both_branches(hub, run, trusting):
     (run / "LICENSE").write_text("Do what you like.")
     (run / "notes.txt").write_text("By hand.")
-    _, shown = send(run, "me/model", "--hub.native_branch", "true")
+    _, shown = send(run, "me/model", "--hub.native_branch", "true", measure=False)
     for branch in ("main", "gpt2"):
         assert {"LICENSE", "notes.txt", "loss.png", "README.md"} <= hub.files("me/model", branch).keys()
     native = hub.files("me/model", "gpt2")
@@ -215,7 +215,7 @@ def test_what_changes_while_it_is_checked_is_not_sent(hub, run, trusting, monkey
         return plan(*args)
 
     monkeypatch.setattr(task, "plan_branches", late)
-    send(run, "me/late")
+    send(run, "me/late", measure=False)
     assert "late.txt" not in hub.files("me/late")
     (run / "late.txt").unlink()
     monkeypatch.setattr(task, "plan_branches", lambda *args: (edit_weight(run), plan(*args))[1])
@@ -342,13 +342,13 @@ def test_two_branches_are_never_one(hub, run, trusting):
 
 
 def test_visibility_is_never_a_surprise(hub, run, trusting):
-    send(run, "me/open", private=False)
+    send(run, "me/open", private=False, measure=False)
     assert not hub.repositories["me/open"].private
     with pytest.raises(InputError, match="exists and is public: pass --public"):
-        send(run, "me/open")
-    send(run, "me/closed")
+        send(run, "me/open", measure=False)
+    send(run, "me/closed", measure=False)
     with pytest.raises(InputError, match="exists and is private: leave out --public"):
-        send(run, "me/closed", private=False)
+        send(run, "me/closed", private=False, measure=False)
 
 
 def test_a_model_of_another_kind_is_not_written_over(hub, run, trusting):
@@ -356,14 +356,14 @@ def test_a_model_of_another_kind_is_not_written_over(hub, run, trusting):
     hub.blobs["x"] = b'{"model_type": "llama"}'
     repository.commits[repository.branches["main"]]["config.json"] = (False, "x")
     with pytest.raises(InputError, match=r"'me/llama' holds config\.json and no card of hfgpt's"):
-        send(run, "me/llama")
+        send(run, "me/llama", measure=False)
     assert hub.files("me/llama").keys() == {"config.json"}
     # Nor an adapter or a pipeline, which have no such file.
     for name in ("adapter_model.safetensors", "unet/model.safetensors"):
         repository = hub.create("me/other", private=True)
         repository.commits[repository.branches["main"]] = {name: (False, "x"), "README.md": (False, "x")}
         with pytest.raises(InputError, match="no card of hfgpt's"):
-            send(run, "me/other")
+            send(run, "me/other", measure=False)
 
 
 def plant_nan(run: Path):
@@ -585,10 +585,10 @@ def test_tokens_and_labels_may_be_called_as_they_like(tmp_path):
 
 
 def test_python_files_in_an_adapters_folder_are_not_sent(hub, runs, tmp_path, trusting):
-    send(runs / "text", "me/text")
+    send(runs / "text", "me/text", measure=False)
     adapter = shutil.copytree(runs / "adapter", tmp_path / "adapter")
     (adapter / "modeling_hfgpt.py").write_text("raise SystemExit")
-    send(adapter, "me/adapter", "--hub.base_model", "me/text")
+    send(adapter, "me/adapter", "--hub.base_model", "me/text", measure=False)
     assert not [name for name in hub.files("me/adapter") if name.endswith(".py")]
 
 
@@ -741,7 +741,7 @@ def test_a_run_that_follows_instructions(hub, runs, trusting):
 
 
 def test_an_adapter_as_native_gpt2_needs_no_base(hub, runs, trusting):
-    send(runs / "adapter", format="gpt2")
+    send(runs / "adapter", format="gpt2", measure=False)
     files = hub.files("me/model")
     config = json.loads(files["config.json"])
     assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2ForSequenceClassification"])
@@ -754,18 +754,18 @@ def test_an_adapter_as_native_gpt2_needs_no_base(hub, runs, trusting):
 
 
 def test_an_adapters_base_is_pinned(hub, runs, trusting):
-    send(runs / "text", "me/text")
+    send(runs / "text", "me/text", measure=False)
     commit = hub.repositories["me/text"].branches["main"]
-    send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text")
+    send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text", measure=False)
     config = json.loads(hub.files("me/adapter")["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/text", commit)
     files = hub.files("me/text")
     weights = files["model.safetensors"]
     hub.create("me/other", private=True, files=files | {"model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])})
     with pytest.raises(InputError, match="'me/other' has other weights than the adapter was trained on"):
-        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/other")
+        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/other", measure=False)
     with pytest.raises(InputError, match="the Hub has no 'me/nothing'"):
-        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/nothing")
+        send(runs / "adapter", "me/adapter", "--hub.base_model", "me/nothing", measure=False)
 
 
 def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeypatch):
@@ -787,7 +787,7 @@ def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeyp
 
 def test_a_token_on_the_command_line_does_not_reach_the_card(hub, run, trusting):
     with pytest.raises(InputError, match=r"'README\.md' holds a Hugging Face token"):
-        send(run, "me/model", "--hub.data_license", "hf_" + "a1B2" * 9)
+        send(run, "me/model", "--hub.data_license", "hf_" + "a1B2" * 9, measure=False)
     assert hub.log == []
 
 
@@ -877,5 +877,5 @@ def test_a_folder_that_computes_something_else_elsewhere_is_refused(hub, run, mo
 
     monkeypatch.setattr(task, "stage", spoil)
     with pytest.raises(InputError, match="computes other logits from these files"):
-        send(run)
+        send(run, measure=False)
     assert hub.log == []

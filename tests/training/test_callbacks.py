@@ -202,21 +202,32 @@ def test_outside_the_main_thread_no_handler_is_set():
 
 
 TWO_PROCESSES = """
-import signal
+import os, signal, sys
 from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainerControl, TrainerState
 from hfgpt.training.callbacks import InterruptCallback
 
-rank = PartialState(cpu=True).process_index
-with InterruptCallback(Console(quiet=True)) as callback:
-    for step in range(1, 20):
-        if step == 5 + 3 * rank:
-            signal.raise_signal(signal.SIGTERM)
-        control = callback.on_step_end(None, TrainerState(global_step=step, max_steps=100), TrainerControl())
-        if control.should_training_stop:
-            print(step, control.should_save)
-            break
+# Two forks share one import of torch.
+child = os.fork()
+rank = 0 if child else 1
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+status = 1
+try:
+    assert PartialState(cpu=True).process_index == rank
+    with InterruptCallback(Console(quiet=True)) as callback:
+        for step in range(1, 20):
+            if step == 5 + 3 * rank:
+                signal.raise_signal(signal.SIGTERM)
+            control = callback.on_step_end(None, TrainerState(global_step=step, max_steps=100), TrainerControl())
+            if control.should_training_stop:
+                os.write(1, f"{step} {control.should_save}\\n".encode())
+                break
+    status = 0
+finally:
+    if not child:
+        os._exit(status)
+assert os.waitpid(child, 0)[1] == 0
 """
 
 
@@ -226,17 +237,11 @@ def test_all_processes_stop_after_the_same_step():
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0] for process in processes] == ["5 True\n", "5 True\n"]
+    run = subprocess.run(
+        [sys.executable, "-c", TWO_PROCESSES], env=shared, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["5 True", "5 True"]
 
 
 def test_interrupts_are_given_back_after_an_error():
