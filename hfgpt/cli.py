@@ -21,7 +21,7 @@ from hfgpt.saving import check_model_path
 
 app = typer.Typer(
     name="hfgpt",
-    help="A GPT from scratch, at home in the Hugging Face ecosystem.",
+    help="A GPT written from scratch, fully integrated with the Hugging Face ecosystem.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
@@ -30,7 +30,9 @@ app = typer.Typer(
 # An unknown command or option, a wrong type. typer exports only its kinds, from click or from a copy of it.
 UsageError = typer.BadParameter.__base__
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A name from recipes/, or the path of a YAML file.")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe name (see recipes/) or the path to a YAML file.")
+]
 
 
 def _existing(model: str) -> str:
@@ -39,17 +41,17 @@ def _existing(model: str) -> str:
     return model
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.", callback=_existing)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub model id.", callback=_existing)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
 def train(
     context: typer.Context,
     recipe: RecipeName,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint.")] = False,
 ):
-    """Run a recipe; override any of its keys with --section.key value."""
+    """Train a model from a recipe; override any key with --section.key value."""
     from hfgpt.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
@@ -61,18 +63,26 @@ def train(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; '' starts a new document.")],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="The text to continue; '' generates a new document.")
+    ],
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="At most so many; by default 100, or as many as the context leaves.")
+        int | None, typer.Option(help="Maximum number of new tokens (default: 100, or what fits in the context).")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 more varied.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    num_samples: Annotated[int, typer.Option(help="Continuations of the prompt.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature: below 1 more predictable, above 1 more varied.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables this.")] = 50,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")
+    ] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")] = False,
+    num_samples: Annotated[int, typer.Option(help="Number of texts to generate.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same text.")
+    ] = 0,
 ):
-    """Continue a prompt."""
+    """Generate text from a prompt."""
     from transformers import AutoModelForCausalLM
 
     from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_texts
@@ -89,17 +99,23 @@ def generate(
 @app.command()
 def chat(
     model: Model,
-    system: Annotated[str | None, typer.Option(help="How the model is to behave.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Of an answer; by default a quarter of the context.")
+        int | None, typer.Option(help="Maximum number of tokens in an answer (default: a quarter of the context).")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 more varied.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same answers.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature: below 1 more predictable, above 1 more varied.")
+    ] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables this.")] = 50,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")
+    ] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same answers.")
+    ] = 0,
 ):
-    """Talk with a model that was trained to answer; /reset, /system TEXT, /exit."""
+    """Chat with an instruction-tuned model; commands: /reset, /system TEXT, /exit."""
     from hfgpt.commands.chat import run_chat
     from hfgpt.evaluation.generation import SamplingArguments
 
@@ -111,14 +127,14 @@ def classify(
     model: Model,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="The texts to classify; by default the lines of standard input."),
+        typer.Argument(metavar="[TEXT]...", help="Texts to classify (default: the lines of standard input)."),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(help="Classify each line of this file, too; - is standard input.")
+        Path | None, typer.Option(help="Also classify each line of this file; - reads standard input.")
     ] = None,
     as_json: AsJson = False,
 ):
-    """Say to which class each text belongs, and how probably to each."""
+    """Classify texts and print the probability of each class."""
     from hfgpt.commands.classify import classify as classify_texts
 
     predictions = classify_texts(model, texts or [], file)
@@ -139,12 +155,12 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="pretrain (next token), classify or instruct; by default what the model is: one of the first two."
+            help="pretrain (next token), classify or instruct (default: pretrain, or classify for a classifier)."
         ),
     ] = None,
     as_json: AsJson = False,
 ):
-    """Measure a model on all rows of --data.path: loss and perplexity, or accuracy, or answers."""
+    """Evaluate a model on all rows of --data.path: loss and perplexity, accuracy, or exact match."""
     from hfgpt.recipe import SECTIONS, parse_sections
 
     if task not in (None, *SECTIONS):
@@ -172,14 +188,17 @@ def evaluate(
 def merge(
     adapter: Annotated[
         str,
-        typer.Argument(metavar="ADAPTER", help="A run that trained an adapter, or a Hub id.", callback=_existing),
+        typer.Argument(
+            metavar="ADAPTER", help="The folder of a run that trained an adapter, or a Hub id.", callback=_existing
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder (must not exist).")],
     tolerance: Annotated[
-        float, typer.Option(help="Largest difference of logits, relative where they exceed 1.")
+        float,
+        typer.Option(help="Largest allowed difference of logits, relative to the largest logit if that is above 1."),
     ] = 1e-5,
 ):
-    """Merge an adapter into its base model, and prove that it computes the same."""
+    """Merge an adapter into its base model and verify that the logits stay the same."""
     from hfgpt.commands.merge import merge as merge_into_base
 
     merge_into_base(adapter, out, tolerance)
@@ -189,26 +208,33 @@ def merge(
 def import_weights(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="A GPT-2 (Hub id, folder), or a file of nanoGPT's or the book's model."),
+        typer.Argument(
+            metavar="SOURCE", help="A GPT-2 model (Hub id or folder), or a checkpoint file of nanoGPT or the book."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder (must not exist).")],
     checkpoint_format: Annotated[
-        str, typer.Option("--format", help="auto, gpt2, nanogpt or book; auto finds it from the keys.")
+        str, typer.Option("--format", help="auto, gpt2, nanogpt or book; auto detects the format.")
     ] = "auto",
-    num_heads: Annotated[int | None, typer.Option(help="Attention heads, where the file does not say.")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Number of attention heads, if the file does not contain it.")
+    ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A Hub id, a folder, or nanoGPT's meta.pkl; by default what lies beside it.")
+        str | None,
+        typer.Option(help="A Hub id, a folder, or nanoGPT's meta.pkl (default: the one next to the weights)."),
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Rows of the embedding to keep; by default those that have a token.")
+        int | None, typer.Option(help="Number of embedding rows to keep (default: one per token).")
     ] = None,
     lora_scale: Annotated[
-        float | None, typer.Option(help="Of the book's LoRA layers: alpha, or alpha / rank in its later code.")
+        float | None, typer.Option(help="Scale of the book's LoRA layers: alpha, or alpha / rank in its later code.")
     ] = None,
-    hidden_act: Annotated[str | None, typer.Option(help="The activation, if not the format's usual one.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    hidden_act: Annotated[
+        str | None, typer.Option(help="Activation function, if it is not the format's default.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
 ):
-    """Make a checkpoint of GPT-2, nanoGPT or the book a model that every Auto class loads, and prove it the same."""
+    """Convert a GPT-2, nanoGPT or book checkpoint to a model for AutoModel, and verify its logits."""
     from hfgpt.commands.convert import import_checkpoint
     from hfgpt.conversion.sources import ImportArguments
 
@@ -219,13 +245,14 @@ def import_weights(
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
-    export_format: Annotated[str, typer.Option("--format", help="gpt2.")] = "gpt2",
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder (must not exist).")],
+    export_format: Annotated[str, typer.Option("--format", help="Output format: gpt2.")] = "gpt2",
     merge_adapter: Annotated[
-        bool, typer.Option("--merge-adapter", help="MODEL is an adapter: merge it into its base model.")
+        bool,
+        typer.Option("--merge-adapter", help="Required if MODEL is an adapter: merge it into its base model first."),
     ] = False,
 ):
-    """Write a model as a native GPT-2, which needs no code of ours, and prove it the same."""
+    """Export a model as a standard transformers GPT-2 (no custom code needed), and verify its logits."""
     from hfgpt.commands.convert import export_model
 
     if export_format != "gpt2":
@@ -236,18 +263,24 @@ def export(
 @app.command(name="publish", context_settings=TAKES_OVERRIDES)
 def publish_model(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a run, or of any saved model.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The folder of a run or of a saved model.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name on the Hub.")],
     publish_format: Annotated[
-        str, typer.Option("--format", help="hfgpt, or gpt2: native, without any code of ours.")
+        str, typer.Option("--format", help="hfgpt, or gpt2: standard transformers GPT-2, no custom code needed.")
     ] = "hfgpt",
-    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")] = True,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and show everything, and send nothing.")] = False,
-    revision: Annotated[str | None, typer.Option(help="The branch; made if it is not there.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    commit_message: Annotated[str | None, typer.Option(help="Of the one commit.")] = None,
+    private: Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run all checks and show the files and the card, but upload nothing.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to; created if it does not exist (default: main).")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
+    ] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
 ):
-    """Check a model, write its card and send it to the Hub in one commit; --hub.license mit and the like add facts."""
+    """Check a model, write its model card and upload it to the Hub; set card fields with --hub.license mit etc."""
     from hfgpt.commands.publish import PublishArguments, publish
 
     arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
@@ -259,9 +292,9 @@ def publish_model(
 def inspect_data(
     context: typer.Context,
     recipe: RecipeName,
-    rows: Annotated[int, typer.Option(help="Blocks to show.")] = 3,
+    rows: Annotated[int, typer.Option(help="Number of training rows to show.")] = 3,
 ):
-    """Show what a recipe's data becomes: rows kept and dropped, blocks, and which tokens are learned."""
+    """Show how a recipe's data is prepared: rows kept and dropped, blocks, and the tokens that are learned."""
     from hfgpt.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
@@ -272,7 +305,7 @@ def inspect_data(
 
 @app.command(context_settings=TAKES_OVERRIDES)
 def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
-    """Say what a recipe will cost before it runs: parameters, memory, operations, time on this machine."""
+    """Estimate the cost of a recipe before running it: parameters, memory, FLOPs and time on this machine."""
     from hfgpt.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
@@ -284,7 +317,7 @@ def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
 
 @app.command()
 def doctor(as_json: AsJson = False):
-    """Say what this machine has: versions, devices, the kernels that will be used, Hub login."""
+    """Print versions, device, precision, attention kernels and Hub login."""
     from hfgpt.commands.doctor import examine, render_examination
 
     findings = examine()
@@ -293,9 +326,11 @@ def doctor(as_json: AsJson = False):
 
 @app.command()
 def demo(
-    output_dir: Annotated[Path | None, typer.Option(help="The run folder; by default a new one below runs/.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder for the demo's runs (default: a new folder in runs/).")
+    ] = None,
 ):
-    """Take the tour: train a small story-teller on generated text and teach it two trades, offline, in minutes."""
+    """Train a small model on generated stories and fine-tune it for two tasks, offline, in minutes."""
     from hfgpt.commands.demo import run_demo
 
     run_demo(output_dir)

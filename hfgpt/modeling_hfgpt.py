@@ -282,14 +282,9 @@ class HfGPTModel(HfGPTPreTrainedModel):
         )
         refuse_positions_past(self.config.max_position_embeddings, position_ids, given, seen + length)
 
-        # Positions that restart pack documents, unless the caller's own mask says who attends to whom. While tracing,
-        # positions beside a cache come from `generate`: one document a row.
         documents = same_document = None
-        traced_cache = past_key_values is not None and is_tracing(inputs_embeds)
-        if given and length > 1 and (attention_mask is None or is_padding_mask) and not traced_cache:
-            new_mask = padding_mask[:, -length:] if is_padding_mask else None  # (B, T)
-            documents = find_packed_documents(position_ids, new_mask)  # (B, T)
-            refuse_packed_rows_that_mix(documents, new_mask, past_key_values, self.config._attn_implementation)
+        if given and (attention_mask is None or is_padding_mask):
+            documents = self._find_documents(position_ids, padding_mask, past_key_values)  # (B, T)
         if documents is not None:  # and no cache is made: several documents could not continue it
 
             def same_document(batch, head, query, key):
@@ -312,6 +307,18 @@ class HfGPTModel(HfGPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _find_documents(self, position_ids, padding_mask, past_key_values) -> torch.Tensor | None:
+        """The documents (B, T) of rows that pack several by positions that restart; None where every row holds one."""
+        length = position_ids.shape[1]
+        # While tracing, positions beside a cache come from `generate`: one document a row.
+        if length == 1 or (past_key_values is not None and is_tracing(position_ids)):
+            return None
+        mask = None if padding_mask is None else padding_mask[:, -length:]  # (B, T)
+        documents = find_packed_documents(position_ids, mask)
+        if documents is not None:
+            refuse_documents_that_mix(documents, mask, past_key_values, self.config._attn_implementation)
+        return documents
 
 
 class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
@@ -449,12 +456,10 @@ def refuse_positions_past(context: int, position_ids: torch.Tensor, given: bool,
     )
 
 
-def refuse_packed_rows_that_mix(
-    documents: torch.Tensor | None, mask: torch.Tensor | None, past_key_values: Cache | None, attention: str
+def refuse_documents_that_mix(
+    documents: torch.Tensor, mask: torch.Tensor | None, past_key_values: Cache | None, attention: str
 ):
     """Raises ValueError where packed documents (B, T) could not be kept apart."""
-    if documents is None:
-        return
     if past_key_values is not None:
         raise ValueError(
             "position_ids restart, so these rows pack several documents, and one cache cannot hold them: "

@@ -165,10 +165,10 @@ def test_train_reports_on_stderr_and_leaves_a_model(here):
     shown = (here / "shown.txt").read_text()
     for line in (
         r"stories.txt: 1 row read, 1 kept",
-        r"steps: 20 of 256 tokens; about \d+ s at [\d,]+ tokens/s",
+        r"steps: 20 of 256 tokens each; about \d+ s at [\d,]+ tokens/s",
         r"step 20/20  validation \d\.\d{3}  [\d,]+ tokens/s",
         r"sample: Once.*",
-        r"saved to runs/tiny; go on with: hfgpt generate runs/tiny .*",
+        r"saved to runs/tiny\. Next: hfgpt generate runs/tiny .*",
     ):
         assert re.search(f"^{line}", shown, re.MULTILINE), line
     metrics = json.loads((here / "runs" / "tiny" / "metrics.json").read_text())
@@ -255,7 +255,8 @@ def test_inspect(here):
     for number, block in enumerate(blocks):
         title, _, shown = block.partition(":\n")
         assert title.startswith(f"{number} of ")
-        assert shown == text[8 * number : 8 * number + 9] + "\n"
+        first, *learned = text[8 * number : 8 * number + 9]
+        assert shown == f"«{first}»{''.join(learned)}\n"
     assert len(blocks) == 2
     assert len(hfgpt("inspect", "tiny.yaml", "--rows", 0).out.split("\nblock ")) == 1
     assert hfgpt("inspect", "tiny.yaml", "--rows", 2, "--data.block_size", 8, COLUMNS="9").out == result.out, "piped"
@@ -276,7 +277,7 @@ def test_plan(here):
     assert (people.status, people.err) == (0, "")
     rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in people.out.splitlines())
     assert rows["parameters"] == f"{plan['parameters']:,}"
-    assert rows["steps"] == "20 of 256 tokens"
+    assert rows["steps"] == "20 of 256 tokens each"
     assert rows["speed"].endswith(f" tokens/s on {plan['device']}")
 
 

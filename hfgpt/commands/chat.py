@@ -13,7 +13,7 @@ from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, gen
 from hfgpt.models import find_model
 from hfgpt.training.callbacks import stderr_console
 
-HELP = "/reset forgets the conversation; /system TEXT says how to behave, and begins anew; /exit or Ctrl-D ends"
+HELP = "/reset clears the history; /system TEXT sets the system prompt and clears the history; /exit or Ctrl-D quits"
 
 
 @dataclass

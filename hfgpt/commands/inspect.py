@@ -1,6 +1,7 @@
 """`hfgpt inspect`: what a recipe's data becomes, and which tokens are learned, in colour."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -18,8 +19,8 @@ from hfgpt.tasks.pretrain import PretrainingData
 from hfgpt.tasks.task import Data
 from hfgpt.training.callbacks import PlainConsole
 
-LEARNED = ("green", "cyan")  # in turn, so that tokens can be told apart
-CONTEXT_ONLY = "dim strike"
+LEARNED = ("green", "cyan")  # alternating, so that neighbouring tokens are distinct
+CONTEXT_ONLY = "dim"
 
 
 def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
@@ -62,7 +63,9 @@ def show_blocks(data: PretrainingData, rows: int) -> Iterator[Text]:
 @show_rows.register
 def show_texts(data: ClassificationData, rows: int) -> Iterator[Text]:
     """The first texts of the training split of a classifier, with their labels and as tokens."""
-    yield Text.assemble("\ntokens, in turn: ", ("one ", LEARNED[0]), ("after ", LEARNED[1]), ("the other", LEARNED[0]))
+    yield Text.assemble(
+        "\ntokens, in alternating colors: ", ("one ", LEARNED[0]), ("after ", LEARNED[1]), ("another", LEARNED[0])
+    )
     encoded = data.splits["train"]
     for index in range(min(rows, len(encoded))):
         label = make_visible(data.labels[encoded[index]["labels"]])
@@ -87,7 +90,7 @@ def show_conversations(data: InstructionData, rows: int) -> Iterator[Text]:
 
 
 def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A row as text: each token that some position learns in colour, the others struck out.
+    """A row as text: each token that some position learns in colour, the others dim and in « ».
 
     Args:
         input_ids: T inputs.
@@ -95,22 +98,24 @@ def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokeniz
             ignored, which is then no part of the row; the first token is never a target.
         tokenizer: What made them.
     """
+    pairs = zip([*input_ids, shift_labels[-1]], [IGNORED, *shift_labels], strict=True)
+    tokens = [(token, target != IGNORED) for token, target in pairs if token != IGNORED]
     text = Text()
-    for position, (token, target) in enumerate(
-        zip([*input_ids, shift_labels[-1]], [IGNORED, *shift_labels], strict=True)
-    ):
-        if token != IGNORED:
-            style = CONTEXT_ONLY if target == IGNORED else LEARNED[position % 2]
+    for is_learned, run in itertools.groupby(enumerate(tokens), key=lambda item: item[1][1]):
+        text.append("" if is_learned else "«", style=CONTEXT_ONLY)
+        for position, (token, _) in run:
+            style = LEARNED[position % 2] if is_learned else CONTEXT_ONLY
             text.append(make_visible(tokenizer.decode([token])), style=style)
+        text.append("" if is_learned else "»", style=CONTEXT_ONLY)
     return text
 
 
 def _legend() -> Text:
     return Text.assemble(
-        "\ntokens that are learned: ",
+        "\nlearned tokens, in alternating colors: ",
         ("one ", LEARNED[0]),
         ("after ", LEARNED[1]),
-        ("the other", LEARNED[0]),
+        ("another", LEARNED[0]),
         "; context only: ",
-        ("like this", CONTEXT_ONLY),
+        ("«like this»", CONTEXT_ONLY),
     )

@@ -36,19 +36,19 @@ def render_plan(estimate: Estimate) -> str:
         ("memory: gradients", f"{estimate.gradients_bytes / mib:,.1f} MiB"),
         ("memory: optimizer", f"{estimate.optimizer_bytes / mib:,.1f} MiB"),
         ("memory: activations", f"{estimate.activations_bytes / mib:,.1f} MiB"),
-        ("memory: libraries and data", f"{estimate.process_bytes / mib:,.1f} MiB, held by this process now"),
+        ("memory: libraries and data", f"{estimate.process_bytes / mib:,.1f} MiB (this process now)"),
         ("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB"),
-        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens"),
+        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens each"),
         ("tokens", f"{estimate.tokens:,}"),
-        ("operations a token", f"{estimate.flops_per_token:.3g} FLOP, forward and backward"),
-        ("operations", f"{estimate.flops:.3g} FLOP"),
+        ("FLOPs per token", f"{estimate.flops_per_token:.3g}, forward and backward"),
+        ("FLOPs", f"{estimate.flops:.3g}"),
         ("speed", f"{estimate.tokens_per_second:,.0f} tokens/s on {estimate.device}"),
-        ("time", f"{_duration(estimate.seconds)}, evaluations not counted"),
+        ("time", f"{_duration(estimate.seconds)}, not including evaluation"),
     ]
     if not estimate.process_bytes:  # an accelerator
-        rows[5:7] = [("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB on the device, without its context")]
+        rows[5:7] = [("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB on the device, excluding its context")]
     if first := estimate.first_pass:
-        steps = f"{first.steps:,} steps of {first.tokens_per_step:,} tokens"
+        steps = f"{first.steps:,} steps of {first.tokens_per_step:,} tokens each"
         rows.insert(-6, ("first pass", f"{steps}, {_duration(first.seconds)}, {first.memory_bytes / mib:,.1f} MiB"))
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in rows:

@@ -365,7 +365,7 @@ def show_missing(contents: Contents, records: FolderRecords, hub: HubArguments, 
     lines = [f"  {'stays here':>15}  {name}: {reason}" for name, reason in contents.staying.items()]
     if hub.license is None:
         lines.append(
-            "the card names no licence, without which nobody may use the model: --hub.license mit, for instance"
+            "the card has no license, without which nobody may use the model: set one, such as --hub.license mit"
         )
     if not records.metrics:
         lines.append("the card has no evaluation: name data to measure on with --data.path")

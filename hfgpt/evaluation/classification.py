@@ -210,7 +210,7 @@ def baseline_accuracy(
 
 
 def plot_confusion(result: ClassifierResult, path: Path, title: str):
-    """Draws the confusion matrix: right classes down, predicted ones across, rows of the test split in each field."""
+    """Draws the confusion matrix: true classes in rows, predicted classes in columns, counts and shares of a row."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,12 +224,13 @@ def plot_confusion(result: ClassifierResult, path: Path, title: str):
     for row, counts in enumerate(confusion if len(confusion) <= 30 else []):  # numbers no wider than their field
         for column, count in enumerate(counts):
             colour = "white" if count > largest / 2 else "black"
-            axes.text(column, row, f"{count:,}", ha="center", va="center", color=colour)
+            share = f"{count:,}\n{count / max(sum(counts), 1):.0%}"
+            axes.text(column, row, share, ha="center", va="center", color=colour, fontsize=9)
     places = range(len(result.labels))
     labels = [drawable(label, f"class {index}") for index, label in enumerate(result.labels)]
     axes.set_xticks(places, labels, rotation=30 if len(labels) > 3 else 0)
     axes.set_yticks(places, labels)
-    axes.set(xlabel="predicted", ylabel="right", title=drawable(title, "test split"))
+    axes.set(xlabel="predicted", ylabel="true", title=drawable(title, "test split"))
     figure.savefig(path)
     pyplot.close(figure)
 

@@ -29,49 +29,52 @@ Rows = list[tuple[str, str]]
 # Name in metrics.json -> what it is, and the Hub's name of such a result; None: of no result, but of its size.
 METRICS = {
     "eval_accuracy": ("accuracy", "accuracy"),
-    "eval_accuracy_low": ("Wilson interval of the accuracy, lower end", None),
-    "eval_accuracy_high": ("Wilson interval of the accuracy, upper end", None),
-    "eval_macro_f1": ("F1, mean over the classes", "f1"),
+    "eval_accuracy_low": ("accuracy, lower bound (Wilson interval)", None),
+    "eval_accuracy_high": ("accuracy, upper bound (Wilson interval)", None),
+    "eval_macro_f1": ("macro F1", "f1"),
     "eval_loss": ("loss, nats", "loss"),
     "eval_perplexity": ("perplexity", "perplexity"),
-    "eval_bits_per_byte": ("bits a byte", "bits_per_byte"),
-    "eval_exact_match": ("answers right to the letter", "exact_match"),
-    "eval_normalised_match": ("answers right but for case, punctuation and articles", "normalised_match"),
-    "eval_judge_score": ("mean score of the judge, at the end of the run", "judge_score"),
+    "eval_bits_per_byte": ("bits per byte", "bits_per_byte"),
+    "eval_exact_match": ("exact match", "exact_match"),
+    "eval_normalised_match": ("match ignoring case, punctuation and articles", "normalised_match"),
+    "eval_judge_score": ("mean judge score, at the end of the run", "judge_score"),
     "eval_judge_scored": ("answers judged", None),
-    "eval_judge_failures": ("answers that the judge failed to score", None),
-    "majority_accuracy": ("beside it, always naming the largest class", None),
-    "baseline_accuracy": ("beside it, a logistic regression on character n-grams", None),
+    "eval_judge_failures": ("answers the judge failed to score", None),
+    "majority_accuracy": ("majority-class baseline", None),
+    "baseline_accuracy": ("baseline: logistic regression on character n-grams", None),
     "validation_accuracy": ("accuracy on the validation split", None),
-    "eval_tokens": ("tokens predicted", None),
-    "eval_bytes": ("bytes they stand for", None),
-    "eval_unknown_tokens": ("tokens that stand for text the tokenizer cannot express", None),
+    "eval_tokens": ("predicted tokens", None),
+    "eval_bytes": ("bytes of text", None),
+    "eval_unknown_tokens": ("unknown tokens", None),
     "eval_rows": ("rows", None),
     "eval_answers": ("answers", None),
-    "eval_unfinished_answers": ("answers that did not come to their end", None),
-    "eval_truncated": ("rows cut to the context", None),
+    "eval_unfinished_answers": ("unfinished answers", None),
+    "eval_truncated": ("rows truncated to the context", None),
 }
 SHARE = re.compile(r".*accuracy|.*match|eval_(precision|recall)_")
 ARCHITECTURE = {
     "parameters": "parameters",
-    "num_hidden_layers": "blocks",
+    "num_hidden_layers": "layers",
     "num_attention_heads": "attention heads",
     "hidden_size": "hidden size",
-    "intermediate_size": "size within the MLP",
-    "max_position_embeddings": "context, tokens",
-    "vocab_size": "vocabulary, tokens",
+    "intermediate_size": "MLP size",
+    "max_position_embeddings": "context length, tokens",
+    "vocab_size": "vocabulary size",
     "hidden_act": "activation",
-    "qkv_bias": "biases on query, key and value",
-    "tie_word_embeddings": "embedding is also the output layer",
+    "qkv_bias": "biases of query, key and value",
+    "tie_word_embeddings": "tied input and output embeddings",
 }
 SPLIT_BY = {
-    "given": "the source, in splits of its own",
+    "given": "the source has its own splits",
     "documents": "whole documents",
-    "rows": "rows, those of the same text together",
-    "order": "order: the first rows train",
-    "position": "position in the one text",
+    "rows": "rows; identical texts stay in one split",
+    "order": "order; the first rows are for training",
+    "position": "position in a single text",
 }
-PICTURES = {"loss.png": "Loss in training", "confusion.png": "Right classes down, predicted ones across"}
+PICTURES = {
+    "loss.png": "Training and validation loss",
+    "confusion.png": "Confusion matrix: true classes in rows, predicted classes in columns",
+}
 
 
 @dataclass
@@ -177,7 +180,7 @@ def build_card(records: FolderRecords, hub: HubArguments, place: Place) -> Card:
 def evaluation_results(records: FolderRecords) -> list[dict[str, Any]]:
     """What was measured, in the form of the Hub's `.eval_results/*.yaml`."""
     sha = records.run.weights_sha256
-    weights = f"; {'converted from ' if _is_exported(records) else ''}weights of sha256 {sha}" if sha else ""
+    weights = f"; {'converted from ' if _is_exported(records) else ''}weights with SHA-256 {sha}" if sha else ""
     entries = [
         EvalResultEntry(
             dataset_id=records.data_name,
@@ -227,25 +230,25 @@ def _metadata(records: FolderRecords, hub: HubArguments, title: str) -> ModelCar
 
 def _summary(records: FolderRecords) -> str:
     labels = list(records.labels.values())
-    purposes = {"classify": f"tells {_enumerate(labels)} apart", "instruct": "follows instructions"}
-    purpose = purposes.get(records.task, "continues text")
+    purposes = {"classify": f"classifies texts as {_enumerate(labels)}", "instruct": "follows instructions"}
+    purpose = purposes.get(records.task, "generates text")
     parameters = (records.run.architecture or {}).get("parameters")
     size = f" of {parameters:,} parameters" if parameters else ""
     data = f" It was trained on `{records.data_name}`." if records.recipe else ""
     if not records.adapter:
         return f"A GPT{size} that {purpose}.{data}"
     saved = records.run.saved_parameters
-    own = f" of {saved:,} parameters" if saved else ""
-    return f"A LoRA adapter{own} with which `{public_name(records.base)}`, a GPT{size}, {purpose}.{data}"
+    own = f" ({saved:,} parameters)" if saved else ""
+    return f"A LoRA adapter{own} for `{public_name(records.base)}`, a GPT{size}, that {purpose}.{data}"
 
 
 def _loading(records: FolderRecords, native: bool) -> str:
     if native:
-        return "A native GPT-2: transformers, and every tool for GPT-2, loads it without any code of its own."
+        return "This is a standard transformers GPT-2; no custom code is needed to load it."
     whose = "the base model's" if records.adapter else "its"
     return (
         f"`trust_remote_code=True` lets transformers run {whose} two Python files, `configuration_hfgpt.py` and "
-        "`modeling_hfgpt.py`. Where hfgpt is installed, write `import hfgpt` first and leave it out."
+        "`modeling_hfgpt.py`. If hfgpt is installed, write `import hfgpt` first and omit it."
     )
 
 
@@ -253,21 +256,21 @@ def _training_data(records: FolderRecords, hub: HubArguments) -> Rows:
     data = records.data
     if data is None:
         return []
-    rows = [("source", f"`{records.data_name}`"), ("sha256 of its content", f"`{data.sha256}`")]
-    rows += [("licence", hub.data_license)] if hub.data_license else []
+    rows = [("source", f"`{records.data_name}`"), ("SHA-256 of the content", f"`{data.sha256}`")]
+    rows += [("license", hub.data_license)] if hub.data_license else []
     rows += [("rows read", _format(data.rows_read)), ("rows kept", _format(data.rows_kept))]
     rows += [(f"rows dropped: {reason}", _format(count)) for reason, count in sorted(data.dropped.items())]
     found = {
-        "truncated": "rows cut to the context",
-        "duplicated": "rows whose text was already there, kept",
-        "kept_together": "rows that share their text with others, kept on one side",
-        "near_duplicates": "test rows that are almost a training row",
-        "leaked": "rows of validation or test that are also in training",
+        "truncated": "rows truncated to the context",
+        "duplicated": "rows with duplicate text (kept)",
+        "kept_together": "rows with identical text (kept in one split)",
+        "near_duplicates": "test rows that are near duplicates of training rows",
+        "leaked": "validation or test rows that are also in the training split",
     }
     rows += [(label, _format(value)) for name, label in found.items() if (value := getattr(data, name))]
-    rows += [("divided by", SPLIT_BY[data.split_by])] if data.split_by else []
+    rows += [("split by", SPLIT_BY[data.split_by])] if data.split_by else []
     # A task that reads rows counts them as documents.
-    names = {"predicted_tokens": "tokens predicted", "tail_tokens": "tokens left over at the end"}
+    names = {"predicted_tokens": "predicted tokens", "tail_tokens": "tokens left over (dropped)"}
     names |= {} if records.task == "pretrain" else {"documents": "rows"}
     for split, sizes in data.splits.items():
         sizes = vars(sizes).copy()
@@ -285,13 +288,13 @@ def _procedure(run: TrainingRecord, hub: HubArguments) -> Rows:
         "steps": "optimizer steps",
         "tokens": "tokens seen",
         "seed": "seed",
-        "trained_parameters": "parameters trained",
+        "trained_parameters": "trained parameters",
         "device": "hardware",
         "processes": "processes",
         "precision": "precision",
-        "training_seconds": "seconds of training",
-        "total_seconds": "seconds in all, with data and evaluation",
-        "tokens_per_second": "tokens a second",
+        "training_seconds": "training time, s",
+        "total_seconds": "total time with data and evaluation, s",
+        "tokens_per_second": "tokens per second",
         "peak_memory_bytes": f"peak memory of the {peak_of}, bytes" if peak_of else "peak memory, bytes",
     }
     for name in names.keys() & (_facts_of(first) if first else {}).keys():
@@ -299,10 +302,10 @@ def _procedure(run: TrainingRecord, hub: HubArguments) -> Rows:
     times = {name: f"{value:,.1f}" for name, value in (run.actual or {}).items() if "second" in name}
     if step := run.resumed_from_step:
         for name in times:
-            names[name] += f", from step {step:,} on, where the run was resumed"
+            names[name] += f", since the run was resumed at step {step:,}"
     rows = [(label, times.get(name, _format(facts[name]))) for name, label in names.items() if name in facts]
     before = [(f"first pass: {label}", value) for label, value in _procedure(first, HubArguments())] if first else []
-    return before + rows + ([("energy as metered, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
+    return before + rows + ([("metered energy, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
 
 
 def _facts_of(training: TrainingRecord) -> dict[str, Any]:
@@ -320,9 +323,9 @@ def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
 
 def _measured_on(records: FolderRecords) -> str:
     sha, again, finished = records.run.weights_sha256, records.run.measured_again, records.run.finished
-    weights = f", with the weights of sha256 `{sha}`" if sha else ""
+    weights = f", with weights of SHA-256 `{sha}`" if sha else ""
     if sha and _is_exported(records):
-        weights += ", of which those here are a conversion"
+        weights += " (converted to the weights here)"
     when = (
         f", before it was published ({again})"
         if again
@@ -342,21 +345,21 @@ def _relations(records: FolderRecords, hub: HubArguments) -> list[str]:
     base = hub.base_model or (public_name(records.base) if records.base else None)
     if records.adapter:
         sha = records.run.base_weights_sha256
-        weights = f", whose weights have the sha256 `{sha}`" if sha else ""
-        relations.append(f"The adapter is of use on its own base model only: `{base}`{weights}.")
+        weights = f" (SHA-256 of its weights: `{sha}`)" if sha else ""
+        relations.append(f"The adapter works only with its own base model: `{base}`{weights}.")
     elif records.recipe and not merge:
-        merged = ", as a LoRA adapter that is merged into it" if "adapters" in records.recipe else ""
+        merged = ", as a LoRA adapter that was merged into it" if "adapters" in records.recipe else ""
         relations.append(f"Trained from `{base}`{merged}." if base else "Trained from random weights.")
     if records.run.checkpoint:
-        relations.append("This is a checkpoint: what the run had come to before its end.")
+        relations.append("This is a checkpoint from before the end of the run.")
     if "pretraining" in records.recipe:
-        relations.append("A pass of language modelling over the texts of the training split came first.")
+        relations.append("A first pass trained a language model on the texts of the training split.")
     if records.recipe.get("model", {}).get("load_in_4bit"):
-        relations.append("Trained on the base model with its weights quantized, measured on it in float32.")
+        relations.append("Trained with a quantized base model, evaluated in float32.")
     if merge:
         relations.append(
             f"The adapter `{public_name(merge.adapter)}`, merged into `{base}` in float32: the largest difference "
-            f"of logits from the two apart is {merge.difference:.1e} over {merge.tokens:,} random tokens, where "
+            f"of logits from the unmerged model is {merge.difference:.1e} over {merge.tokens:,} random tokens, where "
             f"the largest logit is {merge.largest_logit:.2f}."
         )
     if conversion:
@@ -371,14 +374,14 @@ def _relations(records: FolderRecords, hub: HubArguments) -> list[str]:
 
 def _sampling(records: FolderRecords) -> str:
     if records.task == "classify":
-        return "Texts, and the likeliest class of each with its probability."
+        return "Texts with the most likely class and its probability."
     if records.task == "instruct":
-        return "Questions, and the answers of always taking the likeliest token."
+        return "Instructions with the model's greedy answers."
     if not (samples := records.run.samples):
         return ""
     return (
         f"Sampled with seed {samples.seed}, temperature {samples.temperature:g}, top_k {samples.top_k} and "
-        f"at most {samples.max_new_tokens} new tokens: one continuation of each prompt, the first."
+        f"at most {samples.max_new_tokens} new tokens: the first sample for each prompt."
     )
 
 
@@ -405,5 +408,5 @@ def _format(value: Any, name: str = "") -> str:
 
 
 def _enumerate(words: Sequence[str]) -> str:
-    words = [f"`{word}`" for word in words] or ["texts"]
-    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+    words = [f"`{word}`" for word in words] or ["one of its classes"]
+    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]

@@ -100,7 +100,7 @@ class FolderRecords:
         sizes = {"eval_tokens": "tokens", "eval_rows": "rows", "eval_answers": "rows"}
         found = [(self.metrics[name], unit) for name, unit in sizes.items() if name in self.metrics]
         few = " and ".join(f"{count:,} {unit}" for count, unit in found if count < FEWEST[unit])
-        return f" That is {few} only: too few for these figures to say much." if few else ""
+        return f" With only {few}, these figures say little." if few else ""
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
     estimate = plan_run(model, arguments, blocks.block_size, len(blocks), seconds=0.5)
     console.print(
         f"first pass: language modelling over {len(blocks.stream):,} tokens of training texts; {estimate.steps:,} "
-        f"steps of {estimate.tokens_per_step:,} tokens, about {estimate.seconds:,.0f} s",
+        f"steps of {estimate.tokens_per_step:,} tokens each, about {estimate.seconds:,.0f} s",
         highlight=False,
     )
     trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)

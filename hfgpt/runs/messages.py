@@ -41,12 +41,12 @@ def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate:
         f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
         f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
-        f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens; about {estimate.seconds:,.0f} s at "
+        f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens each; about {estimate.seconds:,.0f} s at "
         f"{estimate.tokens_per_second:,.0f} tokens/s",
     ]
     if is_new and recipe.model.path is None and data.labels is None:  # what random weights should begin with
         size = model.config.vocab_size
-        lines.append(f"first loss of a model that guesses evenly: ln {size} = {math.log(size):.3f}")
+        lines.append(f"expected initial loss (uniform guess): ln {size} = {math.log(size):.3f}")
     return "\n".join(lines)
 
 
@@ -63,6 +63,6 @@ def describe_end(folder: Path, task: Task, metrics: dict[str, Any], samples: Seq
     lines = [
         f"{task.describe(metrics)}; {training.seconds:.0f} s of training (planned {training.estimate.seconds:.0f})",
         *(f"sample: {text}" for text in samples),
-        f"saved to {folder}; go on with: {task.following(quote_path(folder))}",
+        f"saved to {folder}. Next: {task.following(quote_path(folder))}",
     ]
     return "\n".join(lines)

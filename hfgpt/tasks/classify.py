@@ -158,14 +158,14 @@ class Classification:
         return metrics | {"eval_truncated": cut} if cut else metrics
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
-        compared = [f"the largest class {metrics['majority_accuracy']:.2%}"] if "majority_accuracy" in metrics else []
+        compared = [f"majority class {metrics['majority_accuracy']:.2%}"] if "majority_accuracy" in metrics else []
         if "baseline_accuracy" in metrics:
             compared.append(f"logistic regression on character n-grams {metrics['baseline_accuracy']:.2%}")
         return (
             f"on the test split accuracy {metrics['eval_accuracy']:.2%} (95 % interval "
             f"{metrics['eval_accuracy_low']:.2%} to {metrics['eval_accuracy_high']:.2%}), macro F1 "
             f"{metrics['eval_macro_f1']:.4f} over {metrics['eval_rows']:,} rows"
-            + (f"; beside it {', '.join(compared)}" if compared else "")
+            + (f"; baselines: {', '.join(compared)}" if compared else "")
         )
 
     def following(self, folder: str) -> str:

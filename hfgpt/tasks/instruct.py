@@ -166,11 +166,11 @@ class Instructions:
         text += f"over {metrics['eval_tokens']:,} tokens of answers"
         if "eval_exact_match" in metrics:
             text += (
-                f"; {metrics['eval_exact_match']:.2%} of {metrics['eval_answers']:,} answers exactly right, "
-                f"{metrics['eval_normalised_match']:.2%} but for case, punctuation and articles"
+                f"; exact match {metrics['eval_exact_match']:.2%} of {metrics['eval_answers']:,} answers, "
+                f"{metrics['eval_normalised_match']:.2%} ignoring case, punctuation and articles"
             )
         if "eval_judge_score" in metrics:
-            text += f"; judged {metrics['eval_judge_score']:.1f} of 100 over {metrics['eval_judge_scored']:,}"
+            text += f"; judge score {metrics['eval_judge_score']:.1f} of 100 over {metrics['eval_judge_scored']:,}"
         if metrics.get("eval_judge_failures"):
             text += f" ({metrics['eval_judge_failures']:,} not judged)"
         return text

@@ -49,7 +49,7 @@ class PretrainingData(Data):
 
     def summary(self) -> str:
         stream = self.splits["train"].stream
-        reused = f"\n  tokens re-used from {stream.path.parent}" if stream.cached else ""
+        reused = f"\n  using cached tokens from {stream.path.parent}" if stream.cached else ""
         return self.report.summary() + reused
 
 
@@ -137,7 +137,7 @@ class Pretraining:
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         unknown = metrics.get("eval_unknown_tokens")
-        measured = f"{unknown:,} of them unknown" if unknown else f"{metrics['eval_bits_per_byte']:.3f} bits a byte"
+        measured = f"{unknown:,} of them unknown" if unknown else f"{metrics['eval_bits_per_byte']:.3f} bits per byte"
         return (
             f"validation loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f} over "
             f"{metrics['eval_tokens']:,} tokens, {measured}"

@@ -82,6 +82,7 @@ def test_every_number_of_a_card_was_measured(folder):
 def test_every_number_of_the_evaluation_stands_at_its_name(folder):
     text = (folder / "README.md").read_text(encoding="utf-8").split("## Evaluation")[1].split("## ")[0]
     rows = dict(re.findall(r"^\| (.*) \| (.*) \|$", text, re.MULTILINE))
+    assert rows.pop("metric") == "value"
     metrics = read_records(folder).metrics
     names = {label: name for name, (label, _) in METRICS.items()}
     names |= {f"{kind} of `{label}`": f"eval_{kind}_{label}" for kind in ("precision", "recall") for label in LABELS}
@@ -96,17 +97,17 @@ def test_times_of_a_resumed_run_are_of_its_last_part():
     records = read_records(FOLDERS[-1])
     records.run.resumed_from_step = 1390
     rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
-    assert "seconds of training, from step 1,390 on, where the run was resumed" in rows
-    assert "seconds of training" not in rows
+    assert "training time, s, since the run was resumed at step 1,390" in rows
+    assert "training time, s" not in rows
     assert "optimizer steps" in rows
 
 
 @pytest.mark.parametrize(
     ("name", "count", "said"),
     [
-        ("eval_tokens", 12, "That is 12 tokens only: too few for these figures to say much."),
-        ("eval_tokens", 999, "That is 999 tokens only: too few for these figures to say much."),
-        ("eval_rows", 99, "That is 99 rows only: too few for these figures to say much."),
+        ("eval_tokens", 12, "With only 12 tokens, these figures say little."),
+        ("eval_tokens", 999, "With only 999 tokens, these figures say little."),
+        ("eval_rows", 99, "With only 99 rows, these figures say little."),
         ("eval_tokens", 1000, ""),
         ("eval_rows", 100, ""),
     ],
@@ -124,10 +125,10 @@ def test_a_first_pass_is_counted():
     rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
     assert rows["first pass: optimizer steps"] == "200"
     assert rows["first pass: tokens seen"] == "409,600"
-    assert rows["first pass: seconds of training"] == "61.2"
+    assert rows["first pass: training time, s"] == "61.2"
     assert rows["second pass: tokens seen"] == f"{records.run.tokens:,}"
-    assert rows["seconds in all, with data and evaluation"] == f"{records.run.actual['total_seconds']:,.1f}"
-    assert not {"tokens seen", "optimizer steps", "seconds of training"} & rows.keys()
+    assert rows["total time with data and evaluation, s"] == f"{records.run.actual['total_seconds']:,.1f}"
+    assert not {"tokens seen", "optimizer steps", "training time, s"} & rows.keys()
 
 
 def test_a_base_in_a_folder_is_no_repository(tmp_path):

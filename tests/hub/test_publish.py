@@ -634,7 +634,7 @@ def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
     card = card_of(shown)
     assert "This is a checkpoint: what the run had come to before its end." in card
     assert "| optimizer steps | 2 |" in card
-    assert "seconds of training" not in card, "those are of the whole run"
+    assert "training time" not in card, "those are of the whole run"
 
 
 def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
@@ -670,7 +670,7 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     )
     _, shown = send(tmp_path / "ours", dry_run=True)
     assert "the card has no evaluation: name data to measure on with --data.path" in shown
-    assert "the card names no licence" in shown
+    assert "the card has no license" in shown
     (tmp_path / "text.txt").write_text("a b c " * 40)
     _, shown = send(tmp_path / "ours", "me/ours", "--data.path", str(tmp_path / "text.txt"), dry_run=True)
     assert "Measured on all rows of `text.txt`, with the weights of sha256" in card_of(shown)
@@ -748,7 +748,7 @@ def test_an_adapter_as_native_gpt2_needs_no_base(hub, runs, trusting):
     assert config["id2label"] == {str(index): label for index, label in read_records(runs / "adapter").labels.items()}
     assert not {"adapter_config.json", "modeling_hfgpt.py"} & files.keys()
     card = files["README.md"].decode()
-    assert "of which those here are a conversion" in card
+    assert "(converted to the weights here)" in card
     assert "trust_remote_code" not in card
     assert ModelCard(card).data.library_name == "transformers"
 

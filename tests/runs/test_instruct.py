@@ -94,7 +94,7 @@ def test_a_run_learns_to_answer_and_to_stop(here, finished):
     assert "sample: Say 1\nyes" in shown
     for split, count in (("validation", "6 tokens"), ("test", "12 tokens"), ("test", "6 rows")):
         assert f"  warning: the {split} split has {count} to measure on; the figures of fewer than 1" in shown
-    assert "| answers right to the letter | 100.00% |" in (folder / "README.md").read_text()
+    assert "| exact match | 100.00% |" in (folder / "README.md").read_text()
 
 
 def test_anybody_can_talk_to_it(here, finished):
@@ -216,9 +216,7 @@ def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, sta
     assert (metrics["eval_judge_scored"], metrics["eval_judge_failures"]) == (6, 0)
     assert len(other.requests) == 1 + 3, "a first word, and what was missing"
     assert hash_file(here / "judged" / "model.safetensors") == weights
-    assert (
-        "| mean score of the judge, at the end of the run | 55.0000 |" in (here / "judged" / "README.md").read_text()
-    )
+    assert "| mean judge score, at the end of the run | 55.0000 |" in (here / "judged" / "README.md").read_text()
 
 
 # Inspection and chat
@@ -228,14 +226,14 @@ def test_inspection_shows_what_is_learned_in_colour(here):
     console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
     inspect_recipe(load_recipe("tiny.yaml"), 1, console)
     row = console.file.getvalue().partition("row 0")[2]
-    styled = dict.fromkeys(("2;9", "32", "36"), "")
+    styled = dict.fromkeys(("2", "32", "36"), "")
     for code, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)", row):
         styled[code] = styled.get(code, "") + text
-    assert styled["2;9"].replace("\n", "") == "### User:Say 0### Assistant:", "the question is struck out"
+    assert styled["2"].replace("\n", "") == "«### User:Say 0### Assistant:»", "the question is marked"
     assert sorted(styled["32"] + styled["36"]) == sorted("yes<|endoftext|>"), "the answer and its end are learned"
     plain = Console(file=io.StringIO(), width=200)
     inspect_recipe(load_recipe("tiny.yaml"), 1, plain)
-    assert "### User:\nSay 0" in plain.file.getvalue()
+    assert "«### User:\nSay 0\n### Assistant:\n»yes" in plain.file.getvalue()
 
 
 @pytest.fixture
@@ -285,7 +283,7 @@ def test_commands_of_a_chat(here, finished, capsys):
     run_chat("finished", SamplingArguments(max_new_tokens=8, greedy=True), lines=iter(lines))
     captured = capsys.readouterr()
     assert captured.out == "yes\nyes\n"
-    assert "/reset forgets the conversation" in captured.err
+    assert "/reset clears the history" in captured.err
     assert "shorten it, or lower --max-new-tokens" in captured.err.replace(" \n", " ")
 
 

@@ -293,7 +293,7 @@ def test_what_is_shown(finished):
     assert "float32; attention sdpa" in shown
     assert f"validation loss {finished.metrics['eval_loss']:.4f} nats" in shown
     assert shown.count("sample: ") == 2
-    command = shlex.split(shown.rpartition("go on with: ")[2])
+    command = shlex.split(shown.rpartition("Next: ")[2])
     assert command == ["hfgpt", "generate", str(finished.folder), "your prompt"], "quoted for the shell"
 
 
@@ -313,8 +313,8 @@ def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finis
     warning += "add data, or raise data.validation_fraction where it divides them"
     assert f"  warning: {warning}\n" in run.shown
     assert read_json(run.folder / "data_report.json")["warnings"] == [warning]
-    said = "too few for these figures to say much"
-    assert f"That is {tokens} tokens only: {said}." in (run.folder / "README.md").read_text(encoding="utf-8")
+    said = "these figures say little"
+    assert f"With only {tokens} tokens, {said}." in (run.folder / "README.md").read_text(encoding="utf-8")
     assert "warning" not in finished.shown
     assert said not in (finished.folder / "README.md").read_text(encoding="utf-8")
 

@@ -158,7 +158,7 @@ def test_the_readme_says_what_was_measured(finished):
         f"| tokens predicted | {metrics['eval_tokens']:,} |",
         f"| loss, nats | {metrics['eval_loss']:.4f} |",
         f"| perplexity | {metrics['eval_perplexity']:.4f} |",
-        f"| bits a byte | {metrics['eval_bits_per_byte']:.4f} |",
+        f"| bits per byte | {metrics['eval_bits_per_byte']:.4f} |",
     ):
         assert words in text
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
