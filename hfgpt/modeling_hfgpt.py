@@ -198,6 +198,11 @@ class HfGPTPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
 
 
+def find_padding_mask(attention_mask) -> torch.Tensor | None:
+    """The mask (B, S) if it marks padding; None for any other, which the caller has prepared."""
+    return attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+
+
 def count_positions(inputs_embeds: torch.Tensor, padding_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
     """The positions (B or 1, T) of new tokens after those `seen`: how many real tokens of the row come before each."""
     index = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen  # (T)
@@ -270,20 +275,11 @@ class HfGPTModel(HfGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
 
-        batch_size, length = inputs_embeds.shape[:2]
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # A mask of two dimensions marks padding; any other was prepared by the caller and says nothing of it.
-        is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-        padding_mask = attention_mask if is_padding_mask else None  # (B, S)
-        refuse_short_mask(padding_mask, seen, length)
-        given = position_ids is not None
-        position_ids = (
-            position_ids.expand(batch_size, -1) if given else count_positions(inputs_embeds, padding_mask, seen)
-        )
-        refuse_positions_past(self.config.max_position_embeddings, position_ids, given, seen + length)
+        given, padding_mask = position_ids is not None, find_padding_mask(attention_mask)  # (B, S)
+        position_ids = self._find_positions(inputs_embeds, padding_mask, position_ids, past_key_values)  # (B or 1, T)
 
         documents = same_document = None
-        if given and (attention_mask is None or is_padding_mask):
+        if given and (attention_mask is None or padding_mask is not None):
             documents = self._find_documents(position_ids, padding_mask, past_key_values)  # (B, T)
         if documents is not None:  # and no cache is made: several documents could not continue it
 
@@ -307,6 +303,22 @@ class HfGPTModel(HfGPTPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
         )
+
+    def _find_positions(self, inputs_embeds, padding_mask, position_ids, past_key_values) -> torch.Tensor:
+        """The positions (B or 1, T) as they are given, or counted; refused where the embedding has none."""
+        batch_size, length = inputs_embeds.shape[:2]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        refuse_short_mask(padding_mask, seen, length)
+        if position_ids is None:
+            found = count_positions(inputs_embeds, padding_mask, seen)
+        else:
+            found = position_ids.expand(batch_size, -1)
+        # Looked at only where one can be too large: reading values from an accelerator waits for it.
+        if not is_tracing(found) and (
+            position_ids is not None or int(seen) + length > self.config.max_position_embeddings
+        ):
+            refuse_positions_past(self.config.max_position_embeddings, found)
+        return found
 
     def _find_documents(self, position_ids, padding_mask, past_key_values) -> torch.Tensor | None:
         """The documents (B, T) of rows that pack several by positions that restart; None where every row holds one."""
@@ -445,15 +457,13 @@ def refuse_short_mask(padding_mask: torch.Tensor | None, seen: int, length: int)
     )
 
 
-def refuse_positions_past(context: int, position_ids: torch.Tensor, given: bool, tokens: int):
+def refuse_positions_past(context: int, position_ids: torch.Tensor):
     """Raises ValueError where a position (B, T) has no embedding."""
-    # Looked at only where it can happen: reading values from an accelerator waits for it.
-    if is_tracing(position_ids) or not (given or int(tokens) > context) or int(position_ids.max()) < context:
-        return
-    raise ValueError(
-        f"the sequence has {int(position_ids.max()) + 1} tokens, but the context of this model ends at {context} "
-        "(max_position_embeddings): shorten it"
-    )
+    if (last := int(position_ids.max())) >= context:
+        raise ValueError(
+            f"the sequence has {last + 1} tokens, but the context of this model ends at {context} "
+            "(max_position_embeddings): shorten it"
+        )
 
 
 def refuse_documents_that_mix(
