@@ -632,7 +632,7 @@ def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
     assert "measured again on the whole validation split" in shown
     assert "stays here  optimizer.pt: state to resume from" in shown
     card = card_of(shown)
-    assert "This is a checkpoint: what the run had come to before its end." in card
+    assert "This is a checkpoint from before the end of the run." in card
     assert "| optimizer steps | 2 |" in card
     assert "training time" not in card, "those are of the whole run"
 
@@ -673,7 +673,7 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     assert "the card has no license" in shown
     (tmp_path / "text.txt").write_text("a b c " * 40)
     _, shown = send(tmp_path / "ours", "me/ours", "--data.path", str(tmp_path / "text.txt"), dry_run=True)
-    assert "Measured on all rows of `text.txt`, with the weights of sha256" in card_of(shown)
+    assert "Measured on all rows of `text.txt`, with weights of SHA-256" in card_of(shown)
     chosen = ["--data.path", str(tmp_path / "text.txt"), "--data.cache_dir", str(tmp_path), "--data.block_size=8"]
     _, other = send(tmp_path / "ours", "me/ours", *chosen, dry_run=True)
     assert "Measured on what `--data.block_size=8` chooses of `text.txt`" in card_of(other)
@@ -782,7 +782,7 @@ def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeyp
     (tmp_path / "words.txt").unlink()
     _, shown = send(tmp_path / "run", dry_run=True)
     assert "its metrics are those of the end of the run: its data is no longer at" in shown
-    assert re.search(r"with the weights of sha256 `\w+`, at the end of the run \(20", card_of(shown))
+    assert re.search(r"with weights of SHA-256 `\w+`, at the end of the run \(20", card_of(shown))
 
 
 def test_a_token_on_the_command_line_does_not_reach_the_card(hub, run, trusting):

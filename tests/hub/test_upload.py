@@ -319,7 +319,7 @@ def test_a_dead_network_stops_no_training_and_is_told_at_the_end(hub, train, imp
     with pytest.raises(InputError, match=r"is finished, but not all of it was published: .*publish it with: hfgpt"):
         train("--hub.strategy", "checkpoints")
     assert re.search("checkpoint [23] was not pushed", train.shown)
-    folder = Path(re.search(r"saved to (\S+);", train.shown)[1])
+    folder = Path(re.search(r"saved to (\S+)\. Next", train.shown)[1])
     assert (folder / "README.md").is_file()
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     assert any("hub_error" in entry for entry in log)

@@ -320,7 +320,7 @@ def test_a_classifier_that_does_not_say_its_problem_is_gone_on_from(here, finish
 def test_an_adapter_is_moved_with_its_own_base(here, finished):
     run("before", "pretraining.max_steps=2", "pretraining.block_size=16", "adapters.r=2", "training.max_steps=2")
     card = (here / "before" / "README.md").read_text()
-    assert "with which `pretrained`, a GPT of" in card
+    assert "for `pretrained`, a GPT of" in card
     assert str(here) not in card
     ours = predict(*load_classifier(find_model("before"))[:2], ["red cup"])
     (here / "before").rename(here / "after")

@@ -233,7 +233,7 @@ def test_inspection_shows_what_is_learned_in_colour(here):
     assert sorted(styled["32"] + styled["36"]) == sorted("yes<|endoftext|>"), "the answer and its end are learned"
     plain = Console(file=io.StringIO(), width=200)
     inspect_recipe(load_recipe("tiny.yaml"), 1, plain)
-    assert "«### User:\nSay 0\n### Assistant:\n»yes" in plain.file.getvalue()
+    assert "«### User:\nSay 0\n\n### Assistant:\n»yes" in plain.file.getvalue()
 
 
 @pytest.fixture

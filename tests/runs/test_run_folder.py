@@ -155,7 +155,7 @@ def test_the_readme_says_what_was_measured(finished):
     metrics = finished.metrics
     for words in (
         f"{read_json(finished.folder / 'run.json')['plan']['parameters']:,} parameters",
-        f"| tokens predicted | {metrics['eval_tokens']:,} |",
+        f"| predicted tokens | {metrics['eval_tokens']:,} |",
         f"| loss, nats | {metrics['eval_loss']:.4f} |",
         f"| perplexity | {metrics['eval_perplexity']:.4f} |",
         f"| bits per byte | {metrics['eval_bits_per_byte']:.4f} |",

@@ -192,11 +192,11 @@ def test_a_plan_says_what_its_memory_counts(make_model, make_arguments):
     estimate = estimate_run(make_model(), make_arguments(max_steps=5), 16, 100)
     estimate.tokens_per_second, estimate.device = 100.0, "CPU"
     on_device = re.sub(" +", " ", render_plan(estimate))
-    assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB on the device, without its context" in on_device
+    assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB on the device, excluding its context" in on_device
     assert "libraries" not in on_device
     estimate.process_bytes = 600 * 2**20
     shown = re.sub(" +", " ", render_plan(estimate))
-    assert "memory: libraries and data 600.0 MiB, held by this process now" in shown
+    assert "memory: libraries and data 600.0 MiB (this process now)" in shown
     assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB \n" in shown
 
 
