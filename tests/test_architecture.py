@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"", "configuration_hfgpt", "errors"},  # "" is hfgpt/__init__.py
     {"modeling_hfgpt", "saving", "recipe_keys", "foreign_code"},
-    {"records"},
+    {"records", "output"},
     {"data", "adapters"},
     {"tokenizer", "evaluation"},
     {"conversion"},

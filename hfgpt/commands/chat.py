@@ -11,7 +11,7 @@ from hfgpt.data.templates import check_chat_template, encode_chat
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_ids
 from hfgpt.models import find_model
-from hfgpt.training.callbacks import stderr_console
+from hfgpt.output import stderr_console
 
 HELP = "/reset clears the history; /system TEXT sets the system prompt and clears the history; /exit or Ctrl-D quits"
 

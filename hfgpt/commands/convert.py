@@ -38,10 +38,10 @@ from hfgpt.models import (
     load_model_tokenizer,
     quiet_bars,
 )
+from hfgpt.output import stderr_console
 from hfgpt.records import ConversionRecord, public_name
 from hfgpt.saving import appearing_folder, check_free
 from hfgpt.tokenizer import GPT2_FILES, build_char_tokenizer, load_tokenizer
-from hfgpt.training.callbacks import stderr_console
 
 GREEDY_TOKENS = 16
 PARITY_TOKENS = 64

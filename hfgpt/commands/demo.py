@@ -12,10 +12,10 @@ from hfgpt.commands.chat import Chat
 from hfgpt.evaluation.classification import predict
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
 from hfgpt.models import find_model, load_classifier
+from hfgpt.output import PlainConsole, stderr_console
 from hfgpt.recipe import load_recipe
 from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
-from hfgpt.training.callbacks import PlainConsole, stderr_console
 
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import hfgpt
 from hfgpt.models import find_device
-from hfgpt.training.callbacks import PlainConsole
+from hfgpt.output import PlainConsole
 from hfgpt.training.hardware import describe_device, has_native_bf16
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.blocks import IGNORED
 from hfgpt.errors import InputError, make_visible
+from hfgpt.output import PlainConsole
 from hfgpt.recipe import Recipe
 from hfgpt.tasks import TASKS
 from hfgpt.tasks.classify import ClassificationData
 from hfgpt.tasks.instruct import InstructionData
 from hfgpt.tasks.pretrain import PretrainingData
 from hfgpt.tasks.task import Data
-from hfgpt.training.callbacks import PlainConsole
 
 LEARNED = ("green", "cyan")  # alternating, so that neighbouring tokens are distinct
 CONTEXT_ONLY = "dim"

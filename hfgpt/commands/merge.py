@@ -15,9 +15,9 @@ from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.folder import explained_records, read_records
 from hfgpt.hub.usage import Place
 from hfgpt.models import TRAINABLE_TYPES, find_model, hash_weights, quiet_bars
+from hfgpt.output import stderr_console
 from hfgpt.records import ADAPTER, RECIPE_FILE, MergeRecord, is_checkpoint, is_run
 from hfgpt.saving import appearing_folder, check_free
-from hfgpt.training.callbacks import stderr_console
 
 TOLERANCE = 1e-5
 

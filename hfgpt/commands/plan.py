@@ -2,10 +2,10 @@
 
 from rich.table import Table
 
+from hfgpt.output import PlainConsole
 from hfgpt.recipe import Recipe
 from hfgpt.runs.first_pass import build_blocks, plan_first_pass
 from hfgpt.tasks import TASKS
-from hfgpt.training.callbacks import PlainConsole
 from hfgpt.training.estimate import Estimate, plan_run
 
 SECONDS = 2.0  # of the probe

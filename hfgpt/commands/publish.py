@@ -25,12 +25,12 @@ from hfgpt.hub.stranger import check_as_stranger
 from hfgpt.hub.upload import Target, fetch_base, upload, verify
 from hfgpt.hub.usage import Place, loading_code
 from hfgpt.models import find_model, hash_weights
+from hfgpt.output import stderr_console
 from hfgpt.recipe import parse_sections
 from hfgpt.records import CARD_FILE, is_hub_id
 from hfgpt.runs.remeasure import measure_again
 from hfgpt.saving import hash_file
 from hfgpt.tokenizer import tokenizer_hash
-from hfgpt.training.callbacks import stderr_console
 
 NATIVE_BRANCH = "gpt2"
 

@@ -9,11 +9,12 @@ from hfgpt.commands.publish import PublishArguments, check_base, publish
 from hfgpt.errors import InputError
 from hfgpt.hub.background import CheckpointPushes
 from hfgpt.hub.upload import check_login
+from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
 from hfgpt.saving import quote_path
-from hfgpt.training.callbacks import append_log, stderr_console
+from hfgpt.training.callbacks import append_log
 
 
 def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfgpt.data.collators import padding_collator
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import in_double
+from hfgpt.output import drawable
 
 
 @dataclass
@@ -233,13 +234,3 @@ def plot_confusion(result: ClassifierResult, path: Path, title: str):
     axes.set(xlabel="predicted", ylabel="true", title=drawable(title, "test split"))
     figure.savefig(path)
     pyplot.close(figure)
-
-
-def drawable(text: str, otherwise: str) -> str:
-    """A text for a picture: `otherwise` if matplotlib's font lacks one of its characters, as of Chinese or emoji."""
-    from matplotlib import font_manager
-
-    known = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
-    if any(ord(character) not in known for character in text):
-        return otherwise
-    return text.replace("$", r"\$")  # which would begin a formula

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from hfgpt.errors import InputError
 from hfgpt.models import SavedModel
+from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe, first_difference, load_recipe, render_recipe
 from hfgpt.records import CARD_FILE, METRICS_FILE, RECIPE_FILE, RunRecord, is_finished, is_run
 from hfgpt.saving import (
@@ -23,7 +24,6 @@ from hfgpt.saving import (
 )
 from hfgpt.tasks.task import Data
 from hfgpt.tokenizer import tokenizer_hash
-from hfgpt.training.callbacks import stderr_console
 from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, remove_later_checkpoints, step_of
 from hfgpt.training.trainer import HfGPTTrainingArguments
 

@@ -16,6 +16,7 @@ from hfgpt.hub.card import write_card
 from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
 from hfgpt.models import find_model
+from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.records import write_metrics
 from hfgpt.runs.first_pass import after_first_pass, build_blocks, run_first_pass
@@ -25,7 +26,7 @@ from hfgpt.runs.record import describe_run
 from hfgpt.runs.training import Training, run_training, save_run
 from hfgpt.tasks import TASKS
 from hfgpt.tasks.task import Data, Measured
-from hfgpt.training.callbacks import log_result, plot_loss, stderr_console
+from hfgpt.training.callbacks import log_result, plot_loss
 from hfgpt.training.estimate import plan_run
 from hfgpt.training.trainer import HfGPTTrainer
 

@@ -32,12 +32,12 @@ from hfgpt.evaluation.instructions import Answer, encode_question, generate_answ
 from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.models import SavedModel
+from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.records import ANSWERS_FILE, JUDGEMENTS_FILE
 from hfgpt.saving import check_writable, write_text
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured, flips
-from hfgpt.training.callbacks import stderr_console
 
 
 @dataclass(kw_only=True)

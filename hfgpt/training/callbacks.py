@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,13 +11,11 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.status import Status
-from rich.text import Text
 from torch import distributed
 from transformers import TrainerCallback
 
-from hfgpt.errors import InputError, make_visible
-from hfgpt.evaluation.classification import drawable
+from hfgpt.errors import InputError
+from hfgpt.output import drawable
 from hfgpt.records import LOG_FILE
 from hfgpt.saving import write_text
 
@@ -207,27 +204,9 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
             style = "o-" if len(points) == 1 and style == "-" else style  # a line of one point is invisible
             axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
     axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
-    axes.set(xlabel="optimizer step", ylabel=f"loss (nats a {unit})", title=drawable(Path(output_dir).name, "loss"))
+    axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})", title=drawable(Path(output_dir).name, "loss"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(Path(output_dir) / "loss.png")
     pyplot.close(figure)
-
-
-class PlainConsole(Console):
-    """Prints strings as they are, without rich's markup, with control characters made visible."""
-
-    def __init__(self, **settings):
-        super().__init__(markup=False, emoji=False, highlight=False, **settings)
-
-    def render_str(self, text: str, **settings) -> Text:
-        return super().render_str(make_visible(text), **settings)
-
-    def status(self, status: str, **settings) -> Status:
-        return super().status(Text(make_visible(status)), **settings)
-
-
-def stderr_console(quiet: bool = False) -> Console:
-    """The console of progress and notices: standard error, plain where it is not a terminal."""
-    return PlainConsole(file=sys.stderr, soft_wrap=not sys.stderr.isatty(), quiet=quiet)

@@ -20,16 +20,15 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState
 
 from hfgpt.errors import InputError
+from hfgpt.output import PlainConsole, stderr_console
 from hfgpt.training.callbacks import (
     LOG_FILE,
     InterruptCallback,
     LogCallback,
-    PlainConsole,
     ProgressCallback,
     log_result,
     plot_loss,
     read_log,
-    stderr_console,
 )
 
 PNG = b"\x89PNG\r\n\x1a\n"
