@@ -177,7 +177,10 @@ def put_adapter_on(base: PreTrainedModel, path: str, revision: str | None = None
         adapted = PeftModel.from_pretrained(base, path, revision=revision).eval()
     # PEFT only warns of weights that are missing, and leaves out those that have no place.
     expected = get_peft_model_state_dict(adapted)
-    for kind, keys in (("has no", expected.keys() - saved.keys()), ("has left over", saved.keys() - expected.keys())):
+    for kind, keys in (
+        ("lacks", expected.keys() - saved.keys()),
+        ("has the unexpected weight", saved.keys() - expected.keys()),
+    ):
         if keys:
             raise InputError(
                 f"the adapter '{path}' does not fit its base model: it {kind} {min(keys)} ({len(keys)} weights in all)"

@@ -193,7 +193,7 @@ class SavedModel:
             InputError: There is none.
         """
         if self.is_local and not any((Path(self.path) / name).is_file() for name in TOKENIZER_FILES):
-            raise InputError(f"the folder '{self.path}' holds no tokenizer: save the model's own beside it")
+            raise InputError(f"the folder '{self.path}' has no tokenizer: save the model's tokenizer there")
         with explained("a tokenizer", self.path):
             tokenizer = read_tokenizer(self.path, self.revision)
         if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files

@@ -289,7 +289,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         fact = getattr(error, "problem", None) or " ".join(str(error).split())
         raise InputError(f"{place}: invalid YAML: {fact}") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path.name} holds no recipe: it must begin with 'task: pretrain' and sections below it")
+        raise InputError(f"{path.name} has no recipe: it must begin with 'task: pretrain' and sections below it")
     lines: dict[str, int] = {}
     for name, mark in keys:
         if name in lines:

@@ -153,7 +153,7 @@ def _split_into_pieces(texts: Iterable[str], max_characters: int) -> Iterator[st
             try:
                 piece.encode()
             except UnicodeEncodeError as error:
-                raise InputError(f"document {number} is not valid Unicode: {error}; mend or drop it") from error
+                raise InputError(f"document {number} is not valid Unicode: {error}; fix or remove it") from error
             yield piece
             start = end
         if left == 0:

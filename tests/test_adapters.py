@@ -187,12 +187,14 @@ def test_an_adapter_for_another_base(base, adapter, tiny_config, tmp_path):
     with pytest.raises(InputError, match=r"cannot be put on its base model .*use the base it was trained on"):
         put_adapter_on(load_model(str(tmp_path / "wide")), str(adapter))
     HfGPTForCausalLM(tiny_config(num_hidden_layers=1)).save_pretrained(tmp_path / "short")
-    with pytest.raises(InputError, match=r"it has left over .*layers.1.* .12 weights in all.; use the base"):
+    with pytest.raises(
+        InputError, match=r"it has the unexpected weight .*layers.1.* .12 weights in all.; use the base"
+    ):
         put_adapter_on(load_model(str(tmp_path / "short")), str(adapter))
     HfGPTForCausalLM(tiny_config(num_hidden_layers=3)).save_pretrained(tmp_path / "long")
     arguments = AdapterArguments(r=4, target_modules=["q_proj"])
     attach_adapter(load_model(str(base)), arguments, "CAUSAL_LM").save_pretrained(tmp_path / "queries")
-    with pytest.raises(InputError, match=r"it has no .*layers.2.* .2 weights in all.; use the base"):
+    with pytest.raises(InputError, match=r"it lacks .*layers.2.* .2 weights in all.; use the base"):
         put_adapter_on(load_model(str(tmp_path / "long")), str(tmp_path / "queries"))
 
 

@@ -331,7 +331,7 @@ def test_ctrl_c(here, tmp_path, monkeypatch):
         result = hfgpt("train", "tiny.yaml", *steps)
     assert (result.status, result.out) == (130, "")
     last = f"hfgpt: stopped at step 7 of 20; the checkpoint is in {tmp_path / 'run'}: "
-    assert result.err.splitlines()[-1] == last + "go on with the same command and --resume"
+    assert result.err.splitlines()[-1] == last + "rerun the command with --resume"
     assert hfgpt("train", "tiny.yaml", "--resume", *steps).status == 0
     assert (tmp_path / "run" / "metrics.json").is_file()
 

@@ -562,7 +562,7 @@ def test_a_model_without_a_tokenizer(copy):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
     message = refusal(load_model_tokenizer, str(copy))
-    assert message == f"the folder '{copy}' holds no tokenizer: save the model's own beside it"
+    assert message == f"the folder '{copy}' has no tokenizer: save the model's tokenizer there"
 
 
 AUTO_MAP = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoProcessor": "evil.P"}

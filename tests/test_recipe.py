@@ -409,7 +409,7 @@ def test_a_fault_names_the_line_the_key_and_a_remedy(text, message, write):
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "pretrain\n", "- task\n"])
 def test_a_file_without_a_recipe(text, write):
-    assert refusal(write(text)) == "r.yaml holds no recipe: it must begin with 'task: pretrain' and sections below it"
+    assert refusal(write(text)) == "r.yaml has no recipe: it must begin with 'task: pretrain' and sections below it"
 
 
 def test_a_file_that_is_no_text(write):

@@ -124,7 +124,9 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
     weights = dict(model.state_dict())
     del model  # the weights are taken out of the dictionary one by one: one copy of them at a time
     weights, filled = gpt2.gpt2_weights(weights, config)
-    notes = [f"filled with zeros: {len(filled)} biases that the model has not, such as {filled[0]}"] if filled else []
+    notes = (
+        [f"filled with zeros: {len(filled)} biases that are not in the model, such as {filled[0]}"] if filled else []
+    )
     native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
     with appearing_folder(out) as staging:
         with torch.device("meta"):

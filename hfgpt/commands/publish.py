@@ -63,7 +63,9 @@ class PublishArguments:
         if self.create_pr and self.revision is not None:
             raise InputError("--create-pr opens a pull request against main: leave out --revision")
         if self.revision is not None and not re.fullmatch(r"\w[\w./-]*", self.revision):
-            raise InputError(f"--revision '{self.revision}' is no name of a branch: use letters, digits and . - _ /")
+            raise InputError(
+                f"--revision '{self.revision}' is not a valid branch name: use letters, digits and . - _ /"
+            )
 
 
 @dataclass
@@ -187,7 +189,7 @@ def open_folder(folder: Path) -> FolderRecords:
         InputError: It is no folder, or holds no model or adapter of hfgpt's.
     """
     if not folder.is_dir():
-        raise InputError(f"'{folder}' is no folder: name that of a run, or of a merged or imported model")
+        raise InputError(f"'{folder}' is not a folder: name the folder of a run, or of a merged or imported model")
     model = find_model(str(folder))
     kind = model.config.model_type  # of the base, for an adapter
     if kind != "hfgpt" and not (model.adapter and kind == "gpt2"):

@@ -139,7 +139,7 @@ def _take_classifier(parts: Parts) -> int | None:
         weights["score.weight"] = weights.pop("lm_head.weight")
     score = weights.get("score.weight")
     if bias is not None and score is None:
-        raise InputError("the output head over the vocabulary has a bias, which this model's has not")
+        raise InputError("the output head over the vocabulary has a bias, which this model does not support")
     if score is None:
         return None
     weights.pop("lm_head.weight", None)
@@ -166,7 +166,7 @@ def _cut_vocabulary(parts: Parts):
         raise InputError(f"{parts.tokens} tokens are wanted, but the checkpoint embeds {rows}: name its own tokenizer")
     if not parts.tokens_named and rows - parts.tokens >= MOST_PADDING:
         raise InputError(
-            f"the tokenizer beside the weights has {parts.tokens} tokens, but they embed {rows}: name the right one "
+            f"the tokenizer next to the weights has {parts.tokens} tokens, but they embed {rows}: name the right one "
             "with --tokenizer, or how many to keep with --vocab-size"
         )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -191,10 +191,15 @@ def _fit(parts: Parts, model: PreTrainedModel):
     for name in filled:
         weights[name] = torch.zeros(wanted[name].shape, dtype=dtype)
     if filled:
-        parts.notes.append(f"filled with zeros: {len(filled)} biases that the checkpoint has not, such as {filled[0]}")
-    for kind, names in (("has no", wanted.keys() - weights.keys()), ("has a strange", weights.keys() - wanted.keys())):
+        parts.notes.append(
+            f"filled with zeros: {len(filled)} biases that are not in the checkpoint, such as {filled[0]}"
+        )
+    for kind, names in (
+        ("lacks the weight", wanted.keys() - weights.keys()),
+        ("has the unexpected weight", weights.keys() - wanted.keys()),
+    ):
         if names:
-            raise InputError(f"the checkpoint {kind} {sorted(names)[0]} ({len(names)} such): save the whole model")
+            raise InputError(f"the checkpoint {kind} {sorted(names)[0]} ({len(names)} in all): save the whole model")
     for name, parameter in wanted.items():
         if weights[name].shape != parameter.shape:
             shapes = f"{tuple(weights[name].shape)}, and the others need {tuple(parameter.shape)}"

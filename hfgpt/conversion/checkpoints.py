@@ -121,7 +121,9 @@ def check_weights(path: Path, weights: dict[Any, Any]):
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
-            raise InputError(f"'{path}' is no state dict: {name!r} is a {kind}, not a tensor; save model.state_dict()")
+            raise InputError(
+                f"'{path}' is not a state dict: {name!r} is a {kind}, not a tensor; save model.state_dict()"
+            )
         dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
         # A file of a few bytes can claim a tensor of any size, all its elements one number.
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -60,5 +60,5 @@ def read_meta(path: Path) -> dict[str, int]:
             raise ValueError("its stoi and itos are not one table of characters")
     # A damaged pickle raises whatever its bytes happen to spell.
     except Exception as error:
-        raise InputError(f"'{path}' is no character table of nanoGPT ({error}): name another --tokenizer") from error
+        raise InputError(f"'{path}' is not a nanoGPT character table ({error}): pass another --tokenizer") from error
     return table

@@ -59,6 +59,6 @@ def check_repo_id(name: str, repo_id: str, owned: bool = True):
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"{name} '{repo_id}' is no repository ({error}): write it user/name") from error
+        raise InputError(f"{name} '{repo_id}' is not a repository id ({error}): write user/name") from error
     if owned and "/" not in repo_id:
         raise InputError(f"{name} '{repo_id}' does not say whose it is: write it user/{repo_id}")

@@ -128,7 +128,7 @@ def _find_fault(path: Path) -> str | None:
         return _fault_of_tensors(path)
     if path.suffix == ".png":
         with open(path, "rb") as file:
-            return None if file.read(8) == b"\x89PNG\r\n\x1a\n" else "is no PNG"
+            return None if file.read(8) == b"\x89PNG\r\n\x1a\n" else "is not a PNG file"
     if path.suffix in TEXT:
         return _fault_of_text(path)
     return "is neither safetensors, JSON, plain text nor PNG"
@@ -154,7 +154,7 @@ def _fault_of_tensors(path: Path) -> str | None:
         with safe_open(path, "pt") as file:
             return None if list(file.keys()) else "holds no tensors"
     except (OSError, SafetensorError):
-        return "is no safetensors file"
+        return "is not a safetensors file"
 
 
 def _fault_of_text(path: Path) -> str | None:
@@ -165,4 +165,4 @@ def _fault_of_text(path: Path) -> str | None:
         return "is not UTF-8 text"
     if path.suffix == ".json" and (fault := find_fault_of_json(content)):
         return fault
-    return "is no plain text: it holds zero bytes" if b"\0" in content else None
+    return "is not plain text: it contains zero bytes" if b"\0" in content else None

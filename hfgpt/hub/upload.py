@@ -185,11 +185,11 @@ def explain(error: BaseException, repo_id: str) -> str:
     if status in (409, 412):
         return f"'{repo_id}' is being changed by somebody else: publish again"
     if status and status < 500 and status not in (408, 429):
-        return f"the Hub refuses '{repo_id}' ({_in_one_line(causes)}): mend that and publish again"
+        return f"the Hub rejected '{repo_id}' ({_in_one_line(causes)}): fix this and publish again"
     last = next((cause for cause in causes if _is_local(cause)), causes[-1])
     fact = re.sub(r"\s+", " ", str(last))[:200] or type(last).__name__
     if _is_local(last):
-        return f"a file of this machine cannot be read or written ({fact}): mend that and publish again"
+        return f"a file of this machine cannot be read or written ({fact}): fix this and publish again"
     what = "the Hub fails" if status else "the Hub cannot be reached"
     return f"{what} ({fact}): publish again later; what has arrived is not sent again"
 

@@ -144,6 +144,6 @@ def judge(measured: Measured, folder: Path) -> dict[str, Any]:
     try:
         metrics = measured.metrics | measured.judge(folder)
     except InputError as error:
-        raise InputError(f"{error}; all else is written: go on with the same command and --resume") from error
+        raise InputError(f"{error}; all else is written: rerun the command with --resume") from error
     write_metrics(folder, metrics)
     return metrics

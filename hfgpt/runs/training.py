@@ -78,7 +78,7 @@ def run_training(
     if trainer.state.global_step < trainer.state.max_steps and interrupt.interrupted:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; the checkpoint is in "
-            f"{trainer.args.output_dir}: go on with the same command and --resume"
+            f"{trainer.args.output_dir}: rerun the command with --resume"
         )
     seconds, peak_memory = time.perf_counter() - begun, (peak_memory_bytes(trainer.args.device), peak_of)
     first_step = step_of(checkpoint) if checkpoint else 0

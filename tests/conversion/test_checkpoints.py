@@ -52,12 +52,12 @@ def changed(change):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"x": 1}, "is no state dict: 'x' is a int, not a tensor; save model.state_dict()"),
-        ({"model": {0: torch.ones(1)}}, "is no state dict: 0 is a Tensor"),
+        ({"x": 1}, "is not a state dict: 'x' is a int, not a tensor; save model.state_dict()"),
+        ({"model": {0: torch.ones(1)}}, "is not a state dict: 0 is a Tensor"),
         ({}, "holds no weights"),
         ([torch.ones(1)], "holds a list, not a state dict"),
         (torch.nn.Linear(2, 2), "wants to run torch.nn.modules.linear.Linear, so it is not read"),
-        (changed(lambda w: w.pop("final_norm.scale")), "the checkpoint has no model.norm.weight (1 such)"),
+        (changed(lambda w: w.pop("final_norm.scale")), "the checkpoint lacks the weight model.norm.weight (1 in all)"),
         (changed(lambda w: w.pop("tok_emb.weight")), "has no matrix for model.embed_tokens.weight"),
         (changed(lambda w: w.update({"more.weight": torch.ones(1)})), "1 of 34 keys do not fit it (more.weight)"),
         (changed(lambda w: w["pos_emb.weight"].fill_(torch.nan)), "pos_emb.weight holds NaN or infinity"),
@@ -111,9 +111,9 @@ def test_a_table_of_characters_that_is_none(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_nanogpt(tmp_path / "ckpt.pt")
     (tmp_path / "meta.pkl").write_bytes(content)
-    with pytest.raises(InputError, match="is no character table of nanoGPT"):
+    with pytest.raises(InputError, match="is not a nanoGPT character table"):
         read_meta(tmp_path / "meta.pkl")
-    assert "is no character table of nanoGPT" in refusal(tmp_path, tmp_path)
+    assert "is not a nanoGPT character table" in refusal(tmp_path, tmp_path)
     assert not (tmp_path / "trap").exists()
 
 

@@ -75,7 +75,7 @@ def test_one_bias_that_is_missing_is_damage(kind, place, tmp_path):
     del weights[missing]
     torch.save(weights, tmp_path / "model.pt")
     ours = "model.layers.1.mlp.up_proj.bias" if place == "block" else "model.norm.bias"
-    with pytest.raises(InputError, match=rf"the checkpoint has no {ours} \(1 such\)"):
+    with pytest.raises(InputError, match=rf"the checkpoint lacks the weight {ours} \(1 in all\)"):
         convert(tmp_path / "model.pt", tmp_path / "out", num_heads=HEADS)
 
 
@@ -123,7 +123,7 @@ def test_tensors_of_more_than_the_file_holds(tmp_path):
         convert(tmp_path / "model.pth", tmp_path / "out", num_heads=HEADS)
     # An index of 2^26 into the memory of the unpickler, which in C is a table.
     (tmp_path / "meta.pkl").write_bytes(b"\x80\x02Nr\x00\x00\x00\x04.")
-    with pytest.raises(InputError, match="is no character table"):
+    with pytest.raises(InputError, match="is not a nanoGPT character table"):
         read_meta(tmp_path / "meta.pkl")
 
 
@@ -137,7 +137,7 @@ def test_blocks_are_numbered_without_a_gap(tmp_path):
 def test_a_tokenizer_that_merely_lies_there(tmp_path):
     save_nanogpt(tmp_path / "ckpt.pt", vocab_size=300)
     train_tokenizer(["few letters"], "char").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="the tokenizer beside the weights has 11 tokens, but they embed 300"):
+    with pytest.raises(InputError, match="the tokenizer next to the weights has 11 tokens, but they embed 300"):
         convert(tmp_path, tmp_path / "out")
     report = convert(tmp_path, tmp_path / "out", tokenizer=str(tmp_path))
     assert f"tokenizer: 11 tokens, {tmp_path.name}" in report.notes, "the report travels: no path of this machine"

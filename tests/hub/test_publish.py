@@ -236,7 +236,7 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         with pytest.raises(InputError, match=rf"--hub\.{option} is of a recipe"):
             send(run, "me/model", f"--hub.{option}", value)
     for name in ("", "my branch", "-x"):
-        with pytest.raises(InputError, match="is no name of a branch"):
+        with pytest.raises(InputError, match="is not a valid branch name"):
             PublishArguments(revision=name)
 
 
@@ -399,8 +399,8 @@ def write(name: str, content: bytes):
         (write("model.pkl", b"\x80\x04."), "'model.pkl' is neither safetensors, JSON, plain text nor PNG"),
         (write("optimizer.pt", b"PK"), r"'optimizer\.pt' is neither"),
         (write("weights.json", b"\x80\x04."), "'weights.json' is not UTF-8 text"),
-        (write("extra.safetensors", b"\x80\x04."), "'extra.safetensors' is no safetensors file"),
-        (write("plot.png", b"\x80\x04."), "'plot.png' is no PNG"),
+        (write("extra.safetensors", b"\x80\x04."), "'extra.safetensors' is not a safetensors file"),
+        (write("plot.png", b"\x80\x04."), "'plot.png' is not a PNG file"),
         (write("evil.py", b"import os"), r"'evil\.py' is neither"),
         (write(".env", b"A=b"), r"'\.env' is hidden"),
         (write("__pycache__/a.pyc", b"x"), "'__pycache__' is a folder"),
@@ -466,7 +466,7 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch)
 
 
 def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         send(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"has no config\.json"):
         send(tmp_path)

@@ -94,8 +94,8 @@ def test_a_card_that_the_hub_does_not_take_makes_nothing(hub, folder, impatient)
 @pytest.mark.parametrize(
     ("act", "match"),
     [
-        (400, r"the Hub refuses 'me/model' \(told to fail with 400\)"),
-        (413, r"the Hub refuses 'me/model' \(told to fail with 413\)"),
+        (400, r"the Hub rejected 'me/model' \(told to fail with 400\)"),
+        (413, r"the Hub rejected 'me/model' \(told to fail with 413\)"),
         (401, "log in with `hf auth login`"),
         (403, "use a token that may write"),
         (404, "check the name and the login"),

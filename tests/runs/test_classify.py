@@ -145,7 +145,7 @@ def test_two_runs_give_the_same_weights_also_when_one_is_stopped_and_resumed(her
 
     with monkeypatch.context() as patch:
         patch.setattr(ProgressCallback, "on_step_end", interrupt)
-        with pytest.raises(Interrupted, match=r"in two: go on with the same command and --resume"):
+        with pytest.raises(Interrupted, match=r"in two: rerun the command with --resume"):
             run("two")
     metrics, _ = run("two", resume=True)
     assert read(here / "two" / "run.json")["resumed_from_step"] >= 5
