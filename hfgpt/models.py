@@ -386,14 +386,14 @@ def label_fields(labels: list[str]) -> dict:
 
 @functools.cache
 def _is_adapter_on_the_hub(path: str, revision: str) -> bool:
-    """Asks once: where there is no network, each question takes the time of some retries."""
+    """Asks the Hub once per process: without a network, each request takes the time of its retries."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     with explained("a model", path):
         return cached_file(path, "adapter_config.json", revision=revision, **quiet) is not None
 
 
 def save_labels(labels: list[str], folder: Path):
-    """Writes the names of a classifier's classes beside its adapter, which has no place for them.
+    """Saves the names of a classifier's classes with its adapter, whose configuration cannot hold them.
 
     Not as a config.json: transformers would take the folder for a whole model.
     """
@@ -402,7 +402,7 @@ def save_labels(labels: list[str], folder: Path):
 
 
 def _adapter_labels(path: str, revision: str | None) -> list[str]:
-    """The classes of a classifier's adapter: those that hfgpt saved beside it, or numbers."""
+    """The classes of a classifier's adapter: those that hfgpt saved with it, or numbers."""
     settings = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
     names = cached_file(path, LABELS_FILE, **settings)
     if names is not None:

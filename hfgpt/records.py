@@ -244,7 +244,7 @@ class ConversionRecord(Environment):
     weights_sha256: str | None = None
 
 
-# Records that say which weights lie beside them. What was made from a run may keep its run.json, which comes last.
+# Records with the hash of the weights. A model made from a run may keep its run.json, so that is read last.
 OF_WEIGHTS = (ConversionRecord, MergeRecord, RunRecord)
 
 

@@ -187,7 +187,7 @@ def test_inspect_and_plan():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("classify classes", "there is no text to classify: give some, or a file with a text per line (--file)"),
+        ("classify classes", "no text to classify: pass texts, or a file with one text per line (--file)"),
         ("classify classes ''", "text 1 is empty: leave it out"),
         ("classify classes --file none.txt", "No such file or directory: none.txt; check the path"),
         ("classify answers hello", "'answers' is a language model, not a classifier: train one with task: classify"),

@@ -43,7 +43,7 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
             raise InputError(f"{place} is not UTF-8 at byte {error.start}: convert it") from error
         named += [(f"{place}, line {number}", line) for number, line in enumerate(lines, start=1)]
     if not named:
-        raise InputError("there is no text to classify: give some, or a file with a text per line (--file)")
+        raise InputError("no text to classify: pass texts, or a file with one text per line (--file)")
     for place, text in named:
         if not text.strip():
             raise InputError(f"{place} is empty: leave it out")

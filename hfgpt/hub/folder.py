@@ -32,7 +32,7 @@ PLACES = ("path", "output_dir", "cache_dir", "logging_dir", "resume_from_checkpo
 
 @dataclass
 class FolderRecords:
-    """What lies in a saved folder beside its weights.
+    """The records saved in the folder of a model.
 
     Args:
         folder: Where.

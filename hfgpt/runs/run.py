@@ -98,7 +98,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     measured = task.measure(saved, data, recipe, console)
     samples = task.sample(saved, data, recipe)
 
-    # 7. What happened, for whoever repeats it or asks; with the card the run is finished.
+    # 7. Record what happened; the card is written last and marks the run as finished.
     write_results(recipe, training, data, measured)
     describe_run(recipe, training, data, samples, started).write(folder)
     metrics = judge(measured, folder)

@@ -26,7 +26,7 @@ def find_tokenizer(
         recipe: Its section `tokenizer`.
         base: The model to go on from; None: there is none.
         folder: A run to resume, whose tokenizer is taken rather than trained again.
-        texts: To train one on, if none is named and there is no model to go on from.
+        texts: Training texts for a new tokenizer, used if neither a tokenizer nor a base model is given.
     """
     if folder and (folder / "tokenizer.json").is_file():
         return load_tokenizer(str(folder), pad_token=None, add_eos=False)  # as the run saved it
@@ -69,7 +69,7 @@ def build_recipe_model(recipe: Recipe, data: Data) -> PreTrainedModel:
         raise InputError(
             f"there is a section adapters, but training.trainable is '{trainable}': leave one of them out"
             if recipe.adapters
-            else "training.trainable is 'adapters', but there is no section adapters: add it, with r for instance"
+            else "training.trainable is 'adapters', but the recipe has no section adapters: add one, such as r: 16"
         )
     if recipe.adapters is None:
         if arguments.load_in_4bit:

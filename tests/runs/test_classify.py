@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 from hfgpt.commands.classify import read_texts
 from hfgpt.commands.merge import merge
+from hfgpt.commands.plan import plan_recipe
 from hfgpt.data.classification import ClassificationDataArguments
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation import ClassifierEvaluationArguments
@@ -269,7 +270,7 @@ def test_an_adapter_on_a_first_pass_of_its_own_run(here):
     [
         (["data.path=none.jsonl"], "data.path 'none.jsonl' does not exist"),
         (["data.max_length=33"], "data.max_length is 33, but the context of the model is 32: lower it"),
-        (["training.trainable=adapters"], "there is no section adapters: add it"),
+        (["training.trainable=adapters"], "the recipe has no section adapters: add one"),
         (["adapters.r=2"], "an adapter needs a model to adapt: set model.path"),
         (["adapters.r=2", "training.trainable=head"], "training.trainable is 'head': leave one of them out"),
         (["training.trainable=last_blocks", "training.last_blocks=3"], "but num_hidden_layers is 2: lower it"),
@@ -335,8 +336,14 @@ def test_texts_to_classify(tmp_path):
         read_texts([], tmp_path / "texts")
     with pytest.raises(InputError, match="text 2 is empty"):
         read_texts(["x", " "], None)
-    with pytest.raises(InputError, match="there is no text to classify"):
+    with pytest.raises(InputError, match="no text to classify"):
         read_texts([], None)
     (tmp_path / "texts").write_bytes(b"caf\xe9")
     with pytest.raises(InputError, match="is not UTF-8 at byte 3: convert it"):
         read_texts([], tmp_path / "texts")
+
+
+def test_a_plan_refuses_an_empty_prompt_as_the_run_does(here):
+    recipe = load_recipe("tiny.yaml", ["--evaluation.prompts", "['red cup', ' ']"])
+    with pytest.raises(InputError, match="text 2 is empty: leave it out"):
+        plan_recipe(recipe)
