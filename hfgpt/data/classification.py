@@ -185,8 +185,8 @@ def encode_texts(
     ids = {label: number for number, label in enumerate(labels)}
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        whole = tokenizer(batch["text"])["input_ids"]
         short = tokenizer(batch["text"], truncation=True, max_length=max_length)["input_ids"]
+        whole = tokenizer(batch["text"])["input_ids"]  # the last: the tokenizer keeps, and saves, how it was called
         for text, tokens in zip(batch["text"], short, strict=True):
             if not tokens:
                 raise InputError(f"the text {text!r} has no token that the tokenizer knows: drop it")
