@@ -63,6 +63,11 @@ RESUMABLE = (
     "training.logging_",
     "training.save_",
     "training.eval_",
+    "training.per_device_eval_batch_size",
+    "training.dataloader_num_workers",
+    "training.dataloader_p",  # pin_memory, persistent_workers, prefetch_factor
+    "training.report_to",
+    "training.run_name",
 )
 
 
