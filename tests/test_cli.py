@@ -505,7 +505,7 @@ def test_a_text_that_may_not_be_read(here, tmp_path):
     ("place", "status", "remedy"),
     [
         ("hfgpt.runs.folder.write_text", errno.ENOSPC, "free some space, or choose a folder on another disk"),
-        ("hfgpt.data.streams._write_stream", errno.ENOSPC, "free some space, or choose a folder on another disk"),
+        ("hfgpt.data.sources._write_texts", errno.ENOSPC, "free some space, or choose a folder on another disk"),
         ("hfgpt.runs.folder.write_text", errno.EROFS, "choose a folder that can be written"),
         ("hfgpt.runs.folder.write_text", errno.EACCES, "change its permissions, or choose another folder"),
         ("hfgpt.runs.folder.write_text", errno.EIO, "check the path"),

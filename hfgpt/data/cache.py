@@ -60,22 +60,23 @@ def map_rows(
         )
         return mapped.with_format(None)
 
-    with progress_bar(rows.data.nbytes >= BYTES_WITH_PROGRESS), _leave_no_disk_full(rows):
+    with progress_bar(rows.data.nbytes >= BYTES_WITH_PROGRESS), _clean_full_disk(rows):
         if (mapped := read_kept(lambda: run(True))) and len(mapped) == len(rows):
             return mapped
         return run(False)
 
 
 @contextlib.contextmanager
-def _leave_no_disk_full(rows: datasets.Dataset) -> Iterator[None]:
-    """Removes what datasets cannot remove when the disk is full."""
+def _clean_full_disk(rows: datasets.Dataset) -> Iterator[None]:
+    """Removes what datasets leaves half-written when the disk is full, and names the folder."""
     folders = {Path(file["filename"]).parent for file in rows.cache_files}
     before = {path for folder in folders for path in folder.glob("tmp*")}
     try:
         yield
-    except OSError:
+    except OSError as error:
         for path in {path for folder in folders for path in folder.glob("tmp*")} - before:
             path.unlink(missing_ok=True)
+        error.filename = error.filename or next(map(str, folders), None)
         raise
 
 
