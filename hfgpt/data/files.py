@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
-import datasets
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hfgpt.data.cache import cache_folder
 from hfgpt.errors import InputError
 
 FAMILIES = {
@@ -73,7 +73,7 @@ def find_files(path: str) -> list[Path]:
 def _one_family(path: str, found: Iterable[Path]) -> list[Path]:
     files = sorted(item for item in found if family(item))
     if not files:
-        raise InputError(f"data.path {path!r} has no file of a supported type: {SUFFIXES}")
+        raise InputError(f"data.path {without_secrets(path)!r} has no file of a supported type: {SUFFIXES}")
     kinds = {family(file): file.name for file in reversed(files)}
     if len(kinds) > 1:
         examples = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
@@ -183,6 +183,14 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def without_secrets(path: str) -> str:
+    """A path as it is; a URL without what may sign its user in."""
+    if not is_url(path):
+        return path
+    parts = urlsplit(path)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def looks_local(path: str) -> bool:
     return not is_url(path) and (path[0] in "./~" or path.count("/") > 1 or family(Path(path)) is not None)
 
@@ -197,34 +205,43 @@ def nearest(path: str) -> str:
 
 def _download_files(url: str) -> list[Path]:
     """The files of a URL on this machine, under their own names, which say what they are."""
+    import datasets
+    import fsspec
+
+    if urlsplit(url).username:
+        raise InputError(f"data.path {without_secrets(url)!r} has a user name in it: sign in by other means")
     try:
         system, place = fsspec.url_to_fs(url)
-        if glob.has_magic(place):
+        if glob.has_magic(place.partition("?")[0]):
             places = system.glob(place)
         else:
             # A web server has no folders; what has a file's name is one.
-            is_file = family(Path(place)) is not None
+            is_file = family(Path(urlsplit(url).path)) is not None
             places = [place] if is_file or not system.isdir(place) else system.find(place)
-        urls = [system.unstrip_protocol(found) for found in places if family(Path(found))]
+        urls = [system.unstrip_protocol(found) for found in places]
+        urls = [found for found in urls if family(Path(urlsplit(found).path))]
         contents = datasets.DownloadManager().download(urls)
     except FileNotFoundError as error:
-        raise InputError(f"data.path {url!r} was not found: check the URL") from error
+        raise InputError(f"data.path {without_secrets(url)!r} was not found: check the URL") from error
     except ImportError as error:
-        raise InputError(f"data.path {url!r} needs another package ({error}): install it") from error
+        raise InputError(f"data.path {without_secrets(url)!r} needs another package ({error}): install it") from error
     # Whatever a server, a bucket or its library answers, it is the user's to correct.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"data.path {url!r} cannot be read ({reason}): check the URL and the network") from error
+        reason = " ".join(str(error).replace(url, without_secrets(url)).split()) or type(error).__name__
+        raise InputError(
+            f"data.path {without_secrets(url)!r} cannot be read ({reason}): check the URL and the network"
+        ) from error
     return [_name_download(found, Path(content)) for found, content in zip(urls, contents, strict=True)]
 
 
 def _name_download(url: str, content: Path) -> Path:
     """A link to a downloaded file, which has a hash for a name, under the path of its URL."""
-    link = content.parent / "hfgpt" / content.name / url.partition("://")[2].partition("?")[0]
+    parts = urlsplit(url)
+    link = cache_folder(None) / "downloads" / content.name / parts.netloc / parts.path.lstrip("/")
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
         with contextlib.suppress(FileExistsError):  # another process was first
-            link.symlink_to(content)
+            link.symlink_to(content.absolute())
     return link
 
 

@@ -20,6 +20,7 @@ from hfgpt.data.files import (
     hash_files,
     nearest,
     read_rows,
+    without_secrets,
     wrong_column,
 )
 from hfgpt.data.report import DataReport
@@ -113,7 +114,7 @@ def find_source_splits(source: SourceArguments, reading: Reading, report: DataRe
     Raises:
         InputError: The source is missing or of a kind not taken, or lacks a split that was named.
     """
-    report.source = source.path
+    report.source = without_secrets(source.path)
     if source.path.startswith("synthetic:"):
         return _generate_rows(source.path, reading)
     files = find_source(source.path)

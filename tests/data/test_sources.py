@@ -543,21 +543,25 @@ def test_a_file_of_the_web_is_read_as_one_of_the_disk(load, tmp_path, web_server
     address, asked = web_server
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     (tmp_path / "web" / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    train, validation, report = load(f"{address}/a.jsonl.gz")
+    train, validation, report = load(f"{address}/a.jsonl.gz?key=SECRET")
     assert sorted(train + validation) == sorted(TEXTS)
     assert report.source == f"{address}/a.jsonl.gz"
     assert report.sha256 == hashlib.sha256((tmp_path / "web" / "a.jsonl.gz").read_bytes()).hexdigest()
-    assert asked.count("/a.jsonl.gz") == 1, "it is downloaded once"
-    load(f"{address}/a.jsonl.gz")
-    assert asked.count("/a.jsonl.gz") == 1
+    assert asked == ["/a.jsonl.gz?key=SECRET"], "it is downloaded once"
+    assert load(f"{address}/a.jsonl.gz?key=SECRET")[2].sha256 == report.sha256
+    assert asked == ["/a.jsonl.gz?key=SECRET"]
     (tmp_path / "web" / "b.txt").write_bytes(b"abc\xff")
     for name, message in {
         "b.txt": "is not UTF-8: byte 0xff at offset 3",
         "c.txt": "c.txt' was not found: check the URL",
         "d.py": "has no file of a supported type",
     }.items():
-        with pytest.raises(InputError, match=message):
-            load(f"{address}/{name}")
+        with pytest.raises(InputError, match=message) as error:
+            load(f"{address}/{name}?key=SECRET")
+        assert "SECRET" not in str(error.value)
+    with pytest.raises(InputError, match=r"//127.0.0.1/a.txt' has a user name in it") as error:
+        load("http://me:SECRET@127.0.0.1/a.txt")
+    assert "SECRET" not in str(error.value)
     with pytest.raises(InputError, match=r"'nonsense://a.txt' cannot be read \(Protocol not known: nonsense"):
         load("nonsense://a.txt")
 
