@@ -12,8 +12,7 @@ import datasets
 
 from hfgpt.data.files import family, find_columns, find_source, hash_files, nearest, read_rows, wrong_column
 from hfgpt.data.report import DataReport
-from hfgpt.data.synthetic import generate_stories
-from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
+from hfgpt.demo_corpus import generate_instructions, generate_messages, generate_stories
 from hfgpt.errors import InputError
 
 Row = dict[str, Any]
