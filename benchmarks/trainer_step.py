@@ -19,7 +19,7 @@ from transformers import TrainerCallback, default_data_collator, get_linear_sche
 from transformers.utils import logging
 
 from hfgpt.building import build_model
-from hfgpt.data.synthetic import generate_stories
+from hfgpt.demo_corpus import generate_stories
 from hfgpt.recipe import load_recipe
 from hfgpt.tasks.pretrain import load_pretraining_data
 from hfgpt.training.trainer import HfGPTTrainer

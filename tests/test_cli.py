@@ -21,7 +21,7 @@ import torch
 import typer
 
 from hfgpt import cli
-from hfgpt.data.synthetic import generate_stories
+from hfgpt.demo_corpus import generate_stories
 
 TOKEN = "hf_SecretSecretSecret"
 COMMANDS = [

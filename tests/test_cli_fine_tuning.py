@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from hfgpt import cli
-from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
+from hfgpt.demo_corpus import generate_instructions, generate_messages
 from hfgpt.training import estimate
 
 COMMON = """

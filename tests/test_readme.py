@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM
 from hfgpt import cli
 from hfgpt.commands.demo import run_demo
 from hfgpt.conversion import book, nanogpt
-from hfgpt.data.synthetic import generate_stories
-from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
+from hfgpt.demo_corpus import generate_instructions, generate_messages, generate_stories
 from hfgpt.training import estimate
 
 ROOT = Path(__file__).parent.parent

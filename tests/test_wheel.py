@@ -1,4 +1,4 @@
-"""The installed wheel is complete: recipes inside, runnable from any folder, without the checkout."""
+"""The installed wheel is complete: recipes and tables inside, runnable from any folder, without the checkout."""
 
 import os
 import re
@@ -24,13 +24,13 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
-def test_wheel_holds_every_recipe_and_module(installed):
+def test_wheel_holds_every_recipe_and_every_file_of_the_package(installed):
     for pattern, source, target in (
         ("*.yaml", ROOT / "recipes", installed / "hfgpt/recipes"),
-        ("**/*.py", ROOT / "hfgpt", installed / "hfgpt"),
+        ("**/*.*", ROOT / "hfgpt", installed / "hfgpt"),
     ):
-        expected = {path.relative_to(source) for path in source.glob(pattern)}
-        assert expected
+        expected = {path.relative_to(source) for path in source.glob(pattern) if path.suffix != ".pyc"}
+        assert {path.suffix for path in expected} == ({".py", ".toml"} if source.name == "hfgpt" else {".yaml"})
         assert expected <= {path.relative_to(target) for path in target.glob(pattern)}
     assert [path.name for path in (installed / "hfgpt/model_cards").iterdir()] == ["card.md.jinja"]
     assert not (installed / "tests").exists()

@@ -21,7 +21,7 @@ from hfgpt.conversion.assembly import load_whole
 from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, check_weights, read_checkpoint
 from hfgpt.conversion.parity import Parity, compare, compute_with, record
 from hfgpt.conversion.sources import LARGE, ImportArguments, Source, open_weights
-from hfgpt.data.synthetic import generate_stories
+from hfgpt.demo_corpus import generate_stories
 from hfgpt.errors import InputError
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card

@@ -9,5 +9,4 @@ classification.py   rows of text and label -> balanced, split, encoded
 instructions.py     rows of instructions or chats -> ids and which are learned; templates.py has the chat templates
 collators.py        rows -> tensors
 report.py           rows read, kept, dropped and why
-synthetic.py        the embedded corpus, generated from a seed; synthetic_tasks.py: its messages and instructions
 """

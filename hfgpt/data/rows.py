@@ -24,8 +24,7 @@ from hfgpt.data.files import (
     wrong_column,
 )
 from hfgpt.data.report import DataReport
-from hfgpt.data.synthetic import generate_stories
-from hfgpt.data.synthetic_tasks import generate_instructions, generate_messages
+from hfgpt.demo_corpus import generate_instructions, generate_messages, generate_stories
 from hfgpt.errors import InputError
 
 Row = dict[str, Any]

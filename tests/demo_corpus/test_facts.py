@@ -1,5 +1,7 @@
 """Messages and instructions: deterministic, right by the tables, and no split knows the facts of another."""
 
+import hashlib
+import json
 import random
 import re
 from collections import Counter
@@ -7,14 +9,15 @@ from itertools import islice
 
 import pytest
 
-from hfgpt.data import synthetic
-from hfgpt.data.synthetic_tasks import LABELS, VERBS, generate_instructions, generate_messages
+from hfgpt.demo_corpus import generate_instructions, generate_messages
+from hfgpt.demo_corpus.world import PRONOUNS, load_world, read_tables
 
+WORLD = load_world()
 GENERATORS = (generate_messages, generate_instructions)
 SPLITS = ("train", "validation", "test")
-CHILD = {person.name: person for person in synthetic.CHILDREN}
-ANIMAL = {animal.name: animal for animal in synthetic.ANIMALS}
-HELPER = {person.kind: person.name for person in synthetic.GROWN_UPS}
+CHILD = {person.name: person for person in WORLD.children}
+ANIMAL = {animal.name: animal for animal in WORLD.animals}
+HELPER = {person.kind: person.name for person in WORLD.grown_ups}
 MESSAGE = {
     "text": "Mia, I must tell you something. It is a secret. Who pays a coin on the hill today, you will get a black "
     "basket as a prize. Leo, near the hill.",
@@ -25,7 +28,12 @@ INSTRUCTION = {
     "input": "I like blue, yellow and brown.",
     "output": "I like brown, yellow and blue.",
 }
-PAST = {verb.name: verb.past for verb in VERBS}
+DIGESTS = {
+    generate_messages: ("f0afd8eff0885988", "90cbe5f6b2716691", "dcc1d40df5f19071"),
+    generate_instructions: ("e7976ec01db53d21", "92a37dcfa352ec4c", "49af9f185cfb18a1"),
+}
+PAST = read_tables("instructions.toml")["verbs"]
+LABELS = tuple(read_tables("messages.toml")["bodies"])
 
 
 def rows_of(generate, split: str, count: int, seeds=(0,)) -> list[dict[str, str]]:
@@ -67,6 +75,10 @@ def test_global_random_state_is_neither_read_nor_changed(generate):
 def test_rows_are_the_same_on_every_platform():
     assert next(generate_messages(1, seed=5)) == MESSAGE
     assert next(generate_instructions(1, seed=5, split="test")) == INSTRUCTION
+    for generate, digests in DIGESTS.items():
+        for split, digest in zip(SPLITS, digests, strict=True):
+            text = "\n".join(map(json.dumps, generate(500, seed=3, split=split)))
+            assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("generate", GENERATORS)
@@ -86,9 +98,9 @@ def test_no_message_is_in_two_splits(messages):
 
 
 def message_fact(text: str) -> tuple[str, ...]:
-    colours, names = "|".join(synthetic.COLOURS), "|".join(thing.name for thing in synthetic.THINGS)
+    colours, names = "|".join(WORLD.colours), "|".join(thing.name for thing in WORLD.things)
     places = "|".join(
-        rf"{re.escape(place.where)}\b|[Cc]ome (?:quickly )?to the {place.name}\b" for place in synthetic.PLACES
+        rf"{re.escape(place.where)}\b|[Cc]ome (?:quickly )?to the {place.name}\b" for place in WORLD.places
     )
     (thing,) = set(re.findall(rf"\b(?:{colours}) (?:{names})\b", text))
     found = {match.split()[-1] for match in re.findall(places, text)}
@@ -173,7 +185,7 @@ def test_texts_are_plain_sentences(messages, instructions):
 
 
 def test_verbs_agree_with_things(messages):
-    plural = "|".join(thing.name for thing in synthetic.THINGS if thing.plural)
+    plural = "|".join(thing.name for thing in WORLD.things if thing.plural)
     for row in messages["train"]:
         assert not re.search(rf"\ban? \w+ ({plural})\b|\b(it|he|she) are\b|\bthey is\b", row["text"]), row["text"]
 
@@ -193,22 +205,22 @@ def answer(instruction: str, text: str) -> tuple[str, str]:
         return "two", f"Here are two {colour} {thing}s."
     if match := re.fullmatch(r"How does (\w+) feel\?|Tell me how (\w+) feels\.", instruction):
         child = CHILD[match[1] or match[2]]
-        he, _, his = synthetic.PRONOUNS[child.pronoun]
+        he, _, his = PRONOUNS[child.pronoun]
         sign = text.replace(child.name, "{He}").replace(f" {his} ", " {his} ")  # back to the wording of the table
-        (feeling,) = (row.name for row in synthetic.FEELINGS if sign in row.signs)
+        (feeling,) = (name for name, signs in WORLD.feelings.items() if sign in signs)
         return "feeling", f"{he.capitalize()} is {feeling}."
     if match := re.fullmatch(r"What do (?:the (.*) eat|you give the (.*))\?", instruction):
         first, second = (match[1] or match[2]).split(" and the ")
         return "food", f"{ANIMAL[first].food} and {ANIMAL[second].food}.".capitalize()
     if match := re.fullmatch(r"Where do you get (.*)\?|I need (.*)\. Where do I go\?", instruction):
-        places = [f"the {synthetic.INGREDIENTS[name]}" for name in listed(match[1] or match[2])]
+        places = [f"the {WORLD.ingredients[name]}" for name in listed(match[1] or match[2])]
         assert len(set(places)) == 3
         return "source", f"To {places[0]}, {places[1]} and {places[2]}."
     if match := re.fullmatch(r"Who are (.*)\?|Tell me the names of (.*)\.", instruction):
         names = [HELPER[kind.removeprefix("the ")] for kind in listed(match[1] or match[2])]
         return "helper", f"{names[0]}, {names[1]} and {names[2]}."
     if "colour" in instruction and (match := re.fullmatch(r"I like (\w+), (\w+) and (\w+)\.", text)):
-        assert set(match.groups()) <= set(synthetic.COLOURS)
+        assert set(match.groups()) <= set(WORLD.colours)
         return "reverse", f"I like {match[3]}, {match[2]} and {match[1]}."
     name, verb, rest = re.fullmatch(rf"(\w+) ({'|'.join(PAST)}) (an? .*\.)", text).groups()
     if instruction in ("Say it in the past.", "Tell it as if it happened yesterday."):
@@ -232,7 +244,7 @@ def test_answers_are_right_by_the_tables(instructions):
 
 def test_every_instruction_is_worded_alike_in_all_splits(instructions):
     def wordings(rows):
-        world = "|".join([*CHILD, *ANIMAL, *HELPER, *synthetic.INGREDIENTS, *(t.name for t in synthetic.THINGS)])
+        world = "|".join([*CHILD, *ANIMAL, *HELPER, *WORLD.ingredients, *(t.name for t in WORLD.things)])
         return {re.sub(rf"\b({world})\b", "X", row["instruction"]) for row in rows}
 
     assert wordings(instructions["train"]) == wordings(instructions["test"]) == wordings(instructions["validation"])
