@@ -31,7 +31,7 @@ app = typer.Typer(
 UsageError = typer.BadParameter.__base__
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe name (see recipes/) or the path to a YAML file.")
+    str, typer.Argument(metavar="RECIPE", help="A recipe name (see hfgpt recipes) or the path to a YAML file.")
 ]
 
 
@@ -286,6 +286,19 @@ def publish_model(
     arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
     if code := publish(model, repo_id, arguments, _overrides(context)):
         _print(code)
+
+
+@app.command()
+def recipes(as_json: AsJson = False):
+    """List the recipes that ship with hfgpt: their names, what they do and how to run them."""
+    from hfgpt.commands.recipes import list_recipes, render_recipes
+    from hfgpt.output import output_width
+
+    found = list_recipes()
+    if as_json:
+        print(json.dumps({"recipes": [{**vars(recipe), "file": str(recipe.file)} for recipe in found]}))
+    else:
+        _print(render_recipes(found, output_width()))
 
 
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)

@@ -34,6 +34,7 @@ COMMANDS = [
     "import",
     "export",
     "publish",
+    "recipes",
     "inspect",
     "plan",
     "doctor",
@@ -284,6 +285,19 @@ def test_plan(here):
 def test_an_error_shows_control_characters(here):
     message = refusal("generate", "no\x1b[2J/such\x9b2J/mo\u202edel\r", "hi")
     assert message.startswith(r"there is no folder 'no\x1b[2J/such\x9b2J/mo\u202edel ', and it is not a Hub id")
+
+
+def test_recipes(here):
+    result = hfgpt("recipes", "--json")
+    assert (result.status, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert result.out == json.dumps(found) + "\n", "one object and nothing else"
+    assert {"name", "purpose", "command", "file"} == found["recipes"][0].keys()
+    people = hfgpt("recipes")
+    assert (people.status, people.err) == (0, "")
+    assert [line for line in people.out.splitlines()[:-1] if line and line[0] != " "] == [
+        recipe["name"] for recipe in found["recipes"]
+    ]
 
 
 def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
@@ -539,6 +553,7 @@ def test_the_commands_and_their_options_are_these():
         "merge": "ADAPTER OUT --tolerance",
         "plan": "RECIPE --json",
         "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
+        "recipes": "--json",
         "train": "RECIPE --resume",
     }
     found = {

@@ -15,6 +15,7 @@ COMMANDS = [
     "evaluate",
     "merge",
     "publish",
+    "recipes",
     "inspect",
     "plan",
     "doctor",
@@ -82,6 +83,22 @@ for words, message in {REFUSED}.items():
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+def test_recipes_are_listed_before_torch_is_imported():
+    script = """
+import sys
+from hfgpt import cli
+sys.argv = ["hfgpt", "recipes"]
+try:
+    cli.main()
+except SystemExit as stop:
+    assert stop.code == 0
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("demo\n")
 
 
 def test_help_is_quick():
