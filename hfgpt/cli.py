@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that every `--help` answers 
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 """
 
+import dataclasses
 import difflib
 import errno
 import io
@@ -299,6 +300,28 @@ def recipes(as_json: AsJson = False):
         print(json.dumps({"recipes": [{**vars(recipe), "file": str(recipe.file)} for recipe in found]}))
     else:
         _print(render_recipes(found, output_width()))
+
+
+@app.command()
+def keys(
+    section: Annotated[
+        str | None,
+        typer.Argument(metavar="[SECTION]", help="A section, or one key, as in data.path (default: all sections)."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="pretrain, classify or instruct (default: the keys of all three).")
+    ] = None,
+    as_json: AsJson = False,
+):
+    """List the keys of recipes, with the type, default and meaning of each."""
+    from hfgpt.commands.keys import list_keys, render_keys
+    from hfgpt.output import output_width
+
+    found = list_keys(section, task)
+    if as_json:
+        print(json.dumps({"sections": [dataclasses.asdict(entry) for entry in found]}))
+    else:
+        _print(render_keys(found, output_width()))
 
 
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)

@@ -16,6 +16,7 @@ COMMANDS = [
     "merge",
     "publish",
     "recipes",
+    "keys",
     "inspect",
     "plan",
     "doctor",
@@ -85,20 +86,21 @@ for words, message in {REFUSED}.items():
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
-def test_recipes_are_listed_before_torch_is_imported():
-    script = """
+@pytest.mark.parametrize(("command", "first"), [("recipes", "demo\n"), ("keys", "task  pretrain, classify or inst")])
+def test_recipes_and_keys_are_listed_before_torch_is_imported(command, first):
+    script = f"""
 import sys
 from hfgpt import cli
-sys.argv = ["hfgpt", "recipes"]
+sys.argv = ["hfgpt", "{command}"]
 try:
     cli.main()
 except SystemExit as stop:
     assert stop.code == 0
-assert not {"torch", "transformers"} & set(sys.modules)
+assert not {{"torch", "transformers"}} & set(sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith("demo\n")
+    assert result.stdout.startswith(first)
 
 
 def test_help_is_quick():
