@@ -36,12 +36,12 @@ class AdapterArguments:
     Args:
         r: Rank of the updates.
         lora_alpha: The updates are multiplied by lora_alpha / r.
-        lora_dropout: On what enters the updates.
+        lora_dropout: Dropout on the input of the updates.
         target_modules: `all-linear` (every linear layer but the head), or names of modules.
-        exclude_modules: Names among them to leave alone.
+        exclude_modules: Names among them that are not adapted.
         bias: Biases that are trained: `none`, `all` or `lora_only`.
-        use_rslora: Multiplies by lora_alpha / sqrt(r) instead.
-        use_dora: Learns the magnitude of each row apart.
+        use_rslora: Multiply by lora_alpha / sqrt(r) instead.
+        use_dora: Learn the magnitude of each row separately (DoRA).
         init_lora_weights: true, `gaussian`, `orthogonal` or `mica`: those that do not change the base model.
         modules_to_save: Modules trained and saved whole; a classifier's head always is.
         layers_to_transform: Numbers of the blocks to adapt; None: all.

@@ -39,9 +39,9 @@ DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 class ModelArguments:
     """The recipe's section `model`: a model to start from, or the architecture of a new one.
 
-    Without `path` and `preset`, the new model is small enough to learn a small text in minutes on a CPU: `hidden_size`
-    128, `num_hidden_layers` 4, `max_position_embeddings` 256, and `num_attention_heads` one for every 64 of
-    `hidden_size` (every 32 below 256, so 4 of them). Each that is given replaces its default.
+    Without `path` and `preset`, the new model is small enough to learn a small text in minutes on a CPU. With `path`,
+    only the dropouts of the architecture may be set, and neither `preset` nor `initialization` nor
+    `pad_vocab_to_multiple_of`.
 
     Args:
         path: A folder or Hub id with weights to start from; None starts from random weights.
@@ -51,12 +51,25 @@ class ModelArguments:
             as in the book; a tied head's are the embedding's too).
         attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
         load_in_4bit: Holds the weights of `path` in 4 bits (QLoRA's NF4, by bitsandbytes), to train adapters on them.
-        vocab_size: None: as many as the tokenizer has tokens.
+        vocab_size: Rows of the token embedding; None: as many as the tokenizer has tokens.
         pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
             never learned and never generated.
-
-    The other fields are those of `HfGPTConfig`. With `path`, only the dropouts among them may be set, and neither
-    `preset` nor `initialization` nor `pad_vocab_to_multiple_of`.
+        hidden_size: Width of the residual stream; None: 128.
+        num_hidden_layers: Transformer blocks; None: 4.
+        num_attention_heads: Heads of each attention; divides `hidden_size`. None: one for every 64 of `hidden_size`
+            (every 32 below 256).
+        intermediate_size: Width inside the MLP; None: four times `hidden_size`.
+        max_position_embeddings: The context length, in tokens; None: 256.
+        hidden_act: Activation of the MLP, a name of `transformers.activations.ACT2FN`; None: `gelu_pytorch_tanh`.
+        layer_norm_eps: Epsilon of the LayerNorms; None: 1e-5.
+        initializer_range: Standard deviation of the initial weights (residual projections: over sqrt(2 * layers));
+            None: 0.02.
+        tie_word_embeddings: Whether the output head is the token embedding (GPT-2) or has its own weights (the book);
+            None: true.
+        qkv_bias: Whether the query, key and value projections have biases; None: true.
+        embd_pdrop: Dropout after the embeddings; None: 0.1.
+        resid_pdrop: Dropout at the end of each residual branch; None: 0.1.
+        attn_pdrop: Dropout on the attention weights; None: 0.1.
     """
 
     path: str | None = None

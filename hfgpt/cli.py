@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that every `--help` answers 
 line on stderr and exit status 2; anything else is a bug and keeps its traceback.
 """
 
+import dataclasses
 import difflib
 import errno
 import io
@@ -31,7 +32,7 @@ app = typer.Typer(
 UsageError = typer.BadParameter.__base__
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe name (see recipes/) or the path to a YAML file.")
+    str, typer.Argument(metavar="RECIPE", help="A recipe name (see hfgpt recipes) or the path to a YAML file.")
 ]
 
 
@@ -286,6 +287,41 @@ def publish_model(
     arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
     if code := publish(model, repo_id, arguments, _overrides(context)):
         _print(code)
+
+
+@app.command()
+def recipes(as_json: AsJson = False):
+    """List the recipes that ship with hfgpt: their names, what they do and how to run them."""
+    from hfgpt.commands.recipes import list_recipes, render_recipes
+    from hfgpt.output import output_width
+
+    found = list_recipes()
+    if as_json:
+        print(json.dumps({"recipes": [{**vars(recipe), "file": str(recipe.file)} for recipe in found]}))
+    else:
+        _print(render_recipes(found, output_width()))
+
+
+@app.command()
+def keys(
+    section: Annotated[
+        str | None,
+        typer.Argument(metavar="[SECTION]", help="A section, or one key, as in data.path (default: all sections)."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="pretrain, classify or instruct (default: the keys of all three).")
+    ] = None,
+    as_json: AsJson = False,
+):
+    """List the keys of recipes, with the type, default and meaning of each."""
+    from hfgpt.commands.keys import list_keys, render_keys
+    from hfgpt.output import output_width
+
+    found = list_keys(section, task)
+    if as_json:
+        print(json.dumps({"sections": [dataclasses.asdict(entry) for entry in found]}))
+    else:
+        _print(render_keys(found, output_width()))
 
 
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)

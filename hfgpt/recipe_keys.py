@@ -1,14 +1,16 @@
 """The keys of a recipe, and what is wrong with the keys that a user wrote, without importing torch.
 
 Importing the dataclasses of the sections takes seconds, most of them for torch, so their fields are read from the
-source. A typo is then reported at once.
+source, with what the docstrings say of each. A typo is then reported at once, and `hfgpt keys` answers as quickly.
 """
 
 import ast
 import difflib
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,36 @@ from hfgpt.errors import InputError
 
 # Name of a key -> the keys within it, or None for one that holds a value.
 Keys = dict[str, dict | None]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key, as the source of its dataclass describes it.
+
+    Args:
+        type: The annotation, as in `int | None`.
+        default: What holds where a recipe does not give it.
+        meaning: What the docstring, or the field's `help`, says of it.
+        library: `hfgpt`, or `transformers` for a field that is used as it is there.
+    """
+
+    type: str
+    default: Any
+    meaning: str
+    library: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section, or a key with keys within it.
+
+    Args:
+        about: Paragraphs on the section as a whole.
+        keys: In the order of the dataclass.
+    """
+
+    about: list[str]
+    keys: "dict[str, Key | Section]"
 
 
 def _sections(data: str, training: str, evaluation: str, **more: str) -> dict[str, str]:
@@ -41,6 +73,14 @@ SECTIONS: dict[str, dict[str, str]] = {
         "evaluation.AnswerEvaluationArguments",
     ),
 }
+# The one key outside of the sections.
+TASK = Key(
+    f"Literal{list(SECTIONS)}",
+    "pretrain",
+    "What is trained: `pretrain`, a language model; `classify`, a classifier; or `instruct`, a model that follows "
+    "instructions.",
+    "hfgpt",
+)
 # What other libraries, and people, call these keys, where no similar spelling leads to them.
 NICKNAMES = {
     "lr": "learning_rate",
@@ -59,36 +99,103 @@ NICKNAMES = {
 
 def section_keys(task: str, sections: Sequence[str] | None = None) -> dict[str, Keys]:
     """The keys of the sections of a task, or of some of them."""
-    return {name: _read_fields(*SECTIONS[task][name].rsplit(".", 1)) for name in sections or SECTIONS[task]}
+    return {name: _names(read_section(task, name)) for name in sections or SECTIONS[task]}
+
+
+def read_section(task: str, section: str) -> Section:
+    """What the source says of a section of a task."""
+    return _read_class(*SECTIONS[task][section].rsplit(".", 1))
+
+
+def _names(section: Section) -> Keys:
+    return {name: _names(key) if isinstance(key, Section) else None for name, key in section.keys.items()}
 
 
 @functools.cache
-def _read_fields(module: str, name: str) -> Keys:
-    """The fields of a dataclass and of its bases, from their source."""
+def _read_class(module: str, name: str) -> Section:
+    """A dataclass with the fields of its bases; what says nothing of a field leaves it what its base says."""
+    module, kind = _find_class(module, name)
+    library = module.partition(".")[0]
+    about, meanings = _read_docstring(kind)
+    keys: dict[str, Key | Section] = {}
+    for base in kind.bases:
+        inherited = _read_class(module, base.id)
+        keys |= inherited.keys
+        about = about + inherited.about[1:]
+    for field in keys.keys() & meanings.keys():
+        keys[field] = replace(keys[field], meaning=meanings[field], library=library)
+    for node in kind.body:
+        if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_"):
+            continue
+        field = node.target.id
+        if isinstance(node.annotation, ast.Name) and node.annotation.id.endswith("Arguments"):
+            keys[field] = _read_class(module, node.annotation.id)
+            continue
+        default, said = _read_value(node.value, module)
+        said = meanings.get(field) or said or getattr(keys.get(field), "meaning", "")
+        keys[field] = Key(ast.unparse(node.annotation), default, said, library)
+    return Section(about if library == "hfgpt" else [], keys)
+
+
+@functools.cache
+def _parse_module(module: str) -> ast.Module:
     package, *inner = module.split(".")
     place = Path(importlib.util.find_spec(package).submodule_search_locations[0], *inner)
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _find_class(module: str, name: str) -> tuple[str, ast.ClassDef]:
+    """A class, and the module that defines it, in which the named one imports it."""
+    tree = _parse_module(module)
     kind = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    if kind is None:  # it is imported there
-        imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
-        origin = next(node for node in imports if name in (alias.name for alias in node.names))
-        return _read_fields(f"{module}.{origin.module}" if origin.level else origin.module, name)
-    fields: Keys = {}
-    for base in kind.bases:
-        fields |= _read_fields(module, base.id)
-    for node in kind.body:
-        if isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):
-            nested = isinstance(node.annotation, ast.Name) and node.annotation.id.endswith("Arguments")
-            fields[node.target.id] = _read_fields(module, node.annotation.id) if nested else None
-    return fields
+    if kind is not None:
+        return module, kind
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    origin = next(node for node in imports if name in (alias.name for alias in node.names))
+    return _find_class(f"{module}.{origin.module}" if origin.level else origin.module, name)
+
+
+def _read_docstring(kind: ast.ClassDef) -> tuple[list[str], dict[str, str]]:
+    """The paragraphs of a docstring, and what its `Args:` say of each name."""
+    about, meanings = [], {}
+    for paragraph in (ast.get_docstring(kind) or "").split("\n\n"):
+        heading, *entries = re.split(r"\n {4}(?=\w)", paragraph)
+        if heading == "Args:":
+            meanings |= dict(" ".join(entry.split()).split(": ", 1) for entry in entries)
+        else:
+            about.append(" ".join(paragraph.split()))
+    return about, meanings
+
+
+def _read_value(node: ast.expr, module: str) -> tuple[Any, str]:
+    """The default of a field, and its `help`."""
+    if not isinstance(node, ast.Call):
+        return _evaluate(node, module), ""
+    options = {option.arg: option.value for option in node.keywords}
+    if "default_factory" in options:
+        default = {"list": [], "dict": {}}[options["default_factory"].id]
+    else:
+        default = _evaluate(options["default"], module)
+    metadata = options.get("metadata", ast.Dict([], []))
+    notes = {key.value: value for key, value in zip(metadata.keys, metadata.values, strict=True)}
+    # argparse, which transformers writes it for, reads %% as %.
+    return default, ast.literal_eval(notes["help"]).replace("%%", "%") if "help" in notes else ""
+
+
+def _evaluate(node: ast.expr, module: str) -> Any:
+    """A literal, or what the module last assigns to a name."""
+    if isinstance(node, ast.Name):
+        assigned = (other for other in ast.walk(_parse_module(module)) if isinstance(other, ast.Assign))
+        *_, node = (other.value for other in assigned if ast.unparse(other.targets[0]) == node.id)
+    return ast.literal_eval(node)
 
 
 def find_unknown(tree: dict[str, Any], sections: dict[str, Keys | None]) -> Iterator[tuple[str, str]]:
     """Keys and sections that do not exist, and values where keys should be: each with what is wrong with it."""
     for section, content in tree.items():
         if section not in sections:
-            yield str(section), _unknown_section(str(section), sections)
+            yield str(section), unknown_section(str(section), sections)
         elif sections[section] is not None:
             yield from _find_unknown_in(section, content, sections[section])
 
@@ -100,7 +207,7 @@ def _find_unknown_in(section: str, content: Any, keys: Keys) -> Iterator[tuple[s
     for name, value in content.items():
         key = f"{section}.{name}"
         if name not in keys:
-            yield key, _unknown_key(str(name), section, keys)
+            yield key, unknown_key(str(name), section, keys)
         elif keys[name] is not None:
             yield from _find_unknown_in(key, value, keys[name])
 
@@ -116,22 +223,24 @@ def check_overrides(overrides: Sequence[str], sections: dict[str, Keys | None]):
             continue
         path, *names = override[2:].partition("=")[0].split(".")
         if path not in sections:
-            raise InputError(_unknown_section(path, sections))
+            raise InputError(unknown_section(path, sections))
         keys = sections[path]
         while names:
             if names[0] not in (keys or {}) or (len(names) > 1 and keys[names[0]] is None):
-                raise InputError(_unknown_key(".".join(names), path, keys or {}))
+                raise InputError(unknown_key(".".join(names), path, keys or {}))
             path = f"{path}.{names[0]}"
             keys = keys[names.pop(0)]
         if keys is not None:
             raise InputError(f"--{path} is a section: name one of its keys, as in --{path}.key value")
 
 
-def _unknown_section(section: str, sections: dict[str, Any]) -> str:
+def unknown_section(section: str, sections: dict[str, Any]) -> str:
+    """That there is no such section, and the nearest one that there is."""
     return f"there is no section '{section}'{suggest(section, list(sections))}"
 
 
-def _unknown_key(name: str, section: str, keys: Keys) -> str:
+def unknown_key(name: str, section: str, keys: Keys) -> str:
+    """That a section has no such key, and the nearest one that it has."""
     nickname = NICKNAMES.get(name.lower())
     near = f"; did you mean '{nickname}'?" if nickname in keys else suggest(name, list(keys))
     return f"there is no key '{name}' in section '{section}'{near}"

@@ -49,18 +49,21 @@ PIECE_CHARACTERS = 2048
 
 @dataclass
 class TokenizerArguments:
-    """The recipe's section `tokenizer`."""
+    """The recipe's section `tokenizer`.
+
+    Args:
+        path: A Hub id, a folder, or GPT-2's vocab.json with merges.txt next to it; None trains a tokenizer.
+        kind: What to train: `bpe` and `char` give every text back exactly, `wordpiece` does not keep its spaces.
+        vocab_size: Upper bound of the trained vocabulary, special tokens included (ignored by `char`).
+        max_train_characters: Training reads no further than this, so that its memory stays bounded.
+        pad_token: The padding token; None adds none (GPT-2's published layout).
+    """
 
     path: str | None = None
-    """A Hub id, a folder, or GPT-2's vocab.json with merges.txt beside it; None trains a tokenizer."""
     kind: Literal["char", "bpe", "wordpiece", "unigram"] = "bpe"
-    """What to train: bpe and char give every text back exactly, wordpiece does not keep its spaces."""
     vocab_size: int = 4096
-    """Upper bound of the trained vocabulary, special tokens included (ignored by char)."""
     max_train_characters: int = 100_000_000
-    """Training reads no further than this, so that its memory stays bounded."""
     pad_token: str | None = PADDING
-    """The padding token; None adds none (GPT-2's published layout)."""
 
 
 def build_tokenizer(arguments: TokenizerArguments, texts: Iterable[str]) -> PreTrainedTokenizerFast:

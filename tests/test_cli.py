@@ -34,6 +34,8 @@ COMMANDS = [
     "import",
     "export",
     "publish",
+    "recipes",
+    "keys",
     "inspect",
     "plan",
     "doctor",
@@ -286,6 +288,35 @@ def test_an_error_shows_control_characters(here):
     assert message.startswith(r"the folder 'no\x1b[2J/such\x9b2J/mo\u202edel ' does not exist, and it is not a Hub id")
 
 
+def test_recipes(here):
+    result = hfgpt("recipes", "--json")
+    assert (result.status, result.err) == (0, "")
+    found = json.loads(result.out)
+    assert result.out == json.dumps(found) + "\n", "one object and nothing else"
+    assert {"name", "purpose", "command", "file"} == found["recipes"][0].keys()
+    people = hfgpt("recipes")
+    assert (people.status, people.err) == (0, "")
+    assert [line for line in people.out.splitlines()[:-1] if line and line[0] != " "] == [
+        recipe["name"] for recipe in found["recipes"]
+    ]
+
+
+def test_keys(here):
+    result = hfgpt("keys", "data", "--task", "pretrain", "--json")
+    assert (result.status, result.err) == (0, "")
+    (section,) = json.loads(result.out)["sections"]
+    assert result.out == json.dumps({"sections": [section]}) + "\n", "one object and nothing else"
+    assert section.keys() == {"section", "tasks", "about", "keys"}
+    found = {key.pop("key"): key for key in section["keys"]}
+    assert found["data.validation_fraction"].pop("meaning").startswith("Part of the documents")
+    assert found["data.validation_fraction"] == {
+        "type": "float", "default": 0.1, "library": "hfgpt", "tasks": ["pretrain"]
+    }  # fmt: skip
+    people = hfgpt("keys", "data", "--task", "pretrain")
+    assert (people.status, people.err) == (0, "")
+    assert "data.validation_fraction  float; default: 0.1  Part of the documents" in people.out
+
+
 def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
     result = hfgpt("doctor", "--json")
     assert (result.status, result.err) == (0, "")
@@ -402,6 +433,8 @@ TRAIN = "train tiny.yaml --training.output_dir new"
             "evaluate runs/tiny --data.path table.csv --data.text_column words --data.sample_by line",
             "--data.sample_by has no effect on evaluate: data.path 'table.csv' is not a .txt or .md file",
         ),
+        ("keys modle", "there is no section 'modle'; did you mean 'model'?"),
+        ("keys --task clasify", "--task is 'clasify'; did you mean 'classify'?"),
         ("inspect tiny.yaml --rows -1", "--rows is -1; it must be at least 0"),
         (
             "train instruct",
@@ -542,9 +575,11 @@ def test_the_commands_and_their_options_are_these():
         "generate": f"MODEL PROMPT {sampling} --num-samples --seed",
         "import": "SOURCE OUT --format --num-heads --tokenizer --vocab-size --lora-scale --hidden-act --revision",
         "inspect": "RECIPE --rows",
+        "keys": "SECTION --task --json",
         "merge": "ADAPTER OUT --tolerance",
         "plan": "RECIPE --json",
         "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
+        "recipes": "--json",
         "train": "RECIPE --resume",
     }
     found = {

@@ -15,6 +15,8 @@ COMMANDS = [
     "evaluate",
     "merge",
     "publish",
+    "recipes",
+    "keys",
     "inspect",
     "plan",
     "doctor",
@@ -82,6 +84,23 @@ for words, message in {REFUSED}.items():
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+@pytest.mark.parametrize(("command", "first"), [("recipes", "demo\n"), ("keys", "task  pretrain, classify or inst")])
+def test_recipes_and_keys_are_listed_before_torch_is_imported(command, first):
+    script = f"""
+import sys
+from hfgpt import cli
+sys.argv = ["hfgpt", "{command}"]
+try:
+    cli.main()
+except SystemExit as stop:
+    assert stop.code == 0
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(first)
 
 
 def test_help_is_quick():

@@ -88,7 +88,7 @@ def test_readme_commands_run(workplace, monkeypatch, capsys):
         words = shlex.split(command)
         if words[1] in ("train", "plan", "inspect"):
             words += SHORT
-        words += SHORTER.get(words[2], ())
+        words += SHORTER.get("".join(words[2:3]), ())
         monkeypatch.setattr("sys.argv", words)
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         with contextlib.chdir(workplace), pytest.raises(SystemExit) as stop:

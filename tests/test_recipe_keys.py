@@ -1,13 +1,14 @@
 """The keys of a recipe as they are read from the source, and what is suggested for those that do not exist."""
 
 import dataclasses
+import sys
 import typing
 
 import pytest
 
 from hfgpt.errors import InputError
 from hfgpt.recipe import section_types
-from hfgpt.recipe_keys import NICKNAMES, SECTIONS, check_overrides, section_keys
+from hfgpt.recipe_keys import NICKNAMES, SECTIONS, Section, check_overrides, read_section, section_keys
 
 
 def fields_of(kind: type) -> dict:
@@ -26,6 +27,46 @@ def test_the_keys_are_the_fields_of_the_dataclasses(task):
     assert list(keys) == list(section_types(task))
     for section, kind in section_types(task).items():
         assert list(keys[section].items()) == list(fields_of(kind).items()), section
+
+
+def check_section(section: Section, kind: type):
+    """Types and defaults are those that Python sees, and each key has a meaning."""
+    hints = typing.get_type_hints(kind)
+    for field in (field for field in dataclasses.fields(kind) if field.init):
+        key = section.keys[field.name]
+        if isinstance(key, Section):
+            check_section(key, hints[field.name])
+            continue
+        owner = next(base for base in kind.__mro__ if field.name in vars(base).get("__annotations__", ()))
+        assert eval(key.type, vars(sys.modules[owner.__module__])) == hints[field.name], field.name
+        made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        assert (key.default, type(key.default)) == (made, type(made)), field.name
+        assert key.meaning, field.name
+        assert "%%" not in key.meaning
+
+
+@pytest.mark.parametrize("task", SECTIONS)
+def test_types_and_defaults_are_those_of_the_dataclasses(task):
+    for section, kind in section_types(task).items():
+        check_section(read_section(task, section), kind)
+
+
+def test_a_meaning_is_that_of_the_last_class_that_gives_one():
+    training, tuning = read_section("pretrain", "training").keys, read_section("classify", "training").keys
+    assert training["seed"].library == tuning["seed"].library == "transformers"
+    assert training["seed"].meaning == "Random seed that will be set at the beginning of training."
+    assert training["push_to_hub"].meaning == "Not supported: use the section `hub`.", "a field of transformers"
+    assert training["push_to_hub"].library == "hfgpt"
+    assert (training["logging_steps"].default, training["logging_steps"].library) == (10, "hfgpt")
+    assert training["logging_steps"].meaning.startswith("Log every X updates steps."), "another default, one meaning"
+    assert training["train_sampling_strategy"].library == "transformers"
+    assert tuning["train_sampling_strategy"].default == "group_by_length"
+
+
+def test_what_a_base_says_of_the_section_is_kept_but_for_its_first_line():
+    first, *more = read_section("classify", "training").about
+    assert first == "The recipe's section `training` for classification and instructions."
+    assert more == read_section("pretrain", "training").about[1:] != []
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,50 @@
 """`hfgpt chat`: a conversation with a model in the terminal, within its context."""
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from hfgpt.data.templates import check_chat_template, encode_chat
+from hfgpt.data.templates import TEMPLATES, check_chat_template, encode_chat
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_ids
 from hfgpt.models import find_model
 from hfgpt.output import stderr_console
+from hfgpt.records import RunRecord, is_checkpoint, public_name
 
-HELP = "/reset clears the history; /system TEXT sets the system prompt and clears the history; /exit or Ctrl-D quits"
+QUIT = "/exit or Ctrl-D quits"
+HELP = (
+    "/reset clears the history; /system TEXT sets the system prompt and clears the history; Ctrl-C stops an answer; "
+    f"{QUIT}"
+)
+
+
+class RecordingStreamer:
+    """Passes the tokens of an answer on, and keeps them: of one that is stopped, `generate` returns nothing.
+
+    Args:
+        streamer: Receives all that `generate` gives, the prompt first.
+    """
+
+    def __init__(self, streamer: TextStreamer):
+        self.streamer, self._received = streamer, []
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of the answer so far."""
+        return [token for values in self._received[1:] for token in values]
+
+    def put(self, value: torch.Tensor):
+        self._received.append(value.flatten().tolist())
+        self.streamer.put(value)
+
+    def end(self):
+        self.streamer.end()
 
 
 @dataclass
@@ -61,6 +92,9 @@ class Chat:
     def answer(self, text: str, streamer: TextStreamer | None = None) -> str:
         """Says something to the model.
 
+        An answer that Ctrl-C stops is part of the conversation as far as it was streamed: the model then knows what
+        the user has read, and can be asked to continue. A question whose answer had not begun is not part of it.
+
         Args:
             text: What is said.
             streamer: Receives the tokens of the answer as they come.
@@ -69,6 +103,7 @@ class Chat:
             The answer.
 
         Raises:
+            KeyboardInterrupt: Ctrl-C stopped the answer; what the streamer held back of it has then been shown.
             InputError: The text holds a special token, or alone, with room for an answer, exceeds the context; it is
                 then not part of the conversation.
         """
@@ -82,17 +117,28 @@ class Chat:
             names = ("temperature", "top_k", "top_p")
             sampling = {"do_sample": True, **{name: getattr(self.sampling, name) for name in names}}
         end = self.tokenizer.eos_token_id
-        generated = generate_ids(
-            self.model,
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=end,
-            streamer=streamer,
-            **sampling,
-        )
-        answer = self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True).strip()
+        recorder = RecordingStreamer(streamer) if streamer else None
+        try:
+            generated = generate_ids(
+                self.model,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=end,
+                streamer=recorder,
+                **sampling,
+            )
+        except KeyboardInterrupt:
+            if recorder:
+                self._remember(question, recorder.ids)
+                recorder.end()
+            raise
+        return self._remember(question, generated[0, len(ids) :])
+
+    def _remember(self, question: dict[str, str], ids: torch.Tensor | list[int]) -> str:
+        """Adds a question and its answer to the conversation; returns the answer."""
+        answer = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         # An empty answer is no turn: the template would have nothing to end.
         self.messages += [question, {"role": "assistant", "content": answer}] if answer else []
         return answer
@@ -115,12 +161,12 @@ class Chat:
 
 
 def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, lines: Iterator[str] | None = None):
-    """Talks with a model until the input ends.
+    """Talks with a model until the input ends. On a terminal, Ctrl-C stops an answer only.
 
     Args:
         path: A folder or Hub id.
         sampling: How to choose each token.
-        system: How the model is to behave.
+        system: System prompt.
         lines: What is said; None: asked for on the terminal, or read from standard input.
 
     Raises:
@@ -128,10 +174,11 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
     """
     model, tokenizer = find_model(path).load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
     chat = Chat(model, tokenizer, sampling, system=system)
-    console = stderr_console()
-    if sys.stdin.isatty() and lines is None:
-        console.print(HELP, style="dim")
-    for line in lines if lines is not None else _ask(sys.stdin.isatty()):
+    console, interactive = stderr_console(), lines is None and sys.stdin.isatty()
+    if interactive:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else it would stop an answer, as Ctrl-C does
+        console.print("\n".join(filter(None, [describe_training(path, tokenizer), HELP])), style="dim")
+    for line in lines if lines is not None else _ask(console if interactive else None):
         text = line.strip()
         command, _, rest = text.partition(" ")
         if command in ("/exit", "/quit"):
@@ -148,11 +195,47 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
                 chat.answer(text, TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
             except InputError as error:  # the conversation goes on
                 console.print(f"hfgpt: {error}")
+            except KeyboardInterrupt:
+                if not interactive:
+                    raise
 
 
-def _ask(interactive: bool, read: Callable[[str], str] = input) -> Iterator[str]:
+def describe_training(path: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a model was trained on, in one line, from the record of its run.
+
+    Args:
+        path: A folder or Hub id.
+        tokenizer: Its own, with a chat template.
+
+    Returns:
+        The line; None: there is no record.
+
+    Raises:
+        InputError: The record is damaged.
+    """
+    folder = Path(path)
+    run = RunRecord.read(folder.parent if is_checkpoint(folder) else folder)
+    if run is None or run.data_source is None:
+        return None
+    data = public_name(run.data_source)
+    if run.task != "instruct":
+        return f"trained on {data}, but not to answer instructions"
+    template = next(
+        (f" with the template {name}" for name in TEMPLATES if TEMPLATES[name] == tokenizer.chat_template), ""
+    )
+    return f"trained on {data}{template}; it answers in the manner of its training data"
+
+
+def _ask(console: Console | None, read: Callable[[str], str] = input) -> Iterator[str]:
+    """The lines of a user, or, without a console, of standard input."""
     while True:
         try:
-            yield read("> " if interactive else "")
+            yield read("> " if console else "")
         except EOFError:
+            if console:
+                console.print()  # the shell's prompt gets a line of its own
             return
+        except KeyboardInterrupt:
+            if not console:
+                raise
+            console.print(f"\n{QUIT}", style="dim")

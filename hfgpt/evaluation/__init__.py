@@ -14,9 +14,9 @@ class EvaluationArguments:
         stride: Tokens that each window of the final evaluation predicts; the rest of the window is context only. None:
             the whole window, so that a token has half a window of context on average.
         prompts: Texts the trained model continues at the end, for a look at what it learned.
-        max_new_tokens: Tokens of each continuation.
+        max_new_tokens: Maximum number of tokens in a continuation.
         temperature: Divides the logits before sampling.
-        top_k: Sample among the k likeliest tokens only; 0: among all.
+        top_k: Sample from the k most likely tokens; 0: from all.
     """
 
     stride: int | None = None
@@ -44,9 +44,9 @@ class AnswerEvaluationArguments:
     """The recipe's section `evaluation` for instructions.
 
     Args:
-        max_new_tokens: Tokens of each answer at most.
+        max_new_tokens: Maximum number of tokens in an answer.
         batch_size: Prompts answered at a time.
-        max_answers: Answer only the first so many test rows; None: all.
+        max_answers: Answer only the first N test rows; None: all.
         answers: Folder for `answers.jsonl` and the judge's scores when a saved model is evaluated; None: answers are
             not kept. A run keeps them in its own.
         prompts: Instructions the trained model answers at the end, for a look at what it learned.

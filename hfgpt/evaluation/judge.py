@@ -37,11 +37,11 @@ class JudgeArguments:
     """The recipe's keys `evaluation.judge`.
 
     Args:
-        base_url: Of the endpoint, as in http://127.0.0.1:11434/v1; None: no judge. A key, where one is needed, is
-            taken from the environment variable HFGPT_JUDGE_API_KEY.
-        model: The judge's name there.
+        base_url: URL of an OpenAI-compatible endpoint, as in http://127.0.0.1:11434/v1; None: no judge. A key, where
+            one is needed, is taken from the environment variable HFGPT_JUDGE_API_KEY.
+        model: Name of the judge's model there.
         timeout: Seconds to wait for a reply.
-        max_answers: Judge only the first so many; None: all.
+        max_answers: Judge only the first N answers; None: all.
     """
 
     base_url: str | None = None

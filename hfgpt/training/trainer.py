@@ -90,16 +90,21 @@ FROM_SCRATCH = {"learning_rate": 1e-3, "num_train_epochs": 10.0, "warmup_steps":
 class HfGPTTrainingArguments(TrainingArguments):
     """The recipe's section `training`: the fields of `TrainingArguments`, with defaults for small GPTs, and more.
 
-    A recipe that trains new weights, without `model.path` and without a first pass, has other defaults for three of
-    them: `learning_rate` 0.001 (lower it for a wide model: 6e-4 is usual for the size of GPT-2), `num_train_epochs` 10
-    and `warmup_steps` 0.05, which is 5 % of all steps.
+    Three of them have other defaults in a recipe that trains new weights, without `model.path` and a first pass.
 
     Args:
+        output_dir: Where the run is saved; None: `runs/NAME`, after the recipe.
+        learning_rate: Peak learning rate of AdamW. Default for new weights: 0.001; lower it for a wide model (6e-4 is
+            usual for the size of GPT-2).
+        num_train_epochs: Epochs to train for, unless `max_steps` is set. Default for new weights: 10.
+        warmup_steps: Steps of rising learning rate, or below 1 their part of all steps. Default for new weights: 0.05.
         bf16: Mixed precision in bfloat16; None turns it on where the hardware has it, never where it is emulated.
         muon_learning_rate: When given, the matrices inside the blocks are trained by Muon at this rate, and the rest
             by AdamW at `learning_rate`; both follow the one schedule.
-        muon_momentum: Of Muon; below the usual 0.95 for runs of some hundred steps.
-        decay_all_parameters: Whether biases and norms decay too, as in the book.
+        muon_momentum: Momentum of Muon; below the usual 0.95 for runs of some hundred steps.
+        decay_all_parameters: Whether weight decay also applies to biases and norms, as in the book.
+        disable_tqdm: Whether transformers' own progress bars are off.
+        push_to_hub: Not supported: use the section `hub`.
     """
 
     bf16: bool | None = None
@@ -146,11 +151,12 @@ class FineTuningArguments(HfGPTTrainingArguments):
         trainable: What is trained: `all` weights; `last_blocks`, with the final norm and the head; the `head` alone;
             or the `adapters` of that section. None: the adapters if there are any, else all.
         last_blocks: How many blocks `last_blocks` means; None: one.
+        train_sampling_strategy: Order of the training rows: `group_by_length` needs the least padding; or `random`,
+            `sequential`, `batch_rebalance`.
     """
 
     trainable: Literal["all", "last_blocks", "head", "adapters"] | None = None
     last_blocks: int | None = None
-    # Rows of like length together need the least padding.
     train_sampling_strategy: str = "group_by_length"
 
     def __post_init__(self):
@@ -174,14 +180,14 @@ class FirstPassArguments:
 
     Args:
         max_steps: Optimizer steps.
-        per_device_train_batch_size: Blocks in a batch.
-        block_size: Tokens predicted a block; None: the context length of the model.
-        learning_rate: Of AdamW.
-        muon_learning_rate: Of Muon in the blocks' matrices; None: AdamW there, too.
-        muon_momentum: Of Muon.
-        weight_decay: Of both.
+        per_device_train_batch_size: Blocks in a batch on each device.
+        block_size: Tokens predicted per block; None: the context length of the model.
+        learning_rate: Learning rate of AdamW.
+        muon_learning_rate: Learning rate of Muon, which trains the blocks' matrices; None: AdamW trains them, too.
+        muon_momentum: Momentum of Muon.
+        weight_decay: Weight decay of both optimizers.
         warmup_steps: Steps of rising learning rate; it falls linearly afterwards.
-        dropout: In place of the three dropouts of the section `model`.
+        dropout: Replaces the three dropouts of the section `model`.
     """
 
     max_steps: int = 300

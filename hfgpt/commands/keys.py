@@ -1,0 +1,163 @@
+"""`hfgpt keys`: every key of a recipe, with its type, its default and its meaning; needs no torch."""
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from hfgpt.errors import InputError
+from hfgpt.output import wrap_text
+from hfgpt.recipe_keys import SECTIONS, TASK, Key, Section, read_section, suggest, unknown_key, unknown_section
+
+TRANSFORMERS = (
+    "The other keys are fields of transformers' TrainingArguments, in the words of transformers "
+    "(https://huggingface.co/docs/transformers/main_classes/trainer):"
+)
+
+
+@dataclass
+class KeyEntry:
+    """A key of a recipe.
+
+    Args:
+        key: In dotted form.
+        type, default, meaning, library: As of `hfgpt.recipe_keys.Key`.
+        tasks: The tasks whose recipes have exactly this key.
+    """
+
+    key: str
+    type: str
+    default: Any
+    meaning: str
+    library: str
+    tasks: list[str]
+
+
+@dataclass
+class SectionEntry:
+    """A section of a recipe.
+
+    Args:
+        section: Its name.
+        tasks: The tasks whose recipes have it.
+        about: Paragraphs on the section as a whole.
+        keys: hfgpt's own come first.
+    """
+
+    section: str
+    tasks: list[str]
+    about: list[str]
+    keys: list[KeyEntry]
+
+
+def list_keys(name: str | None = None, task: str | None = None) -> list[SectionEntry]:
+    """The keys of recipes; one that differs between tasks is listed once for each form.
+
+    Args:
+        name: A section, or a key in dotted form; None: all of them.
+        task: `pretrain`, `classify` or `instruct`; None: the keys of all tasks.
+
+    Raises:
+        InputError: There is no such task, section or key; names the nearest one that there is.
+    """
+    if task not in (None, *SECTIONS):
+        raise InputError(f"--task is '{task}'{suggest(task, list(SECTIONS))}")
+    tasks = [task] if task else list(SECTIONS)
+    # Of all tasks, classification has the most sections.
+    order = ["task", *SECTIONS[task or "classify"]]
+    section, _, inner = (name or "").partition(".")
+    if section and section not in order:
+        if owner := next((owner for owner in SECTIONS if section in SECTIONS[owner]), None):
+            raise InputError(f"recipes of task {task} have no section '{section}': use --task {owner}")
+        raise InputError(unknown_section(section, dict.fromkeys(order)))
+    entries = [_read_entry(found, tasks) for found in ([section] if section else order)]
+    if inner:
+        (entry,) = entries
+        kept = [key for key in entry.keys if f"{key.key}.".startswith(f"{name}.")]
+        if not kept:
+            names = {key.key.removeprefix(f"{section}."): None for key in entry.keys}
+            raise InputError(unknown_key(inner, section, names))
+        entries = [SectionEntry(section, entry.tasks, [], kept)]
+    return entries
+
+
+def render_keys(entries: Sequence[SectionEntry], width: int | None) -> str:
+    """The keys for people.
+
+    Args:
+        entries: What `list_keys` found.
+        width: Columns to break lines at; None: each key is one line, for `grep`.
+    """
+    blocks = []
+    for entry in entries:
+        if entry.about:
+            title = entry.section + ("" if set(entry.tasks) == set(SECTIONS) else f"  [{', '.join(entry.tasks)}]")
+            blocks.append("\n".join([title, *(wrap_text(paragraph, width, 4) for paragraph in entry.about)]))
+        for number, key in enumerate(entry.keys):
+            if entry.about and key.library != "hfgpt" and entry.keys[number - 1].library == "hfgpt":
+                blocks.append(wrap_text(TRANSFORMERS, width))
+            blocks.append(_render_key(key, entry.tasks, width))
+    return ("\n" if width is None else "\n\n").join(blocks)
+
+
+def describe_type(annotation: str) -> str:
+    """A type in words: `int or null` of `int | None`, `a, b or null` of `Literal['a', 'b'] | None`."""
+    words = list(_alternatives(ast.parse(annotation, mode="eval").body))
+    return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _read_entry(section: str, tasks: Sequence[str]) -> SectionEntry:
+    about: list[str] = []
+    keys: dict[tuple[str, str], KeyEntry] = {}
+    having = [task for task in tasks if section in ("task", *SECTIONS[task])]
+    for task in having:
+        read = TASK if section == "task" else read_section(task, section)
+        about += [text for text in getattr(read, "about", []) if text not in about]
+        for name, key in _flatten(section, read):
+            entry = keys.setdefault((name, repr(key)), KeyEntry(name, **vars(key), tasks=[]))
+            entry.tasks.append(task)
+    names = [name for name, _ in keys]
+    found = sorted(keys.values(), key=lambda entry: (entry.library != "hfgpt", names.index(entry.key)))
+    return SectionEntry(section, having, about, found)
+
+
+def _flatten(name: str, key: Key | Section) -> Iterator[tuple[str, Key]]:
+    if isinstance(key, Key):
+        yield name, key
+        return
+    for inner, content in key.keys.items():
+        yield from _flatten(f"{name}.{inner}", content)
+
+
+def _render_key(entry: KeyEntry, tasks: Sequence[str], width: int | None) -> str:
+    head = f"{entry.key}  {describe_type(entry.type)}; default: {_in_yaml(entry.default)}"
+    if entry.tasks != tasks:
+        head += f"  [{', '.join(entry.tasks)}]"
+    meaning = re.sub(r"\bNone\b", "null", entry.meaning)  # as a recipe writes it
+    if width is None:
+        return f"{head}  {meaning}"
+    return f"{wrap_text(head, width, 0, 4)}\n{wrap_text(meaning, width, 4)}"
+
+
+def _in_yaml(value: Any) -> str:
+    """A default as a recipe would have it."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def _alternatives(node: ast.expr) -> Iterator[str]:
+    match node:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            yield from _alternatives(left)
+            yield from _alternatives(right)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            for choice in choices.elts if isinstance(choices, ast.Tuple) else [choices]:
+                yield _in_yaml(ast.literal_eval(choice))
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            yield f"list of {ast.unparse(item)}"
+        case ast.Subscript(value=ast.Name(id=kind)):
+            yield kind
+        case _:
+            yield ast.unparse(node).replace("None", "null")
