@@ -255,6 +255,11 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         ("data_report.json", "{}", r"data_report\.json' .* lacks dropped, rows_kept, rows_read, sha256, splits"),
         ("conversion.json", "[]", r"conversion\.json' is not as hfgpt writes it"),
         (
+            "conversion.json",
+            '{"source": "x", "format": "book", "differences": [{}]}',
+            r"the records in .* \(UndefinedError: ",
+        ),
+        (
             "recipe.yaml",
             "{task: pretrain, hub: 5}",
             r"recipe\.yaml' is not as hfgpt writes it: hub is 5; take the one that was saved with the model",
