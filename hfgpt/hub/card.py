@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from hfgpt.adapters import base_of
 from hfgpt.data.report import counted
 from hfgpt.hub import HubArguments
-from hfgpt.hub.folder import FolderRecords
+from hfgpt.hub.folder import FolderRecords, without_paths
 from hfgpt.hub.usage import Place, pipeline_tag, usage_code
 from hfgpt.records import CARD_FILE, is_hub_id, public_name
 from hfgpt.saving import write_text
@@ -117,8 +117,8 @@ class Card:
 
     @property
     def recipe(self) -> str:
-        """The recipe in YAML; empty if there is none."""
-        recipe = {key: value for key, value in self.records.recipe.items() if key != "hub"}
+        """The recipe in YAML, without paths of this machine; empty if there is none."""
+        recipe = {key: without_paths(value) for key, value in self.records.recipe.items() if key != "hub"}
         return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else ""
 
     @property

@@ -28,7 +28,10 @@ from hfgpt.records import (
 )
 
 # Keys of recipes whose values are places on this machine, or Hub ids.
-PLACES = ("path", "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint")
+PLACES = (
+    *("path", "output_dir", "cache_dir", "answers", "resume_from_checkpoint"),
+    *("deepspeed", "fsdp_config", "accelerator_config"),
+)
 
 
 @dataclass

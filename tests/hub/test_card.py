@@ -150,6 +150,16 @@ def test_sizes_of_a_split_are_counted_in_words():
     assert shown.endswith(", 1 token left over (dropped)")
 
 
+def test_a_citation_has_the_author_and_the_url_of_the_recipe():
+    records = read_records(FOLDERS[-1])
+    assert card_of(records).count("author = ") == card_of(records).count("url = ") == 0
+    cited = card_of(records, author="Ada Lovelace and Charles Babbage", url="https://example.org/stories")
+    assert (
+        "```bibtex\n@misc{x,\n  author = {Ada Lovelace and Charles Babbage},\n  title = {x},\n"
+        "  note = {Trained with hfgpt},\n  year = {2026},\n  url = {https://example.org/stories},\n}\n```\n"
+    ) in cited
+
+
 def test_blank_lines_of_a_sample_stay():
     records = read_records(FOLDERS[-1])
     records.run.samples.texts = ["one\n\n\n\ntwo ```"]
@@ -167,8 +177,10 @@ def test_a_base_in_a_folder_is_no_repository(tmp_path):
 
 
 def test_paths_of_this_machine_do_not_travel():
-    tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y"}
-    assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y"}
+    tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y", "answers": "/a/b"}
+    assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y", "answers": "b"}
+    machine = {"training": {"deepspeed": "/a/zero3.json", "fsdp_config": {"min_num_params": 0}}}
+    assert without_paths(machine) == {"training": {"deepspeed": "zero3.json", "fsdp_config": {"min_num_params": 0}}}
     kept = {"path": "me/model", "source": "synthetic:stories", "prompts": ["/help me and/or you", "~"]}
     assert without_paths(kept) == kept
     run = RunRecord(data_source="/home/me/data.txt", base_model="me/model", recipe="/not/a/place")
@@ -178,6 +190,23 @@ def test_paths_of_this_machine_do_not_travel():
     report = DataReport(source="/x/y.txt", near_duplicate_examples=[["mine", "other"]], unused_files=["salaries.txt"])
     assert {"near_duplicate_examples", "unused_files"} & report.publishable().keys() == set()
     assert report.publishable()["source"] == "y.txt"
+
+
+@pytest.mark.parametrize("name", ["text", "classes", "adapter", "answers"])
+def test_the_card_of_a_run_has_no_path_of_this_machine(runs, name):
+    recipe, card = ((runs / name / file).read_text(encoding="utf-8") for file in ("recipe.yaml", "README.md"))
+    assert f"output_dir: {runs / name}" in recipe
+    assert f"output_dir: {name}" in card
+    assert str(runs) not in card
+    assert f'from_pretrained("{name}"' in card or f'model="{name}"' in card
+
+
+def test_the_card_of_a_folder_names_it_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Place.of_folder(Path("runs/x")) == Place.of_folder(tmp_path / "runs" / "x") == Place("runs/x")
+    assert Place.of_folder(tmp_path.parent / "x", native=True) == Place("x", native=True)
+    assert Place.of_folder(Path("../x")) == Place("x")
+    assert Place.of_folder(Path(".")) == Place(tmp_path.name)
 
 
 @pytest.mark.parametrize("name", ["runs/my run", 'a "quoted" run', "back\\slash"])

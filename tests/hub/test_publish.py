@@ -183,7 +183,7 @@ def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, tru
     (run / "data_report.json").write_text(json.dumps(report))
     with open(run / "training_log.jsonl", "a") as log:
         log.write(json.dumps({"step": 3, "hub_error": "no /home/me/secret"}) + "\n")
-    send(run)
+    send(run, "me/model", "--hub.author", "Me")
     sent = b"".join(content for name, content in hub.files("me/model").items() if not name.endswith(".safetensors"))
     for text in (b"a row of mine", b"salaries", b"/home/me"):
         assert text not in sent
@@ -192,7 +192,7 @@ def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, tru
     assert "stays here  answers.jsonl: rows of the data" in shown
     assert "answers.jsonl" not in hub.files("me/answers")
     recipe = yaml.safe_load(hub.files("me/model")["recipe.yaml"])
-    assert recipe["hub"] == {"license": "mit", "language": ["en"]}, "nobody else is to publish there"
+    assert recipe["hub"] == {"license": "mit", "author": "Me", "language": ["en"]}, "nobody else is to publish there"
 
 
 def test_notes_and_licence_go_to_both_branches(hub, run, trusting):
@@ -645,6 +645,7 @@ def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
 def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
     merge(str(runs / "adapter"), tmp_path / "merged", console=Console(file=io.StringIO()))
     card = (tmp_path / "merged" / "README.md").read_text()
+    assert str(tmp_path) not in card
     assert "The adapter `adapter`, merged into `text` in float32" in card
     assert "## Evaluation" not in card, "nothing was measured on these weights yet"
     _, shown = send(tmp_path / "merged", dry_run=True)
@@ -670,9 +671,9 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     train_tokenizer(["abc " * 9], "char").save_pretrained(tmp_path / "gpt2")
     import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
-    assert (
-        "Converted from gpt2, out of `gpt2`; the largest difference" in (tmp_path / "ours" / "README.md").read_text()
-    )
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "Converted from gpt2, out of `gpt2`; the largest difference" in card
+    assert str(tmp_path) not in card
     _, shown = send(tmp_path / "ours", dry_run=True)
     assert "the card has no evaluation: name data to measure on with --data.path" in shown
     assert "the card has no license" in shown
