@@ -31,7 +31,7 @@ from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub import fresh_process, stranger
 from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.folder import read_records
-from hfgpt.models import load_model
+from hfgpt.models import SavedModel, find_model, load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.runs.remeasure import _find_rows
 from hfgpt.runs.run import run as train
@@ -61,6 +61,11 @@ def trusting(monkeypatch):
 def final(text_run, tmp_path) -> Path:
     """A copy of the language model's run without its checkpoints, as it is sent."""
     return shutil.copytree(text_run, tmp_path / "final", ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+def expected_of(folder: Path) -> stranger.Expected:
+    saved = find_model(str(folder))
+    return stranger.compute_expected(saved.load(), saved.load_tokenizer(), read_records(folder))
 
 
 @contextmanager
@@ -99,6 +104,19 @@ def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
     assert shown.count("  ok  ") == 7
     assert code == "", "what would load it is on the card"
     assert 'pipeline("text-generation", model="me/model", trust_remote_code=True)' in shown
+
+
+@pytest.mark.parametrize("name", ["text", "classes", "answers"])
+def test_the_model_is_loaded_once_for_all_checks(hub, runs, tmp_path, monkeypatch, name):
+    loaded, load = [], SavedModel.load
+    monkeypatch.setattr(
+        SavedModel, "load", lambda self, *args, **kw: (loaded.append(self.path), load(self, *args, **kw))[1]
+    )
+    with nearby(tmp_path):
+        _, shown = send(runs / name, dry_run=True)
+    assert "measured again on the " in shown
+    assert "a fresh process without hfgpt loads the files" in shown
+    assert loaded == [str(runs / name)]
 
 
 @pytest.mark.parametrize(
@@ -324,17 +342,17 @@ def test_another_tokenizer_is_refused(hub, run):
 
 
 def test_a_stranger_who_gets_something_else_is_heard(final, tmp_path, monkeypatch):
-    ask = stranger._ask
+    ask, expected = stranger._ask, expected_of(final)
     for key, value, match in (("greedy", [1, 2], "continues a text otherwise"), ("ids", [0], "makes other tokens")):
         monkeypatch.setattr(
             stranger, "_ask", lambda *args, key=key, value=value: (ask(*args)[0] | {key: value}, ask(*args)[1])
         )
         with nearby(tmp_path), pytest.raises(InputError, match=match):
-            stranger.check_as_stranger(final, final)
+            stranger.check_as_stranger(final, expected)
     monkeypatch.setattr(stranger, "_ask", ask)
     monkeypatch.setattr(stranger, "usage_code", lambda *args: "raise RuntimeError('the card is wrong')")
     with nearby(tmp_path), pytest.raises(InputError, match=r"cannot load these files \(the card is wrong\)"):
-        stranger.check_as_stranger(final, final)
+        stranger.check_as_stranger(final, expected)
 
 
 def test_two_branches_are_never_one(hub, run, trusting):
@@ -612,7 +630,7 @@ def test_the_fresh_process_gets_no_token_no_network_and_no_more_than_its_time(fi
 
     monkeypatch.setattr(subprocess, "run", start)
     with pytest.raises(InputError, match="has not loaded and tried these files in 30 minutes"):
-        stranger.check_as_stranger(final, final)
+        stranger.check_as_stranger(final, expected_of(final))
     for event in ("socket.connect", "socket.getaddrinfo"):
         with pytest.raises(PermissionError, match="the network is not to be used"):
             fresh_process.forbid_network(event, ())
@@ -622,7 +640,7 @@ def test_code_that_is_not_ours_is_not_run_by_the_fresh_process(final, planted):
     with open(final / "modeling_hfgpt.py", "a") as file:
         file.write(planted)
     with pytest.raises(InputError, match=r"code that hfgpt does not run, 'modeling_hfgpt\.py' is not a Python file"):
-        stranger.check_as_stranger(final, final)
+        stranger.check_as_stranger(final, expected_of(final))
 
 
 # Folders that are no finished runs ---------------------------------------------------------------------------------
@@ -736,7 +754,7 @@ def test_a_hostile_chat_template_is_not_rendered_by_the_fresh_process(hub, runs,
     run = shutil.copytree(runs / "answers", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
     (run / "chat_template.jinja").write_text("{{ 'a' * 10**10 }}")
     with pytest.raises(InputError, match="the tokenizer's chat template fails"):
-        stranger.check_as_stranger(run, run)
+        expected_of(run)
 
 
 def test_a_run_that_follows_instructions(hub, runs, trusting):
