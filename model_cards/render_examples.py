@@ -6,7 +6,7 @@ An example is a published folder without its weights, its tokenizer and its code
 from pathlib import Path
 
 from hfgpt.hub import HubArguments
-from hfgpt.hub.card import build_card
+from hfgpt.hub.card import Card
 from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
 
@@ -17,7 +17,7 @@ def render(folder: Path) -> str:
     """The card of an example, as it is published under its own name."""
     records = read_records(folder)
     hub = HubArguments(**records.recipe.get("hub", {}))
-    return build_card(records, hub, Place(f"user/{folder.name}")).render()
+    return Card(records, hub, Place(f"user/{folder.name}")).render()
 
 
 if __name__ == "__main__":

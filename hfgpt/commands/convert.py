@@ -298,5 +298,5 @@ def _finish(report: Parity, staging: Path, out: Path, architecture: dict[str, An
     ConversionRecord(**report.to_dict(), **made).stamp().write(staging)
     records = read_records(staging)
     records.run.architecture = architecture
-    place = Place(out.as_posix(), native=report.format.startswith("to "))
+    place = Place.of_folder(out, native=report.format.startswith("to "))
     write_card(staging, records, HubArguments(), place)

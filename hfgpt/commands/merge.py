@@ -89,7 +89,7 @@ def _write_card(adapter: Path, merged: PreTrainedModel, staging: Path, out: Path
             _keep_records(adapter, staging)
         records = read_records(staging)
         records.run.architecture = describe_architecture(merged)
-        write_card(staging, records, HubArguments(), Place(out.as_posix()))
+        write_card(staging, records, HubArguments(), Place.of_folder(out))
 
 
 def _keep_records(adapter: Path, staging: Path):

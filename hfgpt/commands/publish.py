@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import CommitInfo, ModelCard, constants, get_token
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfgpt.commands.convert import export_model
 from hfgpt.errors import InputError
@@ -21,7 +22,7 @@ from hfgpt.hub.card import describe_architecture
 from hfgpt.hub.contents import Contents, find_secrets, sort_contents
 from hfgpt.hub.folder import FolderRecords, explained_records, read_records
 from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
-from hfgpt.hub.stranger import check_as_stranger
+from hfgpt.hub.stranger import Expected, check_as_stranger, compute_expected, compute_native
 from hfgpt.hub.upload import Target, fetch_base, upload, verify
 from hfgpt.hub.usage import Place, loading_code
 from hfgpt.models import find_model, hash_weights
@@ -33,6 +34,7 @@ from hfgpt.saving import hash_file
 from hfgpt.tokenizer import tokenizer_hash
 
 NATIVE_BRANCH = "gpt2"
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
 
 @dataclass
@@ -120,13 +122,15 @@ def publish(
         console.print(f"  ok  {what}", highlight=False, markup=False)
 
     with tempfile.TemporaryDirectory(prefix="hfgpt-publish-") as temporary:
-        # 1. to 4. What lies in the folder.
-        records, hub, contents = check_folder(folder, arguments, overrides, passed)
+        # 1. to 4. What lies in the folder; its model is loaded here, once for all checks.
+        records, hub, contents, (model, tokenizer) = check_folder(folder, arguments, overrides, passed)
         branches = plan_branches(Path(temporary), repo_id, arguments, hub)
 
         # 5. What the card will say: measured now, on these very weights.
         if arguments.measure:
-            passed(measure_again(folder, records, overrides, console))
+            passed(measure_again(model, records, overrides, console))
+        expected = compute_expected(model, tokenizer, records)
+        del model  # a large one leaves room for those that follow
         base = Path(temporary) / "base" if records.adapter and arguments.format == "hfgpt" else None
         if base:
             hub = pin_base(records, hub, base)
@@ -134,7 +138,7 @@ def publish(
 
         # 6. and 7. The files as they will be, with their card, and as strangers will load them.
         for branch in branches:
-            make_branch(branch, contents.going, records, hub, passed, base)
+            make_branch(branch, contents.going, records, hub, passed, expected, base)
             show_files(branch, console)
         show_missing(contents, records, hub, console)
         if arguments.dry_run:
@@ -152,11 +156,11 @@ def publish(
 
 def check_folder(
     folder: Path, arguments: PublishArguments, overrides: Sequence[str], passed: Callable[[str], None]
-) -> tuple[FolderRecords, HubArguments, Contents]:
+) -> tuple[FolderRecords, HubArguments, Contents, Loaded]:
     """The checks of what lies in a folder, in order, each told when it has passed.
 
     Returns:
-        What the folder says of itself, the section `hub`, and which files go.
+        What the folder says of itself, the section `hub`, which files go, and the model with its tokenizer.
 
     Raises:
         InputError: The first check that fails says what is wrong.
@@ -169,7 +173,7 @@ def check_folder(
     passed(f"'{folder}' is {'an adapter' if records.adapter else 'a model'} of hfgpt's")
 
     # 2. The weights that were measured.
-    records = check_weights(folder, records)
+    records, loaded = check_weights(folder, records)
     passed("its weights load and are finite" + (", and are those that were measured" if records.metrics else ""))
 
     # 3. Files of known kinds only.
@@ -179,7 +183,7 @@ def check_folder(
     # 4. Nothing secret in them.
     refuse_secrets(folder, contents.going)
     passed("no token, key or password is in them")
-    return records, hub, contents
+    return records, hub, contents, loaded
 
 
 def open_folder(folder: Path) -> FolderRecords:
@@ -272,6 +276,7 @@ def make_branch(
     records: FolderRecords,
     hub: HubArguments,
     passed: Callable[[str], None],
+    expected: Expected,
     base: Path | None = None,
 ):
     """Makes the files that a branch gets, and checks what was not in the folder before.
@@ -282,6 +287,7 @@ def make_branch(
         records: Of the folder.
         hub: For the card.
         passed: Told of each check.
+        expected: What the model in the folder computes.
         base: The base model of an adapter, see `pin_base`.
 
     Raises:
@@ -301,7 +307,8 @@ def make_branch(
     refuse_secrets(branch.folder, [name for name in branch.hashes if not name.endswith(".safetensors")])
     check_metadata(branch.folder / CARD_FILE)
     passed(f"the metadata of the card is valid ({branch})")
-    check_as_stranger(branch.folder, branch.folder if native else folder, native, None if native else base)
+    expected = compute_native(branch.folder, expected) if native else expected
+    check_as_stranger(branch.folder, expected, native, None if native else base)
     passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
 
 
@@ -311,11 +318,11 @@ def refuse_secrets(folder: Path, names: Sequence[str]):
         raise InputError(f"{'; '.join(secrets)}: remove it, and have it revoked if it was ever published")
 
 
-def check_weights(folder: Path, records: FolderRecords) -> FolderRecords:
+def check_weights(folder: Path, records: FolderRecords) -> tuple[FolderRecords, Loaded]:
     """Loads the model, whole and finite, and compares its weights with the hash that was written when it was measured.
 
     Returns:
-        The records, with an `architecture` in `run`.
+        The records, with an `architecture` in `run`; and the model with its tokenizer.
 
     Raises:
         InputError: They are damaged, or others than those that were measured.
@@ -323,10 +330,11 @@ def check_weights(folder: Path, records: FolderRecords) -> FolderRecords:
     saved = find_model(str(folder))
     model = saved.load()
     run = dataclasses.replace(records.run, weights_sha256=hash_weights(folder))
-    if (expected := run.tokenizer_sha256) and tokenizer_hash(saved.load_tokenizer()) != expected:
+    tokenizer = saved.load_tokenizer() if records.has_tokenizer or run.tokenizer_sha256 else None
+    if run.tokenizer_sha256 and tokenizer_hash(tokenizer) != run.tokenizer_sha256:
         raise InputError(f"the tokenizer in '{folder}' is not the one of the run: put that back")
     run.architecture = describe_architecture(model)
-    return dataclasses.replace(records, run=run)
+    return dataclasses.replace(records, run=run), (model, tokenizer)
 
 
 def check_metadata(path: Path):

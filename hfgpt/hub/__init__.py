@@ -19,6 +19,8 @@ class HubArguments:
         strategy: `end` publishes the finished run; `checkpoints` also each checkpoint, in the background.
         native_branch: Whether the branch `gpt2` of the repository gets the model as a native GPT-2.
         license: Of the weights, as the Hub writes it: apache-2.0, mit, cc-by-4.0, ...
+        author: For the citation on the card, as BibTeX writes names: Ada Lovelace and Charles Babbage.
+        url: For the citation on the card: of a paper, a project or the repository.
         language: Codes of the languages the model writes or reads: [en].
         base_model: Hub id of the base model, where the recipe names a folder.
         base_revision: Its branch, tag or commit; None: what is newest when an adapter is published.
@@ -31,6 +33,8 @@ class HubArguments:
     strategy: Literal["end", "checkpoints"] = "end"
     native_branch: bool = False
     license: str | None = None
+    author: str | None = None
+    url: str | None = None
     language: list[str] | None = None
     base_model: str | None = None
     base_revision: str | None = None

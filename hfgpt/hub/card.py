@@ -1,4 +1,4 @@
-"""The model card: typed data out of what a folder holds, rendered by the template in `model_cards/`.
+"""The model card: typed data out of what a folder holds, rendered by the template `model_cards/card.md.jinja`.
 
 Every number on it stands in the folder's metrics.json, run.json, data_report.json or recipe.yaml; one that was not
 measured is absent.
@@ -7,26 +7,39 @@ Sources: Mitchell et al., "Model Cards for Model Reporting" (2019); huggingface_
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 import torch
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedModel
 
 from hfgpt.adapters import base_of
 from hfgpt.data.report import counted
 from hfgpt.hub import HubArguments
-from hfgpt.hub.folder import FolderRecords
+from hfgpt.hub.folder import FolderRecords, without_paths
 from hfgpt.hub.usage import Place, pipeline_tag, usage_code
-from hfgpt.records import CARD_FILE, Environment, RunRecord, TrainingRecord, is_hub_id, public_name
+from hfgpt.records import CARD_FILE, is_hub_id, public_name
 from hfgpt.saving import write_text
 
-Rows = list[tuple[str, str]]
-# Name in metrics.json -> what it is, and the Hub's name of such a result; None: of no result, but of its size.
+TEMPLATE = "card.md.jinja"
+PICTURES = ("loss.png", "confusion.png")
+# Settings of a configuration that the card shows.
+ARCHITECTURE = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "vocab_size",
+    "hidden_act",
+    "qkv_bias",
+    "tie_word_embeddings",
+)
+# Name in metrics.json -> its label, and the Hub's name of such a result; None: it describes the data, not the model.
 METRICS = {
     "eval_accuracy": ("accuracy", "accuracy"),
     "eval_accuracy_low": ("accuracy, lower bound (Wilson interval)", None),
@@ -51,82 +64,111 @@ METRICS = {
     "eval_unfinished_answers": ("unfinished answers", None),
     "eval_truncated": ("rows truncated to the context", None),
 }
+OF_CLASS = re.compile(r"eval_(precision|recall)_(.*)", re.DOTALL)
 SHARE = re.compile(r".*accuracy|.*match|eval_(precision|recall)_")
-ARCHITECTURE = {
-    "parameters": "parameters",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "attention heads",
-    "hidden_size": "hidden size",
-    "intermediate_size": "MLP size",
-    "max_position_embeddings": "context length, tokens",
-    "vocab_size": "vocabulary size",
-    "hidden_act": "activation",
-    "qkv_bias": "biases of query, key and value",
-    "tie_word_embeddings": "tied input and output embeddings",
-}
-SPLIT_BY = {
-    "given": "the source has its own splits",
-    "documents": "whole documents",
-    "rows": "rows; identical texts stay in one split",
-    "order": "order; the first rows are for training",
-    "position": "position in a single text",
-}
-PICTURES = {
-    "loss.png": "Training and validation loss",
-    "confusion.png": "Confusion matrix: true classes in rows, predicted classes in columns",
-}
 
 
-@dataclass
+class Result(NamedTuple):
+    """An entry of metrics.json: its label, the Hub's name of such a result or None, whether it is a share of 1."""
+
+    label: str
+    kind: str | None
+    value: Any
+    is_share: bool
+
+
+@dataclass(frozen=True)
 class Card:
-    """A model card before it is text: `model_cards/card.md.jinja` says where each part goes.
+    """What the template renders.
 
     Args:
-        title: Its heading.
-        task: What the model was trained for; None: not known.
-        metadata: What the Hub reads.
-        summary: What the model is, in a sentence or two.
-        usage: Python that loads the model and uses it.
-        loading: What that needs.
-        architecture, training_data, procedure, evaluation: Rows of tables, each a name and a value.
-        measured_on: What the evaluation was measured on, and with which weights.
-        relations: Sentences on the base model, on merging and on conversion.
-        recipe: In YAML.
-        pictures: File in the folder -> what it shows.
-        samples: Texts of the model.
-        sampling: How they came about.
-        citation: BibTeX.
-        versions: Of the packages it was made with.
+        records: Of the model's folder.
+        hub: What no run can know.
+        place: Where the card says to load the model from.
     """
 
-    title: str
-    task: str | None
-    metadata: ModelCardData
-    summary: str
-    usage: str
-    loading: str
-    architecture: Rows
-    training_data: Rows
-    procedure: Rows
-    evaluation: Rows
-    measured_on: str
-    relations: list[str]
-    recipe: str
-    pictures: dict[str, str]
-    samples: list[str]
-    sampling: str
-    citation: str
-    versions: str
+    records: FolderRecords
+    hub: HubArguments
+    place: Place
 
     def render(self) -> str:
         """The text of README.md."""
-        template = (card_folder() / "card.md.jinja").read_text(encoding="utf-8")
-        text = ModelCard.from_template(self.metadata, template_str=template, card=self).content
-        return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+        loader = jinja2.FileSystemLoader(card_folder())
+        environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+        environment.filters |= {"counted": counted, "number": _format, "public_name": public_name}
+        return environment.get_template(TEMPLATE).render(card=self).strip() + "\n"
+
+    @property
+    def title(self) -> str:
+        return self.place.name.rpartition("/")[2]
+
+    @property
+    def citation_key(self) -> str:
+        return re.sub(r"\W+", "-", self.title).strip("-").lower()
+
+    @property
+    def base(self) -> str | None:
+        """The base model as others may read its name; None: there is none."""
+        return self.hub.base_model or (public_name(self.records.base) if self.records.base else None)
+
+    @property
+    def usage(self) -> str:
+        return usage_code(self.records, self.place)
+
+    @property
+    def recipe(self) -> str:
+        """The recipe in YAML, without paths of this machine; empty if there is none."""
+        recipe = {key: without_paths(value) for key, value in self.records.recipe.items() if key != "hub"}
+        return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else ""
+
+    @property
+    def results(self) -> list[Result]:
+        return _results(self.records.metrics)
+
+    @property
+    def pictures(self) -> list[str]:
+        """The pictures in the folder."""
+        return [name for name in PICTURES if (self.records.folder / name).is_file()]
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The packages it was made with."""
+        origin = self.records.origin
+        versions = {"hfgpt": origin.hfgpt, "python": origin.python} | (origin.versions or {})
+        return {package: version for package, version in versions.items() if version}
+
+    @property
+    def metadata(self) -> ModelCardData:
+        """What the Hub reads."""
+        records, base, data = self.records, public_base(self.records, self.hub), self.records.data_name
+        results = [
+            EvalResult(
+                task_type=pipeline_tag(records),
+                dataset_type=data,
+                dataset_name=f"{data}, {records.measured_on}",
+                metric_type=result.kind,
+                metric_name=result.label,
+                metric_value=result.value,
+            )
+            for result in self.results
+            if result.kind
+        ]
+        return ModelCardData(
+            library_name="peft" if records.adapter else "transformers",
+            pipeline_tag=pipeline_tag(records),
+            license=self.hub.license,
+            language=self.hub.language,
+            base_model=base,
+            base_model_relation=("adapter" if records.adapter else "finetune") if base else None,
+            datasets=[data] if records.recipe and is_hub_id(data) else None,
+            tags=["hfgpt", *filter(None, [records.task]), *(["lora"] if records.adapter else [])],
+            model_name=self.title if results else None,
+            eval_results=results or None,
+        )
 
 
 def card_folder() -> Path:
-    """The template and the examples: beside the modules in an installed wheel, at the root of a checkout."""
+    """The template's folder: inside the package in an installed wheel, at the root of a checkout."""
     package = Path(__file__).parent.parent
     return package / "model_cards" if (package / "model_cards").is_dir() else package.parent / "model_cards"
 
@@ -136,61 +178,28 @@ def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
     network = base_of(model)
     with torch.device("meta"):  # without the adapter that the model at hand may carry
         parameters = type(network)(network.config).num_parameters()
-    settings = [name for name in ARCHITECTURE if name != "parameters"]
-    return {"parameters": parameters} | {name: getattr(network.config, name) for name in settings}
+    return {"parameters": parameters} | {name: getattr(network.config, name) for name in ARCHITECTURE}
 
 
 def write_card(folder: Path, records: FolderRecords, hub: HubArguments, place: Place):
-    """Writes README.md into a folder; arguments as of `build_card`."""
-    write_text(folder / CARD_FILE, build_card(records, hub, place).render())
-
-
-def build_card(records: FolderRecords, hub: HubArguments, place: Place) -> Card:
-    """Collects what a card says.
-
-    Args:
-        records: Of the model's folder.
-        hub: What no run can know.
-        place: Where the card says to load the model from.
-    """
-    run, recipe = records.run, {key: value for key, value in records.recipe.items() if key != "hub"}
-    title = place.name.rpartition("/")[2]
-    return Card(
-        title=title,
-        task=records.task,
-        metadata=_metadata(records, hub, title),
-        summary=_summary(records),
-        usage=usage_code(records, place),
-        loading=_loading(records, place.native),
-        architecture=[(ARCHITECTURE[name], _format(value)) for name, value in (run.architecture or {}).items()],
-        training_data=_training_data(records, hub),
-        procedure=_procedure(run, hub),
-        evaluation=[(label, _format(value, key)) for key, label, _, value in _results(records.metrics)],
-        measured_on=_measured_on(records),
-        relations=_relations(records, hub),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else "",
-        pictures={file: what for file, what in PICTURES.items() if (records.folder / file).is_file()},
-        samples=[text.replace("```", "'''") for text in (run.samples.texts if run.samples else [])],
-        sampling=_sampling(records),
-        citation=_citation(title, records),
-        versions=", ".join(f"{package} {version}" for package, version in _versions(records.origin).items()),
-    )
+    """Writes README.md into a folder; arguments as of `Card`."""
+    write_text(folder / CARD_FILE, Card(records, hub, place).render())
 
 
 def evaluation_results(records: FolderRecords) -> list[dict[str, Any]]:
     """What was measured, in the form of the Hub's `.eval_results/*.yaml`."""
     sha = records.run.weights_sha256
-    weights = f"; {'converted from ' if _is_exported(records) else ''}weights with SHA-256 {sha}" if sha else ""
+    weights = f"; {'converted from ' if records.is_exported else ''}weights with SHA-256 {sha}" if sha else ""
     entries = [
         EvalResultEntry(
             dataset_id=records.data_name,
-            task_id=kind,
-            value=value,
+            task_id=result.kind,
+            value=result.value,
             date=records.run.measured_again or records.run.finished,
-            notes=f"{label}, on {records.measured_on}; hfgpt evaluate{weights}",
+            notes=f"{result.label}, on {records.measured_on}; hfgpt evaluate{weights}",
         )
-        for _, label, kind, value in _results(records.metrics)
-        if kind
+        for result in _results(records.metrics)
+        if result.kind
     ]
     return eval_result_entries_to_yaml(entries)
 
@@ -200,213 +209,18 @@ def public_base(records: FolderRecords, hub: HubArguments) -> str | None:
     return hub.base_model or (records.base if records.base and is_hub_id(records.base) else None)
 
 
-def _metadata(records: FolderRecords, hub: HubArguments, title: str) -> ModelCardData:
-    base, data = public_base(records, hub), records.data_name
-    results = [
-        EvalResult(
-            task_type=pipeline_tag(records),
-            dataset_type=data,
-            dataset_name=f"{data}, {records.measured_on}",
-            metric_type=kind,
-            metric_name=label,
-            metric_value=value,
-        )
-        for _, label, kind, value in _results(records.metrics)
-        if kind
-    ]
-    return ModelCardData(
-        library_name="peft" if records.adapter else "transformers",
-        pipeline_tag=pipeline_tag(records),
-        license=hub.license,
-        language=hub.language,
-        base_model=base,
-        base_model_relation=("adapter" if records.adapter else "finetune") if base else None,
-        datasets=[data] if records.recipe and is_hub_id(data) else None,
-        tags=["hfgpt", *filter(None, [records.task]), *(["lora"] if records.adapter else [])],
-        model_name=title if results else None,
-        eval_results=results or None,
-    )
+def _results(metrics: dict[str, Any]) -> list[Result]:
+    named = {name: METRICS[name] for name in METRICS if name in metrics}
+    of_class = {name: OF_CLASS.fullmatch(name) for name in metrics}
+    named |= {name: (f"{found[1]} of `{found[2]}`", None) for name, found in of_class.items() if found}
+    return [Result(*named[name], metrics[name], bool(SHARE.match(name))) for name in named]
 
 
-def _summary(records: FolderRecords) -> str:
-    labels = list(records.labels.values())
-    purposes = {"classify": f"classifies texts as {_enumerate(labels)}", "instruct": "follows instructions"}
-    purpose = purposes.get(records.task, "generates text")
-    parameters = (records.run.architecture or {}).get("parameters")
-    size = f" of {parameters:,} parameters" if parameters else ""
-    data = f" It was trained on `{records.data_name}`." if records.recipe else ""
-    if not records.adapter:
-        return f"A GPT{size} that {purpose}.{data}"
-    saved = records.run.saved_parameters
-    own = f" ({saved:,} parameters)" if saved else ""
-    return f"A LoRA adapter{own} for `{public_name(records.base)}`, a GPT{size}, that {purpose}.{data}"
-
-
-def _loading(records: FolderRecords, native: bool) -> str:
-    if native:
-        return "This is a standard transformers GPT-2; no custom code is needed to load it."
-    whose = "the base model's" if records.adapter else "its"
-    return (
-        f"`trust_remote_code=True` lets transformers run {whose} two Python files, `configuration_hfgpt.py` and "
-        "`modeling_hfgpt.py`. If hfgpt is installed, write `import hfgpt` first and omit it."
-    )
-
-
-def _training_data(records: FolderRecords, hub: HubArguments) -> Rows:
-    data = records.data
-    if data is None:
-        return []
-    rows = [("source", f"`{records.data_name}`"), ("SHA-256 of the content", f"`{data.sha256}`")]
-    rows += [("license", hub.data_license)] if hub.data_license else []
-    rows += [("rows read", _format(data.rows_read)), ("rows kept", _format(data.rows_kept))]
-    rows += [(f"rows dropped: {reason}", _format(count)) for reason, count in sorted(data.dropped.items())]
-    found = {
-        "truncated": "rows truncated to the context",
-        "duplicated": "rows with duplicate text (kept)",
-        "kept_together": "rows with identical text (kept in one split)",
-        "near_duplicates": "test rows that are near duplicates of training rows",
-        "leaked": "validation or test rows that are also in the training split",
-    }
-    rows += [(label, _format(value)) for name, label in found.items() if (value := getattr(data, name))]
-    rows += [("split by", SPLIT_BY[data.split_by])] if data.split_by else []
-    # A task that reads rows counts them as documents.
-    names = {"predicted_tokens": "predicted tokens", "tail_tokens": "tokens left over (dropped)"}
-    names |= {} if records.task == "pretrain" else {"documents": "rows"}
-    for split, sizes in data.splits.items():
-        sizes = vars(sizes).copy()
-        labels = sizes.pop("labels")
-        counts = [counted(size, names.get(name, name)) for name, size in sizes.items() if size]
-        counts += [f"{size:,} `{label}`" for label, size in labels.items()]
-        rows.append((split, ", ".join(counts) or "empty"))
-    return rows
-
-
-def _procedure(run: TrainingRecord, hub: HubArguments) -> Rows:
-    facts, first = _facts_of(run), run.first_pass if isinstance(run, RunRecord) else None
-    peak_of = facts.get("peak_memory_of")
-    names = {
-        "steps": "optimizer steps",
-        "tokens": "tokens seen",
-        "seed": "seed",
-        "trained_parameters": "trained parameters",
-        "device": "hardware",
-        "processes": "processes",
-        "precision": "precision",
-        "training_seconds": "training time, s",
-        "total_seconds": "total time with data and evaluation, s",
-        "tokens_per_second": "tokens per second",
-        "peak_memory_bytes": f"peak memory of the {peak_of}, bytes" if peak_of else "peak memory, bytes",
-    }
-    for name in names.keys() & (_facts_of(first) if first else {}).keys():
-        names[name] = f"second pass: {names[name]}"
-    times = {name: f"{value:,.1f}" for name, value in (run.actual or {}).items() if "second" in name}
-    if step := run.resumed_from_step:
-        for name in times:
-            names[name] += f", since the run was resumed at step {step:,}"
-    rows = [(label, times.get(name, _format(facts[name]))) for name, label in names.items() if name in facts]
-    before = [(f"first pass: {label}", value) for label, value in _procedure(first, HubArguments())] if first else []
-    return before + rows + ([("metered energy, kWh", f"{hub.energy_kwh:g}")] if hub.energy_kwh else [])
-
-
-def _facts_of(training: TrainingRecord) -> dict[str, Any]:
-    return training.to_dict() | (training.actual or {})
-
-
-def _results(metrics: dict[str, Any]) -> list[tuple[str, str, str | None, Any]]:
-    """What metrics.json holds: the name there, what it is, the Hub's name if it is a result, and the value."""
-    named = [(name, *METRICS[name], metrics[name]) for name in METRICS if name in metrics]
-    for name, value in metrics.items():
-        if found := re.fullmatch(r"eval_(precision|recall)_(.*)", name, re.DOTALL):
-            named.append((name, f"{found[1]} of `{found[2]}`", None, value))
-    return named
-
-
-def _measured_on(records: FolderRecords) -> str:
-    sha, again, finished = records.run.weights_sha256, records.run.measured_again, records.run.finished
-    weights = f", with weights of SHA-256 `{sha}`" if sha else ""
-    if sha and _is_exported(records):
-        weights += " (converted to the weights here)"
-    when = (
-        f", before it was published ({again})"
-        if again
-        else f", at the end of the run ({finished})"
-        if finished
-        else ""
-    )
-    return f"Measured on {records.measured_on} of `{records.data_name}`{weights}{when}.{records.caution}"
-
-
-def _is_exported(records: FolderRecords) -> bool:
-    return bool(records.conversion) and records.conversion.format.startswith("to ")
-
-
-def _relations(records: FolderRecords, hub: HubArguments) -> list[str]:
-    relations, merge, conversion = [], records.merge, records.conversion
-    base = hub.base_model or (public_name(records.base) if records.base else None)
-    if records.adapter:
-        sha = records.run.base_weights_sha256
-        weights = f" (SHA-256 of its weights: `{sha}`)" if sha else ""
-        relations.append(f"The adapter works only with its own base model: `{base}`{weights}.")
-    elif records.recipe and not merge:
-        merged = ", as a LoRA adapter that was merged into it" if "adapters" in records.recipe else ""
-        relations.append(f"Trained from `{base}`{merged}." if base else "Trained from random weights.")
-    if records.run.checkpoint:
-        relations.append("This is a checkpoint from before the end of the run.")
-    if "pretraining" in records.recipe:
-        relations.append("A first pass trained a language model on the texts of the training split.")
-    if records.recipe.get("model", {}).get("load_in_4bit"):
-        relations.append("Trained with a quantized base model, evaluated in float32.")
-    if merge:
-        relations.append(
-            f"The adapter `{public_name(merge.adapter)}`, merged into `{base}` in float32: the largest difference "
-            f"of logits from the unmerged model is {merge.difference:.1e} over {merge.tokens:,} random tokens, where "
-            f"the largest logit is {merge.largest_logit:.2f}."
-        )
-    if conversion:
-        largest = max(row["absolute"] for row in conversion.differences)
-        form = conversion.format
-        relations.append(
-            f"Converted {form if form.startswith('to ') else f'from {form}'}, out of "
-            f"`{public_name(conversion.source)}`; the largest difference of logits between them is {largest:.1e}."
-        )
-    return relations
-
-
-def _sampling(records: FolderRecords) -> str:
-    if records.task == "classify":
-        return "Texts with the most likely class and its probability."
-    if records.task == "instruct":
-        return "Instructions with the model's greedy answers."
-    if not (samples := records.run.samples):
-        return ""
-    return (
-        f"Sampled with seed {samples.seed}, temperature {samples.temperature:g}, top_k {samples.top_k} and "
-        f"at most {samples.max_new_tokens} new tokens: the first sample for each prompt."
-    )
-
-
-def _citation(title: str, records: FolderRecords) -> str:
-    key = re.sub(r"\W+", "-", title).strip("-").lower()
-    note = f"{'Trained' if records.recipe else 'Converted'} with hfgpt"
-    fields = {"title": title, "note": note, "year": (records.origin.finished or "")[:4]}
-    lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
-    return "\n".join([f"@misc{{{key},", *lines, "}"])
-
-
-def _versions(origin: Environment) -> dict[str, str]:
-    own = {"hfgpt": origin.hfgpt, "python": origin.python}
-    return {name: version for name, version in own.items() if version} | (origin.versions or {})
-
-
-def _format(value: Any, name: str = "") -> str:
-    """A value for people: shares in per cent, at most four digits after the point."""
+def _format(value: Any, digits: int | None = None, share: bool = False) -> Any:
+    """A number for people, other values as they are: a share in per cent, at most four digits after the point."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.2%}" if SHARE.match(name) else f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _enumerate(words: Sequence[str]) -> str:
-    words = [f"`{word}`" for word in words] or ["one of its classes"]
-    return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+    if isinstance(value, float) or (digits is not None and isinstance(value, int)):
+        digits = digits if digits is not None else 4 if abs(value) < 100 else 1
+        return f"{value:.2%}" if share else f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else value

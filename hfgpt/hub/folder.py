@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from hfgpt.data.report import FEWEST, DataReport
@@ -27,7 +28,10 @@ from hfgpt.records import (
 )
 
 # Keys of recipes whose values are places on this machine, or Hub ids.
-PLACES = ("path", "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint")
+PLACES = (
+    *("path", "output_dir", "cache_dir", "answers", "resume_from_checkpoint"),
+    *("deepspeed", "fsdp_config", "accelerator_config"),
+)
 
 
 @dataclass
@@ -95,12 +99,16 @@ class FolderRecords:
         return "the whole validation split" if self.task == "pretrain" else "the test split"
 
     @property
-    def caution(self) -> str:
-        """A sentence, after a blank, that the metrics are of too little to say much; empty where they are not."""
+    def small_counts(self) -> list[tuple[int, str]]:
+        """The counts, each with its unit, that the metrics rest on and that are too small to say much."""
         sizes = {"eval_tokens": "tokens", "eval_rows": "rows", "eval_answers": "rows"}
         found = [(self.metrics[name], unit) for name, unit in sizes.items() if name in self.metrics]
-        few = " and ".join(f"{count:,} {unit}" for count, unit in found if count < FEWEST[unit])
-        return f" With only {few}, these figures say little." if few else ""
+        return [(count, unit) for count, unit in found if count < FEWEST[unit]]
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether the weights were converted from those that were measured."""
+        return bool(self.conversion) and self.conversion.format.startswith("to ")
 
 
 @contextmanager
@@ -125,6 +133,7 @@ def explained_records(folder: Path) -> Iterator[None]:
         ArithmeticError,
         RecursionError,
         yaml.YAMLError,
+        jinja2.TemplateError,
     ) as error:
         fact = " ".join(str(error).split())[:200]
         raise InputError(

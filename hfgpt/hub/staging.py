@@ -18,7 +18,7 @@ from hfgpt.records import LOG_FILE, RECIPE_FILE, write_metrics
 from hfgpt.saving import write_json, write_text
 
 # What of the section hub is said of the model; the rest says where its owner publishes it.
-SAID = ("license", "language", "base_model", "base_revision", "data_license", "energy_kwh")
+SAID = ("license", "author", "url", "language", "base_model", "base_revision", "data_license", "energy_kwh")
 # Files of the other layout, which a native GPT-2 must not have beside it.
 NOT_NATIVE = re.compile(r".*\.safetensors(\.index\.json)?|.*_hfgpt\.py|adapter_config\.json|labels\.json")
 RESULTS_FILE = ".eval_results/hfgpt.yaml"

@@ -1,9 +1,10 @@
-"""Whether a stranger, who has transformers and not hfgpt, gets from a folder what was measured here.
+"""Whether a machine with transformers and without hfgpt gets from a folder what was measured here.
 
 What the model computes is recorded in this process, by hfgpt; a fresh process without hfgpt then loads the same files
 and must come to the same logits, bit for bit, and to the same greedy continuation.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -11,20 +12,26 @@ import site
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hfgpt.data.templates import encode_chat
 from hfgpt.errors import InputError
 from hfgpt.foreign_code import find_foreign_code
-from hfgpt.hub.folder import read_records
+from hfgpt.hub.folder import FolderRecords, read_records
 from hfgpt.hub.staging import files_in
 from hfgpt.hub.usage import Place, usage_code
-from hfgpt.models import load_model, load_model_tokenizer, quiet_bars
+from hfgpt.models import quiet_bars
 from hfgpt.saving import write_json
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
@@ -37,13 +44,75 @@ PASSED_ON = re.compile(
 )
 
 
+@dataclass
+class Expected:
+    """What a model computes in this process.
+
+    Args:
+        rows: Token ids (B, T).
+        logits: Of each row.
+        greedy: The continuation of half of the first row by `new_tokens`; None of a classifier.
+        new_tokens: See there.
+        text, ids: A text and its token ids; None if the model has no tokenizer.
+    """
+
+    rows: list[list[int]]
+    logits: torch.Tensor
+    greedy: list[int] | None
+    new_tokens: int
+    text: str | None
+    ids: list[int] | None
+
+
 @torch.no_grad()
-def check_as_stranger(folder: Path, source: Path, native: bool = False, base: Path | None = None):
+def compute_expected(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, records: FolderRecords
+) -> Expected:
+    """Computes on the CPU what a fresh process must compute as well.
+
+    Args:
+        model: In float32.
+        tokenizer: Saved with it, if one was.
+        records: Of its folder.
+
+    Raises:
+        InputError: The tokenizer's chat template fails.
+    """
+    rows = _draw_rows(model.to("cpu").config)
+    text = None if tokenizer is None else next(filter(None, records.prompts), "The")
+    if text is not None and records.task == "instruct":  # the card's code renders it, where nothing limits that
+        encode_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
+    prompt = rows[:1, : rows.shape[1] // 2]
+    new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - prompt.shape[1])
+    greedy = None
+    if records.task != "classify":
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+        greedy = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)[0].tolist()
+    return Expected(
+        rows=rows.tolist(),
+        logits=torch.cat([model(input_ids=row, use_cache=False).logits for row in rows.split(1)]),
+        greedy=greedy,
+        new_tokens=new_tokens,
+        text=text,
+        ids=None if text is None else tokenizer(text)["input_ids"],
+    )
+
+
+def compute_native(folder: Path, expected: Expected) -> Expected:
+    """As `compute_expected`, of a native GPT-2, whose tokenizer makes the same ids as that of the original."""
+    records = read_records(folder)
+    auto_class = AutoModelForSequenceClassification if records.task == "classify" else AutoModelForCausalLM
+    with quiet_bars():
+        model = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    return dataclasses.replace(compute_expected(model, None, records), text=expected.text, ids=expected.ids)
+
+
+def check_as_stranger(folder: Path, expected: Expected, native: bool = False, base: Path | None = None):
     """Loads a folder in a fresh process without hfgpt and compares what it computes.
 
     Args:
         folder: With the exact files that are to be published.
-        source: What they must compute the same as: the folder that was measured, or for a native one its own.
+        expected: What they must compute.
         native: Whether it holds a native GPT-2, to be loaded without remote code.
         base: The base model of an adapter, as others will load it: see `hfgpt.hub.staging.stage_base`.
 
@@ -54,47 +123,33 @@ def check_as_stranger(folder: Path, source: Path, native: bool = False, base: Pa
         if fault := find_foreign_code(place, files_in(place)):
             raise InputError(f"the files to load hold code that hfgpt does not run, {fault}: save the model again")
     records = read_records(folder)
-    classify = records.task == "classify"
-    auto_class = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
-    model = _load(source, auto_class, native)
-    rows = _draw_rows(model.config)
-    text = next(filter(None, records.prompts), "The") if records.has_tokenizer else None
-    if text is not None and records.task == "instruct":  # the card's code renders it, where nothing limits that
-        encode_chat(load_model_tokenizer(str(source)), [{"role": "user", "content": text}], add_generation_prompt=True)
-    new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - rows.shape[1] // 2)
     job = {
-        "classify": classify,
+        "classify": records.task == "classify",
         "adapter": bool(records.adapter),
         "labels": records.labels,
         "remote_code": not native,
         "threads": torch.get_num_threads(),
-        "rows": rows.tolist(),
-        "text": text,
-        "new_tokens": new_tokens,
+        **{name: getattr(expected, name) for name in ("rows", "text", "new_tokens")},
     }
     with tempfile.TemporaryDirectory(prefix="hfgpt-stranger-") as temporary:
         place = Path(temporary)
         loaded = folder.resolve() if base is None else _join(folder, base, place / "adapter")
         code = usage_code(records, Place(str(loaded), native=native))
         answer, logits = _ask(job | {"folder": str(loaded), "code": code}, place)
-    ours = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows.split(1)])
-    if logits.shape != ours.shape or not torch.equal(logits, ours):
-        apart = f" (by up to {(logits - ours).abs().max():.1e})" if logits.shape == ours.shape else ""
+    if logits.shape != expected.logits.shape or not torch.equal(logits, expected.logits):
+        same_shape = logits.shape == expected.logits.shape
+        apart = f" (by up to {(logits - expected.logits).abs().max():.1e})" if same_shape else ""
         raise InputError(
             f"a fresh Python process without hfgpt computes other logits from these files{apart}: save the model again"
         )
-    if text is not None and answer["ids"] != load_model_tokenizer(str(source))(text)["input_ids"]:
+    if answer.get("ids") != expected.ids:
         raise InputError(
             "a fresh Python process without hfgpt makes other tokens of a text with these files: save the model again"
         )
-    if not classify:
-        prompt = rows[:1, : rows.shape[1] // 2]
-        settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-        greedy = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
-        if answer["greedy"] != greedy[0].tolist():
-            raise InputError(
-                "a fresh Python process without hfgpt continues a text otherwise with these files: save them again"
-            )
+    if answer.get("greedy") != expected.greedy:
+        raise InputError(
+            "a fresh Python process without hfgpt continues a text otherwise with these files: save them again"
+        )
 
 
 def _join(folder: Path, base: Path, copy: Path) -> Path:
@@ -106,13 +161,6 @@ def _join(folder: Path, base: Path, copy: Path) -> Path:
     here = {"base_model_name_or_path": str(base.resolve()), "revision": None}
     write_json(copy / "adapter_config.json", adapter | here)
     return copy
-
-
-def _load(folder: Path, auto_class, native: bool) -> PreTrainedModel:
-    if native:
-        with quiet_bars():
-            return auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
-    return load_model(str(folder), auto_class=auto_class)
 
 
 def _draw_rows(config) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hfgpt.hub.folder import FolderRecords
 
@@ -31,6 +32,14 @@ class Place:
     name: str
     revision: str | None = None
     native: bool = False
+
+    @classmethod
+    def of_folder(cls, folder: Path, native: bool = False) -> "Place":
+        """A folder as its own card names it: below the working directory by its path from there, elsewhere by its
+        name, so that no path of this machine is on the card."""
+        folder, here = folder.resolve(), Path.cwd()
+        is_below = folder != here and folder.is_relative_to(here)
+        return cls(folder.relative_to(here).as_posix() if is_below else folder.name, native=native)
 
     @property
     def options(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from hfgpt.data.files import find_files, is_url, looks_local
 from hfgpt.errors import InputError
@@ -23,11 +24,11 @@ TOLERANCE = 1e-3
 OF_THIS_MACHINE = ("--data.path", "--data.cache_dir", "--data.num_proc")
 
 
-def measure_again(folder: Path, records: FolderRecords, overrides: Sequence[str], console: Console) -> str:
+def measure_again(model: PreTrainedModel, records: FolderRecords, overrides: Sequence[str], console: Console) -> str:
     """Measures the weights that are to be published, on the rows that the run held out, or on those that are named.
 
     Args:
-        folder: Of the model.
+        model: As it was loaded from the folder.
         records: Of that folder; gets the metrics, and in `run` when and on what they were measured.
         overrides: Of the sections `data` and `evaluation`.
         console: Where to show progress.
@@ -40,17 +41,16 @@ def measure_again(folder: Path, records: FolderRecords, overrides: Sequence[str]
     """
     now = datetime.datetime.now(datetime.UTC).date().isoformat()  # publishing twice on a day changes nothing
     if not records.recipe:
-        return _measure_what_is_named(folder, records, overrides, now, console)
-    with explained_records(folder):
+        return _measure_what_is_named(records, overrides, now, console)
+    with explained_records(records.folder):
         recipe = _find_rows(records, overrides)
     if recipe is None:
         kept = "its metrics are those of the end of the run" if records.metrics else "nothing is measured"
         return f"{kept}: its data is no longer at '{_source(records)}'"
     task = TASKS[recipe.task]
     with console.status("measuring the weights"):
-        data = task.load(recipe, _run_folder(folder))
-        model = find_model(str(folder)).load().to(find_device())
-        measured = task.measure(model, data, recipe, console)
+        data = task.load(recipe, _run_folder(records.folder))
+        measured = task.measure(model.to(find_device()), data, recipe, console)
     if records.data and data.report.sha256 != records.data.sha256:
         raise InputError(
             f"the data at '{recipe.data.path}' is not that of the run (its sha256 is another): put that back, or name "
@@ -118,14 +118,12 @@ def _compare(before: dict[str, Any], after: dict[str, Any], allowed: dict[str, f
     return after
 
 
-def _measure_what_is_named(
-    folder: Path, records: FolderRecords, overrides: Sequence[str], now: str, console: Console
-) -> str:
+def _measure_what_is_named(records: FolderRecords, overrides: Sequence[str], now: str, console: Console) -> str:
     """`hfgpt evaluate` on what the command line names, for a model of which no recipe says what it was kept from."""
     others = _chosen_rows(overrides)
     if not any(override.partition("=")[0] == "--data.path" for override in overrides):
         return "nothing is measured: it is not recorded on what to"
-    saved = find_model(str(folder))
+    saved = find_model(str(records.folder))
     task = "classify" if saved.is_classifier else "pretrain"
     sections = parse_sections(list(overrides), task, ["data", "evaluation", "hub"])
     data = sections["data"]

@@ -102,7 +102,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     write_results(recipe, training, data, measured)
     describe_run(recipe, training, data, samples, started).write(folder)
     metrics = judge(measured, folder)
-    write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place(folder.as_posix()))
+    write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place.of_folder(folder))
     console.print(describe_end(folder, task, metrics, samples["texts"], training), highlight=False)
     return metrics
 

@@ -11,7 +11,7 @@ from render_examples import FOLDERS, render
 
 from hfgpt.data.report import DataReport
 from hfgpt.hub import HubArguments
-from hfgpt.hub.card import METRICS, build_card
+from hfgpt.hub.card import METRICS, Card
 from hfgpt.hub.folder import FolderRecords, read_records, without_paths
 from hfgpt.hub.usage import Place, usage_code
 from hfgpt.records import MergeRecord, RunRecord, TrainingRecord
@@ -41,6 +41,15 @@ def test_the_hub_reads_it(folder):
     assert results == {kind: metrics[name] for name, (_, kind) in METRICS.items() if kind and name in metrics}
     entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/hfgpt.yaml").read_text()))
     assert {entry.task_id: entry.value for entry in entries} == results
+
+
+def card_of(records: FolderRecords, **hub) -> str:
+    return Card(records, HubArguments(**hub), Place("user/x")).render()
+
+
+def rows_of(card: str, heading: str) -> dict[str, str]:
+    """The rows of the table below a heading."""
+    return dict(re.findall(r"^\| (.*) \| (.*) \|$", card.split(f"# {heading}\n")[1].split("\n#")[0], re.MULTILINE))
 
 
 def numbers_of(text: str) -> set[str]:
@@ -80,8 +89,7 @@ def test_every_number_of_a_card_was_measured(folder):
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_every_number_of_the_evaluation_stands_at_its_name(folder):
-    text = (folder / "README.md").read_text(encoding="utf-8").split("## Evaluation")[1].split("## ")[0]
-    rows = dict(re.findall(r"^\| (.*) \| (.*) \|$", text, re.MULTILINE))
+    rows = rows_of((folder / "README.md").read_text(encoding="utf-8"), "Evaluation")
     assert rows.pop("metric") == "value"
     metrics = read_records(folder).metrics
     names = {label: name for name, (label, _) in METRICS.items()}
@@ -96,7 +104,7 @@ def test_every_number_of_the_evaluation_stands_at_its_name(folder):
 def test_times_of_a_resumed_run_are_of_its_last_part():
     records = read_records(FOLDERS[-1])
     records.run.resumed_from_step = 1390
-    rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
+    rows = rows_of(card_of(records), "Training procedure")
     assert "training time, s, since the run was resumed at step 1,390" in rows
     assert "training time, s" not in rows
     assert "optimizer steps" in rows
@@ -115,14 +123,15 @@ def test_times_of_a_resumed_run_are_of_its_last_part():
 def test_figures_of_too_few_tokens_or_rows_are_told_to_say_little(name, count, said):
     records = read_records(FOLDERS[-1])
     records.metrics = {"eval_loss": 1.0, name: count}
-    assert build_card(records, HubArguments(), Place("user/x")).measured_on.partition(". ")[2] == said
+    (measured_on,) = re.findall("^Measured on .*$", card_of(records), re.MULTILINE)
+    assert measured_on.partition(". ")[2] == said
 
 
 def test_a_first_pass_is_counted():
     records = read_records(FOLDERS[-2])
     actual = {"training_seconds": 61.25, "tokens_per_second": 6687.3}
     records.run.first_pass = TrainingRecord(steps=200, tokens=409_600, resumed_from_step=0, actual=actual)
-    rows = dict(build_card(records, HubArguments(), Place("user/x")).procedure)
+    rows = rows_of(card_of(records), "Training procedure")
     assert rows["first pass: optimizer steps"] == "200"
     assert rows["first pass: tokens seen"] == "409,600"
     assert rows["first pass: training time, s"] == "61.2"
@@ -131,19 +140,47 @@ def test_a_first_pass_is_counted():
     assert not {"tokens seen", "optimizer steps", "training time, s"} & rows.keys()
 
 
+def test_sizes_of_a_split_are_counted_in_words():
+    records = read_records(FOLDERS[-1])
+    sizes = records.data.splits["validation"]
+    sizes.documents = sizes.unknown_tokens = sizes.tail_tokens = 1
+    shown = rows_of(card_of(records), "Training data")["validation"]
+    assert shown.startswith("1 document, 122,555 characters, ")
+    assert "33,644 tokens, 1 unknown token, " in shown
+    assert shown.endswith(", 1 token left over (dropped)")
+
+
+def test_a_citation_has_the_author_and_the_url_of_the_recipe():
+    records = read_records(FOLDERS[-1])
+    assert card_of(records).count("author = ") == card_of(records).count("url = ") == 0
+    cited = card_of(records, author="Ada Lovelace and Charles Babbage", url="https://example.org/stories")
+    assert (
+        "```bibtex\n@misc{x,\n  author = {Ada Lovelace and Charles Babbage},\n  title = {x},\n"
+        "  note = {Trained with hfgpt},\n  year = {2026},\n  url = {https://example.org/stories},\n}\n```\n"
+    ) in cited
+
+
+def test_blank_lines_of_a_sample_stay():
+    records = read_records(FOLDERS[-1])
+    records.run.samples.texts = ["one\n\n\n\ntwo ```"]
+    assert "```text\none\n\n\n\ntwo '''\n```\n" in card_of(records)
+
+
 def test_a_base_in_a_folder_is_no_repository(tmp_path):
     """Though its name be that of one."""
     records = read_records(FOLDERS[-1])
     (tmp_path / "gpt2").mkdir()
     records.run.base_model = str(tmp_path / "gpt2")
-    assert build_card(records, HubArguments(), Place("user/x")).metadata.base_model is None
+    assert Card(records, HubArguments(), Place("user/x")).metadata.base_model is None
     records.run.base_model = "gpt2"
-    assert build_card(records, HubArguments(), Place("user/x")).metadata.base_model == "gpt2"
+    assert Card(records, HubArguments(), Place("user/x")).metadata.base_model == "gpt2"
 
 
 def test_paths_of_this_machine_do_not_travel():
-    tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y"}
-    assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y"}
+    tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y", "answers": "/a/b"}
+    assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y", "answers": "b"}
+    machine = {"training": {"deepspeed": "/a/zero3.json", "fsdp_config": {"min_num_params": 0}}}
+    assert without_paths(machine) == {"training": {"deepspeed": "zero3.json", "fsdp_config": {"min_num_params": 0}}}
     kept = {"path": "me/model", "source": "synthetic:stories", "prompts": ["/help me and/or you", "~"]}
     assert without_paths(kept) == kept
     for url in ("https://me:SECRET@host/folder/a.txt?key=SECRET", "s3://bucket/folder/a.txt"):
@@ -155,6 +192,23 @@ def test_paths_of_this_machine_do_not_travel():
     report = DataReport(source="/x/y.txt", near_duplicate_examples=[["mine", "other"]], unused_files=["salaries.txt"])
     assert {"near_duplicate_examples", "unused_files"} & report.publishable().keys() == set()
     assert report.publishable()["source"] == "y.txt"
+
+
+@pytest.mark.parametrize("name", ["text", "classes", "adapter", "answers"])
+def test_the_card_of_a_run_has_no_path_of_this_machine(runs, name):
+    recipe, card = ((runs / name / file).read_text(encoding="utf-8") for file in ("recipe.yaml", "README.md"))
+    assert f"output_dir: {runs / name}" in recipe
+    assert f"output_dir: {name}" in card
+    assert str(runs) not in card
+    assert f'from_pretrained("{name}"' in card or f'model="{name}"' in card
+
+
+def test_the_card_of_a_folder_names_it_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Place.of_folder(Path("runs/x")) == Place.of_folder(tmp_path / "runs" / "x") == Place("runs/x")
+    assert Place.of_folder(tmp_path.parent / "x", native=True) == Place("x", native=True)
+    assert Place.of_folder(Path("../x")) == Place("x")
+    assert Place.of_folder(Path(".")) == Place(tmp_path.name)
 
 
 @pytest.mark.parametrize("name", ["runs/my run", 'a "quoted" run', "back\\slash"])

@@ -31,7 +31,7 @@ from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub import fresh_process, stranger
 from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.folder import read_records
-from hfgpt.models import load_model
+from hfgpt.models import SavedModel, find_model, load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.runs.remeasure import _find_rows
 from hfgpt.runs.run import run as train
@@ -61,6 +61,11 @@ def trusting(monkeypatch):
 def final(text_run, tmp_path) -> Path:
     """A copy of the language model's run without its checkpoints, as it is sent."""
     return shutil.copytree(text_run, tmp_path / "final", ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+def expected_of(folder: Path) -> stranger.Expected:
+    saved = find_model(str(folder))
+    return stranger.compute_expected(saved.load(), saved.load_tokenizer(), read_records(folder))
 
 
 @contextmanager
@@ -99,6 +104,19 @@ def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
     assert shown.count("  ok  ") == 7
     assert code == "", "what would load it is on the card"
     assert 'pipeline("text-generation", model="me/model", trust_remote_code=True)' in shown
+
+
+@pytest.mark.parametrize("name", ["text", "classes", "answers"])
+def test_the_model_is_loaded_once_for_all_checks(hub, runs, tmp_path, monkeypatch, name):
+    loaded, load = [], SavedModel.load
+    monkeypatch.setattr(
+        SavedModel, "load", lambda self, *args, **kw: (loaded.append(self.path), load(self, *args, **kw))[1]
+    )
+    with nearby(tmp_path):
+        _, shown = send(runs / name, dry_run=True)
+    assert "measured again on the " in shown
+    assert "a fresh process without hfgpt loads the files" in shown
+    assert loaded == [str(runs / name)]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +201,7 @@ def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, tru
     (run / "data_report.json").write_text(json.dumps(report))
     with open(run / "training_log.jsonl", "a") as log:
         log.write(json.dumps({"step": 3, "hub_error": "no /home/me/secret"}) + "\n")
-    send(run)
+    send(run, "me/model", "--hub.author", "Me")
     sent = b"".join(content for name, content in hub.files("me/model").items() if not name.endswith(".safetensors"))
     for text in (b"a row of mine", b"salaries", b"/home/me"):
         assert text not in sent
@@ -192,7 +210,7 @@ def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, tru
     assert "stays here  answers.jsonl: rows of the data" in shown
     assert "answers.jsonl" not in hub.files("me/answers")
     recipe = yaml.safe_load(hub.files("me/model")["recipe.yaml"])
-    assert recipe["hub"] == {"license": "mit", "language": ["en"]}, "nobody else is to publish there"
+    assert recipe["hub"] == {"license": "mit", "author": "Me", "language": ["en"]}, "nobody else is to publish there"
 
 
 def test_notes_and_licence_go_to_both_branches(hub, run, trusting):
@@ -254,6 +272,11 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
         ("data_report.json", "{}", r"data_report\.json' .* lacks dropped, rows_kept, rows_read, sha256, splits"),
         ("conversion.json", "[]", r"conversion\.json' is not as hfgpt writes it"),
+        (
+            "conversion.json",
+            '{"source": "x", "format": "book", "differences": [{}]}',
+            r"the records in .* \(UndefinedError: ",
+        ),
         (
             "recipe.yaml",
             "{task: pretrain, hub: 5}",
@@ -319,17 +342,17 @@ def test_another_tokenizer_is_refused(hub, run):
 
 
 def test_a_stranger_who_gets_something_else_is_heard(final, tmp_path, monkeypatch):
-    ask = stranger._ask
+    ask, expected = stranger._ask, expected_of(final)
     for key, value, match in (("greedy", [1, 2], "continues a text otherwise"), ("ids", [0], "makes other tokens")):
         monkeypatch.setattr(
             stranger, "_ask", lambda *args, key=key, value=value: (ask(*args)[0] | {key: value}, ask(*args)[1])
         )
         with nearby(tmp_path), pytest.raises(InputError, match=match):
-            stranger.check_as_stranger(final, final)
+            stranger.check_as_stranger(final, expected)
     monkeypatch.setattr(stranger, "_ask", ask)
     monkeypatch.setattr(stranger, "usage_code", lambda *args: "raise RuntimeError('the card is wrong')")
     with nearby(tmp_path), pytest.raises(InputError, match=r"cannot load these files \(the card is wrong\)"):
-        stranger.check_as_stranger(final, final)
+        stranger.check_as_stranger(final, expected)
 
 
 def test_two_branches_are_never_one(hub, run, trusting):
@@ -607,7 +630,7 @@ def test_the_fresh_process_gets_no_token_no_network_and_no_more_than_its_time(fi
 
     monkeypatch.setattr(subprocess, "run", start)
     with pytest.raises(InputError, match="has not loaded and tried these files in 30 minutes"):
-        stranger.check_as_stranger(final, final)
+        stranger.check_as_stranger(final, expected_of(final))
     for event in ("socket.connect", "socket.getaddrinfo"):
         with pytest.raises(PermissionError, match="the network is not to be used"):
             fresh_process.forbid_network(event, ())
@@ -617,7 +640,7 @@ def test_code_that_is_not_ours_is_not_run_by_the_fresh_process(final, planted):
     with open(final / "modeling_hfgpt.py", "a") as file:
         file.write(planted)
     with pytest.raises(InputError, match=r"code that hfgpt does not run, 'modeling_hfgpt\.py' is not a Python file"):
-        stranger.check_as_stranger(final, final)
+        stranger.check_as_stranger(final, expected_of(final))
 
 
 # Folders that are no finished runs ---------------------------------------------------------------------------------
@@ -640,6 +663,7 @@ def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
 def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
     merge(str(runs / "adapter"), tmp_path / "merged", console=Console(file=io.StringIO()))
     card = (tmp_path / "merged" / "README.md").read_text()
+    assert str(tmp_path) not in card
     assert "The adapter `adapter`, merged into `text` in float32" in card
     assert "## Evaluation" not in card, "nothing was measured on these weights yet"
     _, shown = send(tmp_path / "merged", dry_run=True)
@@ -665,9 +689,9 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     train_tokenizer(["abc " * 9], "char").save_pretrained(tmp_path / "gpt2")
     import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
-    assert (
-        "Converted from gpt2, out of `gpt2`; the largest difference" in (tmp_path / "ours" / "README.md").read_text()
-    )
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "Converted from gpt2, out of `gpt2`; the largest difference" in card
+    assert str(tmp_path) not in card
     _, shown = send(tmp_path / "ours", dry_run=True)
     assert "the card has no evaluation: name data to measure on with --data.path" in shown
     assert "the card has no license" in shown
@@ -730,7 +754,7 @@ def test_a_hostile_chat_template_is_not_rendered_by_the_fresh_process(hub, runs,
     run = shutil.copytree(runs / "answers", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
     (run / "chat_template.jinja").write_text("{{ 'a' * 10**10 }}")
     with pytest.raises(InputError, match="the tokenizer's chat template fails"):
-        stranger.check_as_stranger(run, run)
+        expected_of(run)
 
 
 def test_a_run_that_follows_instructions(hub, runs, trusting):
