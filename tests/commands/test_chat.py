@@ -87,7 +87,7 @@ def test_a_question_whose_answer_had_not_begun_is_forgotten(chat, monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Makes standard input a terminal on which what is given is typed; an exception is a key. Gives the signals set."""
+    """Makes standard input a terminal on which the given lines are typed; an exception is a key press."""
     signals = []
 
     def type_in(*keys):
