@@ -4,10 +4,9 @@ The client sends each large file once: what a broken upload has brought over is 
 comes last and whole, so a repository never holds half of the files.
 """
 
-import functools
+import glob
 import json
 import re
-import shutil
 import socket
 import tempfile
 import time
@@ -93,7 +92,7 @@ def upload(folder: Path, names: list[str], target: Target) -> CommitInfo:
         InputError: The Hub refused, cannot be reached, or holds something else under this name.
     """
     # A second pull request would not be the first one again.
-    waits = () if target.create_pr else WAITS
+    waits = () if target.create_pr else None
     return _persist(lambda: _commit(folder, names, target), target.repo_id, waits)
 
 
@@ -109,20 +108,16 @@ def verify(hashes: dict[str, str], target: Target, commit: CommitInfo):
         InputError: A file did not arrive as it was sent, or cannot be read back.
     """
     revision = commit.pr_revision or commit.oid
-    cache = tempfile.mkdtemp(prefix="hfgpt-verify-")
-    try:
-        download = functools.partial(
-            snapshot_download, target.repo_id, revision=revision, cache_dir=cache, allow_patterns=list(hashes)
-        )
+    with tempfile.TemporaryDirectory(prefix="hfgpt-verify-", ignore_cleanup_errors=True) as cache:
+        names = [glob.escape(name) for name in hashes]
+        options = {"revision": revision, "cache_dir": cache, "allow_patterns": names}
         try:
-            arrived = Path(_persist(download, target.repo_id, WAITS))
+            arrived = Path(_persist(lambda: snapshot_download(target.repo_id, **options), target.repo_id))
         except InputError as error:
             raise InputError(f"it was sent, but not read back: {error}") from error
         for name, sent in hashes.items():
             if not (arrived / name).is_file() or hash_file(arrived / name) != sent:
                 raise InputError(f"'{name}' did not arrive at {target} as it was sent: publish again")
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
 
 
 def fetch_base(repo_id: str, revision: str | None = None) -> tuple[str, Path, list[str]]:
@@ -153,7 +148,7 @@ def fetch_base(repo_id: str, revision: str | None = None) -> tuple[str, Path, li
             )
         return info.sha, folder, wanted
 
-    return _persist(fetch, repo_id, WAITS)
+    return _persist(fetch, repo_id)
 
 
 def check_login(repo_id: str):
@@ -194,20 +189,24 @@ def explain(error: BaseException, repo_id: str) -> str:
     return f"{what} ({fact}): publish again later; what has arrived is not sent again"
 
 
-def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float]) -> T:
-    """Does what asks the Hub, and again after each wait while what goes wrong may pass.
+def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float] | None = None) -> T:
+    """Does what asks the Hub, and again after each wait, by default `WAITS`, while what goes wrong may pass.
+
+    The client itself repeats downloads, uploads and most of what comes before a commit, but neither the commit nor
+    what creates or looks up a repository. Where the answer to a commit is lost, or another one came first, all is
+    looked up anew: an unchanged file is not committed twice.
 
     Raises:
         InputError: It does not pass.
     """
-    for wait in (*waits, None):
+    left = list(WAITS if waits is None else waits)
+    while True:
         try:
             return attempt()
         except (HTTPError, OSError, RuntimeError) as error:  # all that the client and its HTTP library raise
-            if wait is None or not _is_passing(error):
+            if not left or not _is_passing(error):
                 raise InputError(explain(error, repo_id)) from error
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+            time.sleep(left.pop(0))
 
 
 def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
@@ -217,6 +216,9 @@ def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
     head, present = _prepare(api, target)
     stale = sorted(name for name in present if OURS.fullmatch(name) and name not in names)
     operations = [CommitOperationAdd(name, folder / name) for name in names]
+    # Not `upload_folder`: with hf_xet it commits in parts, and one that fails is split (huggingface_hub 2.4,
+    # _upload_pipeline.py), so that a repository could hold half of the files. Its `delete_patterns` cannot say "not in
+    # folders".
     return api.create_commit(
         target.repo_id,
         [*operations, *(CommitOperationDelete(name) for name in stale)],

@@ -39,6 +39,7 @@ def folder(tmp_path_factory) -> Path:
     for index in range(3):
         (folder / f"model-{index}.safetensors").write_bytes(generator.randbytes(40_000))
         (folder / f"notes-{index}.txt").write_text(str(index))
+    (folder / "notes[0].txt").write_text("by a name that is a pattern, too")
     (folder / "README.md").write_text("---\ntags: [hfgpt]\n---\n# It\n")
     return folder
 
