@@ -1,4 +1,4 @@
-"""`hfgpt publish`: a saved model becomes a repository that strangers load, or nothing leaves this machine."""
+"""`hfgpt publish`: checks a saved model as its users will load it, and uploads it to the Hub."""
 
 import dataclasses
 import io
@@ -42,13 +42,13 @@ class PublishArguments:
     """The options of `hfgpt publish`.
 
     Args:
-        format: `hfgpt`, or `gpt2` for GPT-2's own layout, which needs no code of ours.
+        format: `hfgpt`, or `gpt2` for a standard transformers GPT-2, which does not need custom code.
         private: Whether a new repository is private.
-        dry_run: Whether to check and show everything, and send nothing.
+        dry_run: Whether to run all checks and upload nothing.
         revision: A branch; None: main.
         create_pr: Whether to open a pull request.
         commit_message: None: one that names the folder.
-        measure: Whether to measure the weights again; a run that has just ended need not.
+        measure: Whether to measure the weights again; not needed right after a run.
     """
 
     format: str = "hfgpt"
@@ -72,12 +72,12 @@ class PublishArguments:
 
 @dataclass
 class Branch:
-    """What one branch of the repository gets.
+    """The files for one branch of the repository.
 
     Args:
-        folder: With the exact files.
-        place: Where they go.
-        hashes: The files that were checked: name -> sha256.
+        folder: The folder of exactly these files.
+        place: Where users will load them from.
+        hashes: Name -> SHA-256 of the files as they were checked.
     """
 
     folder: Path
@@ -85,7 +85,7 @@ class Branch:
     hashes: dict[str, str] = field(default_factory=dict)
 
     def hash_files(self) -> dict[str, str]:
-        """The hash of each file as it is now."""
+        """Name -> SHA-256 of the files as they are now."""
         return {name: hash_file(self.folder / name) for name in files_in(self.folder)}
 
     def __str__(self) -> str:
@@ -99,20 +99,20 @@ def publish(
     overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> str:
-    """Checks a saved model, sends it to the Hub in one commit, and looks at what arrived.
+    """Checks a saved model, uploads it to the Hub in one commit per branch, and verifies the upload.
 
     Args:
         model: The folder of a run, a checkpoint, an adapter, a merged or an imported model.
         repo_id: `user/name`.
         arguments: The options.
-        overrides: `--hub.license mit` and the like, and of the sections `data` and `evaluation` what to measure on.
+        overrides: Such as `--hub.license mit`; keys of `data` and `evaluation` say what to measure on.
         console: Where to report; None: standard error.
 
     Returns:
-        Python that loads the model from there; empty after a dry run.
+        Python code that loads the published model; empty after a dry run.
 
     Raises:
-        InputError: A check has failed, and nothing was sent; or the Hub has refused or not answered.
+        InputError: A check failed and nothing was uploaded, or the Hub rejected the upload or did not answer.
     """
     arguments, console = arguments or PublishArguments(), console or stderr_console()
     folder = Path(model)
@@ -122,21 +122,21 @@ def publish(
         console.print(f"  ok  {what}", highlight=False, markup=False)
 
     with tempfile.TemporaryDirectory(prefix="hfgpt-publish-") as temporary:
-        # 1. to 4. What lies in the folder; its model is loaded here, once for all checks.
+        # 1. to 4. Check the folder; the model is loaded here, once for all checks.
         records, hub, contents, (model, tokenizer) = check_folder(folder, arguments, overrides, passed)
         branches = plan_branches(Path(temporary), repo_id, arguments, hub)
 
-        # 5. What the card will say: measured now, on these very weights.
+        # 5. Measure these weights for the card.
         if arguments.measure:
             passed(measure_again(model, records, overrides, console))
         expected = compute_expected(model, tokenizer, records)
-        del model  # a large one leaves room for those that follow
+        del model  # frees its memory for the exported one
         base = Path(temporary) / "base" if records.adapter and arguments.format == "hfgpt" else None
         if base:
             hub = pin_base(records, hub, base)
-            passed(f"its base model will be loaded from {hub.base_model} at commit {hub.base_revision}")
+            passed(f"its base model is on the Hub: {hub.base_model} at commit {hub.base_revision}")
 
-        # 6. and 7. The files as they will be, with their card, and as strangers will load them.
+        # 6. and 7. Make the files and the card of each branch, and load them without hfgpt.
         for branch in branches:
             make_branch(branch, contents.going, records, hub, passed, expected, base)
             show_files(branch, console)
@@ -145,10 +145,10 @@ def publish(
             show_card(branches[0], console)
             return ""
 
-        # 8. Send, and look at what arrived.
+        # 8. Upload and verify.
         for branch in branches:
             commit = send(branch, arguments, f"Publish {folder.resolve().name}")
-            passed(f"{len(branch.hashes)} files arrived as they were sent: {commit.pr_url or commit.commit_url}")
+            passed(f"uploaded and verified {len(branch.hashes)} files: {commit.pr_url or commit.commit_url}")
         place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
         console.print(f"published: {place}", highlight=False, soft_wrap=True)
         return describe_loading(branches)
@@ -157,60 +157,60 @@ def publish(
 def check_folder(
     folder: Path, arguments: PublishArguments, overrides: Sequence[str], passed: Callable[[str], None]
 ) -> tuple[FolderRecords, HubArguments, Contents, Loaded]:
-    """The checks of what lies in a folder, in order, each told when it has passed.
+    """Checks the contents of a folder and reports each check that has passed.
 
     Returns:
-        What the folder says of itself, the section `hub`, which files go, and the model with its tokenizer.
+        Its records, the section `hub`, which files to publish, and the model with its tokenizer.
 
     Raises:
-        InputError: The first check that fails says what is wrong.
+        InputError: A check failed.
     """
-    # 1. A folder of ours, whose base model others can have.
+    # 1. An hfgpt model, whose base model is available to others.
     records = open_folder(folder)
     hub = read_hub_arguments(records, overrides)
     if records.adapter and arguments.format == "hfgpt":
         check_base(records.adapter["base_model_name_or_path"], hub)
-    passed(f"'{folder}' is {'an adapter' if records.adapter else 'a model'} of hfgpt's")
+    passed(f"'{folder}' is an hfgpt {'adapter' if records.adapter else 'model'}")
 
-    # 2. The weights that were measured.
+    # 2. The measured weights.
     records, loaded = check_weights(folder, records)
-    passed("its weights load and are finite" + (", and are those that were measured" if records.metrics else ""))
+    passed("its weights load and are finite" + (", and are the measured ones" if records.metrics else ""))
 
-    # 3. Files of known kinds only.
+    # 3. Only known file types.
     contents = sort_contents(folder)
-    passed(f"it holds safetensors, JSON, text and PNG: {len(contents.going)} files to publish")
+    passed(f"{len(contents.going)} files to publish are safetensors, JSON, text or PNG")
 
-    # 4. Nothing secret in them.
+    # 4. No secrets.
     refuse_secrets(folder, contents.going)
-    passed("no token, key or password is in them")
+    passed("no file contains a token, key or password")
     return records, hub, contents, loaded
 
 
 def open_folder(folder: Path) -> FolderRecords:
-    """What lies in a folder of ours.
+    """Reads the records of a folder with an hfgpt model or adapter.
 
     Raises:
-        InputError: It is no folder, or holds no model or adapter of hfgpt's.
+        InputError: It is not a folder, or does not have one.
     """
     if not folder.is_dir():
-        raise InputError(f"'{folder}' is not a folder: name the folder of a run, or of a merged or imported model")
+        raise InputError(f"'{folder}' is not a folder: pass the folder of a run, or of a merged or imported model")
     model = find_model(str(folder))
     kind = model.config.model_type  # of the base, for an adapter
     if kind != "hfgpt" and not (model.adapter and kind == "gpt2"):
-        remedy = "publish the model it was exported from with --format gpt2" if kind == "gpt2" else ""
-        raise InputError(f"'{folder}' holds a model of type {kind}, not hfgpt: {remedy or 'name one of hfgpt'}")
+        remedy = "publish the model it was exported from with --format gpt2" if kind == "gpt2" else "pass one of hfgpt"
+        raise InputError(f"'{folder}' contains a model of type {kind}, not hfgpt: {remedy}")
     return read_records(folder)
 
 
 def read_hub_arguments(records: FolderRecords, overrides: Sequence[str]) -> HubArguments:
-    """The section `hub` of the run's recipe, with what the command line changes."""
-    for option, instead in {
-        "repo_id": "REPO_ID",
-        "private": "--private or --public",
-        "strategy": "hfgpt train",
+    """The section `hub` of the run's recipe with the overrides of the command line."""
+    for option, remedy in {
+        "repo_id": "pass REPO_ID",
+        "private": "pass --private or --public",
+        "strategy": "leave it out",
     }.items():
         if any(override.partition("=")[0] == f"--hub.{option}" for override in overrides):
-            raise InputError(f"--hub.{option} is of a recipe: here it is {instead} that says so")
+            raise InputError(f"--hub.{option} only applies to hfgpt train: {remedy}")
     given = records.recipe.get("hub") or {}
     with explained_records(records.folder):
         written = [
@@ -221,19 +221,19 @@ def read_hub_arguments(records: FolderRecords, overrides: Sequence[str]) -> HubA
 
 
 def check_base(base: str, hub: HubArguments):
-    """Refuses an adapter whose base model lies on this machine alone, unless `hub` names it as others know it."""
+    """Refuses an adapter whose base model is only a local folder, unless `hub` names it on the Hub."""
     if hub.base_model is None and not is_hub_id(base):
         raise InputError(
-            f"the base model of the adapter is '{base}' on this machine, which nobody else has: publish it too and "
-            "name it with --hub.base_model user/name, or merge them with hfgpt merge"
+            f"the adapter's base model '{base}' is a local folder, which its users do not have: publish it and pass "
+            "--hub.base_model user/name, or merge the adapter with hfgpt merge"
         )
 
 
 def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hub: HubArguments) -> list[Branch]:
-    """The branches to write, none of them made yet.
+    """The branches to publish; their files are not made yet.
 
     Raises:
-        InputError: Two of them are one.
+        InputError: The options do not allow a second branch.
     """
     native = arguments.format == "gpt2"
     branches = [Branch(temporary / "main", Place(repo_id, arguments.revision, native))]
@@ -241,7 +241,7 @@ def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hu
         if arguments.create_pr or arguments.revision is not None:
             option = "--create-pr" if arguments.create_pr else f"--revision {arguments.revision}"
             raise InputError(
-                f"hub.native_branch writes beside main to the branch {NATIVE_BRANCH}: leave out {option}, or pass "
+                f"hub.native_branch publishes to main and to the branch {NATIVE_BRANCH}: leave out {option}, or pass "
                 "--hub.native_branch false"
             )
         branches.append(Branch(temporary / NATIVE_BRANCH, Place(repo_id, NATIVE_BRANCH, native=True)))
@@ -249,15 +249,15 @@ def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hu
 
 
 def pin_base(records: FolderRecords, hub: HubArguments, staging: Path) -> HubArguments:
-    """The section `hub` with the base model of an adapter and the commit that others will load it from.
+    """Sets the base model of an adapter in the section `hub`, at its current commit.
 
     Args:
-        records: Of the adapter.
-        hub: Names the base model, if the adapter names a folder.
-        staging: The folder to make, with the base model as it is at that commit.
+        records: The adapter's records.
+        hub: Names the base model on the Hub, if the adapter names a local folder.
+        staging: The folder to make with the base model at that commit.
 
     Raises:
-        InputError: The base model is not there, has other weights than the adapter was trained on, or foreign code.
+        InputError: The base model is not on the Hub, has different weights, or has code that is not hfgpt's.
     """
     base, revision = hub.base_model, hub.base_revision
     if base is None:
@@ -265,7 +265,9 @@ def pin_base(records: FolderRecords, hub: HubArguments, staging: Path) -> HubArg
     commit, folder, names = fetch_base(base, revision)
     expected = records.run.base_weights_sha256
     if expected and find_model(str(folder)).hash() != expected:
-        raise InputError(f"'{base}' has other weights than the adapter was trained on: publish the right base model")
+        raise InputError(
+            f"the weights of '{base}' are not those the adapter was trained on: publish the right base model"
+        )
     stage_base(folder, staging, names)
     return dataclasses.replace(hub, base_model=base, base_revision=commit)
 
@@ -279,20 +281,20 @@ def make_branch(
     expected: Expected,
     base: Path | None = None,
 ):
-    """Makes the files that a branch gets, and checks what was not in the folder before.
+    """Makes the files of a branch and checks them.
 
     Args:
-        branch: Gets the hashes of its files.
-        names: Of the files in the folder that go.
-        records: Of the folder.
-        hub: For the card.
-        passed: Told of each check.
+        branch: Its `hashes` are set.
+        names: The files in the folder to publish.
+        records: The records of the folder.
+        hub: Facts for the card.
+        passed: Called with a description of each check that has passed.
         expected: What the model in the folder computes.
         base: The base model of an adapter, see `pin_base`.
 
     Raises:
-        InputError: GPT-2 cannot express the model, the card is not valid or holds a token, or a process without hfgpt
-            computes something else.
+        InputError: The model cannot be exported to GPT-2, the card is invalid or contains a secret, or a process
+            without hfgpt computes something else.
     """
     native, folder = branch.place.native, records.folder
     if native:
@@ -302,63 +304,63 @@ def make_branch(
         (stage_native if native else stage)(folder, branch.folder, names, records, hub, branch.place)
     branch.hashes = branch.hash_files()
     if hash_weights(folder) != records.run.weights_sha256:
-        raise InputError(f"the weights in '{folder}' were changed while they were checked: publish again")
-    # The weights themselves were looked through before; all else may have come or changed since.
+        raise InputError(f"the weights in '{folder}' changed during the checks: publish again")
+    # The weights were searched before; all other files may have been added or changed since.
     refuse_secrets(branch.folder, [name for name in branch.hashes if not name.endswith(".safetensors")])
     check_metadata(branch.folder / CARD_FILE)
     passed(f"the metadata of the card is valid ({branch})")
     expected = compute_native(branch.folder, expected) if native else expected
     check_as_stranger(branch.folder, expected, native, None if native else base)
-    passed(f"a fresh process without hfgpt loads the files and computes the same ({branch})")
+    passed(f"a fresh process without hfgpt loads the files and computes the same logits ({branch})")
 
 
 def refuse_secrets(folder: Path, names: Sequence[str]):
-    """Refuses files that hold what looks like a token, a key or a password."""
+    """Refuses files with what looks like a token, a key or a password."""
     if secrets := find_secrets(folder, names):
-        raise InputError(f"{'; '.join(secrets)}: remove it, and have it revoked if it was ever published")
+        raise InputError(f"{'; '.join(secrets)}; remove it, and revoke it if it was ever published")
 
 
 def check_weights(folder: Path, records: FolderRecords) -> tuple[FolderRecords, Loaded]:
-    """Loads the model, whole and finite, and compares its weights with the hash that was written when it was measured.
+    """Loads the model and compares weights and tokenizer with the hashes recorded when it was measured.
 
     Returns:
-        The records, with an `architecture` in `run`; and the model with its tokenizer.
+        The records with `run.architecture`, and the model with its tokenizer.
 
     Raises:
-        InputError: They are damaged, or others than those that were measured.
+        InputError: The weights are incomplete, not finite or not the measured ones, or the tokenizer is not the run's.
     """
     saved = find_model(str(folder))
     model = saved.load()
     run = dataclasses.replace(records.run, weights_sha256=hash_weights(folder))
     tokenizer = saved.load_tokenizer() if records.has_tokenizer or run.tokenizer_sha256 else None
     if run.tokenizer_sha256 and tokenizer_hash(tokenizer) != run.tokenizer_sha256:
-        raise InputError(f"the tokenizer in '{folder}' is not the one of the run: put that back")
+        raise InputError(f"the tokenizer in '{folder}' is not the one of the run: restore that one")
     run.architecture = describe_architecture(model)
     return dataclasses.replace(records, run=run), (model, tokenizer)
 
 
 def check_metadata(path: Path):
-    """Reads the card's metadata back as the Hub does.
+    """Parses the card's metadata as the Hub does.
 
     Raises:
-        InputError: huggingface_hub does not take it.
+        InputError: It is missing or invalid.
     """
     content = path.read_text(encoding="utf-8")
     try:
         card = ModelCard(content)
         valid = REGEX_YAML_BLOCK.search(content) and card.data.to_dict()
     except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise InputError(f"the metadata of the card is not valid ({error}): correct the section hub") from error
+        raise InputError(f"the metadata of the card is invalid ({error}): correct the section hub") from error
     if not valid:
         raise InputError("the card has no metadata: correct the section hub")
 
 
 def send(branch: Branch, arguments: PublishArguments, message: str) -> CommitInfo:
-    """Uploads a branch in one commit and compares what arrived with what was sent; its place may be a pull request."""
+    """Uploads a branch in one commit and verifies it; for a pull request, `branch.place` becomes its branch."""
     place, message = branch.place, arguments.commit_message or message
     target = Target(place.name, arguments.private, place.revision, arguments.create_pr, message)
     if branch.hash_files() != branch.hashes:
-        raise InputError("files of the model were changed after they were checked: publish again")
+        raise InputError("files changed after they were checked: publish again")
     commit = upload(branch.folder, list(branch.hashes), target)
     verify(branch.hashes, target, commit)
     branch.place = dataclasses.replace(place, revision=commit.pr_revision or place.revision)
@@ -366,32 +368,32 @@ def send(branch: Branch, arguments: PublishArguments, message: str) -> CommitInf
 
 
 def describe_loading(branches: Sequence[Branch]) -> str:
-    """The lines that load each branch."""
+    """Python code that loads each branch."""
     return "\n\n".join(loading_code(read_records(branch.folder), branch.place) for branch in branches)
 
 
 def show_missing(contents: Contents, records: FolderRecords, hub: HubArguments, console: Console):
-    """Prints what of the folder is not sent, and why; and what the card does not say, and how it would."""
-    lines = [f"  {'stays here':>15}  {name}: {reason}" for name, reason in contents.staying.items()]
+    """Prints which files are not published and why, and what the card lacks."""
+    lines = [f"  {'not published':>15}  {name}: {reason}" for name, reason in contents.staying.items()]
     if hub.license is None:
         lines.append(
-            "the card has no license, without which nobody may use the model: set one, such as --hub.license mit"
+            "the card has no license, and without one nobody may use the model: set one, such as --hub.license mit"
         )
     if not records.metrics:
-        lines.append("the card has no evaluation: name data to measure on with --data.path")
+        lines.append("the card has no evaluation: pass data to measure on with --data.path")
     for line in lines:
         console.print(line, highlight=False, markup=False)
 
 
 def show_card(branch: Branch, console: Console):
-    """Prints the card that a dry run would have sent."""
+    """Prints the card of a dry run."""
     card = (branch.folder / CARD_FILE).read_text(encoding="utf-8")
     login = "a Hub token is set" if get_token() else "not logged in: run `hf auth login` before publishing"
-    console.print(f"the card:\n\n{card}\nnothing was sent (--dry-run); {login}", highlight=False, markup=False)
+    console.print(f"the card:\n\n{card}\nnothing was uploaded (--dry-run); {login}", highlight=False, markup=False)
 
 
 def show_files(branch: Branch, console: Console):
-    """Prints what a branch gets, and how large it is."""
+    """Prints the files of a branch and their sizes."""
     sizes = {name: (branch.folder / name).stat().st_size for name in branch.hashes}
     console.print(f"{len(sizes)} files, {sum(sizes.values()):,} bytes ({branch}):", highlight=False)
     for name, size in sizes.items():

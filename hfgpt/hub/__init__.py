@@ -1,4 +1,4 @@
-"""Publishing: a card of what was measured, checks before anything leaves the machine, an upload in one commit."""
+"""Publishing to the Hub: the model card, checks before anything is uploaded, and the upload in one commit."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,21 +11,21 @@ from hfgpt.errors import InputError
 
 @dataclass
 class HubArguments:
-    """The recipe's section `hub`: where a run is published, and what its card says that no run can know.
+    """The recipe's section `hub`: where to publish a run, and facts for its model card that a run cannot know.
 
     Args:
         repo_id: `user/name`; None: the run is not published.
         private: Whether a new repository is private.
-        strategy: `end` publishes the finished run; `checkpoints` also each checkpoint, in the background.
-        native_branch: Whether the branch `gpt2` of the repository gets the model as a native GPT-2.
-        license: Of the weights, as the Hub writes it: apache-2.0, mit, cc-by-4.0, ...
-        author: For the citation on the card, as BibTeX writes names: Ada Lovelace and Charles Babbage.
-        url: For the citation on the card: of a paper, a project or the repository.
-        language: Codes of the languages the model writes or reads: [en].
-        base_model: Hub id of the base model, where the recipe names a folder.
-        base_revision: Its branch, tag or commit; None: what is newest when an adapter is published.
-        data_license: Of the training data, as its owner gives it.
-        energy_kwh: Of the training, as a meter showed it, in kWh.
+        strategy: `end` publishes the finished run; `checkpoints` also publishes each checkpoint, in the background.
+        native_branch: Whether to publish the model also as a native GPT-2, on the branch `gpt2`.
+        license: License of the weights, as a Hub identifier: apache-2.0, mit, cc-by-4.0, ...
+        author: Authors for the citation, in BibTeX form: Ada Lovelace and Charles Babbage.
+        url: URL for the citation: a paper, a project page or the repository.
+        language: Language codes of the texts that the model reads or writes: [en].
+        base_model: Hub id of the base model, if the recipe names a local folder.
+        base_revision: Branch, tag or commit of the base model; None: the newest commit when an adapter is published.
+        data_license: License of the training data.
+        energy_kwh: Metered energy use of the training, in kWh.
     """
 
     repo_id: str | None = None
@@ -46,23 +46,25 @@ class HubArguments:
             if getattr(self, name) is not None:
                 check_repo_id(f"hub.{name}", getattr(self, name), owned=name == "repo_id")
         if self.energy_kwh is not None and not self.energy_kwh > 0:
-            raise InputError(f"hub.energy_kwh is {self.energy_kwh}; it must be above 0, as a meter showed it")
+            raise InputError(f"hub.energy_kwh is {self.energy_kwh}; it must be above 0")
 
 
 def check_repo_id(name: str, repo_id: str, owned: bool = True):
-    """Refuses what is no id of a repository.
+    """Checks a repository id.
 
     Args:
-        name: What is checked, for the message.
+        name: What the message calls it.
         repo_id: Such as `user/name`.
-        owned: Whether it must say whose it is.
+        owned: Whether it must have a namespace.
 
     Raises:
-        InputError: It is none.
+        InputError: It is invalid.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InputError(f"{name} '{repo_id}' is not a repository id ({error}): write user/name") from error
+        raise InputError(
+            f"{name} '{repo_id}' is not a valid repository id ({error}): use the form user/name"
+        ) from error
     if owned and "/" not in repo_id:
-        raise InputError(f"{name} '{repo_id}' does not say whose it is: write it user/{repo_id}")
+        raise InputError(f"{name} '{repo_id}' has no namespace: use user/{repo_id}")

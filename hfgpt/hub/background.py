@@ -1,7 +1,7 @@
-"""Checkpoints on their way to the Hub while training goes on.
+"""Uploads checkpoints to the Hub in the background while training continues.
 
-Trainer's own pushes leave out the Python files of the model, hide errors, and read files that the next save writes
-over. These send a copy, one after another, with the code beside the weights; what fails is told at the end.
+Trainer's own pushes omit the model's Python files, hide errors, and read files that the next save overwrites. These
+upload a copy of each checkpoint with its code, one after another; failures are reported at the end of the run.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ from hfgpt.hub.usage import Place
 
 
 class CheckpointPushes(TrainerCallback):
-    """Sends each checkpoint as a commit of its own; where they come faster than the network, only the newest waits.
+    """Uploads each checkpoint in its own commit; when they come faster than the uploads, only the newest waits.
 
     Args:
-        hub: Where to.
-        console: Where to say that a push has failed; training goes on.
+        hub: Where to publish.
+        console: Where to report a failed upload; training continues.
     """
 
     def __init__(self, hub: HubArguments, console: Console):
         self.hub, self.console = hub, console
         self.failures: dict[int, str] = {}  # step -> why
-        self.copies = tempfile.TemporaryDirectory(prefix="hfgpt-push-", ignore_cleanup_errors=True)  # gone at exit
-        # One place: a newer checkpoint takes that of one which still waits.
+        self.copies = tempfile.TemporaryDirectory(prefix="hfgpt-push-", ignore_cleanup_errors=True)  # removed at exit
+        # One slot: a newer checkpoint replaces one that is still waiting.
         self.waiting: queue.Queue[tuple[int, Path] | None] = queue.Queue(maxsize=1)
-        # A daemon: where training is stopped, nobody waits for the network; a commit is whole or not there.
+        # A daemon thread: an interrupted training does not wait for the network, and commits are atomic.
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -54,9 +54,9 @@ class CheckpointPushes(TrainerCallback):
             copy.mkdir()
             going = sort_contents(checkpoint).going
             stage(checkpoint, copy / "links", going, records, self.hub, Place(self.hub.repo_id))
-            # The checkpoint itself may be rotated away before it is sent.
+            # Trainer may delete the checkpoint before it is uploaded.
             shutil.copytree(copy / "links", copy / "files")
-        # Whatever it is, here and below: training is not stopped by it, and it is told at the end.
+        # Here and below: no error stops the training, and each is reported at the end.
         except Exception as error:
             shutil.rmtree(copy, ignore_errors=True)
             self._fail(state.global_step, error)
@@ -65,12 +65,12 @@ class CheckpointPushes(TrainerCallback):
         self.waiting.put((state.global_step, copy))
 
     def stop(self):
-        """Takes no more, and drops what waits: training has ended and can be published, or resumed."""
+        """Accepts no more checkpoints and drops the waiting one, after training has ended."""
         self._drop_waiting()
         self.waiting.put(None)
 
     def finish(self) -> dict[int, str]:
-        """Waits, after `stop`, for what is on its way; returns step -> why its push failed."""
+        """Waits for the current upload, after `stop`; returns step -> why its upload failed."""
         self.thread.join()
         return self.failures
 
@@ -89,7 +89,7 @@ class CheckpointPushes(TrainerCallback):
 
     def _push(self, step: int, folder: Path):
         names = files_in(folder)
-        disable_progress_bars()  # they would tear training's
+        disable_progress_bars()  # they would break training's
         try:
             if secrets := find_secrets(folder, names):
                 raise InputError("; ".join(secrets))
@@ -101,4 +101,4 @@ class CheckpointPushes(TrainerCallback):
 
     def _fail(self, step: int, error: Exception):
         self.failures[step] = str(error)
-        self.console.print(f"checkpoint {step} was not pushed: {error}", highlight=False, markup=False)
+        self.console.print(f"checkpoint {step} was not uploaded: {error}", highlight=False, markup=False)

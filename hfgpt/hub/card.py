@@ -1,7 +1,7 @@
-"""The model card: typed data out of what a folder holds, rendered by the template `model_cards/card.md.jinja`.
+"""The model card: typed data from a model's folder, rendered by the template `model_cards/card.md.jinja`.
 
-Every number on it stands in the folder's metrics.json, run.json, data_report.json or recipe.yaml; one that was not
-measured is absent.
+Every number on the card is from metrics.json, run.json, data_report.json or recipe.yaml in the folder; what was not
+measured is left out.
 
 Sources: Mitchell et al., "Model Cards for Model Reporting" (2019); huggingface_hub's `ModelCardData` for the metadata.
 """
@@ -27,7 +27,7 @@ from hfgpt.saving import write_text
 
 TEMPLATE = "card.md.jinja"
 PICTURES = ("loss.png", "confusion.png")
-# Settings of a configuration that the card shows.
+# Fields of the configuration that the card shows.
 ARCHITECTURE = (
     "num_hidden_layers",
     "num_attention_heads",
@@ -39,7 +39,7 @@ ARCHITECTURE = (
     "qkv_bias",
     "tie_word_embeddings",
 )
-# Name in metrics.json -> its label, and the Hub's name of such a result; None: it describes the data, not the model.
+# Name in metrics.json -> label on the card, and the Hub's name of the metric; None: not listed as a result.
 METRICS = {
     "eval_accuracy": ("accuracy", "accuracy"),
     "eval_accuracy_low": ("accuracy, lower bound (Wilson interval)", None),
@@ -69,7 +69,7 @@ SHARE = re.compile(r".*accuracy|.*match|eval_(precision|recall)_")
 
 
 class Result(NamedTuple):
-    """An entry of metrics.json: its label, the Hub's name of such a result or None, whether it is a share of 1."""
+    """A metric: its label on the card, its name on the Hub or None, its value, and whether that is a fraction."""
 
     label: str
     kind: str | None
@@ -79,12 +79,12 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Card:
-    """What the template renders.
+    """A model card, as the template reads it.
 
     Args:
-        records: Of the model's folder.
-        hub: What no run can know.
-        place: Where the card says to load the model from.
+        records: The records in the model's folder.
+        hub: Facts that a run cannot know.
+        place: Where users load the model from.
     """
 
     records: FolderRecords
@@ -108,7 +108,7 @@ class Card:
 
     @property
     def base(self) -> str | None:
-        """The base model as others may read its name; None: there is none."""
+        """The public name of the base model; None: there is none."""
         return self.hub.base_model or (public_name(self.records.base) if self.records.base else None)
 
     @property
@@ -117,7 +117,7 @@ class Card:
 
     @property
     def recipe(self) -> str:
-        """The recipe in YAML, without paths of this machine; empty if there is none."""
+        """The recipe as YAML without local paths; empty if there is none."""
         recipe = {key: without_paths(value) for key, value in self.records.recipe.items() if key != "hub"}
         return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).rstrip() if recipe else ""
 
@@ -132,14 +132,14 @@ class Card:
 
     @property
     def versions(self) -> dict[str, str]:
-        """The packages it was made with."""
+        """Versions of Python and of the packages that the model was made with."""
         origin = self.records.origin
         versions = {"hfgpt": origin.hfgpt, "python": origin.python} | (origin.versions or {})
         return {package: version for package, version in versions.items() if version}
 
     @property
     def metadata(self) -> ModelCardData:
-        """What the Hub reads."""
+        """The card's YAML header."""
         records, base, data = self.records, public_base(self.records, self.hub), self.records.data_name
         results = [
             EvalResult(
@@ -168,26 +168,26 @@ class Card:
 
 
 def card_folder() -> Path:
-    """The template's folder: inside the package in an installed wheel, at the root of a checkout."""
+    """The template's folder: inside the package when installed from a wheel, else in the root of the checkout."""
     package = Path(__file__).parent.parent
     return package / "model_cards" if (package / "model_cards").is_dir() else package.parent / "model_cards"
 
 
 def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
-    """The entry `architecture` of run.json, which the table of the card shows; of the base model below an adapter."""
+    """The entry `architecture` of run.json, for the card; of an adapter, its base model's."""
     network = base_of(model)
-    with torch.device("meta"):  # without the adapter that the model at hand may carry
+    with torch.device("meta"):  # built anew, since the model may carry an adapter
         parameters = type(network)(network.config).num_parameters()
     return {"parameters": parameters} | {name: getattr(network.config, name) for name in ARCHITECTURE}
 
 
 def write_card(folder: Path, records: FolderRecords, hub: HubArguments, place: Place):
-    """Writes README.md into a folder; arguments as of `Card`."""
+    """Writes README.md into a folder; arguments as for `Card`."""
     write_text(folder / CARD_FILE, Card(records, hub, place).render())
 
 
 def evaluation_results(records: FolderRecords) -> list[dict[str, Any]]:
-    """What was measured, in the form of the Hub's `.eval_results/*.yaml`."""
+    """The results in the format of the Hub's `.eval_results/*.yaml`."""
     sha = records.run.weights_sha256
     weights = f"; {'converted from ' if records.is_exported else ''}weights with SHA-256 {sha}" if sha else ""
     entries = [
@@ -205,7 +205,7 @@ def evaluation_results(records: FolderRecords) -> list[dict[str, Any]]:
 
 
 def public_base(records: FolderRecords, hub: HubArguments) -> str | None:
-    """The Hub id of the base model; None: it has none, or lies on this machine alone."""
+    """Hub id of the base model; None: there is none, or it is only a local folder."""
     return hub.base_model or (records.base if records.base and is_hub_id(records.base) else None)
 
 
@@ -217,7 +217,7 @@ def _results(metrics: dict[str, Any]) -> list[Result]:
 
 
 def _format(value: Any, digits: int | None = None, share: bool = False) -> Any:
-    """A number for people, other values as they are: a share in per cent, at most four digits after the point."""
+    """Formats numbers for the card, fractions in percent; returns other values unchanged."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) or (digits is not None and isinstance(value, int)):

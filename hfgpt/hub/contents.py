@@ -1,7 +1,7 @@
-"""What of a folder is published, what stays on this machine, and what stops the publication altogether.
+"""Which files of a folder are published, which are not, and which make publishing fail.
 
-Only safetensors, JSON, plain text, PNG and the two Python files of the model go. A file of another kind is refused by
-name rather than left out: somebody put it there, and should know that it would not arrive.
+Only safetensors, JSON, plain text, PNG and the model's two Python files are published. A file of another type is an
+error rather than skipped: someone put it there, and should know that it would not be published.
 """
 
 import os
@@ -20,16 +20,16 @@ from hfgpt.saving import CHECKSUMS_FILE
 
 TEXT = (".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".jinja")
 STAYING = {
-    CARD_FILE: "the card is written anew",
-    ANSWERS_FILE: "rows of the data",
-    JUDGEMENTS_FILE: "rows of the data",
-    ".gitattributes": "the Hub's own",
-    CHECKSUMS_FILE: "of the files as they are here",
+    CARD_FILE: "a new card is rendered",
+    ANSWERS_FILE: "contains rows of the data",
+    JUDGEMENTS_FILE: "contains rows of the data",
+    ".gitattributes": "managed by the Hub",
+    CHECKSUMS_FILE: "checksums of the local files",
 }
-# What Trainer leaves in a checkpoint to go on from; elsewhere these are refused.
+# Trainer's files for resuming from a checkpoint; an error outside a checkpoint.
 STATE = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin|trainer_state\.json")
-# Each begins with letters of its own, by which Python's search skips through large files. All of it is printable: in
-# the random bytes of a gigabyte of weights none is to be expected, by a factor of a thousand and more.
+# Each begins with a literal prefix, with which `re` skips quickly through large files. All characters are printable:
+# fewer than one match in a thousand gigabytes of random bytes is expected.
 SECRETS = (
     ("a Hugging Face token", rb"hf_[A-Za-z0-9]{30,}"),
     ("a Hugging Face token", rb"api_org_[A-Za-z0-9]{30,}"),
@@ -45,7 +45,7 @@ SECRETS = (
     ("an npm token", rb"npm_[A-Za-z0-9]{36}"),
     ("a private key", rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"),
     ("a private key", rb"PuTTY-User-Key-File-\d"),
-    ("a password in an address", rb"://(?<=[a-z]{2}://)[!#-&(-.0-9;-?A-~]{1,64}:[!#-&(-.0-9;-?A-~]{3,128}@"),
+    ("a password in a URL", rb"://(?<=[a-z]{2}://)[!#-&(-.0-9;-?A-~]{1,64}:[!#-&(-.0-9;-?A-~]{3,128}@"),
 )
 PATTERNS = [(kind, re.compile(pattern)) for kind, pattern in SECRETS]
 TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HFGPT_JUDGE_API_KEY")
@@ -57,8 +57,8 @@ class Contents:
     """The files of a folder.
 
     Args:
-        going: Names of those to publish.
-        staying: Name -> why it stays.
+        going: Names of the files to publish.
+        staying: Name -> why it is not published.
     """
 
     going: list[str]
@@ -66,10 +66,10 @@ class Contents:
 
 
 def sort_contents(folder: Path) -> Contents:
-    """Divides a folder into what goes and what stays.
+    """Decides which files of a folder are published.
 
     Raises:
-        InputError: It holds what must not be published and is not known to stay; each file is named with its reason.
+        InputError: The folder has files that must not be published; names each with the reason.
     """
     going, staying, refused = [], {}, {}
     for path in sorted(folder.iterdir()):
@@ -81,16 +81,19 @@ def sort_contents(folder: Path) -> Contents:
             going.append(path.name)
     if refused:
         named = "; ".join(f"'{name}' {fault}" for name, fault in refused.items())
-        raise InputError(f"'{folder}' holds what is not published: {named}: remove it")
+        raise InputError(f"'{folder}' contains files that cannot be published: {named}; remove them")
     return Contents(going, staying)
 
 
 def find_secrets(folder: Path, names: Iterable[str]) -> list[str]:
-    """Where files hold what looks like a token, a key or a password, in words that do not repeat it.
+    """Finds what looks like a token, a key or a password in files.
 
     Args:
-        folder: Of the files.
-        names: Theirs, relative to it.
+        folder: The folder of the files.
+        names: Their names, relative to the folder.
+
+    Returns:
+        A description of each find, without the secret itself.
     """
     own = [value.encode() for value in (get_token(), *map(os.environ.get, TOKEN_VARIABLES)) if value]
     found = []
@@ -102,26 +105,26 @@ def find_secrets(folder: Path, names: Iterable[str]) -> list[str]:
                 matches = ((kind, pattern.search(text)) for kind, pattern in PATTERNS)
                 if hit := next(((kind, match) for kind, match in matches if match), None):
                     place = offset - len(tail) + hit[1].start()
-                    found.append(f"'{name}' holds {hit[0]} at byte {place:,}")
+                    found.append(f"'{name}' contains {hit[0]} at byte {place:,}")
                     break
                 if any(secret in text for secret in own):
-                    found.append(f"'{name}' holds a token that is in use on this machine")
+                    found.append(f"'{name}' contains a token that is in use on this machine")
                     break
                 tail, offset = text[-OVERLAP:], offset + len(chunk)
     return found
 
 
 def _find_fault(path: Path) -> str | None:
-    """Why a file or folder must not be there; None: it may."""
+    """Why a file or folder cannot be published; None: it can, or it is known to stay."""
     name = path.name
     if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
-        return "is a link to something outside the folder"
+        return "is a symbolic link to a place outside the folder"
     if name in STAYING or (STATE.fullmatch(name) and is_checkpoint(path.parent)):
         return None
     if name.startswith("."):
-        return "is hidden: settings and caches are not published"
+        return "is hidden (settings and caches are not published)"
     if path.is_dir():
-        return None if _kind_of_folder(path) else "is a folder: a model is published without any"
+        return None if _kind_of_folder(path) else "is a folder (a model is published without subfolders)"
     if name in CODE or re.fullmatch(r"LICEN[CS]E|NOTICE", name):
         return None
     if path.suffix == ".safetensors":
@@ -131,28 +134,28 @@ def _find_fault(path: Path) -> str | None:
             return None if file.read(8) == b"\x89PNG\r\n\x1a\n" else "is not a PNG file"
     if path.suffix in TEXT:
         return _fault_of_text(path)
-    return "is neither safetensors, JSON, plain text nor PNG"
+    return "is not safetensors, JSON, plain text or PNG"
 
 
 def _reason_to_stay(path: Path) -> str | None:
     if path.is_dir():
         return _kind_of_folder(path)
-    return STAYING.get(path.name) or ("state to resume from" if STATE.fullmatch(path.name) else None)
+    return STAYING.get(path.name) or ("training state, for resuming" if STATE.fullmatch(path.name) else None)
 
 
 def _kind_of_folder(path: Path) -> str | None:
-    """What a folder inside that of a model is: a model of its own is what a first pass leaves; None: not known."""
+    """What a subfolder is, such as the model that a first pass saves; None: unknown."""
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json", "trainer_state.json")):
-        return "a checkpoint" if re.fullmatch(r"checkpoint-\d+", path.name) else "a model of its own"
+        return "a checkpoint" if re.fullmatch(r"checkpoint-\d+", path.name) else "another model"
     files = [file.name for file in path.rglob("*") if not file.is_dir()]
     logs = files and all(name.startswith("events.out.tfevents.") for name in files)
-    return "logs of TensorBoard" if logs else None
+    return "TensorBoard logs" if logs else None
 
 
 def _fault_of_tensors(path: Path) -> str | None:
     try:
         with safe_open(path, "pt") as file:
-            return None if list(file.keys()) else "holds no tensors"
+            return None if list(file.keys()) else "contains no tensors"
     except (OSError, SafetensorError):
         return "is not a safetensors file"
 
@@ -165,4 +168,4 @@ def _fault_of_text(path: Path) -> str | None:
         return "is not UTF-8 text"
     if path.suffix == ".json" and (fault := find_fault_of_json(content)):
         return fault
-    return "is not plain text: it contains zero bytes" if b"\0" in content else None
+    return "is not plain text (it contains NUL bytes)" if b"\0" in content else None

@@ -1,4 +1,4 @@
-"""What a saved folder says of itself, and the names by which strangers may know its data and its base model."""
+"""The records in a model's folder, and the public names of its data and of its base model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ from hfgpt.records import (
     read_object,
 )
 
-# Keys of recipes whose values are places on this machine, or Hub ids.
+# Keys of recipes whose values may be local paths.
 PLACES = (
     *("path", "output_dir", "cache_dir", "answers", "resume_from_checkpoint"),
     *("deepspeed", "fsdp_config", "accelerator_config"),
@@ -36,16 +36,16 @@ PLACES = (
 
 @dataclass
 class FolderRecords:
-    """The records saved in the folder of a model.
+    """The records in a model's folder.
 
     Args:
-        folder: Where.
-        recipe, metrics: The content of recipe.yaml and metrics.json; empty where there is none.
-        run: run.json; without entries where there is none.
-        data, merge, conversion: data_report.json, merge.json and conversion.json; None where there is none.
-        adapter: adapter_config.json; not empty: the folder holds an adapter.
-        labels: The classes of a classifier by their ids.
-        has_tokenizer: Whether a tokenizer is there.
+        folder: The folder.
+        recipe, metrics: recipe.yaml and metrics.json; empty if there is no such file.
+        run: run.json; without entries if there is no such file.
+        data, merge, conversion: data_report.json, merge.json and conversion.json; None if there is no such file.
+        adapter: adapter_config.json; empty if the folder does not have an adapter.
+        labels: Class id -> label of a classifier.
+        has_tokenizer: Whether the folder has a tokenizer.
     """
 
     folder: Path
@@ -61,12 +61,12 @@ class FolderRecords:
 
     @property
     def task(self) -> str | None:
-        """`pretrain`, `classify` or `instruct`; None where it is not known what a language model was trained for."""
+        """`pretrain`, `classify` or `instruct`; None: it is not recorded what a language model was trained for."""
         return self.recipe.get("task") or ("classify" if self.labels else None)
 
     @property
     def origin(self) -> Environment:
-        """The record of how the folder came about, with versions and date: its run, conversion or merge."""
+        """The record of how the model was made, with versions and date: its run, conversion or merge."""
         found = (record for record in (self.run, self.conversion, self.merge) if record and record.versions)
         return next(found, self.run)
 
@@ -76,13 +76,13 @@ class FolderRecords:
 
     @property
     def data_name(self) -> str:
-        """The data it was trained or measured on: a Hub id, or the name of a file or folder without where it lies."""
+        """The data that the model was trained or measured on: a Hub id, or a file name without its path."""
         source = self.run.data_source or self.recipe.get("data", {}).get("path") or (self.data and self.data.source)
-        return public_name(source or "its data")
+        return public_name(source or "unknown data")
 
     @property
     def base(self) -> str | None:
-        """The base model as it was named: a folder or a Hub id; None: it has none."""
+        """The base model as it was named, a folder or a Hub id; None: there is none."""
         return (
             self.adapter.get("base_model_name_or_path")
             or (self.merge and self.merge.base_model)
@@ -92,34 +92,34 @@ class FolderRecords:
 
     @property
     def measured_on(self) -> str:
-        """Which rows of the data the metrics are of."""
+        """The rows of the data that the metrics were measured on."""
         if not self.recipe:
             options = self.run.measured_with
-            return f"what `{options}` chooses" if options else "all rows"
+            return f"the rows selected by `{options}`" if options else "all rows"
         return "the whole validation split" if self.task == "pretrain" else "the test split"
 
     @property
     def small_counts(self) -> list[tuple[int, str]]:
-        """The counts, each with its unit, that the metrics rest on and that are too small to say much."""
+        """Numbers of measured tokens or rows that are too small for reliable metrics, each with its unit."""
         sizes = {"eval_tokens": "tokens", "eval_rows": "rows", "eval_answers": "rows"}
         found = [(self.metrics[name], unit) for name, unit in sizes.items() if name in self.metrics]
         return [(count, unit) for count, unit in found if count < FEWEST[unit]]
 
     @property
     def is_exported(self) -> bool:
-        """Whether the weights were converted from those that were measured."""
+        """Whether the weights were exported from the measured ones."""
         return bool(self.conversion) and self.conversion.format.startswith("to ")
 
 
 @contextmanager
 def explained_records(folder: Path) -> Iterator[None]:
-    """Turns what comes of records whose entries are of other types than hfgpt writes into one line.
+    """Reports records with unexpected content in one line.
 
     Args:
-        folder: Where they lie.
+        folder: Their folder.
 
     Raises:
-        InputError: They are.
+        InputError: Instead of whatever error they cause.
     """
     try:
         yield
@@ -137,16 +137,16 @@ def explained_records(folder: Path) -> Iterator[None]:
     ) as error:
         fact = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the records in '{folder}' (run.json, recipe.yaml and the like) are not as hfgpt writes them "
-            f"({type(error).__name__}: {fact}): take those that were saved with the model, or move them away"
+            f"the records in '{folder}' (run.json, recipe.yaml, ...) are not as hfgpt writes them "
+            f"({type(error).__name__}: {fact}): restore those that were saved with the model, or move them away"
         ) from error
 
 
 def read_records(folder: Path) -> FolderRecords:
-    """Reads what lies beside the weights in a saved folder; beside a checkpoint, what is known of its run.
+    """Reads the records in a model's folder; for a checkpoint, also those of its run.
 
     Raises:
-        InputError: A file cannot be read, or is none of hfgpt's.
+        InputError: A file cannot be read, or is not as hfgpt writes it.
     """
     with explained_records(folder):
         return _collect(folder)
@@ -178,10 +178,10 @@ def _collect(folder: Path) -> FolderRecords:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The values of a recipe that a run has written; empty if there is none.
+    """Reads the recipe that a run has written; empty if there is none.
 
     Raises:
-        InputError: It cannot be read, or does not have a task and sections below it.
+        InputError: It cannot be read, or is not a task and its sections.
     """
     if not path.is_file():
         return {}
@@ -190,7 +190,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' cannot be read ({' '.join(str(error).split())[:200]}): {REMEDY}") from error
     if not isinstance(content, dict) or "task" not in content:
-        raise InputError(f"'{path}' is not as hfgpt writes it, it lacks a task: {REMEDY}")
+        raise InputError(f"'{path}' is not as hfgpt writes it, it has no task: {REMEDY}")
     for name, section in content.items():
         if name != "task" and not isinstance(section, dict):
             raise InputError(f"'{path}' is not as hfgpt writes it: {name} is {section!r}; {REMEDY}")
@@ -198,7 +198,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def without_paths(value: Any, key: str = "") -> Any:
-    """A recipe in which no place of this machine is named: of each the last part alone is left."""
+    """A copy of a recipe in which each local path is reduced to its last part."""
     if isinstance(value, dict):
         return {name: without_paths(inner, name) for name, inner in value.items()}
     if isinstance(value, list):

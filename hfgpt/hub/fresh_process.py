@@ -1,7 +1,7 @@
-"""A stranger's machine: run as a script in a Python process of its own, it loads a folder without hfgpt.
+"""Loads a model in a Python process without hfgpt, as users will who do not have it.
 
-Never imported: `hfgpt.hub.stranger` starts it with one argument, a JSON file that says what to load and to compute,
-and reads its answer from another.
+Never imported: `hfgpt.hub.stranger` runs it as a script with one argument, a JSON file that says what to load and what
+to compute, and reads the answer from the files named there.
 """
 
 import importlib.abc
@@ -10,7 +10,7 @@ import sys
 
 
 class NotInstalled(importlib.abc.MetaPathFinder):
-    """Makes hfgpt a package that this process has not, wherever it is installed."""
+    """Makes `import hfgpt` fail, wherever it is installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "hfgpt":
@@ -18,13 +18,13 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 
 
 def forbid_network(event: str, arguments: tuple):
-    """An audit hook: nothing that runs here may look for another machine."""
+    """An audit hook that blocks connections to other machines."""
     if event in ("socket.connect", "socket.getaddrinfo"):
-        raise PermissionError("the network is not to be used here")
+        raise PermissionError("network access is blocked in this process")
 
 
 def main(path: str):
-    """Does what the file asks for; see `hfgpt.hub.stranger.check_as_stranger` for its entries."""
+    """Runs the job in a file; see `hfgpt.hub.stranger.check_as_stranger` for its entries."""
     with open(path, encoding="utf-8") as file:
         job = json.load(file)
 
@@ -50,7 +50,7 @@ def main(path: str):
     model.eval()
     rows = torch.tensor(job["rows"])  # (B, T)
     with torch.no_grad():
-        # One at a time: a classifier without a padding token takes no more.
+        # One row at a time: a classifier without a padding token does not accept more.
         logits = torch.cat([model(input_ids=row, use_cache=False).logits for row in rows.split(1)])
     save_file({"logits": logits}, job["logits"])
     answer = {}
@@ -62,7 +62,7 @@ def main(path: str):
     if job["text"] is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **({} if job["adapter"] else trust))
         answer["ids"] = tokenizer(job["text"])["input_ids"]
-    exec(job["code"], {})  # what the card tells a stranger to run
+    exec(job["code"], {})  # the code on the card
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(answer, file)
 

@@ -1,4 +1,4 @@
-"""The folder that is sent: links to what goes as it is, and written anew what names places of this machine."""
+"""The folder to upload: links to unchanged files, and records rewritten without local paths."""
 
 import dataclasses
 import json
@@ -17,23 +17,23 @@ from hfgpt.hub.usage import Place
 from hfgpt.records import LOG_FILE, RECIPE_FILE, write_metrics
 from hfgpt.saving import write_json, write_text
 
-# What of the section hub is said of the model; the rest says where its owner publishes it.
-SAID = ("license", "author", "url", "language", "base_model", "base_revision", "data_license", "energy_kwh")
-# Files of the other layout, which a native GPT-2 must not have beside it.
+# Keys of the section hub that describe the model; the others say where its owner publishes it.
+DESCRIBING = ("license", "author", "url", "language", "base_model", "base_revision", "data_license", "energy_kwh")
+# Files of hfgpt's layout, which a native GPT-2 must not have.
 NOT_NATIVE = re.compile(r".*\.safetensors(\.index\.json)?|.*_hfgpt\.py|adapter_config\.json|labels\.json")
 RESULTS_FILE = ".eval_results/hfgpt.yaml"
 
 
 def stage(folder: Path, staging: Path, names: Sequence[str], records: FolderRecords, hub: HubArguments, place: Place):
-    """Makes the folder that is sent, with the code that runs here, the records and the card.
+    """Makes the folder to upload, with the installed model code, the records and the card.
 
     Args:
-        folder: Of the model.
+        folder: The model's folder.
         staging: The folder to make.
-        names: Of the files in `folder` that go, see `hfgpt.hub.contents.sort_contents`.
-        records: Of the model, with the metrics to publish.
-        hub: For the card; the public base model of an adapter.
-        place: Where it is sent to, for the card.
+        names: The files in `folder` to publish, see `hfgpt.hub.contents.sort_contents`.
+        records: The model's records, with the metrics to publish.
+        hub: Facts for the card, and the public base model of an adapter.
+        place: Where users will load the model from.
     """
     staging.mkdir()
     _link(folder, staging, [name for name in names if name not in CODE])
@@ -46,7 +46,7 @@ def stage(folder: Path, staging: Path, names: Sequence[str], records: FolderReco
 
 
 def stage_base(folder: Path, staging: Path, names: Sequence[str]):
-    """Makes a folder with the base model of an adapter, to be loaded without the network; arguments as of `stage`."""
+    """Makes a folder with the base model of an adapter, to load it without network; arguments as for `stage`."""
     staging.mkdir()
     _link(folder, staging, [name for name in names if not name.endswith(".py")])
     if json.loads((staging / "config.json").read_bytes()).get("model_type") == "hfgpt":
@@ -56,7 +56,7 @@ def stage_base(folder: Path, staging: Path, names: Sequence[str]):
 def stage_native(
     folder: Path, staging: Path, names: Sequence[str], records: FolderRecords, hub: HubArguments, place: Place
 ):
-    """Adds the other files and the card to what `hfgpt export` made of a folder; arguments as of `stage`."""
+    """Adds the other files and the card to the folder that `hfgpt export` made; arguments as for `stage`."""
     _link(folder, staging, [name for name in names if not NOT_NATIVE.fullmatch(name)])
     run = dataclasses.replace(records.run, architecture=read_records(staging).conversion.architecture)
     _stage_records(staging, dataclasses.replace(records, run=run), hub, place)
@@ -71,13 +71,13 @@ def _stage_records(staging: Path, records: FolderRecords, hub: HubArguments, pla
         write_metrics(staging, records.metrics)
     recipe = without_paths(records.recipe)
     if recipe:
-        said = {name: getattr(hub, name) for name in SAID if getattr(hub, name) is not None}
-        text = yaml.safe_dump({**recipe, "hub": said}, sort_keys=False, allow_unicode=True)
+        described = {name: getattr(hub, name) for name in DESCRIBING if getattr(hub, name) is not None}
+        text = yaml.safe_dump({**recipe, "hub": described}, sort_keys=False, allow_unicode=True)
         write_text(staging / RECIPE_FILE, text)
-    if (staging / LOG_FILE).is_file():  # what went wrong on this machine is nobody else's
+    if (staging / LOG_FILE).is_file():  # failed uploads stay out of the published log
         lines = (staging / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(staging / LOG_FILE, "".join(line for line in lines if "hub_error" not in json.loads(line)))
-    # Of the folder itself rather than of its copy, where a base on this machine could pass for one on the Hub.
+    # Not the records of the copy, where a local base model could look like a Hub id.
     final = dataclasses.replace(
         records, folder=staging, recipe=recipe, adapter=staged.adapter, conversion=staged.conversion
     )
@@ -88,12 +88,12 @@ def _stage_records(staging: Path, records: FolderRecords, hub: HubArguments, pla
 
 
 def files_in(folder: Path) -> list[str]:
-    """The names of all files below a folder, relative to it."""
+    """The paths of all files in a folder, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _add_code(staging: Path):
-    """Adds the Python files of the model as they are installed here."""
+    """Adds the model's Python files, as installed."""
     for name, path in CODE.items():
         shutil.copyfile(path, staging / name)
 

@@ -1,7 +1,7 @@
-"""Whether a machine with transformers and without hfgpt gets from a folder what was measured here.
+"""Checks that files load without hfgpt and compute what was measured here.
 
-What the model computes is recorded in this process, by hfgpt; a fresh process without hfgpt then loads the same files
-and must come to the same logits, bit for bit, and to the same greedy continuation.
+hfgpt computes logits in this process; a fresh Python process without hfgpt then loads the files to be published and
+must get the same logits, bit for bit, and the same greedy continuation.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from hfgpt.saving import write_json
 SCRIPT = Path(__file__).with_name("fresh_process.py")
 ROWS, LENGTH, NEW_TOKENS = 2, 32, 16
 TIMEOUT = 1800  # seconds, for the largest GPT-2 on few cores
-# The environment variables that the fresh process gets: what Python needs to start, and what numbers may depend on.
+# Environment variables passed to the fresh process: those Python needs to start, and those that may change results.
 PASSED_ON = re.compile(
     r"PATH|PYTHON(PATH|HOME|UTF8)|LANG|LC_[A-Z]+|TZ|TMPDIR|TEMP|TMP|SYSTEMROOT|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|"
     r"(OMP|KMP|MKL|ONEDNN|DNNL|ATEN|OPENBLAS)_[A-Z_]+"
@@ -50,10 +50,10 @@ class Expected:
 
     Args:
         rows: Token ids (B, T).
-        logits: Of each row.
-        greedy: The continuation of half of the first row by `new_tokens`; None of a classifier.
-        new_tokens: See there.
-        text, ids: A text and its token ids; None if the model has no tokenizer.
+        logits: The logits of each row, (B, T, V) or, of a classifier, (B, labels).
+        greedy: The first half of the first row, continued by `new_tokens` tokens; None for a classifier.
+        new_tokens: How many tokens to generate.
+        text, ids: A text and its token ids; None if the model does not have a tokenizer.
     """
 
     rows: list[list[int]]
@@ -68,19 +68,19 @@ class Expected:
 def compute_expected(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, records: FolderRecords
 ) -> Expected:
-    """Computes on the CPU what a fresh process must compute as well.
+    """Computes on the CPU what the fresh process must reproduce.
 
     Args:
-        model: In float32.
-        tokenizer: Saved with it, if one was.
-        records: Of its folder.
+        model: A model in float32.
+        tokenizer: The tokenizer saved with it; None: there is none.
+        records: The records in its folder.
 
     Raises:
         InputError: The tokenizer's chat template fails.
     """
     rows = _draw_rows(model.to("cpu").config)
     text = None if tokenizer is None else next(filter(None, records.prompts), "The")
-    if text is not None and records.task == "instruct":  # the card's code renders it, where nothing limits that
+    if text is not None and records.task == "instruct":  # the fresh process renders it without limits
         encode_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
     prompt = rows[:1, : rows.shape[1] // 2]
     new_tokens = min(NEW_TOKENS, model.config.max_position_embeddings - prompt.shape[1])
@@ -99,7 +99,7 @@ def compute_expected(
 
 
 def compute_native(folder: Path, expected: Expected) -> Expected:
-    """As `compute_expected`, of a native GPT-2, whose tokenizer makes the same ids as that of the original."""
+    """As `compute_expected`, for the native GPT-2 in a folder; its tokenizer must give the ids of the original's."""
     records = read_records(folder)
     auto_class = AutoModelForSequenceClassification if records.task == "classify" else AutoModelForCausalLM
     with quiet_bars():
@@ -111,17 +111,19 @@ def check_as_stranger(folder: Path, expected: Expected, native: bool = False, ba
     """Loads a folder in a fresh process without hfgpt and compares what it computes.
 
     Args:
-        folder: With the exact files that are to be published.
+        folder: The exact files to be published.
         expected: What they must compute.
-        native: Whether it holds a native GPT-2, to be loaded without remote code.
-        base: The base model of an adapter, as others will load it: see `hfgpt.hub.staging.stage_base`.
+        native: Whether they are a native GPT-2, which loads without remote code.
+        base: The base model of an adapter, as users will load it, see `hfgpt.hub.staging.stage_base`.
 
     Raises:
-        InputError: It does not load there, or computes something else; or it holds code that is not hfgpt's.
+        InputError: The files do not load, compute something else, or contain code that is not hfgpt's.
     """
     for place in filter(None, (folder, base)):
         if fault := find_foreign_code(place, files_in(place)):
-            raise InputError(f"the files to load hold code that hfgpt does not run, {fault}: save the model again")
+            raise InputError(
+                f"the files contain code that is not hfgpt's and is not run: {fault}; save the model again"
+            )
     records = read_records(folder)
     job = {
         "classify": records.task == "classify",
@@ -138,22 +140,23 @@ def check_as_stranger(folder: Path, expected: Expected, native: bool = False, ba
         answer, logits = _ask(job | {"folder": str(loaded), "code": code}, place)
     if logits.shape != expected.logits.shape or not torch.equal(logits, expected.logits):
         same_shape = logits.shape == expected.logits.shape
-        apart = f" (by up to {(logits - expected.logits).abs().max():.1e})" if same_shape else ""
+        difference = f" (difference up to {(logits - expected.logits).abs().max():.1e})" if same_shape else ""
         raise InputError(
-            f"a fresh Python process without hfgpt computes other logits from these files{apart}: save the model again"
+            f"a fresh Python process without hfgpt computes different logits from these files{difference}: save the "
+            "model again"
         )
     if answer.get("ids") != expected.ids:
         raise InputError(
-            "a fresh Python process without hfgpt makes other tokens of a text with these files: save the model again"
+            "a fresh Python process without hfgpt tokenizes a text differently with these files: save the model again"
         )
     if answer.get("greedy") != expected.greedy:
         raise InputError(
-            "a fresh Python process without hfgpt continues a text otherwise with these files: save them again"
+            "a fresh Python process without hfgpt generates different text from these files: save the model again"
         )
 
 
 def _join(folder: Path, base: Path, copy: Path) -> Path:
-    """A copy of an adapter's folder that names its base model where it lies here, so that no network is needed."""
+    """Copies an adapter's folder and points it to the local base model, so that no network is needed."""
     copy.mkdir()
     for path in folder.iterdir():
         (copy / path.name).symlink_to(path.resolve())
@@ -164,7 +167,7 @@ def _join(folder: Path, base: Path, copy: Path) -> Path:
 
 
 def _draw_rows(config) -> torch.Tensor:
-    """Token ids (B, T) without padding, the same every time."""
+    """Random token ids (B, T) without padding, always the same."""
     size, padding = config.vocab_size, config.pad_token_id
     length = max(2, min(LENGTH, config.max_position_embeddings))
     rows = torch.randint(size, (ROWS, length), generator=torch.Generator().manual_seed(0))
@@ -172,7 +175,7 @@ def _draw_rows(config) -> torch.Tensor:
 
 
 def _ask(job: dict[str, Any], place: Path) -> tuple[dict[str, Any], torch.Tensor]:
-    """Has the job done in a fresh process; returns its answer, and the logits it computed."""
+    """Runs the job in a fresh process; returns its answer and its logits."""
     job |= {"logits": str(place / "logits.safetensors"), "answer": str(place / "answer.json")}
     (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
     environment = {
@@ -186,16 +189,16 @@ def _ask(job: dict[str, Any], place: Path) -> tuple[dict[str, Any], torch.Tensor
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    # -P: without the script's own folder, which is hfgpt's.
+    # -P: do not import from the script's own folder, which belongs to hfgpt.
     command = [sys.executable, "-P", str(SCRIPT), str(place / "job.json")]
-    # No terminal: whoever asked a question, of trust for instance, would wait for ever.
+    # Without a terminal, a question such as whether to trust remote code fails instead of waiting for an answer.
     quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     try:
         done = subprocess.run(command, cwd=place, env=environment, check=False, timeout=TIMEOUT, **quiet)
     except subprocess.TimeoutExpired as error:
         raise InputError(
-            f"a fresh Python process without hfgpt has not loaded and tried these files in {TIMEOUT // 60} minutes: "
-            "publish from a faster machine, or when this one is less busy"
+            f"a fresh Python process without hfgpt did not load and run these files within {TIMEOUT // 60} minutes: "
+            "publish from a faster or less busy machine"
         ) from error
     if done.returncode:
         said = [line for line in done.stderr.strip().splitlines() if line.strip()]

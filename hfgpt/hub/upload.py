@@ -1,13 +1,12 @@
-"""The way to the Hub: one commit with huggingface_hub's own client, then a look at what arrived.
+"""Uploads files to the Hub in one commit with huggingface_hub's client, and verifies them there.
 
-The client sends each large file once: what a broken upload has brought over is found there by its hash. The commit
-comes last and whole, so a repository never holds half of the files.
+The client uploads each large file once: after an interruption, the Hub knows by their hashes which files it has. The
+commit comes last and is atomic, so a repository never has only some of the files.
 """
 
-import functools
+import glob
 import json
 import re
-import shutil
 import socket
 import tempfile
 import time
@@ -43,11 +42,11 @@ from hfgpt.saving import hash_file
 
 T = TypeVar("T")
 WEIGHTS_FILE = "model.safetensors"
-# What a repository may hold that nobody would miss: it is new.
+# Files of a new repository, which may be overwritten.
 EMPTY = (".gitattributes", "README.md", "LICENSE")
-# Seconds before each further attempt; the client itself has by then repeated most requests for half a minute.
+# Seconds before each retry, after the client's own retries of most requests, which take half a minute.
 WAITS = (2, 10)
-# What of an earlier publication would be read with a new one: weights, settings, records.
+# Files that hfgpt publishes: those of an earlier publication that a new one does not have are deleted.
 OURS = re.compile(
     r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*|(adapter_)?config\.json|generation_config\.json|"
     r"[^/]*_hfgpt\.py|tokenizer[^/]*|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|labels\.json|"
@@ -63,9 +62,9 @@ class Target:
     Args:
         repo_id: `user/name`.
         private: Whether a new repository is private.
-        revision: A branch, made if it is not there; None: main.
-        create_pr: Whether to open a pull request instead of writing to the branch.
-        message: Of the commit.
+        revision: A branch, created if it does not exist; None: main.
+        create_pr: Whether to open a pull request instead of committing to the branch.
+        message: Commit message.
     """
 
     repo_id: str
@@ -79,21 +78,21 @@ class Target:
 
 
 def upload(folder: Path, names: list[str], target: Target) -> CommitInfo:
-    """Sends files in one commit, which also removes what an earlier publication left.
+    """Uploads files in one commit, which also deletes files of an earlier publication.
 
     Args:
-        folder: Of the files.
-        names: Theirs, relative to it.
-        target: Where to.
+        folder: The folder of the files.
+        names: Their names, relative to the folder.
+        target: Where to publish.
 
     Returns:
-        The commit; the existing one where nothing has changed.
+        The commit; the latest one if nothing has changed.
 
     Raises:
-        InputError: The Hub refused, cannot be reached, or holds something else under this name.
+        InputError: The Hub rejects the upload or cannot be reached, or the repository has another model.
     """
-    # A second pull request would not be the first one again.
-    waits = () if target.create_pr else WAITS
+    # A retry would open a second pull request.
+    waits = () if target.create_pr else None
     return _persist(lambda: _commit(folder, names, target), target.repo_id, waits)
 
 
@@ -101,38 +100,34 @@ def verify(hashes: dict[str, str], target: Target, commit: CommitInfo):
     """Downloads a commit to a new cache and compares the hash of each file.
 
     Args:
-        hashes: Name -> sha256 of the files that were sent.
-        target: Where to.
-        commit: Theirs.
+        hashes: Name -> SHA-256 of the uploaded files.
+        target: Where they were uploaded.
+        commit: Their commit.
 
     Raises:
-        InputError: A file did not arrive as it was sent, or cannot be read back.
+        InputError: A file differs, or cannot be downloaded.
     """
     revision = commit.pr_revision or commit.oid
-    cache = tempfile.mkdtemp(prefix="hfgpt-verify-")
-    try:
-        download = functools.partial(
-            snapshot_download, target.repo_id, revision=revision, cache_dir=cache, allow_patterns=list(hashes)
-        )
+    with tempfile.TemporaryDirectory(prefix="hfgpt-verify-", ignore_cleanup_errors=True) as cache:
+        names = [glob.escape(name) for name in hashes]
+        options = {"revision": revision, "cache_dir": cache, "allow_patterns": names}
         try:
-            arrived = Path(_persist(download, target.repo_id, WAITS))
+            arrived = Path(_persist(lambda: snapshot_download(target.repo_id, **options), target.repo_id))
         except InputError as error:
-            raise InputError(f"it was sent, but not read back: {error}") from error
+            raise InputError(f"the files were uploaded, but not verified: {error}") from error
         for name, sent in hashes.items():
             if not (arrived / name).is_file() or hash_file(arrived / name) != sent:
-                raise InputError(f"'{name}' did not arrive at {target} as it was sent: publish again")
-    finally:
-        shutil.rmtree(cache, ignore_errors=True)
+                raise InputError(f"'{name}' in {target} differs from the uploaded file: publish again")
 
 
 def fetch_base(repo_id: str, revision: str | None = None) -> tuple[str, Path, list[str]]:
-    """Fetches what a model on the Hub is loaded from, and runs nothing of it.
+    """Downloads a model from the Hub without running its code.
 
     Returns:
-        The commit that the revision stands at, a folder, and the names of the files there: weights and settings.
+        The commit of the revision, the folder of the files, and their names: weights and configuration.
 
     Raises:
-        InputError: The Hub has no such model or cannot be reached, or the model would run Python that is not hfgpt's.
+        InputError: There is no such model, the Hub cannot be reached, or the model needs code that is not hfgpt's.
     """
 
     def fetch() -> tuple[str, Path, list[str]]:
@@ -143,24 +138,24 @@ def fetch_base(repo_id: str, revision: str | None = None) -> tuple[str, Path, li
         weights = [name for name in present if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
         wanted += weights or [name for name in present if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
         if "config.json" not in wanted:
-            raise InputError(f"'{repo_id}' has no config.json, so it is not a model: name the base of the adapter")
+            raise InputError(f"'{repo_id}' is not a model (it has no config.json): name the adapter's base model")
         fetched = [Path(hf_hub_download(repo_id, name, revision=info.sha)) for name in wanted]
         folder = fetched[0].parent
         if fault := find_foreign_code(folder, [*code, *wanted]):
             raise InputError(
-                f"readers of the card would run the code of '{repo_id}', where {fault}: publish that model again with "
-                "this version of hfgpt, or merge the adapter into it with hfgpt merge and publish the merged model"
+                f"users of the adapter would run the code of its base model '{repo_id}', where {fault}: publish the "
+                "base model again with this version of hfgpt, or publish the merged model (hfgpt merge)"
             )
         return info.sha, folder, wanted
 
-    return _persist(fetch, repo_id, WAITS)
+    return _persist(fetch, repo_id)
 
 
 def check_login(repo_id: str):
-    """Asks the Hub who is logged in, so that a missing token is known before hours of training.
+    """Checks the login before hours of training; a Hub that does not answer is not an error.
 
     Raises:
-        InputError: The Hub says no. That it does not answer is no reason not to train.
+        InputError: There is no token, or the Hub rejects it.
     """
     try:
         HfApi().whoami()
@@ -171,43 +166,47 @@ def check_login(repo_id: str):
 
 
 def explain(error: BaseException, repo_id: str) -> str:
-    """One line for what the client raised, with its remedy."""
+    """Explains an error of the client in one line, with a remedy."""
     causes = _causes(error)
     status = next(filter(None, map(_status, causes)), None)
     if any(isinstance(cause, LocalTokenNotFoundError) for cause in causes) or status == 401:
-        return f"the Hub does not know who asks for '{repo_id}': log in with `hf auth login`"
+        return f"'{repo_id}' needs a valid Hub token: log in with `hf auth login`"
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        return f"'{repo_id}' cannot be reached: HF_HUB_OFFLINE is set, so unset it"
+        return f"cannot reach '{repo_id}', since HF_HUB_OFFLINE is set: unset it"
     if status == 403:
-        return f"the Hub does not let you write to '{repo_id}': use a token that may write, or a name of your own"
+        return f"no permission to write to '{repo_id}': use a token with write access, or a repository of your own"
     if status == 404:
-        return f"the Hub has no '{repo_id}', or no such branch, for who is logged in: check the name and the login"
+        return f"'{repo_id}' or its branch does not exist, or you have no access to it: check the name and the login"
     if status in (409, 412):
-        return f"'{repo_id}' is being changed by somebody else: publish again"
+        return f"'{repo_id}' was changed during the upload: publish again"
     if status and status < 500 and status not in (408, 429):
         return f"the Hub rejected '{repo_id}' ({_in_one_line(causes)}): fix this and publish again"
     last = next((cause for cause in causes if _is_local(cause)), causes[-1])
     fact = re.sub(r"\s+", " ", str(last))[:200] or type(last).__name__
     if _is_local(last):
-        return f"a file of this machine cannot be read or written ({fact}): fix this and publish again"
-    what = "the Hub fails" if status else "the Hub cannot be reached"
-    return f"{what} ({fact}): publish again later; what has arrived is not sent again"
+        return f"cannot read or write a local file ({fact}): fix this and publish again"
+    what = "the Hub returned an error" if status else "cannot reach the Hub"
+    return f"{what} ({fact}): publish again later; files that have arrived are not uploaded again"
 
 
-def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float]) -> T:
-    """Does what asks the Hub, and again after each wait while what goes wrong may pass.
+def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float] | None = None) -> T:
+    """Calls the Hub, and retries temporary errors after each wait, by default `WAITS`.
+
+    The client retries the transfer of files, but neither the commit nor the requests that look up or create a
+    repository. After a lost response or a conflicting commit, a retry starts from the repository as it then is, and
+    does not commit unchanged files.
 
     Raises:
-        InputError: It does not pass.
+        InputError: The error is permanent, or the retries are used up.
     """
-    for wait in (*waits, None):
+    left = list(WAITS if waits is None else waits)
+    while True:
         try:
             return attempt()
-        except (HTTPError, OSError, RuntimeError) as error:  # all that the client and its HTTP library raise
-            if wait is None or not _is_passing(error):
+        except (HTTPError, OSError, RuntimeError) as error:  # all errors of the client and its HTTP library
+            if not left or not _is_passing(error):
                 raise InputError(explain(error, repo_id)) from error
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+            time.sleep(left.pop(0))
 
 
 def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
@@ -217,38 +216,40 @@ def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
     head, present = _prepare(api, target)
     stale = sorted(name for name in present if OURS.fullmatch(name) and name not in names)
     operations = [CommitOperationAdd(name, folder / name) for name in names]
+    # Not `upload_folder`: with hf_xet it commits in batches and splits a batch whose commit fails (_upload_pipeline.py
+    # of huggingface_hub 2.4), so the repository may be left with some of the files; and a `*` in its `delete_patterns`
+    # also matches subfolders.
     return api.create_commit(
         target.repo_id,
         [*operations, *(CommitOperationDelete(name) for name in stale)],
         commit_message=target.message,
         revision=target.revision,
         create_pr=target.create_pr,
-        parent_commit=head,  # refused if somebody else has written in the meantime
+        parent_commit=head,  # rejected if there is a newer commit
     )
 
 
 def _validate(card: Path):
-    """Has the Hub check the metadata of a card, before anything is made there.
+    """Lets the Hub check a card's metadata, before a repository is created.
 
-    As `ModelCard.validate` does, which in older versions asks huggingface.co whatever Hub is set.
+    `ModelCard.validate` does so, too, but in huggingface_hub 1.5 it ignores HF_ENDPOINT.
 
     Raises:
-        InputError: It does not take them.
+        InputError: The Hub rejects the metadata.
     """
     body = {"repoType": "model", "content": card.read_text(encoding="utf-8")}
     answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body)
     if answer.status_code == 400:
         said = re.sub(r"\s+", " ", answer.text).strip()[:300]
-        raise InputError(f"the Hub does not take the metadata of the card ({said}): correct the section hub")
+        raise InputError(f"the Hub rejected the metadata of the card ({said}): correct the section hub")
     hf_raise_for_status(answer)
 
 
 def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
-    """Makes the repository and the branch if they are not there; returns the branch's head and its files.
+    """Creates the repository and the branch if they do not exist; returns the branch's head and its files.
 
     Raises:
-        InputError: The repository is public and the publication is not, or the other way round; or it holds a model of
-            another kind.
+        InputError: The repository exists with another visibility, or has a model that is not hfgpt's.
     """
     repo_id, revision = target.repo_id, target.revision
     try:
@@ -258,9 +259,9 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
         private = target.private
     if bool(private) != target.private:
         raise InputError(
-            f"'{repo_id}' exists and is public: pass --public to publish there, or name another"
+            f"'{repo_id}' exists and is public: pass --public, or choose another repository"
             if target.private
-            else f"'{repo_id}' exists and is private: leave out --public, or change it in its settings"
+            else f"'{repo_id}' exists and is private: leave out --public, or change its visibility on the Hub"
         )
     try:
         info = api.repo_info(repo_id, revision=revision)
@@ -271,14 +272,14 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
     foreign = [name for name in present if name not in EMPTY]
     if foreign and not _is_ours(repo_id, info.sha, present):
         raise InputError(
-            f"'{repo_id}' holds {foreign[0]} and no card of hfgpt's, so something else would be written over: name "
-            "another repository"
+            f"'{repo_id}' contains {foreign[0]} but no model of hfgpt's, and would be overwritten: choose another "
+            "repository"
         )
     return info.sha, present
 
 
 def _is_ours(repo_id: str, revision: str, present: Sequence[str]) -> bool:
-    """Whether what a repository holds was published by hfgpt: its card says so, or its model is one of hfgpt's."""
+    """Whether hfgpt published the files of a repository, by the card's tags or the model's type."""
     with tempfile.TemporaryDirectory(prefix="hfgpt-look-") as cache:
         read = {
             name: Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)).read_text(encoding="utf-8")
@@ -293,13 +294,13 @@ def _is_ours(repo_id: str, revision: str, present: Sequence[str]) -> bool:
 
 
 def _in_one_line(causes: Sequence[BaseException]) -> str:
-    """What the server says, or else the last error."""
+    """The server's message, or else the last error."""
     said = next((cause.server_message for cause in causes if isinstance(cause, HfHubHTTPError)), None)
     return re.sub(r"\s+", " ", said or str(causes[-1])).strip()[:200]
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Whether trying again may help: the server failed, somebody else wrote, or the connection broke."""
+    """Whether a retry may help: a server error, a conflicting commit or a broken connection."""
     statuses = [status for status in map(_status, _causes(error)) if status]
     if statuses:
         return statuses[0] >= 500 or statuses[0] in (408, 409, 412, 429)
@@ -308,18 +309,18 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def _is_local(error: BaseException) -> bool:
-    """Whether a file or the disk is at fault: an error of the system that is not of a connection."""
+    """Whether the error is of a local file or disk, rather than of a connection."""
     network = (ConnectionError, TimeoutError, socket.gaierror)
     return isinstance(error, OSError) and error.errno is not None and not isinstance(error, network)
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status of an answer that is an error."""
+    """The HTTP status of an error response."""
     return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from, outermost first."""
+    """The error and its causes, outermost first."""
     causes = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

@@ -1,4 +1,4 @@
-"""Python for the card: how to load a model, and how to use it, where hfgpt is not installed."""
+"""Python code for the card: how to load and use the model without hfgpt."""
 
 import json
 from dataclasses import dataclass, replace
@@ -6,17 +6,13 @@ from pathlib import Path
 
 from hfgpt.hub.folder import FolderRecords
 
-AUTO_CLASSES = {"classify": "ForSequenceClassification", None: "ForCausalLM"}
-PIPELINES = {"classify": "text-classification", None: "text-generation"}
+WIDTH = 120
+NEW_TOKENS = 64  # in the example for a model without a recipe
 
 
 def pipeline_tag(records: FolderRecords) -> str:
-    """The Hub's name of what the model does."""
-    return PIPELINES.get(records.task, PIPELINES[None])
-
-
-WIDTH = 120
-NEW_TOKENS = 64  # in the example of a model without a recipe
+    """The Hub's name for the model's task."""
+    return "text-classification" if records.task == "classify" else "text-generation"
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class Place:
     Args:
         name: A folder or a repository.
         revision: A branch of the repository; None: main.
-        native: Whether the weights there are in GPT-2's own layout, which needs no code of ours.
+        native: Whether it is a standard transformers GPT-2, which does not need custom code.
     """
 
     name: str
@@ -35,27 +31,29 @@ class Place:
 
     @classmethod
     def of_folder(cls, folder: Path, native: bool = False) -> "Place":
-        """A folder as its own card names it: below the working directory by its path from there, elsewhere by its
-        name, so that no path of this machine is on the card."""
+        """A local folder for its own card, without an absolute path.
+
+        It is named relative to the working directory, or by its last part if it is not inside.
+        """
         folder, here = folder.resolve(), Path.cwd()
         is_below = folder != here and folder.is_relative_to(here)
         return cls(folder.relative_to(here).as_posix() if is_below else folder.name, native=native)
 
     @property
     def options(self) -> str:
-        """The arguments that loading needs beside the name, each with a comma before it."""
+        """The arguments of `from_pretrained` after the name, each with a leading comma."""
         revision = f", revision={_quote(self.revision)}" if self.revision else ""
         return revision + ("" if self.native else ", trust_remote_code=True")
 
 
 def loading_code(records: FolderRecords, place: Place) -> str:
-    """Three lines that load a model and its tokenizer; four for an adapter."""
+    """Python code that loads a model and its tokenizer."""
     imports, assignments = _load(records, place)
     return "\n".join([*imports, *assignments])
 
 
 def usage_code(records: FolderRecords, place: Place) -> str:
-    """Python that loads a model and uses it."""
+    """Python code that loads a model and uses it."""
     if not records.has_tokenizer:
         return loading_code(records, place) + "\nprint(model)"
     imports, assignments = ["from transformers import pipeline"], []
@@ -69,8 +67,8 @@ def usage_code(records: FolderRecords, place: Place) -> str:
 
 
 def _load(records: FolderRecords, place: Place) -> tuple[list[str], list[str]]:
-    """The lines that import and those that assign."""
-    model_class = "AutoModel" + AUTO_CLASSES.get(records.task, AUTO_CLASSES[None])
+    """The import lines and the lines that load."""
+    model_class = "AutoModelForSequenceClassification" if records.task == "classify" else "AutoModelForCausalLM"
     classes = ""
     tokenizer = ["AutoTokenizer"] if records.has_tokenizer else []
     if records.adapter:
@@ -84,7 +82,7 @@ def _load(records: FolderRecords, place: Place) -> tuple[list[str], list[str]]:
     load = f"model = {model_class}.from_pretrained({arguments})"
     assignments = [load if len(load) < WIDTH else f"model = {model_class}.from_pretrained(\n    {arguments}\n)"]
     if tokenizer:
-        # AutoTokenizer reads config.json first, and asks before it runs the code named there; an adapter has none.
+        # AutoTokenizer reads config.json first and asks before it runs code named there; an adapter does not have one.
         options = replace(place, native=True).options if records.adapter else place.options
         assignments.append(f"tokenizer = AutoTokenizer.from_pretrained({_quote(place.name)}{options})")
     return imports, assignments
@@ -100,18 +98,18 @@ def _example(records: FolderRecords) -> str:
 
 
 def _quote(text: str) -> str:
-    """A string as Python writes it, in double quotes where no character needs another escape than JSON's."""
+    """A Python string literal, in double quotes if JSON's escapes are enough."""
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(text)
 
 
 def _options(records: FolderRecords) -> dict[str, object]:
-    """How the recipe had the model write, with no more new tokens than the context surely has room for."""
+    """The recipe's generation settings, with no more new tokens than fit in the context."""
     if records.task == "classify":
         return {}
     evaluation = records.recipe.get("evaluation", {})
     new_tokens = evaluation.get("max_new_tokens", NEW_TOKENS)
     if context := (records.run.architecture or {}).get("max_position_embeddings"):
-        # A token is at least a byte of the prompt; how many those of a conversation are is the chat template's matter.
+        # Each token takes at least one byte of the prompt. How many a chat template adds is unknown.
         taken = context // 2 if records.task == "instruct" else len(_prompt(records).encode(errors="replace"))
         new_tokens = max(1, min(new_tokens, context - taken))
     if records.task == "instruct":

@@ -100,7 +100,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
     assert sorted(path.stat().st_mtime_ns for path in run.rglob("*")) == before
     assert "# model" in shown
     assert f"{(run / 'model.safetensors').stat().st_size:,}  model.safetensors" in shown
-    assert "stays here  checkpoint-2: a checkpoint" in shown
+    assert "not published  checkpoint-2: a checkpoint" in shown
     assert shown.count("  ok  ") == 7
     assert code == "", "what would load it is on the card"
     assert 'pipeline("text-generation", model="me/model", trust_remote_code=True)' in shown
@@ -125,7 +125,7 @@ def test_the_model_is_loaded_once_for_all_checks(hub, runs, tmp_path, monkeypatc
 def test_a_dry_run_says_whether_there_is_a_login(hub, run, trusting, monkeypatch, token, said):
     monkeypatch.setattr(task, "get_token", lambda: token)
     _, shown = send(run, dry_run=True, measure=False)
-    assert shown.endswith(f"nothing was sent (--dry-run); {said}\n")
+    assert shown.endswith(f"nothing was uploaded (--dry-run); {said}\n")
     assert hub.log == []
 
 
@@ -134,7 +134,7 @@ def test_logs_of_tensorboard_stay_here(hub, run, trusting):
     logs.mkdir(parents=True)
     (logs / "events.out.tfevents.1.machine.2.0").write_bytes(b"\0")
     _, shown = send(run, dry_run=True, measure=False)
-    assert "stays here  runs: logs of TensorBoard" in shown
+    assert "not published  runs: TensorBoard logs" in shown
     (logs / "notes.txt").touch()
     with pytest.raises(InputError, match="'runs' is a folder"):
         send(run, dry_run=True, measure=False)
@@ -191,7 +191,7 @@ def test_what_arrives_otherwise_is_told(hub, run, trusting):
         hub.blobs[sha256] += b" "
 
     hub.faults.append(Fault("GET /me/model/resolve/.*/metrics.json|HEAD /me/model/resolve/.*/metrics.json", spoil))
-    with pytest.raises(InputError, match=r"'metrics\.json' did not arrive at me/model as it was sent"):
+    with pytest.raises(InputError, match=r"'metrics\.json' in me/model differs from the uploaded file"):
         send(run, measure=False)
 
 
@@ -207,7 +207,7 @@ def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, tru
         assert text not in sent
     assert b'"step"' in hub.files("me/model")["training_log.jsonl"]
     _, shown = send(runs / "answers", "me/answers")
-    assert "stays here  answers.jsonl: rows of the data" in shown
+    assert "not published  answers.jsonl: contains rows of the data" in shown
     assert "answers.jsonl" not in hub.files("me/answers")
     recipe = yaml.safe_load(hub.files("me/model")["recipe.yaml"])
     assert recipe["hub"] == {"license": "mit", "author": "Me", "language": ["en"]}, "nobody else is to publish there"
@@ -222,7 +222,7 @@ def test_notes_and_licence_go_to_both_branches(hub, run, trusting):
     native = hub.files("me/model", "gpt2")
     assert not {"modeling_hfgpt.py", "configuration_hfgpt.py"} & native.keys()
     assert 'revision="gpt2"' in native["README.md"].decode()
-    assert "stays here  README.md: the card is written anew" in shown
+    assert "not published  README.md: a new card is rendered" in shown
 
 
 def test_what_changes_while_it_is_checked_is_not_sent(hub, run, trusting, monkeypatch):
@@ -237,7 +237,7 @@ def test_what_changes_while_it_is_checked_is_not_sent(hub, run, trusting, monkey
     assert "late.txt" not in hub.files("me/late")
     (run / "late.txt").unlink()
     monkeypatch.setattr(task, "plan_branches", lambda *args: (edit_weight(run), plan(*args))[1])
-    with pytest.raises(InputError, match="were changed while they were checked"):
+    with pytest.raises(InputError, match="changed during the checks"):
         send(run, "me/other", measure=False)
     assert "me/other" not in hub.repositories
 
@@ -251,7 +251,7 @@ def test_metadata_that_nobody_reads_is_refused(tmp_path):
 
 def test_where_it_goes_is_said_in_one_way(hub, run):
     for option, value in (("repo_id", "me/other"), ("private", "false"), ("strategy", "end")):
-        with pytest.raises(InputError, match=rf"--hub\.{option} is of a recipe"):
+        with pytest.raises(InputError, match=rf"--hub\.{option} only applies to hfgpt train"):
             send(run, "me/model", f"--hub.{option}", value)
     for name in ("", "my branch", "-x"):
         with pytest.raises(InputError, match="is not a valid branch name"):
@@ -287,7 +287,7 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
             "{task: pretrain, hub: {license: mit}, data: 5}",
             r"recipe\.yaml' is not .*: data is 5",
         ),
-        ("trainer_state.json", "{}", r"\(KeyError: 'global_step'\): take those that were saved with the model"),
+        ("trainer_state.json", "{}", r"\(KeyError: 'global_step'\): restore those that were saved with the model"),
         ("labels.json", '{"id2label": ["a"]}', r"the records in .* \(AttributeError: 'list' object has no"),
     ],
 )
@@ -343,7 +343,10 @@ def test_another_tokenizer_is_refused(hub, run):
 
 def test_a_stranger_who_gets_something_else_is_heard(final, tmp_path, monkeypatch):
     ask, expected = stranger._ask, expected_of(final)
-    for key, value, match in (("greedy", [1, 2], "continues a text otherwise"), ("ids", [0], "makes other tokens")):
+    for key, value, match in (
+        ("greedy", [1, 2], "generates different text"),
+        ("ids", [0], "tokenizes a text differently"),
+    ):
         monkeypatch.setattr(
             stranger, "_ask", lambda *args, key=key, value=value: (ask(*args)[0] | {key: value}, ask(*args)[1])
         )
@@ -358,7 +361,7 @@ def test_a_stranger_who_gets_something_else_is_heard(final, tmp_path, monkeypatc
 def test_two_branches_are_never_one(hub, run, trusting):
     for options in ({"create_pr": True}, {"revision": "gpt2"}, {"revision": "dev"}):
         with pytest.raises(
-            InputError, match=r"hub\.native_branch writes beside main to the branch gpt2: leave out --"
+            InputError, match=r"hub\.native_branch publishes to main and to the branch gpt2: leave out --"
         ):
             send(run, "me/model", "--hub.native_branch", "true", **options)
     assert hub.log == []
@@ -367,7 +370,7 @@ def test_two_branches_are_never_one(hub, run, trusting):
 def test_visibility_is_never_a_surprise(hub, run, trusting):
     send(run, "me/open", private=False, measure=False)
     assert not hub.repositories["me/open"].private
-    with pytest.raises(InputError, match="exists and is public: pass --public"):
+    with pytest.raises(InputError, match="exists and is public: pass --public, or choose another"):
         send(run, "me/open", measure=False)
     send(run, "me/closed", measure=False)
     with pytest.raises(InputError, match="exists and is private: leave out --public"):
@@ -378,14 +381,14 @@ def test_a_model_of_another_kind_is_not_written_over(hub, run, trusting):
     repository = hub.create("me/llama", private=True)
     hub.blobs["x"] = b'{"model_type": "llama"}'
     repository.commits[repository.branches["main"]]["config.json"] = (False, "x")
-    with pytest.raises(InputError, match=r"'me/llama' holds config\.json and no card of hfgpt's"):
+    with pytest.raises(InputError, match=r"'me/llama' contains config\.json but no model of hfgpt's"):
         send(run, "me/llama", measure=False)
     assert hub.files("me/llama").keys() == {"config.json"}
     # Nor an adapter or a pipeline, which have no such file.
     for name in ("adapter_model.safetensors", "unet/model.safetensors"):
         repository = hub.create("me/other", private=True)
         repository.commits[repository.branches["main"]] = {name: (False, "x"), "README.md": (False, "x")}
-        with pytest.raises(InputError, match="no card of hfgpt's"):
+        with pytest.raises(InputError, match="but no model of hfgpt's"):
             send(run, "me/other", measure=False)
 
 
@@ -417,17 +420,20 @@ def write(name: str, content: bytes):
 @pytest.mark.parametrize(
     ("plant", "match"),
     [
-        (write("notes.txt", b"my token is hf_" + b"a1B2" * 9), "'notes.txt' holds a Hugging Face token at byte 12"),
-        (write("key.txt", b"-----BEGIN OPENSSH PRIVATE KEY-----\n"), "'key.txt' holds a private key"),
-        (write("model.pkl", b"\x80\x04."), "'model.pkl' is neither safetensors, JSON, plain text nor PNG"),
-        (write("optimizer.pt", b"PK"), r"'optimizer\.pt' is neither"),
+        (write("notes.txt", b"my token is hf_" + b"a1B2" * 9), "'notes.txt' contains a Hugging Face token at byte 12"),
+        (write("key.txt", b"-----BEGIN OPENSSH PRIVATE KEY-----\n"), "'key.txt' contains a private key"),
+        (write("model.pkl", b"\x80\x04."), "'model.pkl' is not safetensors, JSON, plain text or PNG"),
+        (write("optimizer.pt", b"PK"), r"'optimizer\.pt' is not safetensors"),
         (write("weights.json", b"\x80\x04."), "'weights.json' is not UTF-8 text"),
         (write("extra.safetensors", b"\x80\x04."), "'extra.safetensors' is not a safetensors file"),
         (write("plot.png", b"\x80\x04."), "'plot.png' is not a PNG file"),
-        (write("evil.py", b"import os"), r"'evil\.py' is neither"),
+        (write("evil.py", b"import os"), r"'evil\.py' is not safetensors"),
         (write(".env", b"A=b"), r"'\.env' is hidden"),
         (write("__pycache__/a.pyc", b"x"), "'__pycache__' is a folder"),
-        (lambda run: (run / "link.txt").symlink_to("/etc/hostname"), "'link.txt' is a link to something outside"),
+        (
+            lambda run: (run / "link.txt").symlink_to("/etc/hostname"),
+            "'link.txt' is a symbolic link to a place outside",
+        ),
         (plant_nan, "have changed since they were saved"),
         (edit_weight, "have changed since they were saved"),
         (edit_metric, "metrics.json says eval_perplexity 1.5, but the weights give"),
@@ -443,7 +449,7 @@ def test_what_must_not_leave_is_refused_by_name(hub, run, plant, match):
 def test_all_that_is_wrong_is_named_at_once(hub, run):
     for name in (".env", "a.pkl", "b.bin"):
         (run / name).touch()
-    with pytest.raises(InputError, match=r"'\.env' .*'a\.pkl' .*'b\.bin' .*: remove it"):
+    with pytest.raises(InputError, match=r"'\.env' .*'a\.pkl' .*'b\.bin' .*; remove them"):
         send(run)
 
 
@@ -467,7 +473,7 @@ def test_all_that_is_wrong_is_named_at_once(hub, run):
 def test_secrets_are_found_wherever_they_are(text, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * (2**24 - 10) + b" " + text + b" ")  # across two chunks
     (found,) = find_secrets(tmp_path, ["a.txt"])
-    assert found.startswith("'a.txt' holds a")
+    assert found.startswith("'a.txt' contains a")
     assert text.decode() not in found
     assert any(kind in found for kind, _ in SECRETS)
 
@@ -483,7 +489,7 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch)
     (tmp_path / "a.txt").write_text("it is my-very-own one")
     for variable in ("HF_TOKEN", "HFGPT_JUDGE_API_KEY"):
         monkeypatch.setenv(variable, "my-very-own")
-        assert find_secrets(tmp_path, ["a.txt"]) == ["'a.txt' holds a token that is in use on this machine"]
+        assert find_secrets(tmp_path, ["a.txt"]) == ["'a.txt' contains a token that is in use on this machine"]
         monkeypatch.delenv(variable)
     assert find_secrets(tmp_path, ["a.txt"]) == []
 
@@ -493,9 +499,9 @@ def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
         send(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"has no config\.json"):
         send(tmp_path)
-    with pytest.raises(InputError, match="which nobody else has: publish it too"):
+    with pytest.raises(InputError, match="which its users do not have: publish it and pass"):
         send(runs / "adapter")
-    with pytest.raises(InputError, match="does not say whose it is: write it user/model"):
+    with pytest.raises(InputError, match="has no namespace: use user/model"):
         send(run, "model")
     assert hub.log == []
 
@@ -557,7 +563,9 @@ def test_code_of_a_base_model_is_never_run(hub, runs, tmp_path, planted, plant, 
         adapter = shutil.copytree(adapter, tmp_path / "adapter")
         edit_json(adapter / "adapter_config.json", base_model_name_or_path="me/evil")
         options = []
-    with pytest.raises(InputError, match=f"readers of the card would run the code of 'me/evil', where {match}"):
+    with pytest.raises(
+        InputError, match=f"users of the adapter would run the code of its base model 'me/evil', where {match}"
+    ):
         send(adapter, "me/x", *options, dry_run=True, measure=False)
     assert not any("POST" in line for line in hub.log)
 
@@ -595,7 +603,7 @@ def test_what_names_code_of_others_is_refused(hub, runs, tmp_path, planted, name
     edit_json(folder / name, **changes)
     key = "auto_map" if "task_specific_params" in changes else next(iter(changes))
     options = ["--hub.base_model", "me/text"] if adapter else []
-    with pytest.raises(InputError, match=rf"'{name}' names code of others \({key}\): remove it"):
+    with pytest.raises(InputError, match=rf"'{name}' names code of others \({key}\); remove them"):
         send(folder, "me/x", *options, dry_run=True)
     assert hub.log == []
 
@@ -629,17 +637,19 @@ def test_the_fresh_process_gets_no_token_no_network_and_no_more_than_its_time(fi
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", start)
-    with pytest.raises(InputError, match="has not loaded and tried these files in 30 minutes"):
+    with pytest.raises(InputError, match="did not load and run these files within 30 minutes"):
         stranger.check_as_stranger(final, expected_of(final))
     for event in ("socket.connect", "socket.getaddrinfo"):
-        with pytest.raises(PermissionError, match="the network is not to be used"):
+        with pytest.raises(PermissionError, match="network access is blocked"):
             fresh_process.forbid_network(event, ())
 
 
 def test_code_that_is_not_ours_is_not_run_by_the_fresh_process(final, planted):
     with open(final / "modeling_hfgpt.py", "a") as file:
         file.write(planted)
-    with pytest.raises(InputError, match=r"code that hfgpt does not run, 'modeling_hfgpt\.py' is not a Python file"):
+    with pytest.raises(
+        InputError, match=r"code that is not hfgpt's and is not run: 'modeling_hfgpt\.py' is not a Python file"
+    ):
         stranger.check_as_stranger(final, expected_of(final))
 
 
@@ -653,9 +663,9 @@ def card_of(shown: str) -> str:
 def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
     _, shown = send(run / "checkpoint-2", dry_run=True)
     assert "measured again on the whole validation split" in shown
-    assert "stays here  optimizer.pt: state to resume from" in shown
+    assert "not published  optimizer.pt: training state, for resuming" in shown
     card = card_of(shown)
-    assert "This is a checkpoint from before the end of the run." in card
+    assert "This is a checkpoint, saved before the end of the run." in card
     assert "| optimizer steps | 2 |" in card
     assert "training time" not in card, "those are of the whole run"
 
@@ -664,7 +674,7 @@ def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
     merge(str(runs / "adapter"), tmp_path / "merged", console=Console(file=io.StringIO()))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert str(tmp_path) not in card
-    assert "The adapter `adapter`, merged into `text` in float32" in card
+    assert "The adapter `adapter` was merged into `text` in float32. Over " in card
     assert "## Evaluation" not in card, "nothing was measured on these weights yet"
     _, shown = send(tmp_path / "merged", dry_run=True)
     assert "measured again on the test split" in shown
@@ -690,17 +700,17 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     train_tokenizer(["abc " * 9], "char").save_pretrained(tmp_path / "gpt2")
     import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
     card = (tmp_path / "ours" / "README.md").read_text()
-    assert "Converted from gpt2, out of `gpt2`; the largest difference" in card
+    assert "Converted from `gpt2` (gpt2); the logits differ from the original's by at most " in card
     assert str(tmp_path) not in card
     _, shown = send(tmp_path / "ours", dry_run=True)
-    assert "the card has no evaluation: name data to measure on with --data.path" in shown
+    assert "the card has no evaluation: pass data to measure on with --data.path" in shown
     assert "the card has no license" in shown
     (tmp_path / "text.txt").write_text("a b c " * 40)
     _, shown = send(tmp_path / "ours", "me/ours", "--data.path", str(tmp_path / "text.txt"), dry_run=True)
     assert "Measured on all rows of `text.txt`, with weights of SHA-256" in card_of(shown)
     chosen = ["--data.path", str(tmp_path / "text.txt"), "--data.cache_dir", str(tmp_path), "--data.block_size=8"]
     _, other = send(tmp_path / "ours", "me/ours", *chosen, dry_run=True)
-    assert "Measured on what `--data.block_size=8` chooses of `text.txt`" in card_of(other)
+    assert "Measured on the rows selected by `--data.block_size=8` of `text.txt`" in card_of(other)
     assert "| perplexity |" in card_of(shown)
     assert str(tmp_path) not in card_of(shown)
 
@@ -747,7 +757,7 @@ def test_weights_that_are_no_longer_those_converted_are_refused(hub, runs, tmp_p
 
 def test_a_checkpoint_of_an_adapter_merges(runs, tmp_path):
     merge(str(runs / "adapter" / "checkpoint-2"), tmp_path / "merged", console=Console(file=io.StringIO()))
-    assert "merged into `text`" in (tmp_path / "merged" / "README.md").read_text()
+    assert "was merged into `text` in float32" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_hostile_chat_template_is_not_rendered_by_the_fresh_process(hub, runs, tmp_path):
@@ -772,7 +782,7 @@ def test_an_adapter_as_native_gpt2_needs_no_base(hub, runs, trusting):
     assert config["id2label"] == {str(index): label for index, label in read_records(runs / "adapter").labels.items()}
     assert not {"adapter_config.json", "modeling_hfgpt.py"} & files.keys()
     card = files["README.md"].decode()
-    assert "(converted to the weights here)" in card
+    assert "(since converted to these weights)" in card
     assert "trust_remote_code" not in card
     assert ModelCard(card).data.library_name == "transformers"
 
@@ -786,9 +796,9 @@ def test_an_adapters_base_is_pinned(hub, runs, trusting):
     files = hub.files("me/text")
     weights = files["model.safetensors"]
     hub.create("me/other", private=True, files=files | {"model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])})
-    with pytest.raises(InputError, match="'me/other' has other weights than the adapter was trained on"):
+    with pytest.raises(InputError, match="the weights of 'me/other' are not those the adapter was trained on"):
         send(runs / "adapter", "me/adapter", "--hub.base_model", "me/other", measure=False)
-    with pytest.raises(InputError, match="the Hub has no 'me/nothing'"):
+    with pytest.raises(InputError, match="'me/nothing' or its branch does not exist"):
         send(runs / "adapter", "me/adapter", "--hub.base_model", "me/nothing", measure=False)
 
 
@@ -810,7 +820,7 @@ def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeyp
 
 
 def test_a_token_on_the_command_line_does_not_reach_the_card(hub, run, trusting):
-    with pytest.raises(InputError, match=r"'README\.md' holds a Hugging Face token"):
+    with pytest.raises(InputError, match=r"'README\.md' contains a Hugging Face token"):
         send(run, "me/model", "--hub.data_license", "hf_" + "a1B2" * 9, measure=False)
     assert hub.log == []
 
@@ -900,6 +910,6 @@ def test_a_folder_that_computes_something_else_elsewhere_is_refused(hub, run, mo
         write_json(staging / "config.json", config | {"layer_norm_eps": 1.0})
 
     monkeypatch.setattr(task, "stage", spoil)
-    with pytest.raises(InputError, match="computes other logits from these files"):
+    with pytest.raises(InputError, match="computes different logits from these files"):
         send(run, measure=False)
     assert hub.log == []

@@ -39,6 +39,7 @@ def folder(tmp_path_factory) -> Path:
     for index in range(3):
         (folder / f"model-{index}.safetensors").write_bytes(generator.randbytes(40_000))
         (folder / f"notes-{index}.txt").write_text(str(index))
+    (folder / "notes[0].txt").write_text("by a name that is a pattern, too")
     (folder / "README.md").write_text("---\ntags: [hfgpt]\n---\n# It\n")
     return folder
 
@@ -86,7 +87,7 @@ def test_what_passes_is_waited_for(hub, folder, impatient, act, pattern):
 
 def test_a_card_that_the_hub_does_not_take_makes_nothing(hub, folder, impatient):
     hub.faults.append(Fault("validate-yaml", 400))
-    with pytest.raises(InputError, match=r"does not take the metadata of the card .*: correct the section hub"):
+    with pytest.raises(InputError, match=r"the Hub rejected the metadata of the card .*: correct the section hub"):
         upload(folder, names_in(folder), TARGET)
     assert hub.repositories == {}
 
@@ -97,11 +98,11 @@ def test_a_card_that_the_hub_does_not_take_makes_nothing(hub, folder, impatient)
         (400, r"the Hub rejected 'me/model' \(told to fail with 400\)"),
         (413, r"the Hub rejected 'me/model' \(told to fail with 413\)"),
         (401, "log in with `hf auth login`"),
-        (403, "use a token that may write"),
+        (403, "use a token with write access"),
         (404, "check the name and the login"),
-        (409, "is being changed by somebody else"),
-        (500, "the Hub fails .*publish again later"),
-        ("cut", "the Hub cannot be reached .*what has arrived is not sent again"),
+        (409, "'me/model' was changed during the upload"),
+        (500, "the Hub returned an error .*publish again later"),
+        ("cut", "cannot reach the Hub .*files that have arrived are not uploaded again"),
     ],
 )
 def test_what_does_not_pass_is_one_line(hub, folder, impatient, act, match):
@@ -119,7 +120,7 @@ def test_what_does_not_pass_is_one_line(hub, folder, impatient, act, match):
 
 def test_a_pull_request_is_opened_once(hub, folder, impatient):
     hub.faults.append(Fault("/commit/", 500, times=99))
-    with pytest.raises(InputError, match="the Hub fails"):
+    with pytest.raises(InputError, match="the Hub returned an error"):
         upload(folder, names_in(folder), Target("me/model", create_pr=True))
     hub.faults.clear()
     upload(folder, names_in(folder), Target("me/model", create_pr=True))
@@ -157,7 +158,7 @@ def test_what_arrives_otherwise_is_found(hub, folder, impatient):
     repository = hub.repositories["me/model"]
     hub.blobs["other"] = b"2!"
     repository.commits[commit.oid]["notes-2.txt"] = (False, "other")
-    with pytest.raises(InputError, match=r"'notes-2\.txt' did not arrive"):
+    with pytest.raises(InputError, match=r"'notes-2\.txt' in me/model differs from the uploaded file"):
         verify(hashes_of(folder), TARGET, commit)
 
 
@@ -169,7 +170,7 @@ def test_a_fault_of_this_machine_is_not_the_hubs(hub, folder, impatient, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x")
 
     monkeypatch.setattr(way, "_commit", fail)
-    with pytest.raises(InputError, match=r"a file of this machine cannot be read or written \(.*No space left"):
+    with pytest.raises(InputError, match=r"cannot read or write a local file \(.*No space left"):
         upload(folder, names_in(folder), TARGET)
     assert len(attempts) == 1, "waiting would not help"
 
@@ -226,7 +227,7 @@ def test_an_adapter_that_could_not_be_published_is_refused_before_training(hub, 
     )
     (tmp_path / "base").mkdir()
     overrides = ["--model.path", str(tmp_path / "base"), "--adapters.r", "2"]
-    with pytest.raises(InputError, match=r"which nobody else has: .*--hub\.base_model user/name"):
+    with pytest.raises(InputError, match=r"which its users do not have: .*--hub\.base_model user/name"):
         check_publication(load_recipe(str(tmp_path / "recipe.yaml"), overrides))
     check_publication(load_recipe(str(tmp_path / "recipe.yaml"), [*overrides, "--hub.base_model", "me/base"]))
 
@@ -310,7 +311,7 @@ def test_no_secret_goes_with_a_checkpoint(hub, text_run, tmp_path, monkeypatch):
     state = SimpleNamespace(is_world_process_zero=True, global_step=2)
     pushes.on_save(arguments, state, None, model=load_model(str(text_run)))
     pushes.waiting.put(None)  # not `stop`, which would drop it
-    assert "'notes.txt' holds a token that is in use" in pushes.finish()[2]
+    assert "'notes.txt' contains a token that is in use" in pushes.finish()[2]
     assert hub.log == []
 
 
@@ -318,7 +319,7 @@ def test_a_dead_network_stops_no_training_and_is_told_at_the_end(hub, train, imp
     hub.faults.append(Fault("/api/(models|repos)", "cut", times=9999))
     with pytest.raises(InputError, match=r"is finished, but not all of it was published: .*publish it with: hfgpt"):
         train("--hub.strategy", "checkpoints")
-    assert re.search("checkpoint [23] was not pushed", train.shown)
+    assert re.search("checkpoint [23] was not uploaded", train.shown)
     folder = Path(re.search(r"saved to (\S+)\. Next", train.shown)[1])
     assert (folder / "README.md").is_file()
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
