@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from hfgpt.adapters import SEQ_CLS, WEIGHTS_FILE, put_adapter_on, read_adapter
-from hfgpt.conversion.checkpoints import check_archive, count_least_parameters, find_weight_files
+from hfgpt.conversion.checkpoints import check_archive, count_least_parameters, find_weight_files, is_classifier
 from hfgpt.data.files import hash_files
 from hfgpt.errors import InputError, make_visible
 from hfgpt.foreign_code import without_remote_code
@@ -332,11 +332,6 @@ def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
             "which hfgpt never runs: take that key out"
         )
     return config
-
-
-def is_classifier(config: PreTrainedConfig) -> bool:
-    """Whether a saved configuration is that of a sequence classifier."""
-    return any("SequenceClassification" in name for name in config.architectures or [])
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):

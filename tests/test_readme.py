@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from hfgpt import cli
 from hfgpt.commands.demo import run_demo
-from hfgpt.conversion import book, nanogpt
+from hfgpt.conversion import book, gpt2
+from hfgpt.conversion.assembly import build_native_on_meta
 from hfgpt.demo_corpus import generate_instructions, generate_messages, generate_stories
 from hfgpt.training import estimate
 
@@ -73,12 +74,15 @@ def workplace(tmp_path_factory):
 def save_as_others_do(model, folder):
     """The demo's model as nanoGPT and the book would have saved it."""
     config = model.config
-    nano = nanogpt.LAYOUT.from_hfgpt(dict(model.state_dict()), config.num_hidden_layers)
+    weights, _ = gpt2.gpt2_weights(dict(model.state_dict()), build_native_on_meta(config))
+    nano = {name: tensor.T if ".c_" in name and tensor.ndim == 2 else tensor for name, tensor in weights.items()}
     (folder / "out-shakespeare-char").mkdir()
     arguments = {"n_head": config.num_attention_heads, "dropout": 0.0}
     torch.save({"model": nano, "model_args": arguments}, folder / "out-shakespeare-char" / "ckpt.pt")
-    chapter = book.LAYOUT.from_hfgpt(dict(model.state_dict()), config.num_hidden_layers)
-    torch.save(chapter, folder / "model.pth")
+    modules = [f"{module}.{name}" for module in book.LAYOUT.modules for name in ("weight", "bias")]
+    keys = [key.replace("*", str(number)) for key in modules for number in range(config.num_hidden_layers)]
+    theirs = {book.LAYOUT.find(key): key for key in reversed(keys)}
+    torch.save({theirs[(name,)]: tensor for name, tensor in model.state_dict().items()}, folder / "model.pth")
 
 
 def test_readme_commands_run(workplace, monkeypatch, capsys):

@@ -5,20 +5,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import (
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    GPT2Tokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GPT2Tokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from hfgpt.adapters import merge_adapter
 from hfgpt.conversion import gpt2, nanogpt, openai
-from hfgpt.conversion.assembly import load_whole
-from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, check_weights, read_checkpoint
+from hfgpt.conversion.assembly import build_native_on_meta, load_whole, native_class
+from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, check_weights, is_classifier, read_checkpoint
 from hfgpt.conversion.parity import Parity, compare, compute_with, record
 from hfgpt.conversion.sources import LARGE, ImportArguments, Source, open_weights
 from hfgpt.demo_corpus import generate_stories
@@ -34,7 +27,6 @@ from hfgpt.models import (
     explained,
     find_model,
     hash_weights,
-    is_classifier,
     load_model_tokenizer,
     quiet_bars,
 )
@@ -123,14 +115,12 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
     generation_config = model.generation_config if model.can_generate() else None
     weights = dict(model.state_dict())
     del model  # the weights are taken out of the dictionary one by one: one copy of them at a time
-    weights, filled = gpt2.gpt2_weights(weights, config)
+    native = build_native_on_meta(config)
+    weights, filled = gpt2.gpt2_weights(weights, native)
     notes = (
         [f"filled with zeros: {len(filled)} biases that are not in the model, such as {filled[0]}"] if filled else []
     )
-    native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
     with appearing_folder(out) as staging:
-        with torch.device("meta"):
-            native = native_class(gpt2.gpt2_config(config))
         load_whole(native, weights)
         if native.can_generate():
             native.generation_config = generation_config
@@ -139,7 +129,7 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
             native.save_pretrained(staging)
             del native
             _save_gpt2_tokenizer(tokenizer, staging)
-            saved = native_class.from_pretrained(staging, dtype="auto").eval()
+            saved = native_class(config).from_pretrained(staging, dtype="auto").eval()
         differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
         report = Parity(model_path, "to gpt2", saved.num_parameters(), parameters, differences, greedy_equal, notes)
         # GPT-2 always has biases on query, key and value.
@@ -201,11 +191,10 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
         # Refuses what does not fit, so that a GPT-2 which is silently random cannot be the measure.
         return saved.load(dtype="auto")
 
-    native_class = GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
     with explained("a model", source), quiet_bars(Path(source).is_dir()):
         # What does not fit is refused, and named, when ours is loaded.
         settings = {"revision": arguments.revision or "main", "dtype": "auto", "ignore_mismatched_sizes": True}
-        native = native_class.from_pretrained(source, **settings).eval()
+        native = native_class(config).from_pretrained(source, **settings).eval()
     tokenizer = find_tokenizer(Path(source), arguments)
     return Source("gpt2", config, native.num_parameters(), compute_with(native), load), tokenizer
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedModel
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from hfgpt.configuration_hfgpt import PRESETS, HfGPTConfig
 from hfgpt.conversion.book import fold_head_bias
-from hfgpt.conversion.gpt2 import QKV
+from hfgpt.conversion.checkpoints import is_classifier
+from hfgpt.conversion.gpt2 import gpt2_config
+from hfgpt.conversion.layouts import Layout
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 
@@ -26,26 +28,24 @@ class Parts:
 
     Args:
         weights: Our names -> tensors, which may still be views of a file.
+        layout: Of the source.
         num_heads: Attention heads; None if the file does not say.
         hidden_act: The activation of the source's MLP.
         dropout: Of the source; None leaves the default.
         tokens: Ids that mean something; rows of the embedding past them are cut. None keeps all.
         tokens_named: Whether the user named them; a tokenizer that merely lies there explains only padding.
-        may_classify: Whether the format puts classifiers in the place of its output head.
-        may_lack_biases: Whether the format has models without biases.
         special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
         notes: What was done, for the report.
         recomputed: Whether weights were computed anew, and so rounded, and not only moved.
     """
 
     weights: dict[str, torch.Tensor]
+    layout: Layout
     num_heads: int | None
     hidden_act: str
     dropout: float | None = None
     tokens: int | None = None
     tokens_named: bool = True
-    may_classify: bool = False
-    may_lack_biases: bool = False
     special: dict[str, int | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     recomputed: bool = False
@@ -82,7 +82,7 @@ def complete_weights(parts: Parts) -> HfGPTConfig:
         "max_position_embeddings": weights["model.embed_positions.weight"].shape[0],
         "hidden_act": parts.hidden_act,
         "tie_word_embeddings": tied,
-        "qkv_bias": f"{QKV[0]}.bias".replace("*", "0") in weights,
+        "qkv_bias": "model.layers.0.self_attn.q_proj.bias" in weights,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         **parts.special,
     }
@@ -101,9 +101,25 @@ def complete_weights(parts: Parts) -> HfGPTConfig:
 
 def build_on_meta(config: HfGPTConfig) -> PreTrainedModel:
     """The model that a configuration names, without memory for its weights."""
-    is_classifier = config.architectures == ["HfGPTForSequenceClassification"]
     with torch.device("meta"):
-        return (HfGPTForSequenceClassification if is_classifier else HfGPTForCausalLM)(config)
+        return (HfGPTForSequenceClassification if is_classifier(config) else HfGPTForCausalLM)(config)
+
+
+def build_native_on_meta(config: HfGPTConfig, **changes) -> PreTrainedModel:
+    """transformers' own GPT-2 that computes the same, without memory for its weights.
+
+    Args:
+        config: Of our model.
+        changes: Of the native configuration.
+    """
+    native_config = gpt2_config(config)
+    native_config.update(changes)
+    with torch.device("meta"):
+        return native_class(config)(native_config)
+
+
+def native_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return GPT2ForSequenceClassification if is_classifier(config) else GPT2LMHeadModel
 
 
 def load_whole(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
@@ -135,7 +151,7 @@ def _take_classifier(parts: Parts) -> int | None:
     head = weights.get("lm_head.weight")
     rows, width = weights["model.embed_tokens.weight"].shape
     # A language model's head has a row for each token; a classifier of the book's takes its place, and its name.
-    if parts.may_classify and head is not None and head.shape[:1] != (rows,):
+    if parts.layout.may_classify and head is not None and head.shape[:1] != (rows,):
         weights["score.weight"] = weights.pop("lm_head.weight")
     score = weights.get("score.weight")
     if bias is not None and score is None:
@@ -184,7 +200,7 @@ def _fit(parts: Parts, model: PreTrainedModel):
     norms_have = "model.layers.*.input_layernorm.bias" in kinds
     filled = [
         name
-        for name in (wanted if parts.may_lack_biases else ())
+        for name in (wanted if parts.layout.may_lack_biases else ())
         if name not in weights and name.endswith(".bias") and re.sub(r"\d+", "*", name) not in kinds
         if not (norms_have and name == "model.norm.bias")
     ]

@@ -29,10 +29,11 @@ LAYOUT = Layout(
         "final_norm": ("model.norm",),
         "out_head": ("lm_head",),
     },
+    "gelu_pytorch_tanh",
     parameters={"weight": "weight", "bias": "bias", "scale": "weight", "shift": "bias"},
     ignored=r"\.att\.(mask|cache_k|cache_v)$",
+    may_classify=True,
 )
-HIDDEN_ACT = "gelu_pytorch_tanh"
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor], scale: float | None) -> tuple[dict[str, torch.Tensor], int]:

@@ -158,6 +158,11 @@ def find_weight_files(path: str, revision: str | None, config: PreTrainedConfig)
     return [Path(file) for file in map(find, shards) if file]
 
 
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a saved configuration is that of a sequence classifier."""
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
 def count_least_parameters(config: PreTrainedConfig) -> int:
     """A lower bound of the parameters that a GPT-2 or a model of ours has: those of its embeddings and matrices."""
     width = config.hidden_size

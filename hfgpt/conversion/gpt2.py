@@ -3,13 +3,15 @@
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019); the names are transformers'.
 """
 
+import functools
+
 import torch
-from transformers import GPT2Config
+from transformers import GPT2Config, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, PrefixChange, Transpose, WeightConverter, WeightRenaming
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
-from hfgpt.conversion.layouts import Layout
+from hfgpt.conversion.layouts import Layout, strip_wrappers
 from hfgpt.errors import InputError
 
 QKV = tuple(f"model.layers.*.self_attn.{letter}_proj" for letter in "qkv")
@@ -26,39 +28,37 @@ MODULES = {
     "lm_head": ("lm_head",),
     "score": ("score",),
 }
-LAYOUT = Layout("gpt2", MODULES, transposed=True, ignored=r"\.attn\.(masked_)?bias$")
+LAYOUT = Layout("gpt2", MODULES, "gelu_new", transposed=True, ignored=r"\.attn\.(masked_)?bias$")
 
 
 def register_loading():
     """Teaches `from_pretrained` of our classes to read GPT-2 checkpoints, by transformers' declarative conversion."""
-    renamings, converters = [WeightRenaming(r"(?<!\w)h\.", "layers.")], []
+    mapping = [WeightRenaming(r"(?<!\w)h\.", "layers.")]
     for theirs, ours in MODULES.items():
         # transformers puts the prefix of the base model before these names where it is needed.
         theirs, *ours = [name.removeprefix("model.").split("*.")[-1] for name in (theirs, *ours)]
-        if len(ours) > 1:
-            for parameter, operations in (("weight", [Transpose(0, 1), Chunk(0)]), ("bias", [Chunk(0)])):
-                targets = [f"{name}.{parameter}" for name in ours]
-                converters.append(WeightConverter(f"{theirs}.{parameter}", targets, operations))
-        elif ".c_" in theirs:
-            converters.append(WeightConverter(f"{theirs}.weight", f"{ours[0]}.weight", [Transpose(0, 1)]))
-            renamings.append(WeightRenaming(rf"(?<!\w){theirs}.bias", f"{ours[0]}.bias"))
-        elif theirs != ours[0]:
-            renamings.append(WeightRenaming(rf"(?<!\w){theirs}\.", f"{ours[0]}."))
+        for parameter in ("weight", "bias") if theirs != ours[0] else ():
+            targets = [f"{name}.{parameter}" for name in ours]
+            operations = [Transpose(0, 1)] if parameter == "weight" and ".c_" in theirs else []
+            operations += [Chunk(0)] if len(ours) > 1 else []
+            if operations:
+                mapping.append(WeightConverter(f"{theirs}.{parameter}", targets, operations))
+            else:
+                mapping.append(WeightRenaming(rf"(?<!\w){theirs}.{parameter}", targets[0]))
     for name in ("HfGPTModel", "HfGPTForCausalLM", "HfGPTForSequenceClassification"):
         has_head = name != "HfGPTModel"
         prefix = (
             WeightRenaming(r"^transformer\.", "model.") if has_head else PrefixChange(prefix_to_remove="transformer")
         )
-        register_checkpoint_conversion_mapping(name, [prefix, *renamings, *converters], overwrite=True)
+        register_checkpoint_conversion_mapping(name, [prefix, *mapping], overwrite=True)
 
 
 def gpt2_config(config: HfGPTConfig) -> GPT2Config:
     """The configuration of the native GPT-2 that computes what a model of ours computes.
 
     Args:
-        config: Of our model, with its `architectures` as saved.
+        config: Of our model.
     """
-    architecture = (config.architectures or ["HfGPTForCausalLM"])[0]
     fields = ("vocab_size", "initializer_range", "embd_pdrop", "resid_pdrop", "attn_pdrop", "use_cache")
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype")
     labels = ("id2label", "label2id", "problem_type")
@@ -71,17 +71,18 @@ def gpt2_config(config: HfGPTConfig) -> GPT2Config:
         n_inner=config.intermediate_size,
         activation_function=config.hidden_act,
         layer_norm_epsilon=config.layer_norm_eps,
-        architectures=[architecture.replace("HfGPTForCausalLM", "GPT2LMHeadModel").replace("HfGPT", "GPT2")],
         **{name: getattr(config, name) for name in (*fields, *kept, *labels)},
     )
 
 
-def gpt2_weights(weights: dict[str, torch.Tensor], config: HfGPTConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
+def gpt2_weights(
+    weights: dict[str, torch.Tensor], native: PreTrainedModel
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The weights of a model of ours as transformers' GPT-2 classes name and store them.
 
     Args:
         weights: The model's state dict; emptied, so that no second copy is held.
-        config: The model's.
+        native: The GPT-2 that they are for; may be on the meta device.
 
     Returns:
         The weights, and which of ours were filled with zeros because the model has no such bias.
@@ -89,25 +90,23 @@ def gpt2_weights(weights: dict[str, torch.Tensor], config: HfGPTConfig) -> tuple
     Raises:
         InputError: A weight is quantized, or belongs to something that GPT-2 has not, such as an adapter.
     """
-    if config.tie_word_embeddings:
+    if native.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or type(tensor) is not torch.Tensor:
             raise InputError(
                 f"{name} is quantized ({tensor.dtype}), as no GPT-2 is: export the model it was made from"
             )
+    dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
+    # Memory is taken when it is written to, so there is one copy of the weights at a time.
+    theirs = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in native.named_parameters()}
     filled = []
-    for name in [] if config.qkv_bias else QKV:
-        for number in range(config.num_hidden_layers):
-            matrix = weights[f"{name}.weight".replace("*", str(number))]
-            filled.append(f"{name}.bias".replace("*", str(number)))
-            weights[filled[-1]] = torch.zeros(len(matrix), dtype=matrix.dtype)
-    theirs = LAYOUT.from_hfgpt(weights, config.num_hidden_layers)
+    for name, place in LAYOUT.view(strip_wrappers(theirs)).items():
+        if name in weights or not name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+            place.copy_(weights.pop(name))
+        else:
+            place.zero_()
+            filled.append(name)
     if weights:
         raise InputError(f"GPT-2 has no place for {min(weights)} ({len(weights)} such weights): merge or remove them")
-    return {with_prefix(key): value for key, value in theirs.items()}, filled
-
-
-def with_prefix(key: str) -> str:
-    """A weight's name in a GPT-2 with a head, from that in the base model alone."""
-    return key if key.startswith(("lm_head.", "score.")) else f"transformer.{key}"
+    return theirs, filled

@@ -1,7 +1,8 @@
 """Where our weights are in somebody else's checkpoint: a table of names for each layout, and what reads the tables.
 
-In a table, their module is on the left, ours on the right, and `*` is the number of the block. On the way in all of
-this makes views; `hfgpt.conversion.sources` copies, one tensor at a time.
+In a table, their module is on the left, ours on the right, and `*` is the number of the block. Reading one makes views
+of their tensors under our names. So the same table serves both directions: an import copies out of the views, one
+tensor at a time, and an export writes into them.
 """
 
 import re
@@ -24,16 +25,22 @@ class Layout:
     Args:
         name: What `--format` calls it.
         modules: Their module -> ours; several of ours lie in theirs one after the other, along the outputs.
+        hidden_act: The activation of its MLP, which no file of it names.
         transposed: Whether the matrices of the blocks are stored (in, out), as GPT-2's are, and not (out, in).
         parameters: Their name of a module's parameter -> ours.
         ignored: Matches keys that are no weights, such as causal masks.
+        may_classify: Whether it puts classifiers in the place of its output head.
+        may_lack_biases: Whether it has models without biases.
     """
 
     name: str
     modules: dict[str, tuple[str, ...]]
+    hidden_act: str
     transposed: bool = False
     parameters: dict[str, str] = field(default_factory=lambda: {"weight": "weight", "bias": "bias"})
     ignored: str = r"(?!)"
+    may_classify: bool = False
+    may_lack_biases: bool = False
 
     def find(self, key: str) -> tuple[str, ...]:
         """The names of our weights that the tensor `key` holds; none if this layout has no such key."""
@@ -48,7 +55,22 @@ class Layout:
         """The keys that are neither weights of this layout nor known to be none."""
         return [key for key in keys if not self.find(key) and not re.search(self.ignored, key)]
 
-    def to_hfgpt(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def check(self, keys: Iterable[str]):
+        """Refuses keys that this layout does not have.
+
+        Raises:
+            InputError: Names some of them.
+        """
+        keys = list(keys)
+        misfits = self.misfits(keys)
+        if misfits or not any(self.find(key) for key in keys):
+            shown = ", ".join(misfits[:3]) + (", ..." if len(misfits) > 3 else "") or "there are none"
+            raise InputError(
+                f"these are not the weights of a {self.name} model, the format that comes nearest or was named: "
+                f"{len(misfits)} of {len(keys)} keys do not fit it ({shown}); take another checkpoint"
+            )
+
+    def view(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Views of their weights under our names, in our orientation; what is no weight is left out.
 
         Raises:
@@ -64,27 +86,6 @@ class Layout:
             ours |= zip(names, tensor.chunk(len(names)) if names else (), strict=True)
         return ours
 
-    def from_hfgpt(self, weights: dict[str, torch.Tensor], num_layers: int) -> dict[str, torch.Tensor]:
-        """Our weights under their names, in their orientation; modules of theirs that ours has not are left out.
-
-        Args:
-            weights: What is converted is taken out of it, so that no second copy is held; what is left has no place.
-            num_layers: Blocks of the model.
-        """
-        theirs = {}
-        for module, names in self.modules.items():
-            for number in range(num_layers) if "*" in module else [0]:
-                for parameter, our_parameter in self.parameters.items():
-                    parts = [f"{name}.{our_parameter}".replace("*", str(number)) for name in names]
-                    if not all(part in weights for part in parts):
-                        continue
-                    tensors = [weights.pop(part) for part in parts]
-                    tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-                    if self.transposed and "*" in module and tensor.ndim == 2:
-                        tensor = tensor.T
-                    theirs[f"{module}.{parameter}".replace("*", str(number))] = tensor.contiguous()
-        return theirs
-
 
 def strip_wrappers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights without what wrappers put before their names.
@@ -96,31 +97,3 @@ def strip_wrappers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
     if len(stripped) < len(weights):
         raise InputError("the file holds some weights twice, with and without a wrapper's prefix: save one model")
     return stripped
-
-
-def find_layout(layouts: list[Layout], keys: Iterable[str]) -> Layout:
-    """The layout that explains the keys of a checkpoint, its wrappers stripped.
-
-    Raises:
-        InputError: None does; names the nearest and the keys that do not fit it.
-    """
-    keys = list(keys)
-    nearest = min(layouts, key=lambda layout: len(layout.misfits(keys)))
-    check_layout(nearest, keys)
-    return nearest
-
-
-def check_layout(layout: Layout, keys: Iterable[str]):
-    """Refuses keys that a layout does not have.
-
-    Raises:
-        InputError: Names some of them.
-    """
-    keys = list(keys)
-    misfits = layout.misfits(keys)
-    if misfits or not any(layout.find(key) for key in keys):
-        shown = ", ".join(misfits[:3]) + (", ..." if len(misfits) > 3 else "")
-        raise InputError(
-            f"these are not the weights of a {layout.name} model, the format that comes nearest or was named: "
-            f"{len(misfits)} of {len(keys)} keys do not fit it ({shown or 'there are none'}); take another checkpoint"
-        )

@@ -12,9 +12,13 @@ from hfgpt.conversion.gpt2 import MODULES
 from hfgpt.conversion.layouts import Layout
 from hfgpt.errors import InputError
 
-LAYOUT = Layout("nanogpt", {name: ours for name, ours in MODULES.items() if name != "score"}, ignored=r"\.attn\.bias$")
-# Its MLP has used the exact GELU since June 2023, whatever the weights were started from.
-HIDDEN_ACT = "gelu"
+LAYOUT = Layout(
+    "nanogpt",
+    {name: ours for name, ours in MODULES.items() if name != "score"},
+    "gelu",  # the exact one since June 2023, whatever the weights were started from
+    ignored=r"\.attn\.bias$",
+    may_lack_biases=True,
+)
 
 
 def num_heads_of(model_args: Mapping[str, Any]) -> int | None:

@@ -1,12 +1,12 @@
-"""Other people's models, written out over their own names, so that a conversion has something to be compared with.
+"""The book's model, written out over its own names, so that a conversion has something to be compared with.
 
-Each function computes logits from the tensors of a checkpoint as they were read, and shares no table with the
-conversion: an exchanged or a transposed weight there is a difference here.
+It computes logits from the tensors of a checkpoint as they were read, and shares no table with the conversion: an
+exchanged or a transposed weight there is a difference here. GPT-2 and nanoGPT are compared with transformers' GPT-2.
 
 Shapes: B rows, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.nn.functional import embedding, layer_norm, linear, scaled_dot_product_attention
@@ -14,42 +14,22 @@ from transformers.activations import ACT2FN
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
 
-Weights = Callable[[str], torch.Tensor | None]  # a tensor by its name in the file; None where there is none
-
-
-def read_as(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Weights:
-    """The tensors of a checkpoint by name, each converted when it is asked for, so that no second copy is held."""
-    return lambda name: weights[name].to(dtype) if name in weights else None
-
-
-def nanogpt_logits(get: Weights, input_ids: torch.Tensor, config: HfGPTConfig) -> torch.Tensor:
-    """Logits (B, T, V) of nanoGPT's model, from the names of its state dict without `transformer.`.
-
-    Source: karpathy/nanoGPT, model.py.
-    """
-    hidden = get("wte.weight")[input_ids] + get("wpe.weight")[: input_ids.shape[1]]  # (B, T, C)
-    width, activation = config.hidden_size, ACT2FN[config.hidden_act]
-    for number in range(config.num_hidden_layers):
-        block = f"h.{number}."
-        normed = layer_norm(hidden, (width,), get(block + "ln_1.weight"), get(block + "ln_1.bias"))
-        fused = linear(normed, get(block + "attn.c_attn.weight"), get(block + "attn.c_attn.bias"))  # (B, T, 3C)
-        attended = _attend(*fused.split(width, dim=-1), config.num_attention_heads)
-        hidden = hidden + linear(attended, get(block + "attn.c_proj.weight"), get(block + "attn.c_proj.bias"))
-        normed = layer_norm(hidden, (width,), get(block + "ln_2.weight"), get(block + "ln_2.bias"))
-        inner = linear(normed, get(block + "mlp.c_fc.weight"), get(block + "mlp.c_fc.bias"))
-        hidden = hidden + linear(activation(inner), get(block + "mlp.c_proj.weight"), get(block + "mlp.c_proj.bias"))
-    normed = layer_norm(hidden, (width,), get("ln_f.weight"), get("ln_f.bias"))
-    head = get("lm_head.weight")
-    return linear(normed, get("wte.weight") if head is None else head)
-
 
 def book_logits(
-    get: Weights, input_ids: torch.Tensor, config: HfGPTConfig, lora_scale: float | None = None
+    weights: Mapping[str, torch.Tensor],
+    config: HfGPTConfig,
+    lora_scale: float | None,
+    input_ids: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Logits (B, T, V) of the book's model, from the names of its state dict.
 
     Source: Raschka, *Build a Large Language Model (From Scratch)*, chapters 3 to 5 and appendix E.
     """
+
+    def get(name: str) -> torch.Tensor | None:
+        # Converted when it is asked for, so that no second copy of all is held.
+        return weights[name].to(dtype) if name in weights else None
 
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
         if get(f"{name}.lora.A") is None:

@@ -7,20 +7,19 @@ from dataclasses import dataclass, field
 
 import torch
 from rich.progress import track
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.conversion import book, gpt2, nanogpt
-from hfgpt.conversion.assembly import Parts, build_on_meta, complete_weights, load_whole
-from hfgpt.conversion.checkpoints import Checkpoint
-from hfgpt.conversion.layouts import Layout, check_layout, find_layout, strip_wrappers
+from hfgpt.conversion.assembly import Parts, build_native_on_meta, build_on_meta, complete_weights, load_whole
+from hfgpt.conversion.checkpoints import Checkpoint, is_classifier
+from hfgpt.conversion.layouts import WRAPPERS, Layout, strip_wrappers
 from hfgpt.conversion.parity import ComputeLogits, compute_with
-from hfgpt.conversion.reference import book_logits, nanogpt_logits, read_as
+from hfgpt.conversion.reference import book_logits
 from hfgpt.errors import InputError
 
 LAYOUTS = {layout.name: layout for layout in (gpt2.LAYOUT, nanogpt.LAYOUT, book.LAYOUT)}
 LARGE = 100_000_000  # parameters; what is smaller is there at once, and needs no progress bar
-ACTIVATIONS = {"gpt2": "gelu_new", "nanogpt": nanogpt.HIDDEN_ACT, "book": book.HIDDEN_ACT}
 
 
 @dataclass
@@ -94,7 +93,6 @@ def open_weights(
     weights = strip_wrappers(checkpoint.weights)
     layout = choose_layout(weights, arguments.format)
     merged, adapted = book.merge_lora(weights, arguments.lora_scale) if layout is book.LAYOUT else (weights, 0)
-    check_layout(layout, merged)
     if arguments.lora_scale is not None and not adapted:
         raise InputError("the checkpoint has no LoRA layers: leave out --lora-scale")
     known_heads = nanogpt.num_heads_of(checkpoint.model_args)
@@ -102,15 +100,14 @@ def open_weights(
         raise InputError(f"--num-heads is {arguments.num_heads}, but the file says {known_heads}: leave it out")
     dropped = [key for key in merged if not layout.find(key)]
     parts = Parts(
-        layout.to_hfgpt(merged),
+        layout.view(merged),
+        layout,
         arguments.num_heads if known_heads is None else known_heads,
-        arguments.hidden_act or ACTIVATIONS[layout.name],
+        arguments.hidden_act or layout.hidden_act,
         checkpoint.model_args.get("dropout"),
         tokens if arguments.vocab_size is None else arguments.vocab_size,
         arguments.vocab_size is not None or arguments.tokenizer is not None,
-        may_classify=layout is book.LAYOUT,
-        may_lack_biases=layout is nanogpt.LAYOUT,
-        special=special,
+        special,
     )
     parameters = sum(tensor.numel() for tensor in parts.weights.values())
     head = parts.weights.get("lm_head.weight")
@@ -147,16 +144,17 @@ def choose_layout(weights: Mapping[str, torch.Tensor], name: str) -> Layout:
     """The layout that the user named, or that the keys and shapes show.
 
     Raises:
-        InputError: The keys are of no layout.
+        InputError: The keys do not fit it; names some of them.
     """
-    if name != "auto":
-        return LAYOUTS[name]
-    plain = [key.replace(".linear.", ".") for key in weights if ".lora." not in key]
-    layout = find_layout([book.LAYOUT, nanogpt.LAYOUT, gpt2.LAYOUT], plain)
-    if layout is nanogpt.LAYOUT:  # GPT-2's names, too: which way its matrices lie tells them apart
+    without_lora = [key.replace(".linear.", ".") for key in weights if ".lora." not in key]
+    # From the last one, as GPT-2 has all the names of nanoGPT; which way its matrices lie tells.
+    nearest = min(reversed(LAYOUTS.values()), key=lambda layout: len(layout.misfits(without_lora)))
+    layout = LAYOUTS.get(name, nearest)
+    if name == "auto" and layout is nanogpt.LAYOUT:
         fused = next((tensor for key, tensor in weights.items() if key.endswith("attn.c_attn.weight")), None)
         if fused is not None and fused.ndim == 2 and fused.shape[1] == 3 * fused.shape[0]:
-            return gpt2.LAYOUT
+            layout = gpt2.LAYOUT
+    layout.check(without_lora if layout is book.LAYOUT else weights)
     return layout
 
 
@@ -164,31 +162,28 @@ def _reference(
     layout: Layout, weights: Mapping[str, torch.Tensor], config: HfGPTConfig, lora_scale: float | None
 ) -> ComputeLogits:
     """What the checkpoint computes: (B, T, V) for the tokens that are kept, (B, labels) for a classifier."""
-    is_classifier = config.architectures == ["HfGPTForSequenceClassification"]
-    if layout is gpt2.LAYOUT:
-        return _cut(compute_with(_native_gpt2(weights, config)), config, is_classifier)
+    classifies = is_classifier(config)
+    if layout is not book.LAYOUT:
+        compute = compute_with(_native_gpt2(layout, weights, config))
+    else:
 
-    def compute(input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        get = read_as(weights, dtype)
-        if layout is book.LAYOUT:
-            logits = book_logits(get, input_ids, config, lora_scale)
-        else:
-            logits = nanogpt_logits(get, input_ids, config)
-        return logits[:, -1] if is_classifier else logits
+        def compute(input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            logits = book_logits(weights, config, lora_scale, input_ids, dtype)
+            return logits[:, -1] if classifies else logits
 
-    return _cut(compute, config, is_classifier)
-
-
-def _cut(compute: ComputeLogits, config: HfGPTConfig, is_classifier: bool) -> ComputeLogits:
-    size = config.num_labels if is_classifier else config.vocab_size
+    size = config.num_labels if classifies else config.vocab_size
     return lambda input_ids, dtype: compute(input_ids, dtype)[..., :size]
 
 
-def _native_gpt2(weights: Mapping[str, torch.Tensor], config: HfGPTConfig) -> PreTrainedModel:
-    """transformers' own GPT-2 over the tensors as they were read."""
-    native_config = gpt2.gpt2_config(config)
-    native_config.vocab_size = len(weights["wte.weight"])
-    is_classifier = "score.weight" in weights
-    with torch.device("meta"):
-        native = (GPT2ForSequenceClassification if is_classifier else GPT2LMHeadModel)(native_config)
-    return load_whole(native, {gpt2.with_prefix(key): weights[key] for key in weights if gpt2.LAYOUT.find(key)})
+def _native_gpt2(layout: Layout, weights: Mapping[str, torch.Tensor], config: HfGPTConfig) -> PreTrainedModel:
+    """transformers' own GPT-2 over the tensors as they were read, of GPT-2 itself or of nanoGPT."""
+    native = build_native_on_meta(config, vocab_size=len(weights["wte.weight"]))
+    theirs = {}
+    for name, parameter in native.named_parameters():
+        tensor = weights.get(WRAPPERS.sub("", name))
+        if tensor is None:
+            tensor = torch.zeros(parameter.shape)  # a bias that nanoGPT does without
+        elif layout is nanogpt.LAYOUT and ".c_" in name and name.endswith("weight"):
+            tensor = tensor.T  # plain linear layers
+        theirs[name] = tensor
+    return load_whole(native, theirs)

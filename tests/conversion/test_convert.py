@@ -36,6 +36,7 @@ from transformers import (
 from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification, InputError
 from hfgpt.commands.convert import export_model, import_checkpoint
 from hfgpt.conversion import book, gpt2, nanogpt, openai
+from hfgpt.conversion.assembly import build_native_on_meta
 from hfgpt.conversion.sources import ImportArguments
 from hfgpt.tokenizer import train_tokenizer
 
@@ -363,7 +364,7 @@ def test_what_gpt2_cannot_hold_is_refused(change, message, tiny_config):
     weights = dict(model.state_dict())
     change(weights)
     with pytest.raises(InputError, match=message):
-        gpt2.gpt2_weights(weights, model.config)
+        gpt2.gpt2_weights(weights, build_native_on_meta(model.config))
 
 
 def test_byte_level_tokenizers_are_saved_for_older_tools_too(tiny_config, tmp_path):
