@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -128,7 +129,7 @@ def classify(
     model: Model,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="Texts to classify (default: the lines of standard input)."),
+        typer.Argument(metavar="TEXT", help="Texts to classify (default: the lines of standard input)."),
     ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Also classify each line of this file; - reads standard input.")
@@ -306,7 +307,7 @@ def recipes(as_json: AsJson = False):
 def keys(
     section: Annotated[
         str | None,
-        typer.Argument(metavar="[SECTION]", help="A section, or one key, as in data.path (default: all sections)."),
+        typer.Argument(metavar="SECTION", help="A section, or one key, as in data.path (default: all sections)."),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="pretrain, classify or instruct (default: the keys of all three).")
@@ -348,7 +349,7 @@ def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
     from hfgpt.commands.plan import plan_recipe, render_plan
 
     estimate = plan_recipe(loaded)
-    print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
+    _print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
 
 
 @app.command()
@@ -357,7 +358,7 @@ def doctor(as_json: AsJson = False):
     from hfgpt.commands.doctor import examine, render_examination
 
     findings = examine()
-    print(json.dumps(findings) if as_json else render_examination(findings))
+    _print(json.dumps(findings) if as_json else render_examination(findings))
 
 
 @app.command()
@@ -372,6 +373,10 @@ def demo(
     run_demo(output_dir)
 
 
+for _command in app.registered_commands:
+    _command.short_help = _command.callback.__doc__  # which the list of commands would cut to one line
+
+
 def main() -> NoReturn:
     """The console script."""
     # Before transformers and huggingface_hub are imported: they read these once.
@@ -381,7 +386,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and so cleans up as that does
     try:
         "".join(sys.argv).encode()  # bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes
-        if app(sys.argv[1:] or ["--help"], prog_name="hfgpt", standalone_mode=False) == 130:
+        # click breaks the lines of help at 50 columns or more, however narrow the terminal is, and at 80 at most.
+        width = max(min(shutil.get_terminal_size().columns, 100), 30) - 2
+        words = sys.argv[1:] or ["--help"]
+        if app(words, prog_name="hfgpt", standalone_mode=False, terminal_width=width) == 130:
             raise KeyboardInterrupt  # typer has turned it into a status
         sys.stdout.flush()
         sys.exit(0)

@@ -3,6 +3,8 @@
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.status import Status
@@ -12,10 +14,27 @@ from hfgpt.errors import make_visible
 
 
 class PlainConsole(Console):
-    """Prints strings as they are, without rich's markup, with control characters made visible."""
+    """Prints strings as they are, without rich's markup, with control characters made visible.
+
+    Where an indented line is too long for the console, what follows is indented further.
+    """
 
     def __init__(self, **settings):
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def print(self, *objects: Any, **settings):
+        if not (self.soft_wrap or settings.get("soft_wrap")):
+            objects = tuple(self._indent(item) if isinstance(item, str) else item for item in objects)
+        super().print(*objects, **settings)
+
+    def _indent(self, text: str) -> str:
+        lines = []
+        for line in text.split("\n"):
+            content = line.lstrip(" ")
+            indent = len(line) - len(content)
+            broken = indent and len(line) > self.width
+            lines.append(wrap_text(content, self.width, indent, indent + 4) if broken else line)
+        return "\n".join(lines)
 
     def render_str(self, text: str, **settings) -> Text:
         return super().render_str(make_visible(text), **settings)
@@ -47,7 +66,22 @@ def wrap_text(text: str, width: int | None, indent: int = 0, hanging: int | None
     if width is None:
         return first + text
     options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, max(width, 20), initial_indent=first, subsequent_indent=others, **options)
+    lines = textwrap.wrap(text, max(width, 20), initial_indent=first, subsequent_indent=others, **options)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def render_pairs(pairs: Iterable[tuple[str, str]], width: int | None) -> str:
+    """Names and values in two columns; on a narrow terminal, each value below its name.
+
+    Args:
+        pairs: Names and values.
+        width: Columns to break lines at; None: no lines are broken.
+    """
+    pairs = list(pairs)
+    column = max(len(name) for name, _ in pairs) + 2
+    if width is not None and column + 20 > width:
+        return "\n".join(f"{wrap_text(name, width)}\n{wrap_text(value, width, 4)}" for name, value in pairs)
+    return "\n".join(wrap_text(f"{name:{column}}{value}", width, 0, column) for name, value in pairs)
 
 
 def drawable(text: str, otherwise: str) -> str:

@@ -301,6 +301,16 @@ def test_recipes(here):
     ]
 
 
+@pytest.mark.parametrize("columns", [40, 80, 140])
+def test_help_fits_the_terminal_and_is_not_cut(here, columns):
+    shown = hfgpt("--help", COLUMNS=str(columns)).out
+    assert max(map(len, shown.splitlines())) < columns
+    for command in cli.app.registered_commands:
+        assert "".join(command.callback.__doc__.split()) in "".join(shown.split())
+    for name in COMMANDS:
+        assert max(map(len, hfgpt(name, "--help", COLUMNS=str(columns)).out.splitlines())) < columns, name
+
+
 def test_keys(here):
     result = hfgpt("keys", "data", "--task", "pretrain", "--json")
     assert (result.status, result.err) == (0, "")

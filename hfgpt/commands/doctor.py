@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, get_token
-from rich.table import Table
 
 import hfgpt
 from hfgpt.models import find_device
-from hfgpt.output import PlainConsole
+from hfgpt.output import output_width, render_pairs
 from hfgpt.training.hardware import describe_device, has_native_bf16
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "huggingface_hub")
@@ -47,14 +46,8 @@ def examine() -> dict[str, Any]:
 
 
 def render_examination(findings: dict[str, Any]) -> str:
-    """The findings as a table for the terminal."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in findings.items():
-        table.add_row(name, str(value))
-    console = PlainConsole(width=120)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    """The findings for people."""
+    return render_pairs(((name, str(value)) for name, value in findings.items()), output_width())
 
 
 def _version(name: str) -> str:

@@ -1,8 +1,6 @@
 """`hfgpt plan`: what a recipe will cost, before anything is spent."""
 
-from rich.table import Table
-
-from hfgpt.output import PlainConsole
+from hfgpt.output import output_width, render_pairs
 from hfgpt.recipe import Recipe
 from hfgpt.runs.first_pass import build_blocks, plan_first_pass
 from hfgpt.tasks import TASKS
@@ -31,7 +29,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
 
 
 def render_plan(estimate: Estimate) -> str:
-    """The estimate as a table for the terminal."""
+    """The estimate for people."""
     mib = 1024**2
     estimated = "" if estimate.share == 1 else f", estimated from {estimate.share:.2%} of the text"
     rows = [
@@ -54,13 +52,7 @@ def render_plan(estimate: Estimate) -> str:
     if first := estimate.first_pass:
         steps = f"{first.steps:,} steps of {first.tokens_per_step:,} tokens each"
         rows.insert(-6, ("first pass", f"{steps}, {_duration(first.seconds)}, {first.memory_bytes / mib:,.1f} MiB"))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console = PlainConsole(width=100)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    return render_pairs(rows, output_width())
 
 
 def _duration(seconds: float) -> str:

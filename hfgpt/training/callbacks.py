@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import distributed
 from transformers import TrainerCallback
 
@@ -21,6 +22,7 @@ from hfgpt.saving import write_text
 
 # Name in the log -> label and style of its curve in loss.png.
 CURVES = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
+WIDE = 100  # columns of a terminal that has room for all of the progress in one line
 
 
 class ProgressCallback(TrainerCallback):
@@ -34,17 +36,12 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, tokens_per_step: int, console: Console):
         self.tokens_per_step = tokens_per_step
         self.console = console
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        steps, status, left = MofNCompleteColumn(), "{task.fields[status]}", TimeRemainingColumn()
+        if console.width >= WIDE:
+            columns = ["training", BarColumn(), steps, status, TimeElapsedColumn(), "left", left]
+        else:  # the figures take a second line rather than being cut
+            columns = [BarColumn(10), steps, TextColumn(status, table_column=Column()), left]
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.loss = self.eval_loss = ""
 
     def on_train_begin(self, args, state, control, **kwargs):

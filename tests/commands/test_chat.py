@@ -87,7 +87,7 @@ def test_a_question_whose_answer_had_not_begun_is_forgotten(chat, monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Makes standard input a terminal on which the given lines are typed; an exception is a key press."""
+    """Makes standard input a terminal with these keys, exceptions among them; gives the signals that are set."""
     signals = []
 
     def type_in(*keys):

@@ -40,8 +40,8 @@ def state_at(step: int, max_steps: int = 10, **fields) -> TrainerState:
     return state
 
 
-def text_console(terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=200)
+def text_console(terminal: bool = False, width: int = 200) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width)
 
 
 @pytest.fixture
@@ -160,6 +160,22 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "3/10" in shown
     assert "loss 1.250" in shown
     assert "step 3/10" not in shown
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_progress_is_whole_on_a_terminal_of_any_width(width, clock):
+    console = text_console(terminal=True, width=width)
+    callback = ProgressCallback(tokens_per_step=100, console=console)
+    callback.on_train_begin(None, state_at(0, max_steps=1000), None)
+    clock.seconds += 4
+    callback.on_log(None, state_at(437, max_steps=1000), None, logs={"loss": 1.25})
+    callback.on_log(None, state_at(437, max_steps=1000), None, logs={"eval_loss": 2.5, "eval_runtime": 0.0})
+    callback.on_step_end(None, state_at(437, max_steps=1000), None)
+    callback.close()
+    lines = console.file.getvalue().split("\x1b[2K")[-1]
+    assert "…" not in lines
+    for part in ("437/1000", "loss 1.250", "validation", "2.500", "10,925", "tokens/s"):
+        assert part in lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
