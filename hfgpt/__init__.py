@@ -20,6 +20,8 @@ _LAZY = {
     "HfGPTPreTrainedModel": "modeling_hfgpt",
     "HfGPTForCausalLM": "modeling_hfgpt",
     "HfGPTForSequenceClassification": "modeling_hfgpt",
+    "HfGPTTrainer": "training.trainer",
+    "HfGPTTrainingArguments": "training.trainer",
     "InputError": "errors",
 }
 __all__ = [*_LAZY, "__version__"]

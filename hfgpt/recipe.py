@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from hfgpt.data.files import find_source, looks_local, nearest
+from hfgpt.data.files import find_source, is_url, looks_local, nearest
 from hfgpt.errors import InputError
 from hfgpt.recipe_keys import SECTIONS, check_overrides, find_unknown, section_keys, suggest
 from hfgpt.saving import check_model_path
@@ -63,6 +63,11 @@ RESUMABLE = (
     "training.logging_",
     "training.save_",
     "training.eval_",
+    "training.per_device_eval_batch_size",
+    "training.dataloader_num_workers",
+    "training.dataloader_p",  # pin_memory, persistent_workers, prefetch_factor
+    "training.report_to",
+    "training.run_name",
 )
 
 
@@ -326,7 +331,9 @@ def _check_paths(tree: dict[str, Any], overrides: list[str], recipe: str = ""):
     """Refuses local data and models that do not exist; of one that the recipe names, the user may never have heard."""
     for key, check in (("model.path", check_model_path), ("data.path", find_source)):
         path = _as_written(key, tree, overrides)
-        if not isinstance(path, str) or not path or (key == "data.path" and Path(path).expanduser().exists()):
+        if not isinstance(path, str) or not path:
+            continue
+        if key == "data.path" and (is_url(path) or Path(path).expanduser().exists()):
             continue
         overridden = _is_overridden(key, overrides)
         is_file = (looks_local(path) or path.startswith("runs/")) and not glob.has_magic(path)

@@ -15,6 +15,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
+from urllib.parse import urlsplit
 
 from huggingface_hub.dataclasses import type_validator
 
@@ -303,5 +304,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """A Hub id or a generated source as it is; of a path on this machine the last part alone."""
-    return name if is_hub_id(name) or name.startswith("synthetic:") else Path(name).name
+    """A Hub id or a generated source as it is; of a path on this machine, or a URL, the name of the file alone."""
+    if is_hub_id(name) or name.startswith("synthetic:"):
+        return name
+    return Path(urlsplit(name).path if "://" in name else name).name

@@ -118,8 +118,13 @@ def check_model_path(path: str):
             raise InputError(
                 f"the folder '{path}' has no config.json: name the folder of a finished run or of a saved model"
             )
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or ("/" in path and local.parent.is_dir()):
-        raise InputError(f"there is no folder '{path}', and it is not a Hub id either: check the path")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
+        raise InputError(f"the folder '{path}' does not exist, and it is not a Hub id either: check the path")
+    elif "/" in path and local.parent.is_dir():
+        raise InputError(
+            f"the folder '{local.parent}' does not have '{local.name}': check the path; to load '{path}' from the "
+            f"Hub, run this in a directory without a folder '{local.parent}'"
+        )
 
 
 def check_writable(folder: Path):

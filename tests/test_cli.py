@@ -283,7 +283,7 @@ def test_plan(here):
 
 def test_an_error_shows_control_characters(here):
     message = refusal("generate", "no\x1b[2J/such\x9b2J/mo\u202edel\r", "hi")
-    assert message.startswith(r"there is no folder 'no\x1b[2J/such\x9b2J/mo\u202edel ', and it is not a Hub id")
+    assert message.startswith(r"the folder 'no\x1b[2J/such\x9b2J/mo\u202edel ' does not exist, and it is not a Hub id")
 
 
 def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
@@ -418,7 +418,10 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("import none.pt stories.txt/new", "cannot create 'stories.txt/new': "),
         ("export none stories.txt/new", "cannot create 'stories.txt/new': "),
         ("generate none Once", "cannot load a tokenizer from 'none' ("),
-        ("generate runs/none Once", "there is no folder 'runs/none', and it is not a Hub id either: check the path"),
+        (
+            "generate runs/none Once",
+            "the folder 'runs' does not have 'none': check the path; to load 'runs/none' from the Hub, run this",
+        ),
         ("generate stories.txt Once", "'stories.txt' is a file; a model is a folder with config.json and weights"),
         (
             "generate runs Once",
@@ -447,7 +450,10 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("import none.pt runs", "'runs' exists: name a folder that does not"),
         ("import none.pt new --format onnx", "--format is 'onnx'; choose one of auto, gpt2, nanogpt, book"),
         ("export runs/tiny new --format gguf", "--format is 'gguf'; it must be gpt2"),
-        ("export runs/none new", "there is no folder 'runs/none', and it is not a Hub id either: check the path"),
+        (
+            "export runs/none new",
+            "the folder 'runs' does not have 'none': check the path; to load 'runs/none' from the Hub, run this",
+        ),
         ("export runs/tiny new --merge-adapter", "'runs/tiny' is not an adapter: leave out --merge-adapter"),
         (f"{TRAIN} --model.num_attention_heads 3", "hidden_size 32 is not a multiple of num_attention_heads 3"),
         (f"{TRAIN} --model.vocab_size 5", "model.vocab_size is 5, but the tokenizer has ids up to "),
@@ -499,7 +505,7 @@ def test_a_text_that_may_not_be_read(here, tmp_path):
     ("place", "status", "remedy"),
     [
         ("hfgpt.runs.folder.write_text", errno.ENOSPC, "free some space, or choose a folder on another disk"),
-        ("hfgpt.data.streams._write_stream", errno.ENOSPC, "free some space, or choose a folder on another disk"),
+        ("hfgpt.data.sources._write_texts", errno.ENOSPC, "free some space, or choose a folder on another disk"),
         ("hfgpt.runs.folder.write_text", errno.EROFS, "choose a folder that can be written"),
         ("hfgpt.runs.folder.write_text", errno.EACCES, "change its permissions, or choose another folder"),
         ("hfgpt.runs.folder.write_text", errno.EIO, "check the path"),

@@ -191,7 +191,7 @@ def test_inspect_and_plan():
         ("classify classes ''", "text 1 is empty: leave it out"),
         ("classify classes --file none.txt", "No such file or directory: none.txt; check the path"),
         ("classify answers hello", "'answers' is a language model, not a classifier: train one with task: classify"),
-        ("classify nowhere/at/all hello", "there is no folder 'nowhere/at/all', and it is not a Hub id either"),
+        ("classify nowhere/at/all hello", "the folder 'nowhere/at/all' does not exist, and it is not a Hub id either"),
         (
             "chat answers --max-new-tokens 128",
             "--max-new-tokens is 128, and the context of 128 tokens has to",

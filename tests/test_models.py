@@ -633,8 +633,12 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
         "runs/empty": "the folder 'runs/empty' has no config.json: name the folder of a finished run or of a saved "
         "model",
     }
-    for path in ("runs/none", "/no/where", "./none", "../none", "a//b", "a/b/c", "a b", "org/na me"):
-        cases[path] = f"there is no folder '{path}', and it is not a Hub id either: check the path"
+    for path in ("/no/where", "./none", "../none", "a//b", "a/b/c", "a b", "org/na me"):
+        cases[path] = f"the folder '{path}' does not exist, and it is not a Hub id either: check the path"
+    cases["runs/none"] = (
+        "the folder 'runs' does not have 'none': check the path; to load 'runs/none' from the Hub, run this in a "
+        "directory without a folder 'runs'"
+    )
     for path, message in cases.items():
         for call in (check_model_path, load_model, load_model_tokenizer, load_model_config):
             assert refusal(call, path) == message

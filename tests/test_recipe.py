@@ -341,6 +341,9 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
         ("training.save_total_limit", 5, False),
         ("training.eval_strategy", "steps", False),
         ("training.bf16", True, False),  # compared as the machine resolved it
+        ("training.per_device_eval_batch_size", 2, False),
+        ("training.dataloader_num_workers", 2, False),
+        ("training.run_name", "again", False),
         ("evaluation.prompts", ["x"], False),
         ("evaluation.stride", 8, False),
         ("data.num_proc", 2, False),

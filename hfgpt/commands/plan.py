@@ -9,18 +9,21 @@ from hfgpt.tasks import TASKS
 from hfgpt.training.estimate import Estimate, plan_run
 
 SECONDS = 2.0  # of the probe
+CHARACTERS = 1 << 23  # of a text, from which the number of its tokens is estimated
 
 
 def plan_recipe(recipe: Recipe) -> Estimate:
-    """Reads and tokenizes the data, builds the model, and probes this machine for two seconds; writes nothing.
+    """Reads the data, tokenizes enough of it, builds the model, and probes this machine for two seconds.
 
     Raises:
         InputError: As the run itself would.
     """
     task = TASKS[recipe.task]
-    data = task.load(recipe)
+    data = task.load(recipe, characters=CHARACTERS)
     model = task.build(recipe, data)
-    estimate = plan_run(model, recipe.training, data.row_length, len(data.splits["train"]), SECONDS)
+    estimate = plan_run(model, recipe.training, data.row_length, data.train_rows, SECONDS)
+    if recipe.training.max_steps <= 0:
+        estimate.share = data.share
     if recipe.pretraining:
         blocks = build_blocks(recipe, data)
         estimate.first_pass = plan_first_pass(recipe, blocks, data.tokenizer, SECONDS)
@@ -30,6 +33,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
 def render_plan(estimate: Estimate) -> str:
     """The estimate as a table for the terminal."""
     mib = 1024**2
+    estimated = "" if estimate.share == 1 else f", estimated from {estimate.share:.2%} of the text"
     rows = [
         ("parameters", f"{estimate.parameters:,}"),
         ("memory: weights", f"{estimate.weights_bytes / mib:,.1f} MiB"),
@@ -38,7 +42,7 @@ def render_plan(estimate: Estimate) -> str:
         ("memory: activations", f"{estimate.activations_bytes / mib:,.1f} MiB"),
         ("memory: libraries and data", f"{estimate.process_bytes / mib:,.1f} MiB (this process now)"),
         ("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB"),
-        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens each"),
+        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens each{estimated}"),
         ("tokens", f"{estimate.tokens:,}"),
         ("FLOPs per token", f"{estimate.flops_per_token:.3g}, forward and backward"),
         ("FLOPs", f"{estimate.flops:.3g}"),

@@ -75,7 +75,7 @@ class BlockDataset(torch.utils.data.Dataset):
         index = range(self.num_blocks)[index]
         size = self.block_size
         start = min(index * self.stride, len(self.stream) - 1 - size)
-        tokens = self.stream.tokens[start : start + size + 1].astype(np.int64)
+        tokens = self.stream[start : start + size + 1].astype(np.int64)
         labels, shift_labels = tokens[:-1].copy(), tokens[1:].copy()
         item = {"input_ids": tokens[:-1], "labels": labels, "shift_labels": shift_labels}
         if self.keep_tail and index and (predicted := (index - 1) * self.stride + size - start):
@@ -128,7 +128,7 @@ def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataRepor
     sizes = report.split(split)
     sizes.tokens = len(blocks.stream)
     if unknown_id is not None:
-        sizes.unknown_tokens = int(np.count_nonzero(blocks.stream.tokens == unknown_id))
+        sizes.unknown_tokens = blocks.stream.count(unknown_id)
     sizes.blocks = len(blocks)
     sizes.predicted_tokens = blocks.predicted_tokens
     if sizes.predicted_tokens < 1:

@@ -14,8 +14,10 @@ from typing import Any, Literal
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from hfgpt.data.cache import progress_bar
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
+from hfgpt.data.splits import count_texts, divide_texts, take
 from hfgpt.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -181,16 +183,26 @@ def encode_texts(
         InputError: A text has no token.
     """
     ids = {label: number for number, label in enumerate(labels)}
-    encoded, cut = [], 0
-    for row in rows:
-        tokens = tokenizer(row["text"])["input_ids"]
-        if len(tokens) > max_length:
-            tokens = tokenizer(row["text"], truncation=True, max_length=max_length)["input_ids"]
-            cut += 1
-        if not tokens:
-            raise InputError(f"the text {row['text']!r} has no token that the tokenizer knows: drop it")
-        encoded.append({"input_ids": tokens, "labels": ids[row["label"]], "length": len(tokens)})
-    return datasets.Dataset.from_list(encoded), cut
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        short = tokenizer(batch["text"], truncation=True, max_length=max_length)["input_ids"]
+        whole = tokenizer(batch["text"])["input_ids"]  # the last: the tokenizer keeps, and saves, how it was called
+        for text, tokens in zip(batch["text"], short, strict=True):
+            if not tokens:
+                raise InputError(f"the text {text!r} has no token that the tokenizer knows: drop it")
+        return {
+            "input_ids": short,
+            "labels": [ids[label] for label in batch["label"]],
+            "length": [len(tokens) for tokens in short],
+            "is_cut": [len(tokens) > max_length for tokens in whole],
+        }
+
+    fingerprint = f"{rows._fingerprint}-encoded"  # to find one, datasets would pickle the tokenizer
+    with progress_bar(len(rows) > 10_000):
+        encoded = rows.map(
+            encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, new_fingerprint=fingerprint
+        )
+    return encoded.remove_columns("is_cut"), sum(encoded["is_cut"])
 
 
 def class_weights(rows: datasets.Dataset, labels: list[str]) -> list[float]:
@@ -248,54 +260,34 @@ def _drop_contradictions(splits: dict[str, list[Row]], report: DataReport) -> di
 
 def _undersample(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
     """As many rows of each class as the smallest has, whole texts at a time; and those that were left out."""
-    least = min(collections.Counter(row["label"] for row in rows).values())
-    chosen = set()
-    for texts in _by_label(rows, seed).values():
-        chosen.update(_take(texts, least))
+    by_label = _by_label(rows)
+    least, chosen = min(map(len, by_label.values())), set()
+    for texts in by_label.values():
+        copies = count_texts(texts, seed)
+        names = list(copies)
+        chosen.update(names[index] for index in take(list(copies.values()), least))
     return [row for row in rows if row["text"] in chosen], [row for row in rows if row["text"] not in chosen]
 
 
 def _divide(rows: list[Row], fractions: dict[str, float], seed: int, path: str) -> dict[str, list[Row]]:
     """Each class divided by itself into the splits named and the training split, whole texts at a time."""
-    side = {}
-    for label, texts in _by_label(rows, seed).items():
-        total = sum(texts.values())
-        if fractions and len(texts) <= len(fractions):
+    split_of = {}
+    for label, texts in _by_label(rows).items():
+        if fractions and len(set(texts)) <= len(fractions):
             raise InputError(
-                f"the label '{label}' of data.path {path!r} has {len(texts)} different texts, too few for "
+                f"the label '{label}' of data.path {path!r} has {len(set(texts))} different texts, too few for "
                 f"{len(fractions) + 1} splits: add rows, or drop them"
             )
-        for following, (split, fraction) in zip(range(len(fractions), 0, -1), fractions.items(), strict=True):
-            chosen = _take(texts, max(round(total * fraction), 1)) or [min(texts, key=texts.get)]
-            for text in chosen[: len(texts) - following]:  # one is left for each split that follows
-                side[text] = split
-                del texts[text]
-    divided = {split: [row for row in rows if side.get(row["text"]) == split] for split in fractions}
-    return {"train": [row for row in rows if row["text"] not in side], **divided}
+        split_of |= divide_texts(texts, fractions, seed)
+    return {split: [row for row in rows if split_of[row["text"]] == split] for split in ("train", *fractions)}
 
 
-def _by_label(rows: list[Row], seed: int) -> dict[str, dict[str, int]]:
-    """Label -> its texts, each with the number of its rows, in an order that depends on the seed and the texts."""
-    copies = collections.Counter((row["label"], row["text"]) for row in rows)
-    salt = (seed % 2**64).to_bytes(8, "little")
-
-    def order(key: tuple[str, str]) -> bytes:
-        return hashlib.blake2b(key[1].encode(), digest_size=8, salt=salt).digest()
-
-    grouped: dict[str, dict[str, int]] = {}
-    for label, text in sorted(copies, key=order):
-        grouped.setdefault(label, {})[text] = copies[label, text]
+def _by_label(rows: list[Row]) -> dict[str, list[str]]:
+    """Label -> the text of each of its rows."""
+    grouped: dict[str, list[str]] = {}
+    for row in rows:
+        grouped.setdefault(row["label"], []).append(row["text"])
     return {label: grouped[label] for label in sorted(grouped)}
-
-
-def _take(texts: dict[str, int], rows: int) -> list[str]:
-    """The first texts that together have so many rows, those passed over that would be too many."""
-    taken = []
-    for text, copies in texts.items():
-        if copies <= rows:
-            taken.append(text)
-            rows -= copies
-    return taken
 
 
 def _drop_leaks(given: dict[str, list[Row]], report: DataReport) -> dict[str, list[Row]]:

@@ -1,6 +1,7 @@
-"""Local files -> rows, with nothing in them changed; a file that is at fault is told with the byte or the line."""
+"""Files -> rows, with nothing in them changed; a file that is at fault is named with the byte or the line."""
 
 import codecs
+import contextlib
 import csv
 import difflib
 import glob
@@ -12,10 +13,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hfgpt.data.cache import cache_folder
 from hfgpt.errors import InputError
 
 FAMILIES = {
@@ -41,14 +44,17 @@ def find_files(path: str) -> list[Path]:
     """The usable files that a path names, sorted; hidden ones are left out.
 
     Args:
-        path: A file, a folder (searched to any depth) or a glob.
+        path: A file, a folder (searched to any depth) or a glob; or a URL of one, such as `s3://bucket/texts`, whose
+            files are downloaded, or found in the cache of datasets.
 
     Returns:
         Files of one family (text, JSON, table or Parquet); empty if nothing local has this name.
 
     Raises:
-        InputError: There are no usable files, or of several families.
+        InputError: There are no usable files, or of several families; or a URL cannot be read.
     """
+    if is_url(path):
+        return _one_family(path, _download_files(path))
     place = Path(path).expanduser()
     if place.is_file():
         if family(place) is None:
@@ -61,9 +67,13 @@ def find_files(path: str) -> list[Path]:
         found = [Path(item) for item in glob.glob(str(place), recursive=True)]
     else:
         return []
-    files = sorted(item for item in found if item.is_file() and family(item))
+    return _one_family(path, [item for item in found if item.is_file()])
+
+
+def _one_family(path: str, found: Iterable[Path]) -> list[Path]:
+    files = sorted(item for item in found if family(item))
     if not files:
-        raise InputError(f"data.path {path!r} has no file of a supported type: {SUFFIXES}")
+        raise InputError(f"data.path {without_secrets(path)!r} has no file of a supported type: {SUFFIXES}")
     kinds = {family(file): file.name for file in reversed(files)}
     if len(kinds) > 1:
         examples = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
@@ -169,8 +179,20 @@ def wrong_column(key: str, column: str, place: str | Path, row: Iterable[str], r
     return InputError(f"data.{key} {column!r} is not in {place}, which has: {names}{remedy}")
 
 
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def without_secrets(path: str) -> str:
+    """A path as it is; a URL without what may sign its user in."""
+    if not is_url(path):
+        return path
+    parts = urlsplit(path)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def looks_local(path: str) -> bool:
-    return path[0] in "./~" or path.count("/") > 1 or family(Path(path)) is not None
+    return not is_url(path) and (path[0] in "./~" or path.count("/") > 1 or family(Path(path)) is not None)
 
 
 def nearest(path: str) -> str:
@@ -179,6 +201,48 @@ def nearest(path: str) -> str:
     names = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
     return f" (nearest: {place.parent / near[0]})" if near else ""
+
+
+def _download_files(url: str) -> list[Path]:
+    """The files of a URL on this machine, under their own names, which say what they are."""
+    import datasets
+    import fsspec
+
+    if urlsplit(url).username:
+        raise InputError(f"data.path {without_secrets(url)!r} has a user name in it: sign in by other means")
+    try:
+        system, place = fsspec.url_to_fs(url)
+        if glob.has_magic(place.partition("?")[0]):
+            places = system.glob(place)
+        else:
+            # A web server has no folders; what has a file's name is one.
+            is_file = family(Path(urlsplit(url).path)) is not None
+            places = [place] if is_file or not system.isdir(place) else system.find(place)
+        urls = [system.unstrip_protocol(found) for found in places]
+        urls = [found for found in urls if family(Path(urlsplit(found).path))]
+        contents = datasets.DownloadManager().download(urls)
+    except FileNotFoundError as error:
+        raise InputError(f"data.path {without_secrets(url)!r} was not found: check the URL") from error
+    except ImportError as error:
+        raise InputError(f"data.path {without_secrets(url)!r} needs another package ({error}): install it") from error
+    # Whatever a server, a bucket or its library answers, it is the user's to correct.
+    except Exception as error:
+        reason = " ".join(str(error).replace(url, without_secrets(url)).split()) or type(error).__name__
+        raise InputError(
+            f"data.path {without_secrets(url)!r} cannot be read ({reason}): check the URL and the network"
+        ) from error
+    return [_name_download(found, Path(content)) for found, content in zip(urls, contents, strict=True)]
+
+
+def _name_download(url: str, content: Path) -> Path:
+    """A link to a downloaded file, which has a hash for a name, under the path of its URL."""
+    parts = urlsplit(url)
+    link = cache_folder(None) / "downloads" / content.name / parts.netloc / parts.path.lstrip("/")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.exists():
+        with contextlib.suppress(FileExistsError):  # another process was first
+            link.symlink_to(content.absolute())
+    return link
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
@@ -191,6 +255,12 @@ def family(path: Path) -> str | None:
     suffix, compression = _suffixes(path)
     # A Parquet file is compressed inside, and is read from its end: nothing may be wrapped around it.
     return None if compression and suffix == ".parquet" else FAMILIES.get(suffix)
+
+
+def describe_file(file: Path) -> list[str | int]:
+    """What tells, without reading a file, whether it was changed; a user cannot set the time of its last change."""
+    found = file.stat()
+    return [str(file.absolute()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def hash_files(files: list[Path]) -> str:

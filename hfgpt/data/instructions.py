@@ -10,20 +10,27 @@ import collections
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from hfgpt.data.cache import progress_bar
 from hfgpt.data.collators import IGNORED
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
-from hfgpt.data.templates import encode_chat
+from hfgpt.data.splits import divide_texts
+from hfgpt.data.templates import encode_chat, write_inputs
 from hfgpt.errors import InputError
 
 Conversation = list[dict[str, str]]
 SPLITS = ("train", "validation", "test")
+COLUMNS = ("input_ids", "labels", "shift_labels")
+FEATURES = datasets.Features(
+    {**dict.fromkeys(COLUMNS, datasets.List(datasets.Value("int64"))), "length": datasets.Value("int64")}
+)
+NO_ROW = {**{name: [] for name in COLUMNS}, "length": 0}
 EXAMPLES = 20  # of near duplicates, kept in the report
 KINDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output")}
 
@@ -79,13 +86,14 @@ class InstructionDataArguments(SourceArguments):
 
 
 def load_conversations(
-    arguments: InstructionDataArguments, before_input: str, seed: int, report: DataReport
+    arguments: InstructionDataArguments, seed: int, report: DataReport
 ) -> dict[str, list[Conversation]]:
     """Reads rows and divides them into `train`, `validation` and `test`.
 
+    A message may have an `input` beside its `content`: `hfgpt.data.templates.write_inputs` writes it.
+
     Args:
         arguments: What to read.
-        before_input: Stands between an instruction and its input.
         seed: Chooses which rows validate and test.
         report: Filled in place.
 
@@ -93,7 +101,7 @@ def load_conversations(
         InputError: The source cannot be read, its rows are of no known form, a chat does not alternate, or there are
             too few rows with answers.
     """
-    rows = _read_splits(arguments, before_input, seed, report)
+    rows = _read_splits(arguments, seed, report)
     missing = {"validation": arguments.validation_fraction, "test": arguments.test_fraction}
     missing = {split: fraction for split, fraction in missing.items() if split not in rows}
     report.split_by = ("order" if arguments.divide == "order" else "rows") if missing else "given"
@@ -123,20 +131,17 @@ def load_conversations(
     return {split: rows[split] for split in SPLITS}
 
 
-def load_all_conversations(
-    arguments: InstructionDataArguments, before_input: str, report: DataReport
-) -> list[Conversation]:
+def load_all_conversations(arguments: InstructionDataArguments, report: DataReport) -> list[Conversation]:
     """Reads rows to measure a model on: all there are, or `test_split` where one is named.
 
     Args:
         arguments: What to read.
-        before_input: Stands between an instruction and its input.
         report: Filled in place.
 
     Raises:
         InputError: As `load_conversations`.
     """
-    rows = _read_splits(arguments, before_input, 0, report)
+    rows = _read_splits(arguments, 0, report)
     chosen = rows["test"] if arguments.test_split else [row for split in rows.values() for row in split]
     if not chosen:
         raise InputError(f"data.path {arguments.path!r} has no row with an answer ({report.reasons}): add rows")
@@ -146,7 +151,7 @@ def load_all_conversations(
 
 def prompt_of(conversation: Conversation) -> str:
     """What the last answer of a conversation answers: all that was said before, as one text."""
-    return "\n".join(message["content"] for message in conversation[:-1])
+    return "\n".join(message["content"] for message in write_inputs(conversation[:-1]))
 
 
 def encode_conversations(
@@ -169,16 +174,27 @@ def encode_conversations(
         A row each with `input_ids` (T), `shift_labels` (T), the target of each position or -100, `labels` (T), the
         same before the shift, and `length`, T; and the conversations that were kept.
     """
-    rows, kept = [], []
-    for conversation in conversations:
-        row, reason = _encode(conversation, tokenizer, learn, max_length)
-        if reason:
-            report.drop(reason)
-            report.rows_kept -= 1
-        else:
-            rows.append(row)
-            kept.append(conversation)
-    return datasets.Dataset.from_list(rows), kept
+
+    def encode(row: dict[str, Conversation]) -> dict[str, Any]:
+        encoded, reason = _encode(row["messages"], tokenizer, learn, max_length)
+        return {**(encoded or NO_ROW), "reason": reason}
+
+    rows = datasets.Dataset.from_dict({"messages": list(conversations)})
+    fingerprint = f"{rows._fingerprint}-encoded"  # to find one, datasets would pickle the tokenizer
+    with progress_bar(len(rows) > 1000):
+        rows = rows.map(
+            encode,
+            remove_columns="messages",
+            features=datasets.Features(FEATURES | {"reason": datasets.Value("string")}),
+            keep_in_memory=True,
+            new_fingerprint=fingerprint,
+            desc="Tokenizing",
+        )
+    kept = [index for index, reason in enumerate(rows["reason"]) if not reason]
+    for reason in filter(None, rows["reason"]):
+        report.drop(reason)
+        report.rows_kept -= 1
+    return rows.remove_columns("reason").select(kept), [conversations[index] for index in kept]
 
 
 def pack_rows(rows: datasets.Dataset, length: int) -> datasets.Dataset:
@@ -206,9 +222,7 @@ def pack_rows(rows: datasets.Dataset, length: int) -> datasets.Dataset:
     packed = []
     for pack in packs:
         chosen = [rows[index] for index in sorted(pack)]
-        row = {
-            name: [token for old in chosen for token in old[name]] for name in ("input_ids", "labels", "shift_labels")
-        }
+        row = {name: [token for old in chosen for token in old[name]] for name in COLUMNS}
         row["position_ids"] = [position for old in chosen for position in range(old["length"])]
         packed.append(row | {"length": len(row["input_ids"])})
     return datasets.Dataset.from_list(packed)
@@ -238,9 +252,7 @@ def count_tokens(rows: datasets.Dataset, unknown_id: int | None, report: DataRep
         )
 
 
-def _read_splits(
-    arguments: InstructionDataArguments, before_input: str, seed: int, report: DataReport
-) -> dict[str, list[Conversation]]:
+def _read_splits(arguments: InstructionDataArguments, seed: int, report: DataReport) -> dict[str, list[Conversation]]:
     if not arguments.path:
         raise InputError("data.path is not set: give a Hub id, a file, a folder or synthetic:instructions")
     reading = Reading(
@@ -254,22 +266,22 @@ def _read_splits(
         splits[name] = []
         for number, row in enumerate(rows, start=1):
             report.rows_read += 1
-            conversation = _read_row(row, before_input, f"{arguments.path}, {name} row {number}")
+            conversation = _read_row(row, f"{arguments.path}, {name} row {number}")
             if not any(message["role"] == "assistant" for message in conversation):
                 report.drop("no answer")
-            elif not all(message["content"].strip() for message in conversation):
+            elif not all(message["content"].strip() for message in write_inputs(conversation)):
                 report.drop("empty message" if conversation[-1]["content"].strip() else "empty answer")
-            elif not all(is_unicode(message["content"]) for message in conversation):
+            elif not all(is_unicode(message["content"]) for message in write_inputs(conversation)):
                 report.drop("not Unicode")
             else:
                 splits[name].append(conversation)
-                digest.update(repr(conversation).encode())
+                digest.update(repr(write_inputs(conversation)).encode())
     report.sha256 = report.sha256 or digest.hexdigest()
     report.rows_kept = sum(map(len, splits.values()))
     return splits
 
 
-def _read_row(row: Row, before_input: str, place: str) -> Conversation:
+def _read_row(row: Row, place: str) -> Conversation:
     """The conversation of a row in any of the three forms.
 
     Raises:
@@ -288,10 +300,9 @@ def _read_row(row: Row, before_input: str, place: str) -> Conversation:
     for column, text in zip((asked, answered, "input"), texts, strict=True):
         if text is not None and not isinstance(text, str):
             raise InputError(f"{place}: {column} is of type {type(text).__name__}, it must be text: correct the row")
-    question, answer, given = (text or "" for text in texts)
-    if given.strip():
-        question = f"{question.strip()}{before_input}{given.strip()}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    content, answer, given = (text or "" for text in texts)
+    question = {"role": "user", "content": content} | ({"input": given} if given.strip() else {})
+    return [question, {"role": "assistant", "content": answer}]
 
 
 def _check_chat(messages: object, place: str) -> Conversation:
@@ -342,8 +353,8 @@ def _encode(
 def _divide(
     conversations: list[Conversation], fractions: dict[str, float], divide: str, seed: int
 ) -> dict[str, list[Conversation]]:
-    sizes = {split: max(round(len(conversations) * fraction), 1) for split, fraction in fractions.items()}
     if divide == "order":
+        sizes = {split: max(round(len(conversations) * fraction), 1) for split, fraction in fractions.items()}
         start = len(conversations) - sum(sizes.values())
         if start < 1:
             raise InputError(
@@ -355,26 +366,10 @@ def _divide(
             divided[split] = conversations[start : start + sizes[split]]
             start += sizes[split]
         return divided
-    copies = collections.Counter(map(prompt_of, conversations))
-    salt = (seed % 2**64).to_bytes(8, "little")
-
-    def order(prompt: str) -> bytes:
-        return hashlib.blake2b(prompt.encode(), digest_size=8, salt=salt).digest()
-
-    prompts: dict[str, list[str]] = {split: [] for split in ("train", *fractions)}
-    for prompt in sorted(copies, key=order):
-        split = next((split for split, rows in sizes.items() if rows >= copies[prompt]), "train")
-        prompts[split].append(prompt)
-        if split != "train":
-            sizes[split] -= copies[prompt]
-    # No prompt was as rare as a small split wants: it gets the rarest of the split that has most of them.
-    for split in (split for split, found in prompts.items() if not found):
-        most = max(prompts.values(), key=len)
-        rarest = min(most, key=copies.get)
-        most.remove(rarest)
-        prompts[split].append(rarest)
-    side = {prompt: split for split, found in prompts.items() for prompt in found}
-    return {split: [row for row in conversations if side[prompt_of(row)] == split] for split in prompts}
+    split_of = divide_texts(map(prompt_of, conversations), fractions, seed)
+    return {
+        split: [row for row in conversations if split_of[prompt_of(row)] == split] for split in ("train", *fractions)
+    }
 
 
 def _find_near_duplicates(train: list[str], test: list[str], threshold: float) -> list[list[str]]:

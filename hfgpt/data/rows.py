@@ -1,16 +1,28 @@
-"""Any source -> rows, split by split: local files, a Hub data set, or rows that hfgpt generates itself."""
+"""Any source -> rows, split by split: files, a Hub data set, or rows that hfgpt generates itself."""
 
+import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+from huggingface_hub import HfApi
 
-from hfgpt.data.files import family, find_columns, find_source, hash_files, nearest, read_rows, wrong_column
+from hfgpt.data.files import (
+    describe_file,
+    family,
+    find_columns,
+    find_source,
+    hash_files,
+    nearest,
+    read_rows,
+    without_secrets,
+    wrong_column,
+)
 from hfgpt.data.report import DataReport
 from hfgpt.demo_corpus import generate_instructions, generate_messages, generate_stories
 from hfgpt.errors import InputError
@@ -26,9 +38,10 @@ class SourceArguments:
     """Where rows come from: what the sections `data` of all tasks have in common.
 
     Args:
-        path: A Hub id; a local .txt, .md, .json, .jsonl, .csv, .tsv, .parquet (also .gz, .zst), a folder or a glob of
-            them; or `synthetic:stories`, `synthetic:messages`, `synthetic:instructions`, generated on the spot. A row
-            of a compressed file, or a document, has at most 134,217,728 characters.
+        path: A Hub id; a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet (also .gz, .zst), a folder or a glob of them,
+            or a URL of one (https, s3, gs, hf and whatever else fsspec opens); or `synthetic:stories`,
+            `synthetic:messages`, `synthetic:instructions`, generated on the spot. A row of a compressed file, or a
+            document, has at most 134,217,728 characters.
         name: Configuration of a Hub data set.
         revision: Branch, tag or commit of a Hub data set.
         train_split: Split to train on; in a folder with several, the files that carry this word in their name.
@@ -64,6 +77,56 @@ class Reading:
     seed: int = 0
     column_names: list[str] | None = None
 
+    @property
+    def settings(self) -> list[Any]:
+        """What decides which rows are read of files."""
+        return [list(self.columns.values()), self.limit, self.sample_by, self.column_names]
+
+
+@dataclass
+class Source:
+    """A source that was found and is not read yet.
+
+    Args:
+        name: Its path.
+        splits: Split -> a function that reads its rows: `train`, and those of `Reading.splits` that the source has.
+        version: JSON of what changes whenever the rows may have changed: of each file its place, size and times.
+        files: Local files that are read.
+        tables: Split -> rows of a Hub data set, which are an Arrow table on this machine already.
+    """
+
+    name: str
+    splits: dict[str, Callable[[], Iterator[Row]]]
+    version: list[Any]
+    files: list[Path] = field(default_factory=list)
+    tables: dict[str, datasets.Dataset] = field(default_factory=dict)
+
+
+def find_source_splits(source: SourceArguments, reading: Reading, report: DataReport) -> Source:
+    """Finds a source and its splits.
+
+    Args:
+        source: What to find.
+        reading: How to read it.
+        report: Its `source` and `unused_files` are filled in.
+
+    Raises:
+        InputError: The source is missing or of a kind not taken, or lacks a split that was named.
+    """
+    report.source = without_secrets(source.path)
+    if source.path.startswith("synthetic:"):
+        return _generate_rows(source.path, reading)
+    files = find_source(source.path)
+    if not files:
+        return _open_hub(source, reading)
+    splits = _divide_files(files, source, reading, report)
+    return Source(
+        source.path,
+        {name: functools.partial(_read_files, split, source.path, reading) for name, split in splits.items()},
+        [*reading.settings, {name: list(map(describe_file, split)) for name, split in splits.items()}],
+        [file for split in splits.values() for file in split],
+    )
+
 
 def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, Iterator[Row]]:
     """Opens a source; its rows are read as they are asked for, with nothing in their values changed.
@@ -71,24 +134,17 @@ def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> 
     Args:
         source: What to open.
         reading: How to read it.
-        report: Its `sha256` and `unused_files` are filled in for local files.
+        report: Its `sha256` is filled in for local files, too.
 
     Returns:
-        Split -> its rows: `train`, and those of `reading.splits` that the source has.
+        Split -> its rows.
 
     Raises:
-        InputError: The source is missing, unreadable, of a kind not taken, or lacks a column or split that was named.
+        InputError: As `find_source_splits`; or the source is unreadable, or lacks a column that was named.
     """
-    report.source = source.path
-    if source.path.startswith("synthetic:"):
-        return _generate_rows(source.path, reading)
-    if files := find_source(source.path):
-        splits = _divide_files(files, source, reading, report)
-        report.sha256 = hash_files([file for split in splits.values() for file in split])
-        opened = {name: _read_files(split, source.path, reading) for name, split in splits.items()}
-    else:
-        opened = _open_hub(source, reading)
-    return {name: itertools.islice(rows, reading.limit) for name, rows in opened.items()}
+    found = find_source_splits(source, reading, report)
+    report.sha256 = hash_files(found.files) if found.files else ""
+    return {name: read() for name, read in found.splits.items()}
 
 
 def is_unicode(text: str) -> bool:
@@ -99,29 +155,37 @@ def is_unicode(text: str) -> bool:
         return False
 
 
-def _generate_rows(path: str, reading: Reading) -> dict[str, Iterator[Row]]:
-    if path == "synthetic:stories":
-        stories = generate_stories(reading.limit or SYNTHETIC_STORIES, reading.seed)
-        return {"train": ({"text": story} for story in stories)}
-    kinds = {"synthetic:messages": generate_messages, "synthetic:instructions": generate_instructions}
+def _generate_rows(path: str, reading: Reading) -> Source:
+    kinds = {
+        "synthetic:stories": lambda number, seed, split: ({"text": story} for story in generate_stories(number, seed)),
+        "synthetic:messages": generate_messages,
+        "synthetic:instructions": generate_instructions,
+    }
     if path not in kinds:
-        listed = ", ".join(["synthetic:stories", *kinds])
-        raise InputError(f"data.path {path!r} is not known: there are {listed}")
-    splits = {}
-    for name in ("train", *reading.splits):
-        number = reading.limit or SYNTHETIC_ROWS[name]
-        splits[name] = kinds[path](
-            number if name == "train" else min(number, SYNTHETIC_ROWS[name]), reading.seed, name
-        )
-    return splits
+        raise InputError(f"data.path {path!r} is not known: there are {', '.join(kinds)}")
+    if path == "synthetic:stories":
+        numbers = {"train": reading.limit or SYNTHETIC_STORIES}
+    else:
+        numbers = {name: min(reading.limit or size, size) for name, size in SYNTHETIC_ROWS.items()}
+        numbers["train"] = reading.limit or SYNTHETIC_ROWS["train"]
+    splits = {
+        name: functools.partial(kinds[path], number, reading.seed, name)
+        for name, number in numbers.items()
+        if name in ("train", *reading.splits)
+    }
+    return Source(path, splits, [path, numbers, reading.seed])
 
 
-def _open_hub(source: SourceArguments, reading: Reading) -> dict[str, Iterator[Row]]:
+def _open_hub(source: SourceArguments, reading: Reading) -> Source:
     # The first rows are streamed, so that the first few of a huge set do not need all of it.
     streaming = reading.limit is not None and not datasets.config.HF_HUB_OFFLINE
+    revision = source.revision
     try:
-        splits = datasets.load_dataset(source.path, source.name, revision=source.revision, streaming=streaming)
-    except (datasets.exceptions.FileNotFoundDatasetsError, ConnectionError, ValueError) as error:
+        if streaming:  # what is read then is the version that is noted
+            revision = HfApi().dataset_info(source.path, revision=revision).sha
+        splits = datasets.load_dataset(source.path, source.name, revision=revision, streaming=streaming)
+    # It may be the network, the server, the login, a missing file or a damaged one, each with errors of its library.
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"data.path {source.path!r} was not found locally{nearest(source.path)} or on the Hub ({reason}): check "
@@ -136,7 +200,14 @@ def _open_hub(source: SourceArguments, reading: Reading) -> dict[str, Iterator[R
     for split, name in names.items():
         if name not in splits:
             raise InputError(f"data.{split}_split {name!r} is not in {source.path}, which has: {', '.join(splits)}")
-    return {split: _read_hub(splits[name], source.path, reading.columns) for split, name in names.items()}
+    tables = {split: splits[name] for split, name in names.items()}
+    for split, table in tables.items() if reading.limit else ():
+        tables[split] = table.take(reading.limit) if streaming else table.select(range(min(reading.limit, len(table))))
+    rows = {name: functools.partial(_read_hub, table, source.path, reading.columns) for name, table in tables.items()}
+    if streaming:
+        return Source(source.path, rows, [source.path, source.name, revision, names, *reading.settings])
+    fingerprints = {name: table._fingerprint for name, table in tables.items()}  # no public name for it
+    return Source(source.path, rows, [names, fingerprints], tables=tables)
 
 
 def _read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, columns: dict[str, str]) -> Iterator[Row]:
@@ -191,6 +262,10 @@ def _divide_files(
 
 
 def _read_files(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
+    return itertools.islice(_read_all(files, path, reading), reading.limit)
+
+
+def _read_all(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
     is_text, text = family(files[0]) == "text", reading.columns.get("text_column", "text")
     for file in files:
         if file.stat().st_size == 0 and len(files) == 1:

@@ -2,14 +2,14 @@
 
 Local files are read here and not by the builders of `datasets`, because those change text: the text builder rewrites
 `\\r\\n` and keeps the byte order mark, the CSV one (pandas) turns "NA" and "007" into other things, and neither names
-the byte or the line at fault. Documents then live in an Arrow table on disk, so that memory stays small.
+the byte or the line at fault. What was read is kept as an Arrow table in the cache, where a second run finds it; a
+data set of the Hub is such a table already. All that follows is mapped from it by `datasets`, and kept beside it.
 """
 
+import functools
 import hashlib
-import mmap
-import os
-import tempfile
-from array import array
+import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,22 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Value
 
-from hfgpt.data.files import CHUNK
-from hfgpt.data.report import DataReport
-from hfgpt.data.rows import Reading, SourceArguments, open_rows
+from hfgpt.data.cache import cache_folder, map_rows, read_kept, remove_abandoned
+from hfgpt.data.files import hash_files, wrong_column
+from hfgpt.data.report import DataReport, SplitReport
+from hfgpt.data.rows import Reading, Source, SourceArguments, find_source_splits, is_unicode
+from hfgpt.data.splits import divide, seeded_digest
 from hfgpt.errors import InputError
+from hfgpt.saving import appearing_folder, write_json
 
+FORMAT_VERSION = 1  # of what is kept: another version is not found
 # Offsets of an Arrow string column are 32 bits wide.
 LONGEST_DOCUMENT = 2**31 - 1
+BATCH_BYTES = 1 << 24
+SOURCE_FILE = "source.json"
 
 
 @dataclass
@@ -41,7 +49,8 @@ class DataArguments(SourceArguments):
         stride: Tokens between the starts of blocks; None: `block_size`, which is no overlap.
         document_boundaries: Packing keeps documents apart: positions restart at each of them.
         num_proc: Processes for tokenizing; None: one per core, fewer for little data.
-        cache_dir: Where token streams are kept; None: `hfgpt` inside Hugging Face's cache folder (HF_HOME).
+        cache_dir: Where texts and tokens are kept for the next run; None: `hfgpt` inside Hugging Face's cache folder
+            (HF_HOME). It can be deleted between runs.
     """
 
     validation_fraction: float = 0.1
@@ -56,8 +65,14 @@ class DataArguments(SourceArguments):
 
 
 @dataclass
-class _Collected:
-    """Documents of one split, and for each a digest of its text and its length in characters and bytes."""
+class _Texts:
+    """Usable texts of one split.
+
+    Args:
+        dataset: One column `text`.
+        digests: uint64, of each text and the seed.
+        characters, bytes: Lengths of each.
+    """
 
     dataset: datasets.Dataset
     digests: np.ndarray
@@ -82,16 +97,17 @@ def load_documents(arguments: DataArguments, seed: int, report: DataReport) -> d
     Raises:
         InputError: The source is missing, unreadable, of a kind not taken, or holds too little text.
     """
-    collected = _collect_splits(arguments, seed, report)
-    if "validation" in collected:
+    splits = _read_splits(arguments, seed, report)
+    if "validation" in splits:
         report.split_by = "given"
-        report.leaked = int(np.isin(collected["validation"].digests, collected["train"].digests).sum())
-        _count(report, "train", collected["train"])
-        _count(report, "validation", collected["validation"])
-        return datasets.DatasetDict({name: split.dataset for name, split in collected.items()})
-    if len(collected["train"].dataset) == 1:
-        return _divide_by_position(collected["train"].dataset[0]["text"], arguments, report)
-    return _divide_by_documents(collected["train"], arguments, report)
+        report.leaked = int(np.isin(splits["validation"].digests, splits["train"].digests).sum())
+    elif len(splits["train"].dataset) == 1:
+        splits = _cut_document(splits["train"], arguments, report)
+    else:
+        splits = _divide_documents(splits["train"], arguments, report)
+    for name, texts in splits.items():
+        _count(report, name, texts)
+    return datasets.DatasetDict({name: texts.dataset for name, texts in splits.items()})
 
 
 def load_all_documents(arguments: DataArguments, report: DataReport) -> datasets.Dataset:
@@ -107,22 +123,28 @@ def load_all_documents(arguments: DataArguments, report: DataReport) -> datasets
     Raises:
         InputError: As `load_documents`.
     """
-    collected = _collect_splits(arguments, 0, report)
-    chosen = [collected["validation"]] if arguments.validation_split else list(collected.values())
-    for split in chosen:
-        _count(report, "validation", split)
-    return datasets.concatenate_datasets([split.dataset for split in chosen])
+    splits = _read_splits(arguments, 0, report)
+    chosen = [splits["validation"]] if arguments.validation_split else list(splits.values())
+    for texts in chosen:
+        _count(report, "validation", texts)
+    return datasets.concatenate_datasets([texts.dataset for texts in chosen])
 
 
-def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
-    """The folder where token streams are kept, made if needed.
+def shorten(documents: datasets.Dataset, sizes: SplitReport, characters: int) -> datasets.Dataset:
+    """The first documents of a split, which have about so many characters, or the beginning of one long document.
 
     Args:
-        cache_dir: `data.cache_dir`; None is `hfgpt` inside Hugging Face's cache folder (HF_HOME).
+        documents: One column `text`.
+        sizes: What `load_documents` counted of them.
+        characters: How many are wanted; all documents if there are no more.
     """
-    folder = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_CACHE_HOME) / "hfgpt"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    if sizes.characters <= characters:
+        return documents
+    rows = max(len(documents) * characters // sizes.characters, 1)
+    first = documents.select(range(rows))
+    return (
+        first if rows > 1 else map_rows(first, _cut, {"text": Value("string")}, {"start": 0, "stop": characters}, "")
+    )
 
 
 def _check_arguments(arguments: DataArguments) -> None:
@@ -138,12 +160,9 @@ def _check_arguments(arguments: DataArguments) -> None:
         raise InputError(f"data.sample_by is {arguments.sample_by!r}, it must be document, paragraph or line")
 
 
-def _collect_splits(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, _Collected]:
+def _read_splits(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, _Texts]:
     """Reads every split the source has: `train`, and `validation` if it is given."""
     _check_arguments(arguments)
-    folder = cache_folder(arguments.cache_dir)
-    contents = hashlib.sha256()
-    collected = {}
     reading = Reading(
         columns={"text_column": arguments.text_column},
         splits={"validation": arguments.validation_split},
@@ -151,124 +170,193 @@ def _collect_splits(arguments: DataArguments, seed: int, report: DataReport) -> 
         sample_by=arguments.sample_by,
         seed=seed,
     )
-    for name, rows in open_rows(arguments, reading, report).items():
-        # A later row of a JSON file may lack the key: None, counted as "not text".
-        values = (row.get(arguments.text_column) for row in rows)
-        collected[name] = _collect(values, folder, seed, report, contents)
-        if not len(collected[name].dataset):
+    source = find_source_splits(arguments, reading, report)
+    tables, report.sha256 = _load_tables(source, arguments.text_column, cache_folder(arguments.cache_dir))
+    splits = {name: _measure_texts(table, seed, report) for name, table in tables.items()}
+    for name, texts in splits.items():
+        if not len(texts.dataset):
             raise InputError(
                 f"the {name} split of data.path {arguments.path!r} has no text ({report.reasons}): add text, or name "
                 "the column that holds it in data.text_column"
             )
-    report.sha256 = report.sha256 or contents.hexdigest()
-    digests = np.concatenate([split.digests for split in collected.values()])
+    digests = np.concatenate([texts.digests for texts in splits.values()])
     report.rows_kept += len(digests)
     report.duplicated += len(digests) - len(np.unique(digests))
-    return collected
+    return splits
 
 
-def _collect(values: Iterable[Any], folder: Path, seed: int, report: DataReport, contents: Any) -> _Collected:
-    """Writes the usable texts to an Arrow table on disk, and counts the others into the report."""
-    digests, characters, sizes = array("Q"), array("Q"), array("Q")
-    salt = (seed % 2**64).to_bytes(8, "little")
-    schema = pa.schema({"text": pa.string()})
-    # An unnamed file: it is gone with the process, however that ends. Its pages are read as they are needed.
-    with tempfile.TemporaryFile(dir=folder) as file:
-        with pa.ipc.new_stream(file, schema) as writer:
-            batch, size = [], 0
-            for value in values:
-                report.rows_read += 1
-                data, reason = _encode(value)
-                if reason:
-                    report.drop(reason)
-                    continue
-                contents.update(len(data).to_bytes(8, "little"))
-                contents.update(data)
-                # With the seed as salt, the order of the digests is the seeded permutation that divides documents.
-                digest = hashlib.blake2b(data, digest_size=8, salt=salt).digest()
-                digests.append(int.from_bytes(digest, "little"))
-                characters.append(len(value))
-                sizes.append(len(data))
-                if batch and size + len(data) > 16 * CHUNK:
-                    writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema))
-                    batch, size = [], 0
-                batch.append(value)
-                size += len(data)
-            if batch:
-                writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema))
-        file.flush()
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    table = pa.ipc.open_stream(pa.py_buffer(pages)).read_all()
-    # Given here because datasets would pickle the whole table to find one.
-    dataset = datasets.Dataset(table, fingerprint=contents.hexdigest()[:16])
-    return _Collected(dataset, *(np.array(column, dtype=np.uint64) for column in (digests, characters, sizes)))
+def _load_tables(source: Source, column: str, cache: Path) -> tuple[dict[str, datasets.Dataset], str]:
+    """Split -> its rows as one column `text`, memory-mapped; and the SHA-256 of the source.
+
+    Neither files nor texts are read if a run before has read this version of them.
+    """
+    for table in source.tables.values():
+        if column not in table.column_names:
+            raise wrong_column("text_column", column, source.name, table.column_names)
+    key = json.dumps([FORMAT_VERSION, column, source.version])
+    place = cache / hashlib.sha256(key.encode()).hexdigest()[:32]
+    kept = _open_kept(place)
+    if kept is None:
+        remove_abandoned(cache)
+        shutil.rmtree(place, ignore_errors=True)  # damaged
+        try:
+            with appearing_folder(place) as folder:
+                _keep(source, column, folder)
+        except OSError:
+            if not (place / SOURCE_FILE).is_file():  # otherwise another process was first
+                raise
+        kept = _open_kept(place)
+    written, sha256 = kept
+    return {name: _text_column(table, column) for name, table in source.tables.items()} or written, sha256
 
 
-def _encode(value: Any) -> tuple[bytes, str]:
-    """The UTF-8 of a usable text and "", or nothing and the reason to drop it."""
-    if not isinstance(value, str):
-        return b"", "not text"
-    if not value or value.isspace():
-        return b"", "empty"
+def _text_column(table: datasets.Dataset, column: str) -> datasets.Dataset:
+    table = table.select_columns(column)
+    return table if column == "text" else table.rename_column(column, "text")
+
+
+def _keep(source: Source, column: str, folder: Path):
+    """Writes the texts of a source that is no table already, and its SHA-256."""
+    rows = {}
+    tables = {name: _text_column(table, column) for name, table in source.tables.items()}
+    if not tables:
+        for name, read in source.splits.items():
+            # A later row of a JSON file may lack the key: None, counted as "not text".
+            rows[name] = _write_texts((row.get(column) for row in read()), folder / f"{name}.arrow")
+        tables = {name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")) for name in rows}
+    sha256 = hash_files(source.files) if source.files else _hash_texts(tables)
+    write_json(folder / SOURCE_FILE, {"sha256": sha256, "rows": rows})
+
+
+def _open_kept(place: Path) -> tuple[dict[str, datasets.Dataset], str] | None:
+    """What `_keep` wrote: tables and SHA-256; None if it is not there or damaged."""
     try:
-        data = value.encode()
-    # JSON can spell half of a surrogate pair, which no UTF-8 stands for.
-    except UnicodeEncodeError:
-        return b"", "not Unicode"
-    if len(data) > LONGEST_DOCUMENT:
-        raise InputError(
-            f"one document has {len(data):,} bytes, the limit is {LONGEST_DOCUMENT:,}: set data.sample_by to paragraph"
-        )
-    return data, ""
+        record = json.loads((place / SOURCE_FILE).read_text(encoding="utf-8"))
+        rows, sha256 = record["rows"], record["sha256"]
+        files = {name: str(place / f"{name}.arrow") for name in rows}
+        tables = {name: read_kept(functools.partial(datasets.Dataset.from_file, file)) for name, file in files.items()}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    whole = all(table is not None and len(table) == rows[name] for name, table in tables.items())
+    return (tables, sha256) if whole else None
 
 
-def _divide_by_position(text: str, arguments: DataArguments, report: DataReport) -> datasets.DatasetDict:
+def _write_texts(values: Iterable[Any], path: Path) -> int:
+    """Writes one row for each value, null for what is no text; the number of rows."""
+    schema, rows = pa.schema({"text": pa.string()}), 0
+    with open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        batch, size = [], 0
+        for value in values:
+            rows += 1
+            # JSON can spell half of a surrogate pair, which no UTF-8 stands for.
+            data = value.encode() if isinstance(value, str) and is_unicode(value) else None
+            length = len(data or b"")
+            if length > LONGEST_DOCUMENT:
+                raise InputError(
+                    f"one document has {length:,} bytes, the limit is {LONGEST_DOCUMENT:,}: set data.sample_by to "
+                    "paragraph"
+                )
+            if batch and size + length > BATCH_BYTES:
+                writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema))
+                batch, size = [], 0
+            batch.append(data)
+            size += length
+        if batch:
+            writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema))
+    return rows
+
+
+def _hash_texts(tables: dict[str, datasets.Dataset]) -> str:
+    """SHA-256 of the usable texts and of where each ends."""
+    digest = hashlib.sha256()
+    for table in tables.values():
+        for text in table.data.column("text"):
+            if not _unusable(text.as_py()):
+                data = text.as_py().encode()
+                digest.update(len(data).to_bytes(8, "little"))
+                digest.update(data)
+    return digest.hexdigest()
+
+
+def _unusable(value: Any) -> str:
+    """Why a row is dropped; "" if it is not."""
+    if not isinstance(value, str):
+        return "not text"
+    return "" if value and not value.isspace() else "empty"
+
+
+def _measure_texts(table: datasets.Dataset, seed: int, report: DataReport) -> _Texts:
+    """The usable texts of a table, measured; the others are counted into the report."""
+    features = {**dict.fromkeys(("digest", "characters", "bytes"), Value("uint64")), "unusable": Value("string")}
+    measured = map_rows(table, _measure, features, {"seed": seed, "version": FORMAT_VERSION}, "Reading").data
+    report.rows_read += len(table)
+    for reason in pc.value_counts(measured.column("unusable")):
+        if reason["values"].as_py():
+            report.drop(reason["values"].as_py(), reason["counts"].as_py())
+    usable = pc.equal(measured.column("unusable"), "").to_numpy()
+    columns = (measured.column(name).to_numpy()[usable] for name in ("digest", "characters", "bytes"))
+    return _Texts(table if usable.all() else table.select(np.flatnonzero(usable)), *columns)
+
+
+def _measure(batch: pa.Table, seed: int, version: int) -> pa.Table:
+    texts = [value.as_py() for value in batch["text"]]
+    reasons = [_unusable(text) for text in texts]
+    texts = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
+    # With the seed in it, the order of the digests is the seeded permutation that divides documents.
+    digests = b"".join(seeded_digest(text, seed) for text in texts)
+    return pa.table(
+        {
+            "digest": np.frombuffer(digests, "<u8"),
+            "characters": list(map(len, texts)),
+            "bytes": [len(text.encode()) for text in texts],
+            "unusable": reasons,
+        }
+    )
+
+
+def _cut_document(texts: _Texts, arguments: DataArguments, report: DataReport) -> dict[str, _Texts]:
     """Cuts one document; the last characters validate. The rule of the book and of nanoGPT, to the character."""
-    cut = int(len(text) * (1 - arguments.validation_fraction))
-    parts = {"train": text[:cut], "validation": text[cut:]}
+    size = int(texts.characters[0])
+    cut = int(size * (1 - arguments.validation_fraction))
     report.split_by = "position"
-    for name, part in parts.items():
-        if not part:
+    parts = {}
+    for name, start, stop in (("train", 0, cut), ("validation", cut, size)):
+        if start == stop:
             raise InputError(
-                f"data.validation_fraction {arguments.validation_fraction} of one document of {len(text)} characters "
+                f"data.validation_fraction {arguments.validation_fraction} of one document of {size} characters "
                 f"leaves the {name} split empty: add text or change the fraction"
             )
-        split = report.split(name)
-        split.documents, split.characters, split.bytes = 1, len(part), len(part.encode())
-    return datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": [part]}) for name, part in parts.items()})
+        where = {"start": start, "stop": stop}
+        part = map_rows(texts.dataset, _cut, {"text": Value("string")}, where, "Dividing")
+        length = pc.binary_length(part.data.column("text")).to_numpy()
+        parts[name] = _Texts(part, texts.digests, np.array([stop - start]), length)
+    return parts
 
 
-def _divide_by_documents(collected: _Collected, arguments: DataArguments, report: DataReport) -> datasets.DatasetDict:
+def _cut(batch: pa.Table, start: int, stop: int) -> pa.Table:
+    return pa.table({"text": [text.as_py()[start:stop] for text in batch["text"]]})
+
+
+def _divide_documents(texts: _Texts, arguments: DataArguments, report: DataReport) -> dict[str, _Texts]:
     """Takes whole documents, all copies of a text together, until the fraction is reached."""
-    total = len(collected.digests)
-    _, texts, copies = np.unique(collected.digests, return_inverse=True, return_counts=True)
+    _, text_of, copies = np.unique(texts.digests, return_inverse=True, return_counts=True)
     if len(copies) == 1:
         raise InputError(
-            f"all {total} documents of data.path {arguments.path!r} are the same text, so validation would repeat "
-            "training: add other texts or give data.validation_split"
+            f"all {len(text_of)} documents of data.path {arguments.path!r} are the same text, so validation would "
+            "repeat training: add other texts or give data.validation_split"
         )
-    wanted = left = min(max(round(total * arguments.validation_fraction), 1), total - 1)
-    chosen = np.zeros(len(copies), dtype=bool)
-    for text, count in enumerate(copies.tolist()):
-        if count <= left:
-            chosen[text] = True
-            left -= count
-        if not left:
-            break
-    # Every text has more copies than were wanted: the rarest one it is.
-    if left == wanted:
-        chosen[copies.argmin()] = True
-    validates = chosen[texts]
     report.split_by = "documents"
+    sides = divide(copies, [arguments.validation_fraction])[text_of]
     parts = {}
-    for name, rows in (("train", np.flatnonzero(~validates)), ("validation", np.flatnonzero(validates))):
-        _count(report, name, collected, rows)
-        parts[name] = collected.dataset.select(rows)
-    return datasets.DatasetDict(parts)
+    for side, name in enumerate(("train", "validation")):
+        rows = np.flatnonzero(sides == side)
+        columns = (column[rows] for column in (texts.digests, texts.characters, texts.bytes))
+        parts[name] = _Texts(texts.dataset.select(rows), *columns)
+    return parts
 
 
-def _count(report: DataReport, name: str, collected: _Collected, rows: np.ndarray | slice = slice(None)) -> None:
+def _count(report: DataReport, name: str, texts: _Texts):
     split = report.split(name)
-    split.documents += len(collected.digests[rows])
-    split.characters += int(collected.characters[rows].sum())
-    split.bytes += int(collected.bytes[rows].sum())
+    split.documents += len(texts.dataset)
+    split.characters += int(texts.characters.sum())
+    split.bytes += int(texts.bytes.sum())

@@ -1,90 +1,94 @@
-"""Documents -> one stream of tokens on disk.
+"""Texts -> one stream of tokens.
 
-A flat file of 2 bytes a token (4 if the vocabulary needs them), as in nanoGPT's `prepare.py`, kept under a key made of
-the texts and the tokenizer: a second run tokenizes nothing again.
+Tokenizing is one `map` of datasets, which keeps its result beside the texts: 2 bytes a token (4 if the vocabulary
+needs them) in Arrow, mapped into memory. A second run with the same texts and the same tokenizer finds it there.
 """
 
-import hashlib
+import functools
 import json
 import os
 import re
-import shutil
-import time
-import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import numpy as np
-from datasets.utils import tqdm
+import pyarrow as pa
+from datasets import LargeList, Value
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from hfgpt.data.cache import map_rows
 from hfgpt.errors import InputError
 
-FORMAT_VERSION = 1
-# Characters given to the tokenizer at once, and to one process for one task: about a second of work.
+FORMAT_VERSION = 2  # of what is kept: another version is not found
+# Characters given to the tokenizer at once: about a second of work.
 BATCH_CHARACTERS = 1 << 20
 # Starting a process costs about as much time as tokenizing this much.
-CHARACTERS_PER_PROCESS = 8 << 20
-ABANDONED_AFTER_SECONDS = 24 * 3600
+BYTES_PER_PROCESS = 8 << 20
 # Between these two letters GPT-2's pre-tokenizer always separates, whatever surrounds them.
 CUT = re.compile(r"[!-~]\n(?=[!-~])")
 
 
-@dataclass
 class TokenStream:
-    """The tokens of all documents, one after the other.
+    """The tokens of all documents, one after the other; `stream[start:stop]` are some of them.
 
     Args:
-        tokens: uint16 or uint32 [number of tokens]; a memory map if the stream is on disk.
-        offsets: int64 [documents + 1]: document i is `tokens[offsets[i] : offsets[i + 1]]`.
-        max_token_id: The largest id in `tokens`; a model needs a larger vocabulary size.
-        cached: Whether an earlier run had tokenized these documents.
-        path: Folder of the stream; None if it lives in memory only.
+        documents: Rows with the column `input_ids`, a LargeList of uint16 or uint32. Their Arrow buffers are the
+            stream: nothing is copied.
+
+    Attributes:
+        offsets: int64 [documents + 1]: document i is `stream[offsets[i] : offsets[i + 1]]`.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    max_token_id: int
-    cached: bool = False
-    path: Path | None = None
+    def __init__(self, documents: datasets.Dataset):
+        self.documents = documents
+        chunks = documents.data.column("input_ids").chunks
+        self._pieces = [chunk.flatten().to_numpy() for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, self._pieces)])
+        lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
+        self.offsets = np.cumsum(np.concatenate([[0], *lengths]))
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return int(self._starts[-1])
+
+    def __getitem__(self, tokens: slice) -> np.ndarray:
+        start, stop, _ = tokens.indices(len(self))
+        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
+        pieces = [
+            self._pieces[index][max(start - self._starts[index], 0) : stop - self._starts[index]]
+            for index in range(first, last + 1)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def __reduce__(self) -> tuple:
-        # A memory map would be pickled with its content; a worker process maps the file again.
-        if self.path is not None:
-            return _open_stream, (self.path, self.cached)
-        return TokenStream, (self.tokens, self.offsets, self.max_token_id)
+        # Arrow files are mapped again by a worker process; the views of their buffers would be copied.
+        return TokenStream, (self.documents,)
+
+    def count(self, token_id: int) -> int:
+        """How often a token occurs."""
+        return sum(int(np.count_nonzero(piece == token_id)) for piece in self._pieces)
+
+    def largest_id(self) -> int:
+        """The largest token id that occurs; a model needs a larger vocabulary size."""
+        return max(int(piece.max(initial=0)) for piece in self._pieces)
 
 
 def tokenize_documents(
     documents: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    cache_dir: str | os.PathLike,
     num_proc: int | None = None,
     append_eos: bool = True,
 ) -> TokenStream:
-    """Tokenizes documents into one stream on disk, or finds the stream that an earlier run left there.
+    """Tokenizes documents, or finds the tokens that an earlier run has kept in the folder of their Arrow file.
 
-    Several processes may do this at once; each gets a whole stream. An error or an interrupt leaves nothing behind.
+    Several processes may do this at once. An error or an interrupt leaves nothing behind.
 
     Args:
-        documents: Rows with the column `text`.
+        documents: Rows with the column `text`. Tokens of rows that are in memory alone are not kept.
         tokenizer: A fast tokenizer; its truncation and padding are not used.
-        cache_dir: Folder that holds a folder for each stream.
         num_proc: Processes; None: one per core, fewer for little text. The stream does not depend on it.
         append_eos: End each document with the tokenizer's `eos_token_id`. Off for a part of a document.
-
-    Returns:
-        The stream; its `cached` tells whether it was there.
 
     Raises:
         InputError: The tokenizer is not a fast one, has no end-of-sequence token, or makes no tokens of the text.
@@ -96,25 +100,20 @@ def tokenize_documents(
         raise InputError("the tokenizer has no eos_token to end documents with: set tokenizer.eos_token")
     if num_proc is not None and num_proc < 1:
         raise InputError(f"data.num_proc is {num_proc}, the least is 1: unset it to use one process per core")
-    backend = _plain_backend(tokenizer)
-    eos_token_id = tokenizer.eos_token_id if append_eos else None
-    texts_hash, characters = _hash_texts(documents)
-    parts = [FORMAT_VERSION, texts_hash, backend.to_str(), backend.encode_special_tokens, eos_token_id]
-    folder = Path(cache_dir) / hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if stream := _open_valid(folder):
-        return stream
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
     if num_proc is None:
-        num_proc = max(1, min(_cores(), characters // CHARACTERS_PER_PROCESS))
-    temporary = folder.with_name(f".partial-{uuid.uuid4().hex}")
-    temporary.mkdir()
-    try:
-        encoded = _encode_documents(documents, backend, eos_token_id, num_proc)
-        _write_stream(temporary, encoded, _token_type(backend))
-        return _publish_stream(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        num_proc = min(_cores(), documents.data.nbytes // BYTES_PER_PROCESS, len(documents))
+    backend = _plain_backend(tokenizer)
+    arguments = {
+        "backend": backend.to_str(),
+        "encode_special_tokens": backend.encode_special_tokens,
+        "end": [tokenizer.eos_token_id] if append_eos else [],
+        "version": FORMAT_VERSION,
+    }
+    features = {"input_ids": LargeList(Value(_token_type(backend)))}
+    stream = TokenStream(map_rows(documents, _encode, features, arguments, "Tokenizing", num_proc))
+    if not len(stream):
+        raise InputError("the tokenizer makes no tokens of this text: add text, or choose another tokenizer")
+    return stream
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -127,9 +126,9 @@ def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-def _token_type(backend: Tokenizer) -> np.dtype:
+def _token_type(backend: Tokenizer) -> str:
     largest = max(backend.get_vocab(with_added_tokens=True).values())
-    return np.dtype(np.uint16 if largest < 2**16 else np.uint32)
+    return "uint16" if largest < 2**16 else "uint32"
 
 
 def _cores() -> int:
@@ -137,30 +136,44 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _texts(documents: datasets.Dataset) -> Iterator[str]:
-    for batch in documents.with_format("arrow").iter(batch_size=1000):
-        yield from batch["text"].to_pylist()
+def _encode(
+    batch: pa.Table, backend: str, encode_special_tokens: bool, end: list[int], version: int
+) -> dict[str, pa.Array]:
+    """The token ids of a batch of texts; runs in each process of `map`."""
+    tokenizer = _load_backend(backend)
+    tokenizer.encode_special_tokens = encode_special_tokens
+    tokens, ends, size = [], [0], 0
+    for pieces in _batch_pieces(batch["text"], _can_cut(backend)):
+        try:
+            encodings = tokenizer.encode_batch_fast([text for text, _ in pieces], add_special_tokens=False)
+        # The Rust library's bare one: a vocabulary without a token for what it does not know.
+        except Exception as error:
+            raise InputError(
+                f"the tokenizer does not know all of the text ({error}): train or name another"
+            ) from error
+        for encoding, (_, ends_document) in zip(encodings, pieces, strict=True):
+            ids = np.array(encoding.ids + (end if ends_document else []), dtype=np.uint32)
+            tokens.append(ids)
+            size += len(ids)
+            if ends_document:
+                ends.append(size)
+    return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(tokens)))})
 
 
-def _hash_texts(documents: datasets.Dataset) -> tuple[str, int]:
-    """A hash of the texts and of where each ends, and the number of characters."""
-    digest, characters = hashlib.sha256(), 0
-    for text in _texts(documents):
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-        characters += len(text)
-    return digest.hexdigest(), characters
+@functools.lru_cache(maxsize=1)
+def _load_backend(backend: str) -> Tokenizer:
+    return Tokenizer.from_str(backend)
 
 
-def _can_cut(backend: Tokenizer) -> bool:
+@functools.lru_cache(maxsize=1)
+def _can_cut(backend: str) -> bool:
     """Whether a text may be tokenized in pieces that end between a visible character and a line feed.
 
     True for GPT-2's pre-tokenizer (https://github.com/openai/gpt-2, encoder.py): its pattern joins only a space, never
     a line feed, with a following letter, and a single line feed is a word of its own wherever the text ends. Added
     tokens must not reach over the cut.
     """
-    layout = json.loads(backend.to_str())
+    layout = json.loads(backend)
     words = layout["pre_tokenizer"] or {}
     is_gpt2 = words.get("type") == "ByteLevel" and not words["add_prefix_space"] and words.get("use_regex", True)
     return (
@@ -173,7 +186,7 @@ def _can_cut(backend: Tokenizer) -> bool:
     )
 
 
-def _pieces(text: str, can_cut: bool) -> Iterator[str]:
+def _cut_text(text: str, can_cut: bool) -> Iterator[str]:
     """Cuts a long text: tokenizing takes about 130 bytes of memory a character, measured on 22 million."""
     start = 0
     while can_cut and len(text) - start > BATCH_CHARACTERS:
@@ -185,11 +198,11 @@ def _pieces(text: str, can_cut: bool) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def _batches(documents: datasets.Dataset, can_cut: bool) -> Iterator[list[tuple[str, bool]]]:
+def _batch_pieces(texts: Iterable[pa.Scalar], can_cut: bool) -> Iterator[list[tuple[str, bool]]]:
     """Lists of about BATCH_CHARACTERS of (text, whether a document ends with it)."""
     batch, size = [], 0
-    for text in _texts(documents):
-        pieces = list(_pieces(text, can_cut))
+    for text in texts:
+        pieces = list(_cut_text(text.as_py(), can_cut))
         for number, piece in enumerate(pieces, start=1):
             batch.append((piece, number == len(pieces)))
             size += len(piece)
@@ -198,150 +211,3 @@ def _batches(documents: datasets.Dataset, can_cut: bool) -> Iterator[list[tuple[
                 batch, size = [], 0
     if batch:
         yield batch
-
-
-class _Encoder:
-    """Turns a batch of texts into its tokens and the positions where documents end; travels to worker processes."""
-
-    def __init__(self, backend: Tokenizer, eos_token_id: int | None):
-        self.backend = backend
-        self.eos = [] if eos_token_id is None else [eos_token_id]
-
-    def __call__(self, batch: list[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            encodings = self.backend.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        # The Rust library's bare one: a vocabulary without a token for what it does not know.
-        except Exception as error:
-            raise InputError(
-                f"the tokenizer does not know all of the text ({error}): train or name another"
-            ) from error
-        tokens, ends, size = [], [], 0
-        for encoding, (_, ends_document) in zip(encodings, batch, strict=True):
-            ids = np.array(encoding.ids + (self.eos if ends_document else []), dtype=np.uint32)
-            tokens.append(ids)
-            size += len(ids)
-            if ends_document:
-                ends.append(size)
-        return np.concatenate(tokens), np.array(ends, dtype=np.int64)
-
-
-def _encode_documents(
-    documents: datasets.Dataset, backend: Tokenizer, eos_token_id: int | None, num_proc: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Encoded batches in the order of the documents."""
-    batches = _batches(documents, _can_cut(backend))
-    encoder = _Encoder(backend, eos_token_id)
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(documents), desc="Tokenizing", unit=" documents", disable=None))
-        if num_proc == 1:
-            encoded: Iterable = map(encoder, batches)
-        else:
-            stack.enter_context(_one_thread_each())
-            pool = ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(encoder,))
-            encoded = _map_ordered(stack.enter_context(pool), batches, ahead=2 * num_proc)
-        for tokens, ends in encoded:
-            bar.update(len(ends))
-            yield tokens, ends
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Tells tokenizers, in the processes started here, not to start threads of its own besides."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _start_worker(encoder: _Encoder) -> None:
-    # Sent once a process, not with every batch: a tokenizer is some megabytes.
-    global _worker_encoder
-    _worker_encoder = encoder
-
-
-def _encode_in_worker(batch: list[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
-    return _worker_encoder(batch)
-
-
-def _map_ordered(
-    pool: ProcessPoolExecutor, batches: Iterable[list[tuple[str, bool]]], ahead: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Like `pool.map`, which however reads all batches into memory before it gives the first result."""
-    running = deque()
-    for batch in batches:
-        running.append(pool.submit(_encode_in_worker, batch))
-        if len(running) == ahead:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()
-
-
-def _write_stream(folder: Path, encoded: Iterable[tuple[np.ndarray, np.ndarray]], token_type: np.dtype) -> None:
-    size = documents = max_token_id = 0
-    with open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "offsets.bin", "wb") as offsets_file:
-        offsets_file.write(np.zeros(1, dtype=np.int64))
-        for tokens, ends in encoded:
-            tokens_file.write(tokens.astype(token_type))
-            offsets_file.write(ends + size)
-            size += len(tokens)
-            documents += len(ends)
-            max_token_id = max(max_token_id, int(tokens.max(initial=0)))
-    if not size:
-        raise InputError("the tokenizer makes no tokens of this text: add text, or choose another tokenizer")
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "token_type": token_type.name,
-        "tokens": size,
-        "documents": documents,
-        "max_token_id": max_token_id,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta) + "\n", encoding="utf-8")
-
-
-def _open_stream(folder: Path, cached: bool) -> TokenStream:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    tokens = np.memmap(folder / "tokens.bin", dtype=meta["token_type"], mode="r", shape=(meta["tokens"],))
-    offsets = np.memmap(folder / "offsets.bin", dtype=np.int64, mode="r", shape=(meta["documents"] + 1,))
-    return TokenStream(tokens, offsets, meta["max_token_id"], cached, folder)
-
-
-def _open_valid(folder: Path) -> TokenStream | None:
-    """The stream in a folder, or None if there is none or its files are not as long as they were written."""
-    try:
-        stream = _open_stream(folder, cached=True)
-        sizes = [(folder / name).stat().st_size for name in ("tokens.bin", "offsets.bin")]
-    # ValueError: the text is not JSON, or a file is too short to be mapped.
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return None
-    return stream if sizes == [stream.tokens.nbytes, stream.offsets.nbytes] else None
-
-
-def _publish_stream(temporary: Path, folder: Path) -> TokenStream:
-    """Gives a finished folder its name; of two processes the second takes what the first has published."""
-    # Opened under the old name: its files stay readable whatever others do to the new one.
-    stream = _open_stream(temporary, cached=False)
-    stream.path = folder
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if published := _open_valid(folder):
-            return published
-        # What is there is damaged. It is moved away whole, so that nobody sees half a folder.
-        damaged = folder.with_name(f".partial-{uuid.uuid4().hex}")
-        os.rename(folder, damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-        os.rename(temporary, folder)
-    return stream
-
-
-def _remove_abandoned(cache_dir: Path) -> None:
-    """Removes what a killed process left; a live one has written to its folder within a day."""
-    for folder in cache_dir.glob(".partial-*"):
-        times = [item.stat().st_mtime for item in (folder, *folder.glob("*")) if item.exists()]
-        if max(times, default=0) < time.time() - ABANDONED_AFTER_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)

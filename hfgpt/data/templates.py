@@ -109,6 +109,21 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> s
     return BEFORE_INPUT.get(name, "\n")
 
 
+def write_inputs(messages: Sequence[dict[str, str]], before_input: str = "\n") -> list[dict[str, str]]:
+    """The messages with the input of each written after its content.
+
+    Args:
+        messages: Each with `role`, `content` and maybe `input`.
+        before_input: Stands between an instruction and its input, see `set_chat_template`.
+    """
+    return [
+        {"role": message["role"], "content": f"{message['content'].strip()}{before_input}{message['input'].strip()}"}
+        if message.get("input")
+        else {"role": message["role"], "content": message["content"]}
+        for message in messages
+    ]
+
+
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[dict[str, str]],

@@ -3,13 +3,13 @@
 import dataclasses
 import shutil
 
-import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hfgpt.building import DROPOUTS, ModelArguments, build_model, find_base_model
 from hfgpt.data.blocks import BlockDataset
-from hfgpt.data.streams import TokenStream
+from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
 from hfgpt.runs.record import describe_training, first_pass_folder
@@ -129,8 +129,5 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
 
 def join_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     """One stream in memory: the tokens of each text, and an end of text after it if the tokenizer has one."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [[*row, *end] for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    offsets = np.cumsum([0, *map(len, ids)])
-    tokens = np.concatenate([np.array(row, dtype=np.uint32) for row in ids])
-    return TokenStream(tokens, offsets, int(tokens.max()))
+    rows = Dataset.from_dict({"text": texts})
+    return tokenize_documents(rows, tokenizer, append_eos=tokenizer.eos_token_id is not None)

@@ -237,7 +237,7 @@ def describe_sources(recipe: Recipe, data: Data) -> RunRecord:
         task=recipe.task,
         recipe=recipe.name,
         seed=arguments.seed,
-        data_source=str(place.resolve()) if place.exists() else recipe.data.path,
+        data_source=str(place.resolve()) if place.exists() else data.report.source,
         data_sha256=data.report.sha256,
         tokenizer_sha256=tokenizer_hash(data.tokenizer),
         tokenizer_vocab_size=len(data.tokenizer),

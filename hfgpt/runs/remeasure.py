@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from hfgpt.data.files import find_files, looks_local
+from hfgpt.data.files import find_files, is_url, looks_local
 from hfgpt.errors import InputError
 from hfgpt.hub.folder import FolderRecords, explained_records
 from hfgpt.models import find_device, find_model
@@ -86,8 +86,9 @@ def _find_rows(records: FolderRecords, overrides: Sequence[str]) -> Recipe | Non
 
 
 def _source(records: FolderRecords) -> str:
-    """Where the data was: as it was found, or else as it was written."""
-    return records.run.data_source or records.recipe["data"]["path"]
+    """Where the data was: as it was found, or else as it was written, with what signs its user in."""
+    written = records.recipe["data"]["path"]
+    return written if is_url(written) else records.run.data_source or written
 
 
 def _run_folder(folder: Path) -> Path:

@@ -76,7 +76,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     first_blocks = build_blocks(recipe, data) if recipe.pretraining else None
 
     # 4. What it will cost, and what was chosen.
-    estimate = plan_run(model, arguments, data.row_length, len(data.splits["train"]), seconds=0.5)
+    estimate = plan_run(model, arguments, data.row_length, data.train_rows, seconds=0.5)
     console.print(describe_start(recipe, data, model, estimate, is_new=checkpoint is None), highlight=False)
 
     # 5. Train, after a first pass over the texts alone if the recipe has one.

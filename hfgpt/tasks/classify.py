@@ -70,7 +70,9 @@ class Classification:
     def check(self, recipe: Recipe):
         pass
 
-    def load(self, recipe: Recipe, tokenizer_folder: Path | None = None) -> ClassificationData:
+    def load(
+        self, recipe: Recipe, tokenizer_folder: Path | None = None, characters: int | None = None
+    ) -> ClassificationData:
         base = find_base_model(recipe.model)
         report = DataReport()
         texts = load_labelled_texts(recipe.data, recipe.training.seed, report)

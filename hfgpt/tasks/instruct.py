@@ -1,7 +1,7 @@
 """Stage 7.2, instructions: a language model that answers, from questions and answers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from hfgpt.data.instructions import (
     pack_rows,
 )
 from hfgpt.data.report import DataReport
-from hfgpt.data.templates import BEFORE_INPUT, render_letters, set_chat_template
+from hfgpt.data.templates import BEFORE_INPUT, render_letters, set_chat_template, write_inputs
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments
 from hfgpt.evaluation.generation import unknown_token_id
@@ -67,19 +67,16 @@ class Instructions:
         if recipe.evaluation.judge.base_url:
             check_judge(recipe.evaluation.judge)
 
-    def load(self, recipe: Recipe, tokenizer_folder: Path | None = None) -> InstructionData:
+    def load(
+        self, recipe: Recipe, tokenizer_folder: Path | None = None, characters: int | None = None
+    ) -> InstructionData:
         base = find_base_model(recipe.model)
         report, arguments = DataReport(), recipe.data
-        # A trained tokenizer needs the rows first, and the rows the template, whose name is enough for a new one.
-        before_input = _before_input(recipe, base, tokenizer_folder)
-        conversations = load_conversations(arguments, before_input, recipe.training.seed, report)
-        texts = [message["content"] for conversation in conversations["train"] for message in conversation]
-        # A new tokenizer is to know the letters of the template, too.
-        tokenizer = find_tokenizer(
-            recipe, base, tokenizer_folder, [render_letters(arguments.template or "chat"), *texts]
-        )
+        conversations = load_conversations(arguments, recipe.training.seed, report)
+        texts = _training_texts(conversations["train"], arguments.template)
+        tokenizer = find_tokenizer(recipe, base, tokenizer_folder, texts)
         warn_of_small_vocabulary(recipe, tokenizer, report)
-        set_chat_template(tokenizer, arguments.template)
+        before_input = set_chat_template(tokenizer, arguments.template)
         context = context_length(recipe, base)
         length = arguments.max_length or context
         if length > context:
@@ -88,9 +85,8 @@ class Instructions:
         encoded = {}
         for split in SPLITS:
             learn = "answers" if split == "test" else arguments.learn  # what is measured at the end are answers
-            encoded[split], conversations[split] = encode_conversations(
-                conversations[split], tokenizer, learn, length, report
-            )
+            written = [write_inputs(conversation, before_input) for conversation in conversations[split]]
+            encoded[split], conversations[split] = encode_conversations(written, tokenizer, learn, length, report)
             count_tokens(encoded[split], unknown_token_id(tokenizer), report, split)
         for split, unit in (("validation", "tokens"), ("test", "tokens"), ("test", "rows")):
             report.warn_if_small(split, unit)
@@ -146,7 +142,7 @@ class Instructions:
         model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM)
         before_input = set_chat_template(tokenizer, data.template)
         report = DataReport()
-        conversations = load_all_conversations(data, before_input, report)
+        conversations = [write_inputs(row, before_input) for row in load_all_conversations(data, report)]
         context = model.config.max_position_embeddings
         encoded, conversations = encode_conversations(
             conversations, tokenizer, "answers", min(data.max_length or context, context), report
@@ -231,9 +227,8 @@ def write_answers(answers: Sequence[Answer], folder: Path):
     write_text(folder / ANSWERS_FILE, "".join(lines))
 
 
-def _before_input(recipe: Recipe, base: SavedModel | None, tokenizer_folder: Path | None) -> str:
-    """What stands between an instruction and its input, before there is a tokenizer to train on both."""
-    trains = base is None and recipe.tokenizer.path is None and tokenizer_folder is None
-    if trains:
-        return BEFORE_INPUT.get(recipe.data.template, "\n")
-    return set_chat_template(find_tokenizer(recipe, base, tokenizer_folder, ()), recipe.data.template)
+def _training_texts(conversations: Sequence[Conversation], template: str | None) -> Iterator[str]:
+    """What a new tokenizer is trained on: what is said, and the letters of the template."""
+    yield render_letters(template or "chat")
+    for conversation in conversations:
+        yield from (message["content"] for message in write_inputs(conversation, BEFORE_INPUT.get(template, "\n")))

@@ -20,7 +20,7 @@ from transformers import (
 from hfgpt.building import find_base_model
 from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.report import DataReport
-from hfgpt.data.sources import DataArguments, cache_folder, load_all_documents, load_documents
+from hfgpt.data.sources import DataArguments, load_all_documents, load_documents, shorten
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
@@ -47,11 +47,6 @@ class PretrainingData(Data):
         # Trainer sums the operations of the tokens it saw: the last step of an epoch may have fewer than the others.
         return round(state.total_flos / estimate.flops_per_token)
 
-    def summary(self) -> str:
-        stream = self.splits["train"].stream
-        reused = f"\n  using cached tokens from {stream.path.parent}" if stream.cached else ""
-        return self.report.summary() + reused
-
 
 class Pretraining:
     """Trains a causal language model from text; see `hfgpt.tasks.task.Task` for each function."""
@@ -67,10 +62,15 @@ class Pretraining:
     def check(self, recipe: Recipe):
         pass
 
-    def load(self, recipe: Recipe, tokenizer_folder: Path | None = None) -> PretrainingData:
+    def load(
+        self, recipe: Recipe, tokenizer_folder: Path | None = None, characters: int | None = None
+    ) -> PretrainingData:
         base = find_base_model(recipe.model)
         report = DataReport()
-        documents = load_documents(recipe.data, recipe.training.seed, report)
+        documents, share = load_documents(recipe.data, recipe.training.seed, report), 1.0
+        if characters:
+            share = min(characters / report.split("train").characters, 1.0)
+            documents = {split: shorten(texts, report.split(split), characters) for split, texts in documents.items()}
         tokenizer = find_tokenizer(recipe, base, tokenizer_folder, (row["text"] for row in documents["train"]))
         warn_of_small_vocabulary(recipe, tokenizer, report)
         block_size = context_length(recipe, base) if recipe.data.block_size is None else recipe.data.block_size
@@ -87,7 +87,7 @@ class Pretraining:
             )
             count_blocks(blocks[split], unknown_token_id(tokenizer), report, split)
         report.warn_if_small("validation", "tokens")
-        return PretrainingData(splits=blocks, tokenizer=tokenizer, report=report, base=base)
+        return PretrainingData(splits=blocks, tokenizer=tokenizer, report=report, base=base, share=share)
 
     def build(self, recipe: Recipe, data: PretrainingData) -> PreTrainedModel:
         set_seed(recipe.training.seed)
@@ -149,13 +149,8 @@ class Pretraining:
 
 def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> TokenStream:
     """The texts as one stream, with an end-of-text token after each."""
-    return tokenize_documents(
-        texts,
-        tokenizer,
-        cache_dir=cache_folder(data.cache_dir),
-        num_proc=data.num_proc,
-        append_eos=len(texts) > 1,  # a single one may be a part, cut by position, and not end
-    )
+    # A single one may be a part, cut by position, and not end.
+    return tokenize_documents(texts, tokenizer, num_proc=data.num_proc, append_eos=len(texts) > 1)
 
 
 def check_blocks(model: PreTrainedModel, data: PretrainingData):
@@ -170,7 +165,10 @@ def check_blocks(model: PreTrainedModel, data: PretrainingData):
             f"data.block_size is {data.row_length}, but the context of the model is {context}: lower it, or "
             "raise model.max_position_embeddings"
         )
-    largest = max(blocks.stream.max_token_id for blocks in data.splits.values())
+    known = max(data.tokenizer.get_vocab().values())
+    if known < model.config.vocab_size:
+        return
+    largest = max(blocks.stream.largest_id() for blocks in data.splits.values())
     if largest >= model.config.vocab_size:
         raise InputError(f"the text has token id {largest}, but the model embeds only {model.config.vocab_size}")
 
@@ -198,7 +196,7 @@ def measure_blocks(
     if sizes.unknown_tokens:
         return result.to_dict() | {"eval_unknown_tokens": sizes.unknown_tokens}
     # The first token is context only, so its bytes are not counted.
-    first = tokenizer.decode([int(blocks.stream.tokens[0])], skip_special_tokens=True)
+    first = tokenizer.decode(blocks.stream[:1], skip_special_tokens=True)
     result.bytes = sizes.bytes - len(first.encode())
     return result.to_dict()
 

@@ -34,6 +34,7 @@ class Data:
         labels: The classes of a classifier in the order of their ids; None: a language model.
         base: The model to go on from; None: training starts from random weights.
         pretraining_texts: What a first pass of language modelling may read.
+        share: Of the training rows that `splits` holds; less than 1 only where a run is planned.
     """
 
     splits: dict[str, Dataset | TorchDataset]
@@ -42,6 +43,12 @@ class Data:
     labels: list[str] | None = None
     base: SavedModel | None = None
     pretraining_texts: list[str] = field(default_factory=list)
+    share: float = 1.0
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of the training split."""
+        return round(len(self.splits["train"]) / self.share)
 
     @property
     def row_length(self) -> int:
@@ -95,12 +102,13 @@ class Task(Protocol):
     def check(self, recipe: Recipe):
         """Refuses a run whose end needs something that is not there; needs no data."""
 
-    def load(self, recipe: Recipe, tokenizer_folder: Path | None = None) -> Data:
+    def load(self, recipe: Recipe, tokenizer_folder: Path | None = None, characters: int | None = None) -> Data:
         """Reads the rows, divides them, trains or loads the tokenizer, and makes token ids of them.
 
         Args:
             recipe: Its sections `data`, `tokenizer` and `model`.
             tokenizer_folder: A run to resume, whose tokenizer is used rather than trained again.
+            characters: Of a text of any length, tokenize only about so many, which is enough to plan; None: all.
 
         Raises:
             InputError: The rows or the tokenizer cannot be used.

@@ -41,6 +41,7 @@ class Estimate:
         flops_per_token: Forward and backward.
         tokens_per_second: Measured by the probe on this machine; None where it was not run.
         device: What the probe ran on.
+        share: Of the training text that was tokenized; the number of steps is estimated from it.
         first_pass: The cost of the first pass of a classifier, which is not counted in the others.
     """
 
@@ -55,6 +56,7 @@ class Estimate:
     tokens_per_second: float | None = None
     device: str | None = None
     process_bytes: int = 0
+    share: float = 1.0
     first_pass: "Estimate | None" = None
 
     @property

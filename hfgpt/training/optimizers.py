@@ -83,25 +83,27 @@ def orthogonalize(
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers behind the interface of one: the parameter groups of both, one step, one state."""
+    """Two optimizers as one: the parameter groups of both, one state, one step."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.muon, self.adamw = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
+        self._share()
+
+    def _share(self):
+        """Lets both optimizers work on the groups and the state of this one, which are what is saved and loaded."""
+        groups = len(self.muon.param_groups)
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:groups], self.param_groups[groups:]
+        self.muon.state = self.adamw.state = self.state
 
     def step(self, closure=None):
         loss = self.muon.step(closure)
         self.adamw.step()
         return loss
 
-    def state_dict(self) -> dict:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
-
     def load_state_dict(self, state_dict: dict):
-        self.muon.load_state_dict(state_dict["muon"])
-        self.adamw.load_state_dict(state_dict["adamw"])
-        # Loading replaces the group dictionaries; the learning-rate schedule writes to these.
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def hidden_matrix_names(model: nn.Module) -> set[str]:

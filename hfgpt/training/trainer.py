@@ -29,7 +29,7 @@ from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_che
 from hfgpt.training.checkpoints import find_last_checkpoint, remove_old_checkpoints, step_of
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import has_native_bf16
-from hfgpt.training.optimizers import MuonFactory
+from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
 
 # The arguments that decide what is learned. The recipe.yaml of a run has all of them, so that it means the same when a
 # default changes, here or in transformers.
@@ -499,13 +499,12 @@ def _check_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: list
 
 
 def _check_moments(optimizer: torch.optim.Optimizer):
-    """Refuses a state of Adam that does not fit its parameters: the fused kernel reads it without looking at its size.
+    """Refuses a state that does not fit its parameters: Adam's fused kernel reads it without looking at its size.
 
     Raises:
         ValueError: It does not.
     """
-    optimizer = getattr(optimizer, "adamw", optimizer)  # beside Muon
-    if not isinstance(optimizer, torch.optim.Adam):
+    if not isinstance(optimizer, torch.optim.Adam | MuonWithAdamW):
         return
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -1,8 +1,10 @@
 """Documents become exactly their tokens, and blocks predict exactly the tokens they should. All checks are exact."""
 
+import contextlib
 import copy
 import errno
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,6 +14,7 @@ import time
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from hfgpt.data import streams
 from hfgpt.data.blocks import BlockDataset, count_blocks
+from hfgpt.data.cache import remove_abandoned
 from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
@@ -52,131 +56,158 @@ def documents(texts=TEXTS):
     return datasets.Dataset.from_dict({"text": texts})
 
 
+@pytest.fixture
+def kept_documents(tmp_path):
+    """Documents in an Arrow file, as those of a source are: their tokens are kept beside it."""
+
+    def write(texts=TEXTS, name="text"):
+        path = tmp_path / "kept" / f"{name}.arrow"
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            table = pa.table({"text": pa.array(texts, pa.string())})
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table, max_chunksize=7)
+        return datasets.Dataset.from_file(str(path))
+
+    return write
+
+
 def stream_of(*lengths):
     """Documents of these lengths with the tokens 0, 1, 2, ... in a row."""
     offsets = np.cumsum([0, *lengths])
-    return TokenStream(np.arange(offsets[-1], dtype=np.uint16), offsets, max_token_id=int(offsets[-1]) - 1)
+    features = datasets.Features({"input_ids": datasets.LargeList(datasets.Value("uint16"))})
+    rows = {"input_ids": [range(*ends) for ends in itertools.pairwise(offsets.tolist())]}
+    return TokenStream(datasets.Dataset.from_dict(rows, features=features))
 
 
-def files_in(folder):
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+def tokens_of(stream):
+    return stream[:].tolist()
 
 
-def test_each_whole_document_ends_with_eos(tmp_path):
-    stream = tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path)
-    assert stream.tokens.tolist() == [0, 1, 2, 4, 2, 3, 1, 0, 4, 1, 1, 1, 4, 0, 4]
+def kept_files(tmp_path):
+    """What tokenizing has left beside the texts."""
+    return sorted(path for path in (tmp_path / "kept").iterdir() if path.name != "text.arrow")
+
+
+@contextlib.contextmanager
+def not_tokenized_again():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams.Tokenizer, "encode_batch_fast", None)  # what is kept does not even call it
+        yield
+
+
+def test_each_whole_document_ends_with_eos():
+    stream = tokenize_documents(documents(), char_tokenizer())
+    assert tokens_of(stream) == [0, 1, 2, 4, 2, 3, 1, 0, 4, 1, 1, 1, 4, 0, 4]
     assert stream.offsets.tolist() == [0, 4, 9, 13, 15]
-    assert (stream.max_token_id, stream.cached, len(stream)) == (4, False, 15)
-    part = tokenize_documents(documents(["abc"]), char_tokenizer(), cache_dir=tmp_path, append_eos=False)
-    assert part.tokens.tolist() == [0, 1, 2]
+    assert (stream.largest_id(), stream.count(1), len(stream)) == (4, 5, 15)
+    part = tokenize_documents(documents(["abc"]), char_tokenizer(), append_eos=False)
+    assert tokens_of(part) == [0, 1, 2]
     assert part.offsets.tolist() == [0, 3]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=9), st.data())
+def test_any_part_of_the_stream_is_the_same_however_arrow_has_it_in_pieces(ids, data):
+    whole = [token for row in ids for token in row]
+    if not whole:
+        return
+    chunks = [pa.array([row], pa.large_list(pa.uint16())) for row in ids]
+    stream = TokenStream(datasets.Dataset(pa.table({"input_ids": pa.chunked_array(chunks)})))
+    start = data.draw(st.integers(0, len(whole) - 1))
+    stop = data.draw(st.integers(start + 1, len(whole)))
+    assert stream[start:stop].tolist() == whole[start:stop]
+    assert (len(stream), stream.offsets.tolist()) == (len(whole), np.cumsum([0, *map(len, ids)]).tolist())
 
 
 @pytest.mark.parametrize(
     ("largest_id", "token_type", "width"), [(3, np.uint16, 2), (65_534, np.uint16, 2), (65_535, np.uint32, 4)]
 )
-def test_a_token_takes_two_bytes_while_the_vocabulary_fits(tmp_path, largest_id, token_type, width):
-    stream = tokenize_documents(documents(), char_tokenizer(largest_id), cache_dir=tmp_path)
-    assert stream.tokens.dtype == token_type
-    assert stream.max_token_id == largest_id + 1 == stream.tokens[3]
-    assert (stream.path / "tokens.bin").stat().st_size == width * 15
-    assert files_in(stream.path) == ["meta.json", "offsets.bin", "tokens.bin"]
+def test_a_token_takes_two_bytes_while_the_vocabulary_fits(kept_documents, largest_id, token_type, width):
+    stream = tokenize_documents(kept_documents(), char_tokenizer(largest_id))
+    assert stream[:].dtype == token_type
+    assert stream.largest_id() == largest_id + 1 == stream[3:4]
+    values = stream.documents.data.column("input_ids").chunks[0].values
+    assert values.nbytes == width * 15
+    # The stream is the memory-mapped buffer itself.
+    assert stream[:].ctypes.data == values.buffers()[1].address
+    assert not stream[:].flags.writeable
 
 
-def test_truncation_and_padding_left_over_in_the_tokenizer_change_nothing(tmp_path):
+def test_truncation_and_padding_left_over_in_the_tokenizer_change_nothing(kept_documents):
     tokenizer = char_tokenizer()
-    first = tokenize_documents(documents(), tokenizer, cache_dir=tmp_path)
+    first = tokenize_documents(kept_documents(), tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=7)
-    again = tokenize_documents(documents(), tokenizer, cache_dir=tmp_path)
-    assert again.cached
+    with not_tokenized_again():
+        again = tokenize_documents(kept_documents(), tokenizer)
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 2, "the tokenizer itself is left alone"
     assert len(first) == len(again) == 15
 
 
-def test_the_cache_is_keyed_by_texts_tokenizer_and_eos(tmp_path):
-    tokenizer = char_tokenizer()
-    first = tokenize_documents(documents(), tokenizer, cache_dir=tmp_path)
-    # The same texts in the same order are the same data, however the table is made.
-    same = documents(["x", *TEXTS]).select([1, 2, 3, 4])
-    again = tokenize_documents(same, char_tokenizer(), cache_dir=tmp_path)
-    assert again.cached
-    assert again.path == first.path
-    assert again.tokens.tolist() == first.tokens.tolist()
+def test_tokens_are_kept_for_the_same_rows_tokenizer_and_eos(kept_documents, tmp_path):
+    first = tokenize_documents(kept_documents(), char_tokenizer())
+    with not_tokenized_again():
+        again = tokenize_documents(kept_documents(), char_tokenizer())
+    assert tokens_of(again) == tokens_of(first)
+    assert len(kept_files(tmp_path)) == 1
     others = [
-        tokenize_documents(documents([*TEXTS[:-2], "bbba"]), tokenizer, cache_dir=tmp_path),
-        tokenize_documents(documents(TEXTS[::-1]), tokenizer, cache_dir=tmp_path),
-        tokenize_documents(documents(), char_tokenizer(5), cache_dir=tmp_path),
-        tokenize_documents(documents(), tokenizer, cache_dir=tmp_path, append_eos=False),
+        (kept_documents().select([3, 2, 1, 0]), char_tokenizer(), True),
+        (kept_documents().select([0, 1]), char_tokenizer(), True),
+        (kept_documents(), char_tokenizer(5), True),
+        (kept_documents(), char_tokenizer(), False),
     ]
-    assert not any(other.cached for other in others)
-    assert len({first.path, *(other.path for other in others)}) == 5
-    assert len(files_in(tmp_path)) == 3 * 5, "nothing but the streams is left"
+    for number, (rows, tokenizer, append_eos) in enumerate(others, start=2):
+        tokenize_documents(rows, tokenizer, append_eos=append_eos)
+        assert len(kept_files(tmp_path)) == number
+        with not_tokenized_again():
+            tokenize_documents(rows, tokenizer, append_eos=append_eos)
+    assert not list(tmp_path.glob("kept/tmp*")), "nothing but the tokens is left"
 
 
-@pytest.mark.parametrize(
-    "damage", ["short tokens", "short offsets", "no meta", "bad meta", "no tokens", "empty tokens"]
-)
-def test_a_damaged_cache_entry_is_made_again(tmp_path, damage):
-    first = tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path)
-    expected = first.tokens.tolist()
-    how, what = damage.split()
-    path = first.path / {"tokens": "tokens.bin", "offsets": "offsets.bin", "meta": "meta.json"}[what]
+@pytest.mark.parametrize("size", [-2, -8, 0.5, 0, 100])
+def test_damaged_tokens_are_made_again(kept_documents, tmp_path, size):
+    expected = tokens_of(tokenize_documents(kept_documents(TEXTS * 600), char_tokenizer()))
+    (path,) = kept_files(tmp_path)
     content = path.read_bytes()
     # Another file is put there: the first stream still maps the old one.
     path.unlink()
-    if how != "no":
-        path.write_bytes({"short": content[:-2], "bad": b"{", "empty": b""}[how])
-    again = tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path)
-    assert not again.cached
-    assert again.tokens.tolist() == expected
-    assert tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path).cached
-    assert len(files_in(tmp_path)) == 3
+    path.write_bytes(content[: int(len(content) * size) if isinstance(size, float) else size])
+    again = tokenize_documents(kept_documents(), char_tokenizer())
+    assert tokens_of(again) == expected
+    with not_tokenized_again():
+        assert tokens_of(tokenize_documents(kept_documents(), char_tokenizer())) == expected
 
 
-def test_of_two_processes_that_race_both_get_the_stream(tmp_path, monkeypatch):
-    # The other process publishes between our look into the cache and our own publishing.
-    publish = streams._publish_stream
-    others = []
-
-    def publish_second(temporary, folder):
-        monkeypatch.setattr(streams, "_publish_stream", publish)
-        others.append(tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path))
-        return publish(temporary, folder)
-
-    monkeypatch.setattr(streams, "_publish_stream", publish_second)
-    ours = tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path)
-    assert ours.path == others[0].path
-    assert ours.tokens.tolist() == others[0].tokens.tolist()
-    assert len(files_in(tmp_path)) == 3
-
-
-def tokenize_at_once(barrier, cache_dir, results):
+def tokenize_at_once(barrier, rows, results):
     barrier.wait()
-    results.put(tokenize_documents(documents(TEXTS * 500), char_tokenizer(), cache_dir=cache_dir).tokens.tolist())
+    results.put(tokens_of(tokenize_documents(rows, char_tokenizer())))
 
 
-def test_two_real_processes_at_once(tmp_path):
+def test_two_real_processes_at_once(kept_documents, tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=tokenize_at_once, args=(barrier, tmp_path, results)) for _ in range(2)]
+    rows = kept_documents(TEXTS * 500)
+    processes = [context.Process(target=tokenize_at_once, args=(barrier, rows, results)) for _ in range(2)]
     for process in processes:
         process.start()
     streams = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join()
     assert streams == [[0, 1, 2, 4, 2, 3, 1, 0, 4, 1, 1, 1, 4, 0, 4] * 500] * 2
-    assert len(files_in(tmp_path)) == 3
+    assert len(kept_files(tmp_path)) == 1
 
 
-def test_several_processes_make_the_same_stream_as_one(tmp_path, monkeypatch):
+def test_several_processes_make_the_same_stream_as_one(kept_documents, tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "BATCH_CHARACTERS", 20)
     texts = [TEXTS[i % 4] * (i % 7 + 1) for i in range(200)]
-    one = tokenize_documents(documents(texts), char_tokenizer(), cache_dir=tmp_path / "one", num_proc=1)
-    two = tokenize_documents(documents(texts), char_tokenizer(), cache_dir=tmp_path / "two", num_proc=2)
-    for name in ("tokens.bin", "offsets.bin", "meta.json"):
-        assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
-    assert one.path.name == two.path.name
+    one = tokenize_documents(documents(texts), char_tokenizer(), num_proc=1)
+    two = tokenize_documents(kept_documents(texts), char_tokenizer(), num_proc=2)
+    assert len(kept_files(tmp_path)) == 2
+    assert tokens_of(one) == tokens_of(two)
+    assert one.offsets.tolist() == two.offsets.tolist()
+    with not_tokenized_again():
+        tokenize_documents(kept_documents(), char_tokenizer(), num_proc=1)  # however many there were
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
@@ -187,70 +218,74 @@ def test_several_processes_make_the_same_stream_as_one(tmp_path, monkeypatch):
 def test_a_long_document_is_tokenized_in_pieces_as_in_one(pieces):
     text = "".join(pieces)
     tokenizer = byte_level_tokenizer("ab\n\n\na ab\nab's a\r\n." * 9)
-    assert streams._can_cut(tokenizer.backend_tokenizer)
+    assert streams._can_cut(tokenizer.backend_tokenizer.to_str())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "BATCH_CHARACTERS", 3)
-        parts = list(streams._pieces(text, True))
+        parts = list(streams._cut_text(text, True))
     assert "".join(parts) == text
     ids = [token for part in parts for token in tokenizer.encode(part)]
     assert ids == tokenizer.encode(text)
 
 
-def test_only_a_tokenizer_like_gpt2s_lets_a_document_be_cut(tmp_path, monkeypatch):
+def test_only_a_tokenizer_like_gpt2s_lets_a_document_be_cut(monkeypatch):
     monkeypatch.setattr(streams, "BATCH_CHARACTERS", 4)
     text = "ab\nab ab\nab\n\nab.\nab" * 5
     tokenizer = byte_level_tokenizer(text)
-    stream = tokenize_documents(documents([text]), tokenizer, cache_dir=tmp_path)
-    assert stream.tokens.tolist() == [*tokenizer.encode(text), tokenizer.eos_token_id]
+    stream = tokenize_documents(documents([text]), tokenizer)
+    assert tokens_of(stream) == [*tokenizer.encode(text), tokenizer.eos_token_id]
     assert stream.offsets.tolist() == [0, len(stream)]
-    assert len(list(streams._pieces(text, True))) > 5
+    assert len(list(streams._cut_text(text, True))) > 5
     spaced = copy.deepcopy(tokenizer)
     spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     for other in (char_tokenizer(), spaced):
-        assert not streams._can_cut(other.backend_tokenizer)
+        assert not streams._can_cut(other.backend_tokenizer.to_str())
 
 
-def test_a_full_disk_raises_and_leaves_nothing(tmp_path):
+def test_a_full_disk_raises_and_leaves_nothing(kept_documents, tmp_path):
+    rows = kept_documents(TEXTS * 1000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="large") as error:
-            tokenize_documents(documents(TEXTS * 1000), char_tokenizer(), cache_dir=tmp_path)
+            tokenize_documents(rows, char_tokenizer())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
-    assert list(tmp_path.iterdir()) == []
+    assert kept_files(tmp_path) == []
 
 
-def test_an_interrupt_leaves_nothing_and_what_a_killed_run_left_goes_after_a_day(tmp_path, monkeypatch):
-    for name, age in {"old": 25, "new": 23}.items():
-        folder = tmp_path / f".partial-{name}"
-        folder.mkdir()
-        (folder / "tokens.bin").write_bytes(b"1")
-        for path in (folder / "tokens.bin", folder):
-            os.utime(path, (time.time() - age * 3600,) * 2)
-
-    def interrupt(*_, **__):
+def test_an_interrupt_leaves_nothing_and_what_a_killed_run_left_goes_after_a_day(
+    kept_documents, tmp_path, monkeypatch
+):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(streams, "_open_stream", interrupt)
-    monkeypatch.setattr(streams, "_open_valid", lambda folder: None)
+    rows = kept_documents()
+    monkeypatch.setattr(streams, "_cut_text", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".partial-new"]
+        tokenize_documents(rows, char_tokenizer())
+    assert kept_files(tmp_path) == []
+    for name, age in {"old": 25, "new": 23}.items():
+        (tmp_path / f".{name}").mkdir()
+        (tmp_path / f".{name}" / "train.arrow").write_bytes(b"1")
+        (tmp_path / "kept" / f"tmp{name}").write_bytes(b"1")
+        for path in (tmp_path / f".{name}" / "train.arrow", tmp_path / f".{name}", tmp_path / "kept" / f"tmp{name}"):
+            os.utime(path, (time.time() - age * 3600,) * 2)
+    remove_abandoned(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new", "kept"]
+    assert [path.name for path in kept_files(tmp_path)] == ["tmpnew"]
 
 
-def test_what_the_tokenizer_lacks_is_said(tmp_path):
+def test_what_the_tokenizer_lacks_is_said():
     backend = char_tokenizer().backend_tokenizer
     with pytest.raises(InputError, match="the tokenizer has no eos_token"):
-        tokenize_documents(documents(), PreTrainedTokenizerFast(tokenizer_object=backend), cache_dir=tmp_path)
+        tokenize_documents(documents(), PreTrainedTokenizerFast(tokenizer_object=backend))
     with pytest.raises(InputError, match=r"data.num_proc is 0, the least is 1"):
-        tokenize_documents(documents(), char_tokenizer(), cache_dir=tmp_path, num_proc=0)
+        tokenize_documents(documents(), char_tokenizer(), num_proc=0)
     backend = Tokenizer(models.BPE())
     silent = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     with pytest.raises(InputError, match="makes no tokens of this text"):
-        tokenize_documents(documents(), silent, cache_dir=tmp_path, append_eos=False)
-    assert list(tmp_path.iterdir()) == []
+        tokenize_documents(documents(), silent, append_eos=False)
 
 
 def test_blocks_share_one_token_so_that_no_prediction_is_lost():
@@ -339,16 +374,16 @@ def test_document_boundaries_by_hand():
     assert second["shift_labels"].tolist() == [-100, -100, 5]
 
 
-def test_blocks_are_batched_by_transformers_and_travel_to_workers(tmp_path):
-    stream = tokenize_documents(documents(TEXTS * 2000), char_tokenizer(), cache_dir=tmp_path)
+def test_blocks_are_batched_by_transformers_and_travel_to_workers(kept_documents):
+    stream = tokenize_documents(kept_documents(TEXTS * 2000), char_tokenizer())
     blocks = BlockDataset(stream, 7, document_boundaries=True)
     packed = pickle.dumps(blocks)
-    assert len(packed) < 1000, "the tokens themselves are not pickled"
+    assert len(packed) < 2000, "the tokens themselves are not pickled"
     batch = default_data_collator([pickle.loads(packed)[i] for i in range(4)])
     assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(
         ["input_ids", "labels", "shift_labels", "position_ids"], (4, 7)
     )
-    assert torch.equal(batch["input_ids"].flatten(), torch.from_numpy(stream.tokens[:28].astype(np.int64)))
+    assert torch.equal(batch["input_ids"].flatten(), torch.from_numpy(stream[:28].astype(np.int64)))
     in_memory = BlockDataset(stream_of(9), 2)
     assert torch.equal(pickle.loads(pickle.dumps(in_memory))[3]["labels"], in_memory[3]["labels"])
 
@@ -370,7 +405,7 @@ def test_sizes_that_cannot_be_are_refused(tokens, arguments, message):
 
 
 def test_a_split_in_which_nothing_is_predicted_is_refused():
-    stream = TokenStream(np.array([3, 4, 5], dtype=np.uint16), np.array([0, 1, 2, 3]), max_token_id=5)
+    stream = stream_of(1, 1, 1)
     blocks = BlockDataset(stream, 8, document_boundaries=True, keep_tail=True)
     with pytest.raises(InputError, match=r"^nothing is predicted in the validation split of a.txt: each of its docum"):
         count_blocks(blocks, None, DataReport(source="a.txt"), "validation")

@@ -17,7 +17,7 @@ from hfgpt.data.instructions import (
     prompt_of,
 )
 from hfgpt.data.report import DataReport
-from hfgpt.data.templates import TEMPLATES, set_chat_template
+from hfgpt.data.templates import TEMPLATES, set_chat_template, write_inputs
 from hfgpt.errors import InputError
 from hfgpt.tokenizer import train_tokenizer
 
@@ -45,7 +45,7 @@ def load(tmp_path):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         report = DataReport()
         arguments = InstructionDataArguments(**{"path": str(tmp_path / "rows.jsonl"), **arguments})
-        return load_conversations(arguments, "\n", seed, report), report
+        return load_conversations(arguments, seed, report), report
 
     return load
 
@@ -69,8 +69,11 @@ def test_the_three_forms_give_one_conversation(load):
 
 def test_an_input_stands_below_its_instruction(load):
     rows = [{"instruction": f" Add {i} ", "input": " 1 and 2\n", "output": "3"} for i in range(20)]
-    contents = {conversation[0]["content"] for conversation in load(rows)[0]["train"]}
-    assert contents <= {f"Add {i}\n1 and 2" for i in range(20)}
+    conversations = load(rows)[0]["train"]
+    assert {prompt_of(row) for row in conversations} <= {f"Add {i}\n1 and 2" for i in range(20)}
+    for before_input in ("\n", "\n\n### Input:\n"):
+        contents = {write_inputs(conversation, before_input)[0]["content"] for conversation in conversations}
+        assert contents <= {f"Add {i}{before_input}1 and 2" for i in range(20)}
 
 
 def test_what_comes_after_the_last_answer_is_left_off(load):
@@ -349,7 +352,7 @@ def test_evaluation_reads_all_rows(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     report = DataReport()
     arguments = InstructionDataArguments(path=str(tmp_path / "rows.json"))
-    assert len(load_all_conversations(arguments, "\n", report)) == 5
+    assert len(load_all_conversations(arguments, report)) == 5
     (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "x", "output": ""}]))
     with pytest.raises(InputError, match="has no row with an answer"):
-        load_all_conversations(arguments, "\n", DataReport())
+        load_all_conversations(arguments, DataReport())

@@ -1,14 +1,19 @@
 """Every kind of source gives exactly the text that was written, and every fault names itself. All checks are exact."""
 
 import csv
+import functools
 import gzip
 import hashlib
+import http.server
 import io
 import json
+import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow as pa
@@ -16,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from hfgpt.data import files, rows, sources
 from hfgpt.data.files import find_files, read_rows
 from hfgpt.data.report import DataReport
-from hfgpt.data.sources import DataArguments, load_documents
+from hfgpt.data.sources import DataArguments, load_documents, shorten
 from hfgpt.errors import InputError
 
 TEXTS = [
@@ -39,12 +45,12 @@ TEXTS = [
 def load(tmp_path):
     """Loads `tmp_path / path` (or a source by name) and gives both splits and the report."""
 
-    def load(path, seed=0, **arguments):
+    def load(path, seed=0, check=True, **arguments):
         report = DataReport()
         cache = tmp_path / ".cache"
-        path = path if path.startswith(("synthetic:", "hub/")) else str(tmp_path / path)
+        path = path if path.startswith(("synthetic:", "hub/")) or "://" in path else str(tmp_path / path)
         splits = load_documents(DataArguments(path=path, cache_dir=str(cache), **arguments), seed, report)
-        assert not list(cache.iterdir()), "reading leaves no copies behind"
+        assert not check or not list(cache.glob(".*")), "nothing half-written is left"
         return splits["train"]["text"][:], splits["validation"]["text"][:], report
 
     return load
@@ -148,7 +154,7 @@ def test_rows_without_text_are_dropped_and_counted_by_reason(load, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     train, validation, report = load("a.jsonl")
     assert sorted(train + validation) == ["one", "one", "two"]
-    assert report.dropped == {"empty": 2, "not text": 3, "not Unicode": 1}
+    assert report.dropped == {"empty": 2, "not text": 4}
     assert (report.rows_read, report.rows_kept, report.duplicated) == (9, 3, 1)
     assert "dropped 2: empty" in report.summary()
 
@@ -269,6 +275,7 @@ def test_a_parquet_file_that_grows_a_hundred_times_is_refused(tmp_path, monkeypa
 SPOIL_PARQUET = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from hfgpt.data.files import read_rows
 from hfgpt.errors import InputError
 
@@ -420,6 +427,7 @@ def test_hub_data_uses_its_validation_split_and_counts_what_leaks(load, monkeypa
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(rows.HfApi, "dataset_info", lambda self, path, revision: SimpleNamespace(sha=revision))
     arguments = {"name": "small", "revision": "v1", "max_documents": 3 if streaming else None}
     train, validation, report = load("hub/set", text_column="body", **arguments)
     assert (train, validation) == (["a", "b"], ["a", "c"])
@@ -439,6 +447,133 @@ def test_unreachable_hub_data_is_said_in_one_line(load, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(InputError, match=r"'hub/set' was not found locally or on the Hub \(Couldn't reach"):
         load("hub/set")
+
+
+def test_a_second_start_reads_nothing_until_a_file_was_changed(load, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20)))
+    first = load("a.jsonl")
+    report = first[2]
+    assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def refuse(*_):
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_open", refuse)
+        assert load("a.jsonl") == first
+        assert load("a.jsonl", seed=1)[2].sha256 == report.sha256, "another seed divides the same texts"
+        with pytest.raises(AssertionError, match="read again"):
+            load("a.jsonl", max_documents=5)
+    path.write_text(path.read_text().replace("text 3", "text x"))  # as long as before
+    os.utime(path, ns=(1, 1))
+    assert "text x" in [*load("a.jsonl")[0], *load("a.jsonl")[1]]
+    os.utime(path, ns=(1, 1))
+    path.write_text(path.read_text().replace("text x", "text y"))
+    os.utime(path, ns=(1, 1))  # even if its times are set back
+    assert "text y" in [*load("a.jsonl")[0], *load("a.jsonl")[1]]
+
+
+@pytest.mark.parametrize("damage", ["train.arrow", "source.json", "short"])
+def test_damaged_texts_are_read_again(load, tmp_path, damage):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    first = load("a.txt", sample_by="paragraph")
+    (folder,) = (tmp_path / ".cache").iterdir()
+    name = "train.arrow" if damage == "short" else damage
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage == "short":
+        (folder / name).write_bytes(content[:-100])
+    assert load("a.txt", sample_by="paragraph") == first
+    assert (folder / name).read_bytes() == content
+
+
+def test_what_another_process_has_kept_meanwhile_is_taken(load, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    keep, others = sources._keep, []
+
+    def keep_second(*arguments):
+        monkeypatch.setattr(sources, "_keep", keep)
+        others.append(load("a.txt", sample_by="paragraph", check=False))
+        keep(*arguments)
+
+    monkeypatch.setattr(sources, "_keep", keep_second)
+    assert [load("a.txt", sample_by="paragraph")] == others
+    assert len(list((tmp_path / ".cache").iterdir())) == 1
+
+
+def test_the_beginning_of_a_text_is_enough_to_plan(tmp_path):
+    for name, text, sample_by in (("one.txt", "abcdefghi " * 100, "document"), ("many.txt", "abcde\n" * 99, "line")):
+        lines = "".join(f"{i:05}\n" for i in range(99)) if sample_by == "line" else text
+        (tmp_path / name).write_text(lines)
+        report = DataReport()
+        arguments = DataArguments(path=str(tmp_path / name), cache_dir=str(tmp_path / ".cache"), sample_by=sample_by)
+        texts = load_documents(arguments, 0, report)["train"]
+        assert shorten(texts, report.split("train"), 10_000) is texts
+        short = shorten(texts, report.split("train"), 50)
+        assert sum(map(len, short["text"])) == 50
+        assert short["text"][0][:5] == texts["text"][0][:5]
+
+
+@pytest.fixture
+def web_server(tmp_path):
+    """Serves the folder `web` on this machine; gives its address and the paths that were asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    (tmp_path / "web").mkdir()
+    handler = functools.partial(Handler, directory=tmp_path / "web")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
+
+
+def test_a_file_of_the_web_is_read_as_one_of_the_disk(load, tmp_path, web_server, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    address, asked = web_server
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "web" / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    train, validation, report = load(f"{address}/a.jsonl.gz?key=SECRET")
+    assert sorted(train + validation) == sorted(TEXTS)
+    assert report.source == f"{address}/a.jsonl.gz"
+    assert report.sha256 == hashlib.sha256((tmp_path / "web" / "a.jsonl.gz").read_bytes()).hexdigest()
+    assert asked == ["/a.jsonl.gz?key=SECRET"], "it is downloaded once"
+    assert load(f"{address}/a.jsonl.gz?key=SECRET")[2].sha256 == report.sha256
+    assert asked == ["/a.jsonl.gz?key=SECRET"]
+    (tmp_path / "web" / "b.txt").write_bytes(b"abc\xff")
+    for name, message in {
+        "b.txt": "is not UTF-8: byte 0xff at offset 3",
+        "c.txt": "c.txt' was not found: check the URL",
+        "d.py": "has no file of a supported type",
+    }.items():
+        with pytest.raises(InputError, match=message) as error:
+            load(f"{address}/{name}?key=SECRET")
+        assert "SECRET" not in str(error.value)
+    with pytest.raises(InputError, match=r"//127.0.0.1/a.txt' has a user name in it") as error:
+        load("http://me:SECRET@127.0.0.1/a.txt")
+    assert "SECRET" not in str(error.value)
+    with pytest.raises(InputError, match=r"'nonsense://a.txt' cannot be read \(Protocol not known: nonsense"):
+        load("nonsense://a.txt")
+
+
+def test_a_folder_of_any_file_system_is_read_by_its_url(load, tmp_path):
+    for name in ("b.txt", "sub/a.txt", "note.py"):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text(name)
+    for pattern in ("", "/**/*.txt"):
+        train, validation, report = load(f"file://{tmp_path}/folder{pattern}")
+        assert sorted(train + validation) == ["b.txt", "sub/a.txt"]
+        assert report.rows_read == 2
 
 
 def test_the_report_is_written_whole(tmp_path):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, LargeList, Value
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
@@ -27,8 +28,10 @@ def model(tiny_config) -> HfGPTForCausalLM:
 
 
 def make_stream(tokens: int, *lengths: int) -> TokenStream:
-    values = np.random.default_rng(1).integers(0, VOCAB_SIZE, tokens).astype(np.uint16)
-    return TokenStream(values, np.cumsum([0, *(lengths or (tokens,))]), max_token_id=VOCAB_SIZE - 1)
+    values = np.random.default_rng(1).integers(0, VOCAB_SIZE, tokens)
+    documents = np.split(values, np.cumsum(lengths or (tokens,))[:-1])
+    features = Features({"input_ids": LargeList(Value("uint16"))})
+    return TokenStream(Dataset.from_dict({"input_ids": documents}, features=features))
 
 
 def nll_of(model: nn.Module, context: np.ndarray, token: int) -> float:
@@ -47,6 +50,7 @@ def measure_blocks(model: nn.Module, blocks: BlockDataset, batch_size: int = 3) 
 def test_each_token_once_with_the_context_of_its_window(tokens, stride, model):
     size = 8
     stream = make_stream(tokens)
+    ids = stream[:]
     result = measure_blocks(model, BlockDataset(stream, size, stride, keep_tail=True))
     total, contexts, start, predicted = 0.0, [], 0, 0
     while predicted < tokens - 1:
@@ -55,7 +59,7 @@ def test_each_token_once_with_the_context_of_its_window(tokens, stride, model):
         begin = max(end - size, 0)
         for target in range(predicted + 1, end + 1):
             contexts.append(target - begin)
-            total += nll_of(model, stream.tokens[begin:target], stream.tokens[target])
+            total += nll_of(model, ids[begin:target], ids[target])
         start, predicted = start + (stride or size), end
     assert result.tokens == len(contexts) == tokens - 1
     assert result.nll == pytest.approx(total, **ROUNDING)
@@ -67,9 +71,8 @@ def test_each_token_once_with_the_context_of_its_window(tokens, stride, model):
 def test_a_shorter_stride_gives_more_context(model):
     stream = make_stream(50)
     # With stride 1 each token has all the context there is: the definition, without windows.
-    full = [
-        nll_of(model, stream.tokens[max(target - 8, 0) : target], stream.tokens[target]) for target in range(1, 50)
-    ]
+    ids = stream[:]
+    full = [nll_of(model, ids[max(target - 8, 0) : target], ids[target]) for target in range(1, 50)]
     assert measure_blocks(model, BlockDataset(stream, 8, 1, keep_tail=True)).loss == pytest.approx(
         np.mean(full), **ROUNDING
     )
@@ -81,7 +84,7 @@ def test_document_boundaries_cut_the_context(model):
     stream = make_stream(21, *lengths)
     result = measure_blocks(model, BlockDataset(stream, 20, document_boundaries=True, keep_tail=True))
     losses = [
-        nll_of(model, stream.tokens[begin:target], stream.tokens[target])
+        nll_of(model, stream[begin:target], stream[target : target + 1][0])
         for begin, end in zip(stream.offsets[:-1], stream.offsets[1:], strict=True)
         for target in range(begin + 1, end)
     ]
@@ -98,7 +101,7 @@ def test_the_batch_size_does_not_matter(batch_size, model):
 
 
 def test_rows_of_plain_and_of_shifted_labels(model):
-    ids = torch.from_numpy(make_stream(20).tokens.astype(np.int64)).view(2, 10)
+    ids = torch.from_numpy(make_stream(20)[:].astype(np.int64)).view(2, 10)
     labels = ids.clone()
     labels[0, :4] = -100
     shifted = torch.cat([labels[:, 1:], torch.tensor([[-100], [5]])], dim=1)
@@ -120,7 +123,7 @@ def test_rows_of_plain_and_of_shifted_labels(model):
 
 
 def test_padding_on_the_left_does_not_count(model):
-    ids = torch.from_numpy(make_stream(6).tokens.astype(np.int64))[None]
+    ids = torch.from_numpy(make_stream(6)[:].astype(np.int64))[None]
     padded = {
         "input_ids": nn.functional.pad(ids, (3, 0)),
         "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]]),

@@ -146,6 +146,8 @@ def test_paths_of_this_machine_do_not_travel():
     assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y"}
     kept = {"path": "me/model", "source": "synthetic:stories", "prompts": ["/help me and/or you", "~"]}
     assert without_paths(kept) == kept
+    for url in ("https://me:SECRET@host/folder/a.txt?key=SECRET", "s3://bucket/folder/a.txt"):
+        assert without_paths({"path": url}) == {"path": "a.txt"}
     run = RunRecord(data_source="/home/me/data.txt", base_model="me/model", recipe="/not/a/place")
     assert run.publishable() == {"data_source": "data.txt", "base_model": "me/model", "recipe": "/not/a/place"}
     merge = MergeRecord(adapter="../up/z", base_model="gpt2", difference=0, largest_logit=1, tokens=2)

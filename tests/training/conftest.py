@@ -5,6 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, LargeList, Value
 from transformers import PrinterCallback
 
 from hfgpt.data.blocks import BlockDataset
@@ -12,6 +13,7 @@ from hfgpt.data.streams import TokenStream
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
+TOKENS = Features({"input_ids": LargeList(Value("uint16"))})
 # Accelerate collects garbage after every training; what is imported by now is never any.
 gc.freeze()
 
@@ -29,9 +31,11 @@ def make_model(tiny_config):
 def make_blocks(tiny_config):
     def build(tokens: int, block_size: int = 16, document_length: int | None = None, **options) -> BlockDataset:
         vocab_size = tiny_config().vocab_size
-        values = np.random.default_rng(0).integers(0, vocab_size, tokens).astype(np.uint16)
-        offsets = np.unique([*range(0, tokens, document_length or tokens), tokens])
-        return BlockDataset(TokenStream(values, offsets, max_token_id=vocab_size - 1), block_size, **options)
+        values = np.random.default_rng(0).integers(0, vocab_size, tokens)
+        length = document_length or tokens
+        documents = [values[start : start + length] for start in range(0, tokens, length)]
+        stream = TokenStream(Dataset.from_dict({"input_ids": documents}, features=TOKENS))
+        return BlockDataset(stream, block_size, **options)
 
     return build
 

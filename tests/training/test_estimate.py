@@ -71,14 +71,8 @@ def test_parameters_and_state_are_those_of_a_run(fields, muon, make_model, make_
     optimizer.step()
     assert estimate.weights_bytes == sum(p.nbytes for p in model.parameters())
     assert estimate.gradients_bytes == sum(p.grad.nbytes for p in trainable.values())
-    parts = [optimizer.muon, optimizer.adamw] if muon else [optimizer]
-    averages = [
-        tensor
-        for part in parts
-        for state in part.state.values()
-        for name, tensor in state.items()
-        if name != "step"  # a single number a parameter
-    ]
+    states = [item for state in optimizer.state.values() for item in state.items()]
+    averages = [tensor for name, tensor in states if name != "step"]  # a single number per parameter
     assert estimate.optimizer_bytes == sum(tensor.nbytes for tensor in averages)
 
 

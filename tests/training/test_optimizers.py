@@ -196,8 +196,13 @@ def test_state_dict_goes_on_bit_for_bit(make_model):
     train_steps(straight, build_optimizer(straight), range(6))
     optimizer = build_optimizer(stopped)
     train_steps(stopped, optimizer, range(3))
+    state = optimizer.state_dict()
+    # The form of every optimizer of torch, which FSDP and distributed checkpoints count on.
+    assert state.keys() == {"state", "param_groups"}
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    assert sorted(indices) == sorted(state["state"]) == list(range(len(list(stopped.parameters()))))
     file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
+    torch.save(state, file)
     file.seek(0)
     resumed = make_model()
     resumed.load_state_dict(stopped.state_dict())
