@@ -93,7 +93,7 @@ def test_a_run_learns_to_answer_and_to_stop(here, finished):
     assert read(folder / "run.json")["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert "sample: Say 1\nyes" in shown
     for split, count in (("validation", "6 tokens"), ("test", "12 tokens"), ("test", "6 rows")):
-        assert f"  warning: the {split} split has {count} to measure on; the figures of fewer than 1" in shown
+        assert f"  warning: the {split} split has only {count}, and metrics on fewer than 1" in shown
     assert "| exact match | 100.00% |" in (folder / "README.md").read_text()
 
 
@@ -185,7 +185,7 @@ def test_a_base_in_4_bits(here, finished):
         (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
         (
             ["data.max_length=5"],
-            r"no row of the train split of rows.jsonl can be used .60 rows read; left out: 51 too long",
+            r"the train split of rows.jsonl has no usable row .60 rows read; dropped: 51 too long",
         ),
         (["evaluation.judge.base_url=http://127.0.0.1:9/v1", "evaluation.judge.model=m"], "the judge 'm' at http"),
     ],

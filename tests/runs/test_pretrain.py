@@ -307,8 +307,8 @@ def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finis
     run = train(tmp_path / "run", "data.max_documents=3", "training.max_steps=1", "training.eval_strategy=no")
     tokens = run.metrics["eval_tokens"]
     assert tokens < 1000 < finished.metrics["eval_tokens"]
-    warning = f"the validation split has {tokens} tokens to measure on; the figures of fewer than 1,000 say little: "
-    warning += "add data, or raise data.validation_fraction where it divides them"
+    warning = f"the validation split has only {tokens} tokens, and metrics on fewer than 1,000 are unreliable: "
+    warning += "add data, or raise data.validation_fraction if hfgpt makes the split"
     assert f"  warning: {warning}\n" in run.shown
     assert read_json(run.folder / "data_report.json")["warnings"] == [warning]
     said = "these figures say little"
