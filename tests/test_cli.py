@@ -376,7 +376,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("evaluate runs/tiny --training.seed 1", "there is no section 'training' (there are: data, evaluation)"),
         (
             "evaluate runs/tiny --data.path stories.txt --data.block_size 33",
-            "the context of the model is 32: lower it",
+            "the model's context length is 32: lower it",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.validation_fraction 0.5",
@@ -434,10 +434,13 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         ("evaluate damaged/tokenizer --data.path stories.txt", "cannot load a tokenizer from 'damaged/tokenizer' ("),
         ("generate damaged/no-json Once", "is not a valid JSON file): save or copy it again"),
-        ("generate runs/tiny Once --max-new-tokens 29", "but the context is 32: ask for at most 28 new tokens, or"),
+        (
+            "generate runs/tiny Once --max-new-tokens 29",
+            "new tokens exceeds the context of 32: request at most 28 new tokens, or",
+        ),
         ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' has '@', which the tokenizer does not"),
         ("generate runs/tiny Once --temperature 0", "temperature is 0.0; it must be above 0"),
-        ("generate runs/tiny Once --num-samples 2 --greedy", "greedy gives one text, not 2: leave out greedy or"),
+        ("generate runs/tiny Once --num-samples 2 --greedy", "greedy generates one text, not 2: unset greedy or"),
         ("import none.pt new", "there is no file 'none.pt': check the path"),
         (
             "import stories.txt new",
@@ -469,7 +472,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
             "num_train_epochs is 0.0; it must be above 0",
         ),
         (f"{TRAIN} --evaluation.stride 0", "evaluation.stride is 0; it must be at least 1"),
-        (f"{TRAIN} --data.block_size 33", "data.block_size is 33, but the context of the model is 32: lower it"),
+        (f"{TRAIN} --data.block_size 33", "data.block_size is 33, but the model's context length is 32: lower it"),
         (f"{TRAIN} --data.path storys.txt", "'storys.txt' does not exist (nearest: stories.txt): check the path"),
         (f"{TRAIN} --data.path empty.txt", "data.path 'empty.txt' is an empty file: add text"),
         (f"{TRAIN} --data.path blank.txt", "has no text (1 row read; dropped: 1 empty): add text"),

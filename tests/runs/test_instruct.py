@@ -115,7 +115,7 @@ def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
     assert (metrics["eval_answers"], metrics["eval_exact_match"]) == (60, 1.0)
     assert len((tmp_path / "a" / "answers.jsonl").read_text().splitlines()) == 60
     evaluation.judge.base_url, evaluation.judge.model, evaluation.answers = "http://127.0.0.1:9/v1", "m", None
-    with pytest.raises(InputError, match=r"judgements have to be kept somewhere: name a folder"):
+    with pytest.raises(InputError, match=r"a judge needs a folder for its judgements: set --evaluation.answers"):
         TASKS["instruct"].evaluate(find_model("finished"), InstructionDataArguments(path="rows.jsonl"), evaluation)
 
 
@@ -178,9 +178,9 @@ def test_a_base_in_4_bits(here, finished):
     [
         (
             [f"evaluation.prompts=['{'long ' * 99}']"],
-            "and the context of 96 has to hold at least one more: shorten it",
+            "which leaves no room in the context of 96: shorten it",
         ),
-        (["training.trainable=head"], "the head of this model is its embedding"),
+        (["training.trainable=head"], "this model has tied embeddings"),
         (["training.last_blocks=1"], "training.last_blocks is set: set training.trainable to last_blocks too"),
         (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
         (
