@@ -208,8 +208,11 @@ def test_inspect_and_plan():
             "'answers' is not an adapter, here or on the Hub: name the folder of a run that trained one",
         ),
         ("merge classes-lora answers", "'answers' exists: name a folder that does not"),
-        ("evaluate classes --data.path other.jsonl", "the label 'nonsense' of data.path 'other.jsonl' is not one"),
-        ("evaluate classes --data.path notes.jsonl --data.label_column kind", "data.label_column 'kind' is not in"),
+        (
+            "evaluate classes --data.path other.jsonl",
+            "data.path 'other.jsonl' has the label 'nonsense', which is not one",
+        ),
+        ("evaluate classes --data.path notes.jsonl --data.label_column kind", "data.label_column 'kind' is not a"),
         (
             "evaluate classes --data.path notes.jsonl --data.balance undersample",
             "--data.balance has no effect on evaluate: all rows are measured, as many of each class as there are",
@@ -221,9 +224,9 @@ def test_inspect_and_plan():
         ("evaluate classes --data.path questions.json --task instruct", "is a classifier, not a language model"),
         (
             "evaluate answers --task instruct --data.path bad.json",
-            "has no row with an answer (1 row read; left out: 1 empty answer): add rows",
+            "has no row with an answer (1 row read; dropped: 1 empty answer): add rows",
         ),
-        ("evaluate answers --task instruct --data.path chats.json", "message 2 is of role 'user', but the turn is of"),
+        ("evaluate answers --task instruct --data.path chats.json", "message 2 has the role 'user', expected"),
         ("train classes.yaml --data.path bad.json --training.output_dir new", "data.text_column 'text' is not in"),
         ("train classes.yaml --data.path other.jsonl --training.output_dir new", "has one class only, 'nonsense'"),
         ("train classes.yaml --data.stride 3", "there is no key 'stride' in section 'data'"),

@@ -1,13 +1,13 @@
 """A token stream -> fixed-length blocks.
 
-A block of T predictions reads T + 1 tokens, so that neighbouring blocks share one token and no prediction between them
-is lost.
+A block with T predictions spans T + 1 tokens: neighbouring blocks share one token, so no prediction at a block
+boundary is lost.
 """
 
 import numpy as np
 import torch
 
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 
@@ -17,20 +17,20 @@ IGNORED = -100
 class BlockDataset(torch.utils.data.Dataset):
     """Fixed-length blocks of a token stream: block i predicts `tokens[i * S + 1 : i * S + T + 1]`.
 
-    An item has `input_ids` [T], `labels` [T] (the same ids: Hugging Face's models shift them, and so lose the last
-    prediction), `shift_labels` [T] (the targets themselves, all T of them, which the loss prefers) and, with
-    `document_boundaries`, `position_ids` [T]; all int64. Ignored targets are -100 in both kinds of labels.
+    An item has `input_ids` [T], `labels` [T] (the same ids; Hugging Face models shift them and so lose the last
+    prediction), `shift_labels` [T] (all T targets, already shifted; the loss uses them if present) and, with
+    `document_boundaries`, `position_ids` [T]; all int64. Ignored targets are -100 in both.
 
     Args:
         stream: The tokens.
         block_size: T, predictions per block.
-        stride: S, tokens between the starts of blocks; None: T, so that each token is predicted once.
-        document_boundaries: Positions restart at 0 at each document (and at each block), and the first token of a
-            document is never a target, since nothing before it is its own.
-        keep_tail: For evaluation: every token but the first is predicted exactly once. A last block is moved back to
-            end with the stream; targets that an earlier block predicted are ignored and serve as context. A stream of
-            at most T + 1 tokens is one block, of its own length.
-        name: What error messages call the text.
+        stride: S, tokens between the starts of consecutive blocks; None: T, so that each token is predicted once.
+        document_boundaries: Reset positions to 0 at the start of each document (and block), and never use the first
+            token of a document as a target, since none of its context is from the same document.
+        keep_tail: For evaluation: predict every token but the first exactly once. The last block is moved back to end
+            with the stream; targets that an earlier block predicts are ignored and serve as context only. A stream of
+            at most T + 1 tokens becomes a single, shorter block.
+        name: Name of the text in error messages.
 
     Raises:
         InputError: The stream is shorter than a block, or a size is out of range.
@@ -50,16 +50,16 @@ class BlockDataset(torch.utils.data.Dataset):
         stride_key = "evaluation.stride" if keep_tail else "data.stride"
         for key, value in (("data.block_size", block_size), (stride_key, stride)):
             if value < 1:
-                raise InputError(f"{key} is {value}, the least is 1: unset it to use the model's context length")
+                raise InputError(f"{key} is {value}; it must be at least 1 (unset: the model's context length)")
         if keep_tail and stride > block_size:
             raise InputError(
-                f"a stride of {stride} tokens leaves tokens out between blocks of {block_size}, so not every token is "
-                f"predicted: lower {stride_key} to at most {block_size}"
+                f"{stride_key} is {stride}, larger than the block size of {block_size}, so some tokens would not be "
+                f"predicted: lower it to at most {block_size}"
             )
         needed = 2 if keep_tail else block_size + 1
         if len(stream) < needed:
             remedy = "add text" if keep_tail else "lower data.block_size or add text"
-            raise InputError(f"{name} has {len(stream)} tokens, one block needs {needed}: {remedy}")
+            raise InputError(f"{name} has {counted(len(stream), 'tokens')}, but one block needs {needed}: {remedy}")
         self.stream = stream
         self.block_size = min(block_size, len(stream) - 1)
         self.stride = stride
@@ -99,7 +99,7 @@ class BlockDataset(torch.utils.data.Dataset):
 
     @property
     def predicted_tokens(self) -> int:
-        """Targets that are not ignored, over all blocks; those in two blocks count twice (once with `keep_tail`)."""
+        """Targets that are not ignored, over all blocks; one in two blocks counts twice (once with `keep_tail`)."""
         total = len(self.stream) - 1 if self.keep_tail else self.num_blocks * self.block_size
         if not self.document_boundaries:
             return total
@@ -107,23 +107,23 @@ class BlockDataset(torch.utils.data.Dataset):
         starts = starts[(starts > 0) & (starts < len(self.stream))]
         if self.keep_tail:
             return total - len(starts)
-        # Blocks first, ..., last hold a start among their targets: i * S < start <= i * S + T.
+        # Blocks first, ..., last have a document start among their targets: i * S < start <= i * S + T.
         last = np.minimum((starts - 1) // self.stride, self.num_blocks - 1)
         first = np.maximum(-((self.block_size - starts) // self.stride), 0)
         return total - int(np.maximum(last - first + 1, 0).sum())
 
 
 def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataReport, split: str) -> None:
-    """Writes the sizes of a split's stream and blocks into the report.
+    """Records the sizes of a split's token stream and blocks in the report.
 
     Args:
-        blocks: The blocks an epoch goes through.
-        unknown_id: The tokenizer's id for what it cannot express; None if there is nothing such.
-        report: Filled in place.
-        split: The split's name, such as `train`.
+        blocks: The blocks of one epoch.
+        unknown_id: Id of the unknown token; None if the tokenizer can encode any text.
+        report: Updated in place.
+        split: Name of the split, such as `train`.
 
     Raises:
-        InputError: Nothing in the split is predicted.
+        InputError: The split has no targets.
     """
     sizes = report.split(split)
     sizes.tokens = len(blocks.stream)
@@ -133,7 +133,7 @@ def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataRepor
     sizes.predicted_tokens = blocks.predicted_tokens
     if sizes.predicted_tokens < 1:
         raise InputError(
-            f"nothing is predicted in the {split} split of {report.source}: each of its documents is one token; add "
-            "text, or set data.document_boundaries to false"
+            f"the {split} split of {report.source} has no tokens to predict, since each document is a single token: "
+            "add text, or set data.document_boundaries to false"
         )
     sizes.tail_tokens = blocks.tail_tokens

@@ -1,4 +1,4 @@
-"""What is kept of texts and tokens for the next run: whole, or not at all."""
+"""The cache of texts and tokens; entries are complete or absent."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ import datasets
 import pyarrow as pa
 
 ABANDONED_AFTER_SECONDS = 24 * 3600
-BYTES_WITH_PROGRESS = 1 << 22  # seconds of work
+BYTES_WITH_PROGRESS = 1 << 22  # takes seconds
 
 
 def cache_folder(cache_dir: str | os.PathLike | None) -> Path:
-    """The folder where texts and tokens are kept, made if needed.
+    """The folder where texts and tokens are cached; created if needed.
 
     Args:
-        cache_dir: `data.cache_dir`; None is `hfgpt` inside Hugging Face's cache folder (HF_HOME).
+        cache_dir: `data.cache_dir`; None: `hfgpt` in the Hugging Face cache folder (HF_HOME).
     """
     folder = Path(cache_dir).expanduser() if cache_dir else Path(datasets.config.HF_CACHE_HOME) / "hfgpt"
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,15 +35,15 @@ def map_rows(
     description: str,
     num_proc: int = 1,
 ) -> datasets.Dataset:
-    """Maps rows to as many others by `datasets.Dataset.map`, or finds what an earlier run has kept.
+    """Maps rows one to one with `datasets.Dataset.map`, or loads the cached result of an earlier run.
 
     Args:
-        rows: From an Arrow file, beside which the result is kept; or in memory, where the result is, too.
-        function: Called with a batch as an Arrow table and `arguments`; gives a table of `features`.
+        rows: From an Arrow file, next to which the result is cached; or in memory, and then so is the result.
+        function: Called with a batch as an Arrow table and `arguments`; returns a table of `features`.
         features: Columns of the result and their types.
-        arguments: Plain values; other ones find other results.
-        description: For the progress bar.
-        num_proc: Processes.
+        arguments: Plain values; part of the fingerprint.
+        description: Text of the progress bar.
+        num_proc: Number of processes.
     """
 
     def run(load_from_cache_file: bool) -> datasets.Dataset:
@@ -53,7 +53,7 @@ def map_rows(
             remove_columns=rows.column_names,
             features=datasets.Features(features),
             fn_kwargs=arguments,
-            num_proc=num_proc if num_proc > 1 else None,  # 1 would start a process, too
+            num_proc=num_proc if num_proc > 1 else None,  # even 1 would start a process
             keep_in_memory=not rows.cache_files,
             load_from_cache_file=load_from_cache_file,
             desc=description,
@@ -68,7 +68,7 @@ def map_rows(
 
 @contextlib.contextmanager
 def _clean_full_disk(rows: datasets.Dataset) -> Iterator[None]:
-    """Removes what datasets leaves half-written when the disk is full, and names the folder."""
+    """Removes the partial files that datasets leaves when the disk is full, and adds the folder to the error."""
     folders = {Path(file["filename"]).parent for file in rows.cache_files}
     before = {path for folder in folders for path in folder.glob("tmp*")}
     try:
@@ -82,7 +82,7 @@ def _clean_full_disk(rows: datasets.Dataset) -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar(worthwhile: bool = True) -> Iterator[None]:
-    """Lets datasets show its progress bar on a terminal alone, and if there is something to wait for."""
+    """Shows the progress bar of datasets only on a terminal, and only for work that takes a while."""
     disabled = datasets.are_progress_bars_disabled()
     if not (worthwhile and sys.stderr.isatty()):
         datasets.disable_progress_bars()
@@ -94,17 +94,17 @@ def progress_bar(worthwhile: bool = True) -> Iterator[None]:
 
 
 def read_kept(read: Callable[[], datasets.Dataset]) -> datasets.Dataset | None:
-    """What `read` gives; None if the Arrow file that was kept is damaged."""
+    """The result of `read`; None if the cached Arrow file is damaged."""
     try:
         return read()
     except (pa.ArrowInvalid, OSError) as error:
         if getattr(error, "errno", None) is not None:
-            raise  # of the disk
+            raise  # a disk error
         return None
 
 
 def remove_abandoned(cache: Path):
-    """Removes what a killed process left; a live one has written to it within a day."""
+    """Removes files that a killed process left; a running one would have written to them within a day."""
     for path in [*cache.glob(".*"), *cache.glob("*/tmp*")]:
         times = [item.stat().st_mtime for item in (path, *path.glob("*")) if item.exists()]
         if max(times, default=0) < time.time() - ABANDONED_AFTER_SECONDS:

@@ -1,7 +1,7 @@
-"""Rows of text and label -> balanced, divided without leaks, encoded.
+"""Rows of text and label -> balanced, split without leakage, encoded.
 
-All rows of one text are on one side of every division: the usual split by rows of the SMS Spam Collection has 37 of
-its 300 test rows in training too, word for word, and its accuracies are higher for it.
+All rows with the same text go to the same split. Splitting the SMS Spam Collection by rows, as is usual, leaves exact
+copies of 37 of its 300 test rows in training, which inflates the accuracy.
 """
 
 import collections
@@ -15,7 +15,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.cache import progress_bar
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
 from hfgpt.data.splits import count_texts, divide_texts, take
 from hfgpt.errors import InputError
@@ -25,24 +25,22 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass
 class ClassificationDataArguments(SourceArguments):
-    """The recipe's section `data` for classification, beside where the rows come from.
+    """The recipe's section `data` for classification, in addition to the source of the rows.
 
     Args:
-        test_split: Split to test on, or the word in the names of a folder's test files. None: `test` if there is one,
-            otherwise `test_fraction` of the training split.
-        validation_fraction: Part of the rows that validates, where the source gives no split for it.
-        test_fraction: Part of the rows that tests, where the source gives no split for it.
-        text_column: Column or key that holds the text; of a .csv or .tsv without header line, its position from 0.
-        label_column: Column or key that holds the label, likewise.
-        column_names: Names of the columns of a .csv or .tsv file without a header line; used if its first line is a
-            row and has no such columns.
-        balance: `none`; `undersample`, which leaves out rows of the larger classes before dividing (from the training
-            split alone where the others are given); or `weights`, which weighs the loss of a row by the rarity of its
-            class.
-        max_rows: Read only the first N rows of each split; for synthetic rows, how many to generate.
-        max_length: Tokens a text is cut to; None: the context length of the model.
-        end_of_text: Begin and end each text with the end-of-text token: the head then reads a token that means the
-            same in every text. The saved tokenizer does it, too.
+        test_split: Split to test on, or the word that marks the test files of a folder. None: `test` if the source
+            has one, else `test_fraction` of the training split.
+        validation_fraction: Fraction of the rows held out for validation if the source has no validation split.
+        test_fraction: Fraction of the rows held out for testing if the source has no test split.
+        text_column: Column or key of the text; for a .csv or .tsv file without a header line, its index from 0.
+        label_column: Column or key of the label, likewise.
+        column_names: Column names for a .csv or .tsv file without a header line; ignored if the file has one.
+        balance: `none`; `undersample`: drop rows of the larger classes before splitting (only from the training split
+            if the source has the others); or `weights`: weight the loss by inverse class frequency.
+        max_rows: Read only the first N rows of each split; for synthetic data, the number of rows to generate.
+        max_length: Maximum number of tokens per text, longer texts are truncated; None: the model's context length.
+        end_of_text: Wrap each text in end-of-text tokens, so that the head always reads the same token. The saved
+            tokenizer does this too.
     """
 
     test_split: str | None = None
@@ -59,14 +57,14 @@ class ClassificationDataArguments(SourceArguments):
     def __post_init__(self):
         for name in ("max_rows", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"data.{name} is {getattr(self, name)}, the least is 1: unset it for no limit")
+                raise InputError(f"data.{name} is {getattr(self, name)}; it must be at least 1 (unset: no limit)")
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
-                raise InputError(f"data.{name} is {getattr(self, name)}, it must be above 0 and below 1: try 0.1")
+                raise InputError(f"data.{name} is {getattr(self, name)}; it must be above 0 and below 1, such as 0.1")
         if self.validation_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"data.validation_fraction {self.validation_fraction} and data.test_fraction {self.test_fraction} "
-                "leave nothing to train on: lower one"
+                "leave no training data: lower one of them"
             )
 
 
@@ -76,8 +74,8 @@ class LabelledTexts:
 
     Args:
         splits: `train`, `validation` and `test`, each with the columns `text` and `label` (the name).
-        labels: The names of the classes in the order of their ids.
-        unlabelled: Texts that were left out to balance the classes and are in no other split.
+        labels: Class names in the order of their ids.
+        unlabelled: Texts that were dropped to balance the classes and are not in another split.
     """
 
     splits: datasets.DatasetDict
@@ -86,31 +84,31 @@ class LabelledTexts:
 
 
 def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, report: DataReport) -> LabelledTexts:
-    """Reads rows of text and label, balances them, and divides them so that no text is on two sides.
+    """Reads rows of text and label, balances them, and splits them so that no text is in more than one split.
 
     Args:
         arguments: What to read.
-        seed: Chooses which rows are left out, validate and test.
-        report: Filled in place.
+        seed: Chooses the rows to drop and those for validation and test.
+        report: Updated in place.
 
     Raises:
-        InputError: The source cannot be read, a label is missing everywhere, there is one class only, or a class is
-            unseen in training or too small to divide.
+        InputError: The source cannot be read, there are no labels or only one class, or a class is missing from the
+            training split or too small to split.
     """
     given = _read_splits(arguments, seed, report)
     rows = _drop_leaks(_drop_contradictions(given, report), report)
     if empty := [split for split, found in rows.items() if split != "train" and not found]:
         raise InputError(
-            f"the {empty[0]} split of data.path {arguments.path!r} has no row with a text and a label of its own "
-            f"({report.reasons}): name another in data.{empty[0]}_split, or take only the files of the others"
+            f"the {empty[0]} split of data.path {arguments.path!r} has no usable row ({report.reasons}): "
+            f"set data.{empty[0]}_split to another split, or leave out its files"
         )
     report.sha256 = report.sha256 or _hash_rows(rows)
     labels = _sort_labels({row["label"] for row in rows["train"]})
     if len(labels) < 2:
-        found = f"one class only, '{labels[0]}'" if labels else "no row with a text and a label"
+        found = f"only one class, '{labels[0]}'" if labels else "no row with a text and a label"
         raise InputError(
-            f"data.path {arguments.path!r} has {found} ({report.reasons}): a classifier needs two classes; check "
-            "data.label_column"
+            f"data.path {arguments.path!r} has {found} ({report.reasons}), but a classifier needs at least two "
+            "classes: check data.label_column"
         )
     unlabelled: list[Row] = []
     if arguments.balance == "undersample":
@@ -124,7 +122,9 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
     rows |= _divide(rows["train"], missing, seed, arguments.path)
     for split in ("validation", "test"):
         if unseen := {row["label"] for row in rows[split]} - {row["label"] for row in rows["train"]}:
-            raise InputError(f"the label '{min(unseen)}' of the {split} split is not in the training split: add rows")
+            raise InputError(
+                f"the {split} split has the label '{min(unseen)}', but the training split does not: add rows"
+            )
     for split in SPLITS:
         _count(rows[split], report, split)
     evaluated = {row["text"] for split in ("validation", "test") for row in rows[split]}
@@ -138,18 +138,18 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
 def load_all_labelled_texts(
     arguments: ClassificationDataArguments, labels: list[str], report: DataReport
 ) -> datasets.Dataset:
-    """Reads rows of text and label to measure a classifier on: all there are, or `test_split` where one is named.
+    """Reads rows of text and label to evaluate a classifier: all rows, or only `test_split` if it is set.
 
     Args:
         arguments: What to read.
-        labels: The classes the classifier knows.
-        report: Filled in place; the sizes are those of the split `test`.
+        labels: The classes of the classifier.
+        report: Updated in place; sizes are recorded for the split `test`.
 
     Returns:
         The columns `text` and `label`.
 
     Raises:
-        InputError: The source cannot be read, has no usable row, or has a label the classifier does not know.
+        InputError: The source cannot be read, does not have a usable row, or has a label the classifier does not know.
     """
     given = _read_splits(arguments, 0, report)
     rows = given["test"] if arguments.test_split else list(itertools.chain(*given.values()))
@@ -158,8 +158,8 @@ def load_all_labelled_texts(
         raise InputError(f"data.path {arguments.path!r} has no row with a text and a label: check data.label_column")
     if unknown := {row["label"] for row in rows} - set(labels):
         raise InputError(
-            f"the label '{min(unknown)}' of data.path {arguments.path!r} is not one of the model's classes "
-            f"({', '.join(labels)}): rename it, or name the right column in data.label_column"
+            f"data.path {arguments.path!r} has the label '{min(unknown)}', which is not one of the model's classes "
+            f"({', '.join(labels)}): rename it, or check data.label_column"
         )
     _count(rows, report, "test")
     return datasets.Dataset.from_list(rows)
@@ -172,24 +172,24 @@ def encode_texts(
 
     Args:
         rows: The columns `text` and `label`.
-        tokenizer: Its special tokens, if it adds any, stay when a text is cut.
-        labels: The names of the classes in the order of their ids.
-        max_length: Tokens a text is cut to, at its end.
+        tokenizer: Special tokens that it adds are kept when a text is truncated.
+        labels: Class names in the order of their ids.
+        max_length: Longer texts are truncated to this many tokens.
 
     Returns:
-        The columns `input_ids`, `labels` (an id) and `length`; and the number of texts that were cut.
+        The columns `input_ids`, `labels` (an id) and `length`; and the number of truncated texts.
 
     Raises:
-        InputError: A text has no token.
+        InputError: A text has no tokens.
     """
     ids = {label: number for number, label in enumerate(labels)}
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         short = tokenizer(batch["text"], truncation=True, max_length=max_length)["input_ids"]
-        whole = tokenizer(batch["text"])["input_ids"]  # the last: the tokenizer keeps, and saves, how it was called
+        whole = tokenizer(batch["text"])["input_ids"]  # called last: the tokenizer saves the truncation it used last
         for text, tokens in zip(batch["text"], short, strict=True):
             if not tokens:
-                raise InputError(f"the text {text!r} has no token that the tokenizer knows: drop it")
+                raise InputError(f"the tokenizer produces no tokens for the text {text!r}: drop it")
         return {
             "input_ids": short,
             "labels": [ids[label] for label in batch["label"]],
@@ -197,7 +197,7 @@ def encode_texts(
             "is_cut": [len(tokens) > max_length for tokens in whole],
         }
 
-    fingerprint = f"{rows._fingerprint}-encoded"  # to find one, datasets would pickle the tokenizer
+    fingerprint = f"{rows._fingerprint}-encoded"  # to compute one, datasets would pickle the tokenizer
     with progress_bar(len(rows) > 10_000):
         encoded = rows.map(
             encode, batched=True, remove_columns=rows.column_names, keep_in_memory=True, new_fingerprint=fingerprint
@@ -206,11 +206,11 @@ def encode_texts(
 
 
 def class_weights(rows: datasets.Dataset, labels: list[str]) -> list[float]:
-    """The weight of each class by which every class counts the same; 1 on average over the rows.
+    """Class weights by inverse frequency, so that all classes count equally; 1 on average over the rows.
 
     Args:
         rows: The training split, with the column `label`.
-        labels: The names of the classes in the order of their ids.
+        labels: Class names in the order of their ids.
     """
     counts = collections.Counter(rows["label"])
     return [len(rows) / (len(labels) * counts[label]) for label in labels]
@@ -245,13 +245,13 @@ def _read_splits(arguments: ClassificationDataArguments, seed: int, report: Data
 
 
 def _drop_contradictions(splits: dict[str, list[Row]], report: DataReport) -> dict[str, list[Row]]:
-    """Without the rows whose text has another label elsewhere: whatever the model says of them is right and wrong."""
+    """Drops rows whose text also occurs with a different label."""
     labels, copies = collections.defaultdict(set), collections.Counter()
     for row in itertools.chain(*splits.values()):
         labels[row["text"]].add(row["label"])
     kept = {name: [row for row in rows if len(labels[row["text"]]) == 1] for name, rows in splits.items()}
     if dropped := sum(map(len, splits.values())) - sum(map(len, kept.values())):
-        report.drop("one text, several labels", dropped)
+        report.drop("same text with different labels", dropped)
     copies.update(row["text"] for row in itertools.chain(*kept.values()))
     report.duplicated = sum(count - 1 for count in copies.values())
     report.rows_kept = sum(copies.values())
@@ -259,7 +259,7 @@ def _drop_contradictions(splits: dict[str, list[Row]], report: DataReport) -> di
 
 
 def _undersample(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
-    """As many rows of each class as the smallest has, whole texts at a time; and those that were left out."""
+    """As many rows of each class as the smallest has, keeping rows of the same text together; and the dropped rows."""
     by_label = _by_label(rows)
     least, chosen = min(map(len, by_label.values())), set()
     for texts in by_label.values():
@@ -270,20 +270,20 @@ def _undersample(rows: list[Row], seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def _divide(rows: list[Row], fractions: dict[str, float], seed: int, path: str) -> dict[str, list[Row]]:
-    """Each class divided by itself into the splits named and the training split, whole texts at a time."""
+    """Stratified split: divides each class separately, keeping rows of the same text together."""
     split_of = {}
     for label, texts in _by_label(rows).items():
         if fractions and len(set(texts)) <= len(fractions):
             raise InputError(
-                f"the label '{label}' of data.path {path!r} has {len(set(texts))} different texts, too few for "
-                f"{len(fractions) + 1} splits: add rows, or drop them"
+                f"data.path {path!r} has {counted(len(set(texts)), 'distinct texts')} with the label '{label}', but "
+                f"{len(fractions) + 1} splits need at least {len(fractions) + 1}: add rows, or drop the label"
             )
         split_of |= divide_texts(texts, fractions, seed)
     return {split: [row for row in rows if split_of[row["text"]] == split] for split in ("train", *fractions)}
 
 
 def _by_label(rows: list[Row]) -> dict[str, list[str]]:
-    """Label -> the text of each of its rows."""
+    """Label -> texts of its rows."""
     grouped: dict[str, list[str]] = {}
     for row in rows:
         grouped.setdefault(row["label"], []).append(row["text"])
@@ -291,20 +291,20 @@ def _by_label(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def _drop_leaks(given: dict[str, list[Row]], report: DataReport) -> dict[str, list[Row]]:
-    """Validation without the texts of the test split, and training without those of both, where a source divides."""
+    """Drops validation rows that are in the test split, and training rows that are in either."""
     kept, taken = {}, set()
     for split in ("test", "validation", "train"):
         if split in given:
             kept[split] = [row for row in given[split] if row["text"] not in taken]
             taken |= {row["text"] for row in kept[split]}
             if leaked := len(given[split]) - len(kept[split]):
-                report.drop(f"{split} row that is in another split, too", leaked)
+                report.drop(f"{split} row also in another split", leaked)
                 report.rows_kept -= leaked
     return kept
 
 
 def _sort_labels(labels: set[str]) -> list[str]:
-    """By name, or by value where all are whole numbers."""
+    """Sorts by name, or numerically if all labels are integers."""
     numbers = all(re.fullmatch(r"-?[0-9]+", label) for label in labels)
     return sorted(labels, key=lambda label: (int(label), label)) if numbers else sorted(labels)
 

@@ -13,22 +13,22 @@ IGNORED = -100
 
 @dataclass
 class PaddingCollator:
-    """Pads rows on the right to the longest of the batch, and marks by a mask what is padding, whatever id it has.
+    """Pads rows on the right to the longest in the batch; the attention mask marks the padding, whatever its id.
 
-    A row has `input_ids`, and may have `labels` (one id a token, or one for the row), `shift_labels` and
-    `position_ids`; other columns are left out. Which tokens are learned is the labels' matter alone: the padding token
-    may be the end-of-text token, which stays a target where it ends a text.
+    A row has `input_ids` and may have `labels` (one per token, or one for the row), `shift_labels` and `position_ids`;
+    other columns are dropped. Only the labels decide which tokens are learned: the padding token may be the
+    end-of-text token, which stays a target where it ends a text.
 
     Args:
-        pad_token_id: What fills `input_ids`; labels are filled with -100, positions with 0.
-        pad_to_multiple_of: Rounds the length up, for hardware that likes it.
+        pad_token_id: Fills `input_ids`; labels are filled with -100, positions with 0.
+        pad_to_multiple_of: Rounds the padded length up.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows of any lengths -> tensors (B, T) or, for one label a row, (B)."""
+        """Rows of different lengths -> tensors (B, T); labels (B) if there is one per row."""
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
         padding = {"input_ids": self.pad_token_id, "labels": IGNORED, "shift_labels": IGNORED, "position_ids": 0}
@@ -44,12 +44,12 @@ class PaddingCollator:
 
 
 def padding_collator(tokenizer: PreTrainedTokenizerBase) -> PaddingCollator:
-    """Pads with the tokenizer's padding token, or with any other where it has none: the mask marks the padding."""
+    """A collator that pads with the tokenizer's padding token, or any other if it does not have one."""
     token = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return PaddingCollator(token or 0)
 
 
 def sorted_by_length(rows: Dataset) -> Dataset:
-    """The rows in order of their `length`, so that a batch of neighbours has little padding."""
+    """The rows sorted by `length`, so that batches have little padding."""
     lengths = rows["length"]
     return rows.select(sorted(range(len(rows)), key=lambda index: lengths[index]))

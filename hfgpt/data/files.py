@@ -1,4 +1,4 @@
-"""Files -> rows, with nothing in them changed; a file that is at fault is named with the byte or the line."""
+"""Files -> rows, with values unchanged; errors name the file and the byte offset or line."""
 
 import codecs
 import contextlib
@@ -32,33 +32,33 @@ FAMILIES = {
 }
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = f"{', '.join(FAMILIES)}, and .gz or .zst of the first six"
-# A well-known file whose name has no suffix: the SMS Spam Collection as UCI's archive (228) has it.
+# A well-known file without a suffix: the SMS Spam Collection from the UCI archive (228).
 SUFFIX_OF = {"SMSSpamCollection": ".tsv"}
 CHUNK = 1 << 20
-# Of what is decompressed and held at once: a line, a row, a document, a .json file. A few kilobytes of a compressed
-# file can stand for gigabytes; of other files the size on the disk says what they will take.
+# Characters or bytes decompressed into memory together: a line, a row, a document, a .json file. A few compressed
+# kilobytes can expand to gigabytes; for other files, the size on disk tells how much memory they need.
 LONGEST_DECOMPRESSED = 2**27
 
 
 def find_files(path: str) -> list[Path]:
-    """The usable files that a path names, sorted; hidden ones are left out.
+    """The files of supported types at a path, sorted, without hidden ones.
 
     Args:
-        path: A file, a folder (searched to any depth) or a glob; or a URL of one, such as `s3://bucket/texts`, whose
-            files are downloaded, or found in the cache of datasets.
+        path: A file, a folder (searched recursively) or a glob; or the URL of one, such as `s3://bucket/texts`, whose
+            files are downloaded or taken from the datasets cache.
 
     Returns:
-        Files of one family (text, JSON, table or Parquet); empty if nothing local has this name.
+        Files of one family (text, JSON, table or Parquet); empty if the path does not exist locally.
 
     Raises:
-        InputError: There are no usable files, or of several families; or a URL cannot be read.
+        InputError: There are no supported files, or files of several families; or the URL cannot be read.
     """
     if is_url(path):
         return _one_family(path, _download_files(path))
     place = Path(path).expanduser()
     if place.is_file():
         if family(place) is None:
-            kind = f"is of the unsupported file type {place.suffix!r}" if place.suffix else "has no file type"
+            kind = f"has the unsupported file type {place.suffix!r}" if place.suffix else "has no file extension"
             raise InputError(f"data.path {path!r} {kind}; supported: {SUFFIXES}")
         return [place]
     if place.is_dir():
@@ -73,21 +73,21 @@ def find_files(path: str) -> list[Path]:
 def _one_family(path: str, found: Iterable[Path]) -> list[Path]:
     files = sorted(item for item in found if family(item))
     if not files:
-        raise InputError(f"data.path {without_secrets(path)!r} has no file of a supported type: {SUFFIXES}")
+        raise InputError(
+            f"data.path {without_secrets(path)!r} does not contain a file of a supported type: {SUFFIXES}"
+        )
     kinds = {family(file): file.name for file in reversed(files)}
     if len(kinds) > 1:
         examples = ", ".join(f"{kind} ({name})" for kind, name in sorted(kinds.items()))
-        raise InputError(
-            f"data.path {path!r} mixes kinds of files, {examples}: choose one with a glob such as '*.txt'"
-        )
+        raise InputError(f"data.path {path!r} mixes file types, {examples}: choose one with a glob such as '*.txt'")
     return files
 
 
 def find_source(path: str) -> list[Path]:
-    """The files that `data.path` names, as `find_files` does; empty for what may be a data set of the Hub.
+    """The files at `data.path`, see `find_files`; empty if the path may be a Hub dataset id.
 
     Raises:
-        InputError: As `find_files`, or nothing is there and the path is that of a file.
+        InputError: As `find_files`; or a path that must be local does not exist.
     """
     files = find_files(path)
     if not files and looks_local(path):
@@ -98,24 +98,22 @@ def find_source(path: str) -> list[Path]:
 def read_rows(
     path: Path, sample_by: str = "document", columns: list[str] | None = None, header: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Reads the rows of one local file, whatever its kind, with nothing in their values changed.
+    """Reads the rows of one local file of any supported type, with values unchanged.
 
-    What is held at once of a compressed file, a row or a file that is one row, has `LONGEST_DECOMPRESSED` characters
-    at most.
+    A row of a compressed file has at most `LONGEST_DECOMPRESSED` characters.
 
     Args:
-        path: The file, of a kind that `find_files` returns.
-        sample_by: What one row of a text file is; its one column is `text`.
-        columns: Columns to read of a Parquet file. A .csv or .tsv file is taken to have no header line if they are all
-            numbers: its columns are then named 0, 1, 2, ...
-        header: Names of the columns of a .csv or .tsv file without a header line.
+        path: A file that `find_files` returned.
+        sample_by: What one row of a text file is; its only column is `text`.
+        columns: Columns to read from a Parquet file. If all are numbers, a .csv or .tsv file is read without a header
+            line, with columns named 0, 1, 2, ...
+        header: Column names for a .csv or .tsv file without a header line.
 
     Yields:
         Column -> value.
 
     Raises:
-        InputError: The file cannot be read, decoded or parsed, or a row is too long; the message names the byte offset
-            or the line.
+        InputError: The file cannot be read, decoded or parsed, or a row is too long; names the byte offset or line.
     """
     suffix, compression = _suffixes(path)
     held = lines = 0  # characters read since the last row; lines since the first
@@ -125,12 +123,12 @@ def read_rows(
         for piece in _read_text(path):
             held += len(piece)
             lines += piece.count("\n")
-            # Text compresses to a third or a tenth.
+            # Ordinary text is 3 to 10 times its compressed size.
             if compression and held > max(LONGEST_DECOMPRESSED, 100 * path.stat().st_size):
                 other = "set data.sample_by to paragraph, or " if family(path) == "text" else ""
                 raise InputError(
                     f"{path}, line {lines + 1}: one row has more than {LONGEST_DECOMPRESSED:,} characters, the limit "
-                    f"of a compressed file: {other}decompress it first"
+                    f"for compressed files: {other}decompress it first"
                 )
             yield piece
 
@@ -151,17 +149,17 @@ def read_rows(
 
 
 def find_columns(path: Path) -> dict[str, int]:
-    """Where text and label are in a .csv or .tsv file that seems to have no header line: recipe key -> position.
+    """Guesses the text and label columns of a .csv or .tsv file without a header line.
 
-    The first line is taken for a row if one of its fields is long or occurs again in its column. The text is then the
-    longest column, the label the one with the fewest different values.
+    The first line counts as a row if one of its fields is long or occurs again in its column. The text is then the
+    longest column, and the label the column with the fewest distinct values.
 
     Args:
         path: The file; its first 1,000 rows are read.
 
     Returns:
-        Positions from 0 for `text_column` and, with several columns, `label_column`; empty if there seems to be a
-        header line.
+        Column indices from 0 for `text_column` and, with several columns, `label_column`; empty if the file seems to
+        have a header line.
     """
     first, *rows = itertools.islice(read_rows(path, columns=["0"]), 1000)
     columns = [[row[name] for row in (first, *rows)] for name in first]
@@ -176,7 +174,7 @@ def find_columns(path: Path) -> dict[str, int]:
 
 def wrong_column(key: str, column: str, place: str | Path, row: Iterable[str], remedy: str = "") -> InputError:
     names = ", ".join(repr(name[:40]) for name in row)
-    return InputError(f"data.{key} {column!r} is not in {place}, which has: {names}{remedy}")
+    return InputError(f"data.{key} {column!r} is not a column of {place}, which has: {names}{remedy}")
 
 
 def is_url(path: str) -> bool:
@@ -184,7 +182,7 @@ def is_url(path: str) -> bool:
 
 
 def without_secrets(path: str) -> str:
-    """A path as it is; a URL without what may sign its user in."""
+    """The path; of a URL, without credentials and query, which may contain secrets."""
     if not is_url(path):
         return path
     parts = urlsplit(path)
@@ -196,7 +194,7 @@ def looks_local(path: str) -> bool:
 
 
 def nearest(path: str) -> str:
-    """ " (nearest: NAME)" if the folder has something of a similar name, otherwise ""."""
+    """ " (nearest: NAME)" if the folder contains a similar name, else ""."""
     place = Path(path).expanduser()
     names = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
     near = difflib.get_close_matches(place.name, names, n=1)
@@ -204,18 +202,18 @@ def nearest(path: str) -> str:
 
 
 def _download_files(url: str) -> list[Path]:
-    """The files of a URL on this machine, under their own names, which say what they are."""
+    """Downloads the files of a URL; returns local paths that keep the file names."""
     import datasets
     import fsspec
 
     if urlsplit(url).username:
-        raise InputError(f"data.path {without_secrets(url)!r} has a user name in it: sign in by other means")
+        raise InputError(f"data.path {without_secrets(url)!r} contains a user name: sign in by other means")
     try:
         system, place = fsspec.url_to_fs(url)
         if glob.has_magic(place.partition("?")[0]):
             places = system.glob(place)
         else:
-            # A web server has no folders; what has a file's name is one.
+            # Web servers do not have folders, so a supported extension means a file.
             is_file = family(Path(urlsplit(url).path)) is not None
             places = [place] if is_file or not system.isdir(place) else system.find(place)
         urls = [system.unstrip_protocol(found) for found in places]
@@ -225,7 +223,7 @@ def _download_files(url: str) -> list[Path]:
         raise InputError(f"data.path {without_secrets(url)!r} was not found: check the URL") from error
     except ImportError as error:
         raise InputError(f"data.path {without_secrets(url)!r} needs another package ({error}): install it") from error
-    # Whatever a server, a bucket or its library answers, it is the user's to correct.
+    # Servers, buckets and their libraries raise all kinds of errors, and only the user can fix them.
     except Exception as error:
         reason = " ".join(str(error).replace(url, without_secrets(url)).split()) or type(error).__name__
         raise InputError(
@@ -235,30 +233,31 @@ def _download_files(url: str) -> list[Path]:
 
 
 def _name_download(url: str, content: Path) -> Path:
-    """A link to a downloaded file, which has a hash for a name, under the path of its URL."""
+    """A link, named like the URL, to a downloaded file, whose own name is a hash."""
     parts = urlsplit(url)
-    link = cache_folder(None) / "downloads" / content.name / parts.netloc / parts.path.lstrip("/")
+    inside = [name for name in parts.path.split("/") if name not in ("", "..")]  # a server may list any name
+    link = cache_folder(None).joinpath("downloads", content.name, parts.netloc, *inside)
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
-        with contextlib.suppress(FileExistsError):  # another process was first
+        with contextlib.suppress(FileExistsError):  # created by another process
             link.symlink_to(content.absolute())
     return link
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """The suffix that tells the kind, and that of the compression or ""."""
+    """The file type's suffix, and that of the compression or ""."""
     suffixes = ["", *(suffix.lower() for suffix in path.suffixes or [SUFFIX_OF.get(path.name, "")])]
     return (suffixes[-2], suffixes[-1]) if suffixes[-1] in CODECS else (suffixes[-1], "")
 
 
 def family(path: Path) -> str | None:
     suffix, compression = _suffixes(path)
-    # A Parquet file is compressed inside, and is read from its end: nothing may be wrapped around it.
+    # Parquet is compressed internally and read from its end, so it cannot be wrapped in another compression.
     return None if compression and suffix == ".parquet" else FAMILIES.get(suffix)
 
 
 def describe_file(file: Path) -> list[str | int]:
-    """What tells, without reading a file, whether it was changed; a user cannot set the time of its last change."""
+    """Detects changes to a file without reading it; unlike mtime, ctime cannot be set by a user."""
     found = file.stat()
     return [str(file.absolute()), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
@@ -277,14 +276,14 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except PermissionError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give yourself the right to read it") from error
+        raise InputError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
 
 
 def _read_bytes(path: Path) -> Iterator[bytes]:
-    """The content in pieces, decompressed."""
+    """The decompressed content in chunks."""
     compression = _suffixes(path)[1]
     with _open(path) as file:
-        # Both codecs check what they decompress, and read files that are several compressed ones put together.
+        # Both codecs verify checksums and read concatenated streams.
         stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), CODECS[compression]) if compression else file
         try:
             yield from iter(lambda: stream.read(CHUNK), b"")
@@ -292,26 +291,24 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
             if not compression or error.errno is not None:
                 raise
             if "Truncated" in str(error):
-                raise InputError(
-                    f"{path} ends in the middle of its {compression} data: copy or compress it again"
-                ) from error
-            raise InputError(f"{path} is not valid {compression} ({error}): compress it again") from error
+                raise InputError(f"{path} is truncated {compression} data: copy or compress it again") from error
+            raise InputError(f"{path} is not valid {compression} data ({error}): compress it again") from error
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    """The content in pieces of text, without a byte order mark; line ends stay as they are."""
+    """The decoded content in chunks, without a byte order mark; line endings are unchanged."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, at_start = 0, True
     for chunk in itertools.chain(_read_bytes(path), [b""]):
         if b"\0" in chunk:
             raise InputError(f"{path} is not text: byte {offset + chunk.index(0)} is NUL; convert it to UTF-8 text")
-        # Bytes of a character that the chunk before left unfinished: the decoder counts from them.
+        # Bytes of a character split across chunks: the decoder's offsets count from them.
         unfinished = len(decoder.getstate()[0])
         try:
             text = decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                f"{path} is not valid UTF-8: byte 0x{error.object[error.start]:02x} at offset "
                 f"{offset - unfinished + error.start}; convert it to UTF-8"
             ) from error
         offset += len(chunk)
@@ -321,7 +318,7 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def _read_lines(pieces: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends; only a line feed ends a line, as str.splitlines would also split at other characters."""
+    """Lines with their endings, split at line feeds only; str.splitlines would also split at other characters."""
     unfinished = []
     for text in pieces:
         *lines, rest = text.split("\n")
@@ -353,7 +350,7 @@ def _read_json(path: Path, pieces: Iterable[str]) -> Iterator[dict[str, Any]]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # A whole value and then more: JSON Lines under the name .json.
+        # More data after a complete value: JSON Lines with the extension .json.
         if getattr(error, "msg", "") == "Extra data":
             return _read_json_lines(path, [text])
         raise _invalid_json(path, error) from error
@@ -373,22 +370,20 @@ def _read_json_lines(path: Path, pieces: Iterable[str]) -> Iterator[dict[str, An
 
 
 def _invalid_json(path: Path, error: Exception, line: int | None = None) -> InputError:
-    """What json raises: besides a JSONDecodeError a RecursionError, or of a number of 5,000 digits a ValueError."""
+    """Explains a JSONDecodeError, a RecursionError, or json's ValueError for a number of 5,000 digits."""
     fact = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
     if isinstance(error, json.JSONDecodeError):
         fact += f" in line {line or error.lineno}, column {error.colno}"
     elif line:
         fact += f" in line {line}"
-    return InputError(f"{path} is not JSON: {fact}")
+    return InputError(f"{path} is not valid JSON: {fact}")
 
 
 def _json_row(row: Any, place: str) -> dict[str, Any]:
     if isinstance(row, str):
         return {"text": row}
     if not isinstance(row, dict):
-        raise InputError(
-            f"{place} is of type {type(row).__name__}, it must be an object (or a text): correct the file"
-        )
+        raise InputError(f"{place} has the type {type(row).__name__}; it must be an object or a string")
     return row
 
 
@@ -397,10 +392,10 @@ def _read_table(
 ) -> Iterator[dict[str, Any]]:
     lines = _read_lines(pieces)
     if _suffixes(path)[0] == ".tsv":
-        # In a .tsv quotes are letters like others, and a tab or a line end always separates.
+        # In a .tsv file, quotes are ordinary characters, and tabs and line feeds always separate.
         reader = (_without_end(line).split("\t") for line in lines if not line.isspace())
     else:
-        # Process-wide; the limit of 131,072 characters a field is less than one long document.
+        # Process-wide; the default limit of 131,072 characters per field is too small for long documents.
         csv.field_size_limit(sys.maxsize)
         reader = (fields for fields in csv.reader(lines, strict=True) if fields)
     number = 0
@@ -412,25 +407,25 @@ def _read_table(
                     continue
             if len(fields) != len(header):
                 raise InputError(
-                    f"{path}: row {number} has {len(fields)} fields, the first row {len(header)}: correct or quote it"
+                    f"{path}: row {number} has {len(fields)} fields, but the first has {len(header)}: fix or quote it"
                 )
             yield dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise InputError(f"{path} is not a valid table: {error} in row {number + 1}: correct or quote it") from error
+        raise InputError(f"{path} is not a valid table: {error} in row {number + 1}; fix or quote it") from error
 
 
 def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
     try:
         with _open(path) as stream, pq.ParquetFile(stream) as file:
             if not set(columns or []) <= set(file.schema_arrow.names):
-                columns = None  # the first row then shows what there is
+                columns = None  # the caller then reports the columns of the first row
             _check_sizes(path, file)
-            # Few rows at a time: one text, stored once, can be the value of all of them.
+            # Small batches: a text that is stored once can be the value of many rows.
             for batch in file.iter_batches(batch_size=16, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the disk
+            raise  # a disk error
         fact = " ".join(str(error).split())
         raise InputError(f"{path} is not a valid Parquet file ({fact}): write it again") from error
 
@@ -438,14 +433,14 @@ def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, A
 def _check_sizes(path: Path, file: pq.ParquetFile):
     metadata = file.metadata
     for number in range(metadata.num_row_groups):
-        # Opens its columns and reads no row: of a damaged one this raises, where its metadata would end the process.
+        # Opens the columns without reading rows: raises if they are damaged, where reading the metadata would crash.
         list(file.reader.iter_batches(0, [number]))
         group = metadata.row_group(number)
         for column in map(group.column, range(group.num_columns)):
-            # Text compresses to a third or a tenth.
+            # Ordinary text is 3 to 10 times its compressed size.
             if column.total_uncompressed_size > max(LONGEST_DECOMPRESSED, 100 * column.total_compressed_size):
                 raise InputError(
                     f"{path} decompresses {column.total_compressed_size:,} bytes of {column.path_in_schema} to "
-                    f"{column.total_uncompressed_size:,}, more than the limit of {LONGEST_DECOMPRESSED:,} and more "
-                    "than 100 times as many: write it again with shorter texts"
+                    f"{column.total_uncompressed_size:,}, above the limits of {LONGEST_DECOMPRESSED:,} bytes and 100 "
+                    "times the compressed size: write it again with shorter texts"
                 )

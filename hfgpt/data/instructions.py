@@ -1,8 +1,8 @@
-"""Rows of instructions or chats -> token ids, and which of them are learned.
+"""Rows of instructions or chats -> token ids and targets.
 
-A row is a conversation whose last message is an answer. Learned are the answers and the end-of-text token after each,
-unless the recipe asks for all tokens. A row whose answer is missing or would be cut is left out and counted: learned,
-it would teach to say nothing or never to stop.
+A row is a conversation that ends with an answer. The loss covers the answers and the end-of-text token after each,
+unless the recipe asks for all tokens. Rows whose answer is missing or would be truncated are dropped and counted: they
+would teach the model to answer nothing, or never to stop.
 """
 
 import bisect
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.cache import progress_bar
 from hfgpt.data.collators import IGNORED
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
 from hfgpt.data.splits import divide_texts
 from hfgpt.data.templates import encode_chat, write_inputs
@@ -31,33 +31,32 @@ FEATURES = datasets.Features(
     {**dict.fromkeys(COLUMNS, datasets.List(datasets.Value("int64"))), "length": datasets.Value("int64")}
 )
 NO_ROW = {**{name: [] for name in COLUMNS}, "length": 0}
-EXAMPLES = 20  # of near duplicates, kept in the report
+EXAMPLES = 20  # near-duplicates listed in the report
 KINDS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output")}
 
 
 @dataclass
 class InstructionDataArguments(SourceArguments):
-    """The recipe's section `data` for instructions, beside where the rows come from.
+    """The recipe's section `data` for instructions, in addition to the source of the rows.
 
-    A row has `instruction`, `output` and maybe `input` (Alpaca's form), or `prompt` and `completion`, or `messages`, a
-    list of {role, content}.
+    A row has `instruction`, `output` and optionally `input` (the Alpaca format); or `prompt` and `completion`; or
+    `messages`, a list of {role, content}.
 
     Args:
-        test_split: Split to test on, or the word in the names of a folder's test files. None: `test` if there is one,
-            otherwise `test_fraction` of the training split.
-        validation_fraction: Part of the rows that validates, where the source gives no split for it.
-        test_fraction: Part of the rows that tests, where the source gives no split for it.
-        divide: `random`, where all rows of one prompt are on one side; or `order`: the first rows train, the next
-            test, the last validate, as in the book.
-        template: How a conversation is written: `chat`, `alpaca` or `phi3`; None keeps the tokenizer's own template,
-            and gives `chat` to one that has none.
-        learn: `answers` and the end of text after each, or `all` tokens, in training and validation; the test split is
-            always measured over its answers.
-        packing: Several rows in one, kept apart by their positions: no padding, the same loss.
-        max_rows: Read only the first N rows of each split; for synthetic rows, how many to generate.
-        max_length: Rows of more tokens are left out; None: the context length of the model.
-        near_duplicate_threshold: Test prompts at least so similar to a training prompt are counted and shown: the
-            cosine of their character 3-gram counts, weighted by rarity; 1 finds copies.
+        test_split: Split to test on, or the word that marks the test files of a folder. None: `test` if the source
+            has one, else `test_fraction` of the training split.
+        validation_fraction: Fraction of the rows held out for validation if the source has no validation split.
+        test_fraction: Fraction of the rows held out for testing if the source has no test split.
+        divide: How to split: `random`, with all rows of the same prompt in one split; or `order`: the first rows for
+            training, the next for testing, the last for validation, as in the book.
+        template: Chat template: `chat`, `alpaca` or `phi3`; None: the tokenizer's own, or `chat` if it has none.
+        learn: Tokens in the loss for training and validation: `answers` (with the end-of-text token after each) or
+            `all`; test metrics always cover the answers only.
+        packing: Pack several rows into one, separated by their positions: no padding, same loss.
+        max_rows: Read only the first N rows of each split; for synthetic data, the number of rows to generate.
+        max_length: Maximum number of tokens per row, longer rows are dropped; None: the model's context length.
+        near_duplicate_threshold: Minimum similarity to report a test prompt as a near-duplicate of a training prompt:
+            cosine of TF-IDF weighted character 3-grams; 1 finds only copies.
     """
 
     test_split: str | None = None
@@ -74,49 +73,49 @@ class InstructionDataArguments(SourceArguments):
     def __post_init__(self):
         for name in ("max_rows", "max_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"data.{name} is {getattr(self, name)}, the least is 1: unset it for no limit")
+                raise InputError(f"data.{name} is {getattr(self, name)}; it must be at least 1 (unset: no limit)")
         for name in ("validation_fraction", "test_fraction", "near_duplicate_threshold"):
             if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"data.{name} is {getattr(self, name)}, it must be above 0 and at most 1")
+                raise InputError(f"data.{name} is {getattr(self, name)}; it must be above 0 and at most 1")
         if self.validation_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"data.validation_fraction {self.validation_fraction} and data.test_fraction {self.test_fraction} "
-                "leave nothing to train on: lower one"
+                "leave no training data: lower one of them"
             )
 
 
 def load_conversations(
     arguments: InstructionDataArguments, seed: int, report: DataReport
 ) -> dict[str, list[Conversation]]:
-    """Reads rows and divides them into `train`, `validation` and `test`.
+    """Reads rows and splits them into `train`, `validation` and `test`.
 
-    A message may have an `input` beside its `content`: `hfgpt.data.templates.write_inputs` writes it.
+    A message may have an `input` in addition to its `content`, see `hfgpt.data.templates.write_inputs`.
 
     Args:
         arguments: What to read.
-        seed: Chooses which rows validate and test.
-        report: Filled in place.
+        seed: Chooses the rows for validation and test.
+        report: Updated in place.
 
     Raises:
-        InputError: The source cannot be read, its rows are of no known form, a chat does not alternate, or there are
-            too few rows with answers.
+        InputError: The source cannot be read, its rows have an unknown format, a chat does not alternate between user
+            and assistant, or there are too few rows with answers.
     """
     rows = _read_splits(arguments, seed, report)
     missing = {"validation": arguments.validation_fraction, "test": arguments.test_fraction}
     missing = {split: fraction for split, fraction in missing.items() if split not in rows}
     report.split_by = ("order" if arguments.divide == "order" else "rows") if missing else "given"
-    # All rows of one prompt are on one side, unless they are divided by their order.
+    # All rows with the same prompt go to the same split, unless the split is by order.
     different = rows["train"] if arguments.divide == "order" else set(map(prompt_of, rows["train"]))
     if len(different) <= len(missing):
-        prompts = "" if len(different) == len(rows["train"]) else f" to {len(different)} different prompts"
+        prompts = "" if len(different) == len(rows["train"]) else f", with {len(different)} distinct prompts"
         raise InputError(
-            f"data.path {arguments.path!r} has {len(rows['train'])} rows with an answer{prompts} ({report.reasons}), "
-            f"too few for {len(missing) + 1} splits: add rows"
+            f"data.path {arguments.path!r} has {counted(len(rows['train']), 'rows')} with an answer{prompts} "
+            f"({report.reasons}), too few for {len(missing) + 1} splits: add rows"
         )
     if empty := [split for split, found in rows.items() if not found]:
         raise InputError(
-            f"the {empty[0]} split of data.path {arguments.path!r} has no row with an answer ({report.reasons}): name "
-            f"another in data.{empty[0]}_split, or take only the files of the others"
+            f"the {empty[0]} split of data.path {arguments.path!r} has no row with an answer ({report.reasons}): set "
+            f"data.{empty[0]}_split to another split, or leave out its files"
         )
     rows |= _divide(rows["train"], missing, arguments.divide, seed)
     prompts = {split: [prompt_of(conversation) for conversation in rows[split]] for split in SPLITS}
@@ -132,11 +131,11 @@ def load_conversations(
 
 
 def load_all_conversations(arguments: InstructionDataArguments, report: DataReport) -> list[Conversation]:
-    """Reads rows to measure a model on: all there are, or `test_split` where one is named.
+    """Reads rows to evaluate a model: all rows, or only `test_split` if it is set.
 
     Args:
         arguments: What to read.
-        report: Filled in place.
+        report: Updated in place.
 
     Raises:
         InputError: As `load_conversations`.
@@ -150,7 +149,7 @@ def load_all_conversations(arguments: InstructionDataArguments, report: DataRepo
 
 
 def prompt_of(conversation: Conversation) -> str:
-    """What the last answer of a conversation answers: all that was said before, as one text."""
+    """The prompt of a conversation's last answer: all messages before it, as one text."""
     return "\n".join(message["content"] for message in write_inputs(conversation[:-1]))
 
 
@@ -161,18 +160,18 @@ def encode_conversations(
     max_length: int,
     report: DataReport,
 ) -> tuple[datasets.Dataset, list[Conversation]]:
-    """Conversations -> token ids and targets, by the tokenizer's chat template.
+    """Conversations -> token ids and targets, using the tokenizer's chat template.
 
     Args:
         conversations: Each ends with an answer.
         tokenizer: With a chat template that marks the answers.
-        learn: `answers`, or `all`.
-        max_length: Longer rows are left out.
-        report: Counts those left out.
+        learn: `answers` or `all`.
+        max_length: Longer rows are dropped.
+        report: Counts the dropped rows.
 
     Returns:
-        A row each with `input_ids` (T), `shift_labels` (T), the target of each position or -100, `labels` (T), the
-        same before the shift, and `length`, T; and the conversations that were kept.
+        Rows with `input_ids` (T), `shift_labels` (T; the target at each position, or -100), `labels` (T; the same
+        before shifting) and `length` (T); and the conversations that were kept.
     """
 
     def encode(row: dict[str, Conversation]) -> dict[str, Any]:
@@ -180,7 +179,7 @@ def encode_conversations(
         return {**(encoded or NO_ROW), "reason": reason}
 
     rows = datasets.Dataset.from_dict({"messages": list(conversations)})
-    fingerprint = f"{rows._fingerprint}-encoded"  # to find one, datasets would pickle the tokenizer
+    fingerprint = f"{rows._fingerprint}-encoded"  # to compute one, datasets would pickle the tokenizer
     with progress_bar(len(rows) > 1000):
         rows = rows.map(
             encode,
@@ -198,14 +197,14 @@ def encode_conversations(
 
 
 def pack_rows(rows: datasets.Dataset, length: int) -> datasets.Dataset:
-    """Puts rows together into as few as fit, the longest first, each where it leaves the least room.
+    """Packs rows into as few as possible (best-fit decreasing).
 
     Args:
-        rows: As `encode_conversations` gives them, none longer than `length`.
-        length: Tokens of a packed row at most.
+        rows: See `encode_conversations`; none longer than `length`.
+        length: Maximum number of tokens in a packed row.
 
     Returns:
-        Rows that also have `position_ids` (T), which restart at each row of old: the model then keeps them apart.
+        Rows that also have `position_ids` (T), which restart at each original row, so that the model separates them.
     """
     lengths = rows["length"]
     packs: list[list[int]] = []
@@ -229,16 +228,16 @@ def pack_rows(rows: datasets.Dataset, length: int) -> datasets.Dataset:
 
 
 def count_tokens(rows: datasets.Dataset, unknown_id: int | None, report: DataReport, split: str) -> None:
-    """Writes the sizes of a split's rows into the report.
+    """Records the sizes of a split's rows in the report.
 
     Args:
-        rows: As `encode_conversations` gives them.
-        unknown_id: The tokenizer's id for what it cannot express; None if there is nothing such.
-        report: Filled in place.
-        split: The split's name.
+        rows: See `encode_conversations`.
+        unknown_id: Id of the unknown token; None if the tokenizer can encode any text.
+        report: Updated in place.
+        split: Name of the split.
 
     Raises:
-        InputError: Nothing in the split is learned.
+        InputError: The split has no targets.
     """
     sizes = report.split(split)
     sizes.documents = len(rows)
@@ -247,7 +246,7 @@ def count_tokens(rows: datasets.Dataset, unknown_id: int | None, report: DataRep
     sizes.predicted_tokens = sum(target != IGNORED for row in rows for target in row["shift_labels"])
     if not sizes.predicted_tokens:
         raise InputError(
-            f"no row of the {split} split of {report.source} can be used ({report.reasons}): shorten its rows, raise "
+            f"the {split} split of {report.source} has no usable row ({report.reasons}): shorten its rows, raise "
             "data.max_length, or use a model with a longer context"
         )
 
@@ -282,16 +281,12 @@ def _read_splits(arguments: InstructionDataArguments, seed: int, report: DataRep
 
 
 def _read_row(row: Row, place: str) -> Conversation:
-    """The conversation of a row in any of the three forms.
-
-    Raises:
-        InputError: The row has none of them, or its chat does not alternate.
-    """
+    """The conversation in a row of any of the three formats."""
     kind = next((kind for kind, columns in KINDS.items() if set(columns) <= row.keys()), None)
     if kind is None:
         raise InputError(
-            f"{place} has {', '.join(map(repr, row))}: a row needs instruction and output, prompt and completion, or "
-            "messages; rename its columns"
+            f"{place} has the columns {', '.join(map(repr, row))}, but needs instruction and output, prompt and "
+            "completion, or messages: rename them"
         )
     if kind == "messages":
         return _check_chat(row["messages"], place)
@@ -299,7 +294,7 @@ def _read_row(row: Row, place: str) -> Conversation:
     texts = [row[asked], row[answered], row.get("input") if kind == "instruction" else None]
     for column, text in zip((asked, answered, "input"), texts, strict=True):
         if text is not None and not isinstance(text, str):
-            raise InputError(f"{place}: {column} is of type {type(text).__name__}, it must be text: correct the row")
+            raise InputError(f"{place}: {column} has the type {type(text).__name__}; it must be a string")
     content, answer, given = (text or "" for text in texts)
     question = {"role": "user", "content": content} | ({"input": given} if given.strip() else {})
     return [question, {"role": "assistant", "content": answer}]
@@ -310,38 +305,38 @@ def _check_chat(messages: object, place: str) -> Conversation:
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in messages
     ):
-        raise InputError(f"{place}: messages must be a list of {{role, content}}, both text: correct the row")
+        raise InputError(f"{place}: messages must be a list of {{role, content}}, both strings")
     conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
     turns = conversation[1:] if conversation and conversation[0]["role"] == "system" else conversation
     for number, message in enumerate(turns):
         expected = "user" if number % 2 == 0 else "assistant"
         if message["role"] != expected:
             raise InputError(
-                f"{place}: message {number + 1 + len(conversation) - len(turns)} is of role '{message['role']}', but "
-                f"the turn is of '{expected}': a chat alternates between user and assistant, after one system message"
+                f"{place}: message {number + 1 + len(conversation) - len(turns)} has the role '{message['role']}', "
+                f"expected '{expected}': after an optional system message, user and assistant must alternate"
             )
-    # What follows the last answer could only be learned with `learn: all`, and would not be answered.
+    # A last question without an answer is of no use for training.
     return conversation[:-1] if turns and turns[-1]["role"] == "user" else conversation
 
 
 def _encode(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, learn: str, max_length: int
 ) -> tuple[Row, str]:
-    """A row, or the reason to leave it out."""
+    """A row, or the reason to drop it."""
     special = set(tokenizer.all_special_tokens)
     if any(token in message["content"] for message in conversation for token in special):
-        return {}, "special token in the text"
+        return {}, "special token in the text"  # would be read as that token
     encoded = encode_chat(tokenizer, conversation, return_assistant_tokens_mask=True)
     ids, learned = encoded["input_ids"], encoded["assistant_masks"]
     if len(ids) - 1 > max_length:
-        return {}, "too long: the answer would be cut"
+        return {}, "too long: the answer would be truncated"
     for turn, message in enumerate(conversation):
         if message["role"] == "assistant":
-            # What generation will start from: a token that joined prompt and answer would never be generated.
+            # Generation starts from the prompt's tokens, so a token that spans prompt and answer is never generated.
             prompt = encode_chat(tokenizer, conversation[:turn], add_generation_prompt=True)
             start = len(prompt["input_ids"])
             if ids[:start] != prompt["input_ids"] or not learned[start]:
-                return {}, "the answer's first token joins the prompt"
+                return {}, "first token of the answer merges with the prompt"
     targets = [
         token if learn == "all" or is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)
     ]
@@ -359,7 +354,7 @@ def _divide(
         if start < 1:
             raise InputError(
                 f"data.{' and data.'.join(f'{split}_fraction' for split in fractions)} leave none of "
-                f"{len(conversations)} rows to train on: lower them, or add rows"
+                f"{len(conversations)} rows for training: lower them, or add rows"
             )
         divided = {"train": conversations[:start]}
         for split in sorted(sizes):  # test before validation
@@ -373,7 +368,7 @@ def _divide(
 
 
 def _find_near_duplicates(train: list[str], test: list[str], threshold: float) -> list[list[str]]:
-    """Pairs of a test prompt and the training prompt most like it, where that is at least the threshold."""
+    """Pairs of a test prompt and its most similar training prompt, if their similarity reaches the threshold."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(3, 3), lowercase=True)

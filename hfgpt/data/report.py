@@ -1,6 +1,6 @@
-"""What became of the data: rows read, kept, dropped and why; tokens and blocks of each split.
+"""The data report: rows read, kept and dropped, with reasons; tokens and blocks of each split.
 
-Every stage counts into one `DataReport`; `data_report.json` of a run and `hfgpt inspect` are this object, written out.
+Every stage adds to one `DataReport`; a run writes it to `data_report.json`, and `hfgpt inspect` prints it.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar
 
 from hfgpt.records import PLACE, PRIVATE, REQUIRED, Record
 
-# What a split needs at least for its figures to say something. Losses of single tokens spread by about 3 nats, so the
-# standard error of the mean of 1,000 is 0.1 nats; that of a share of 100 rows is up to 5 points.
+# Minimum sizes for meaningful metrics. Losses of single tokens have a standard deviation of about 3 nats, so the mean
+# of 1,000 has a standard error of 0.1 nats; an accuracy over 100 rows has one of up to 5 points.
 FEWEST = {"tokens": 1000, "rows": 100}
 
 
@@ -21,18 +21,18 @@ def counted(count: int, plural: str) -> str:
 
 @dataclass
 class SplitReport(Record):
-    """Sizes of one split; what was not measured (the split was never tokenized, say) stays 0.
+    """Sizes of one split; 0 where not measured (before tokenization, for example).
 
     Args:
-        documents: Documents, or rows.
-        characters: Unicode characters of their text.
-        bytes: Bytes of their text in UTF-8.
-        tokens: Tokens of the whole stream.
-        unknown_tokens: Those among them that stand for text the tokenizer cannot express.
-        blocks: Blocks an epoch goes through.
-        predicted_tokens: Tokens an epoch predicts: the targets that are not ignored, overlaps counted each time.
+        documents: Number of documents, or rows.
+        characters: Unicode characters of text.
+        bytes: UTF-8 bytes of text.
+        tokens: Total number of tokens.
+        unknown_tokens: How many of these are the unknown token.
+        blocks: Blocks per epoch.
+        predicted_tokens: Tokens predicted per epoch: targets that are not ignored, counting overlaps each time.
         tail_tokens: Tokens at the end of the stream that no block predicts.
-        labels: Label -> rows that have it.
+        labels: Label -> number of rows.
     """
 
     documents: int = 0
@@ -51,24 +51,24 @@ class DataReport(Record):
     """What was read from a source and what was done with it.
 
     Args:
-        source: Where the data comes from: the path, the Hub id, `synthetic:stories` or the like.
-        sha256: Of the content. One file: of its bytes, as `sha256sum` prints it; several: of the lines `sha256sum`
-            prints for them in their folder; Hub and synthetic data: of the texts read.
+        source: Source of the data: a path, a Hub id, `synthetic:stories`, ...
+        sha256: SHA-256 of the content. One file: of its bytes, as `sha256sum` prints it; several: of the output of
+            `sha256sum` in their folder; Hub and synthetic data: of the texts read.
         rows_read: Rows read from the source.
-        rows_kept: Rows that became documents.
-        dropped: Reason -> rows that did not.
-        truncated: Rows that lost tokens because they were too long.
-        duplicated: Kept rows whose text was already there; they are counted, not removed.
-        kept_together: Kept rows whose text other rows have too: all rows of a text are on one side of the division.
-        near_duplicates: Test rows that are almost a training row; they are counted, not removed.
+        rows_kept: Rows kept as documents.
+        dropped: Reason -> rows dropped.
+        truncated: Rows truncated to the maximum length.
+        duplicated: Kept rows whose text is a duplicate of an earlier row; counted, not removed.
+        kept_together: Kept rows that share their text with other rows, and therefore a split.
+        near_duplicates: Test rows that are near-duplicates of a training row; counted, not removed.
         near_duplicate_examples: Such pairs, the test row first.
-        leaked: Documents of a given validation split that are also in the training split; 0 where hfgpt divides.
-        split_by: How validation was separated: `given` (by the source), `documents` (whole documents), `rows`, `order`
-            (the first rows train), `position` (one long document was cut: its parts do not end with an end of
-            document) or "" (not split).
-        unused_files: Files of the folder that belong to neither split.
-        splits: Split name -> its sizes.
-        warnings: What is otherwise than a reader of the recipe would expect, a line each.
+        leaked: Validation or test rows that are also in the training split.
+        split_by: How validation was split off: `given` (by the source), `documents` (whole documents), `rows`, `order`
+            (the first rows are for training), `position` (one long document was cut; no end-of-text token is added) or
+            "" (not split).
+        unused_files: Files of the folder that are not in any split.
+        splits: Split name -> sizes.
+        warnings: Anything that may surprise the author of the recipe, one line each.
     """
 
     FILE: ClassVar[str] = "data_report.json"
@@ -90,44 +90,44 @@ class DataReport(Record):
     warnings: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, rows: int = 1) -> None:
-        """Counts rows that are left out.
+        """Counts dropped rows.
 
         Args:
-            reason: Why, in a few words, such as `empty`.
-            rows: How many.
+            reason: The reason in a few words, such as `empty`.
+            rows: Number of rows.
         """
         self.dropped[reason] = self.dropped.get(reason, 0) + rows
 
     @property
     def reasons(self) -> str:
-        """What was read and left out, for a message: `3 rows read; left out: 2 empty`."""
-        left_out = ", ".join(f"{rows} {reason}" for reason, rows in self.dropped.items()) or "none"
-        return f"{counted(self.rows_read, 'rows')} read; left out: {left_out}"
+        """Rows read and dropped, for error messages: `3 rows read; dropped: 2 empty`."""
+        dropped = ", ".join(f"{rows} {reason}" for reason, rows in self.dropped.items()) or "none"
+        return f"{counted(self.rows_read, 'rows')} read; dropped: {dropped}"
 
     def split(self, name: str) -> SplitReport:
-        """The sizes of a split, made on first use.
+        """The sizes of a split, created on first use.
 
         Args:
-            name: Such as `train`.
+            name: Name of the split, such as `train`.
 
         Returns:
-            The split's report, to be filled in place.
+            The split's report, to be updated in place.
         """
         return self.splits.setdefault(name, SplitReport())
 
     def warn_if_small(self, name: str, unit: str) -> None:
-        """Warns of a split too small to be measured.
+        """Adds a warning if a split is too small for reliable metrics.
 
         Args:
-            name: Of the split.
-            unit: What it is measured over: `tokens`, those that are predicted, or `rows`.
+            name: Name of the split.
+            unit: What metrics are computed over: `tokens` (predicted ones) or `rows`.
         """
         split = self.split(name)
         count = split.predicted_tokens if unit == "tokens" else split.documents
         if count < FEWEST[unit]:
             self.warnings.append(
-                f"the {name} split has {count:,} {unit} to measure on; the figures of fewer than {FEWEST[unit]:,} say "
-                f"little: add data, or raise data.{name}_fraction where it divides them"
+                f"the {name} split has only {counted(count, unit)}, and metrics on fewer than {FEWEST[unit]:,} are "
+                f"unreliable: add data, or raise data.{name}_fraction if hfgpt makes the split"
             )
 
     def summary(self) -> str:
@@ -136,11 +136,11 @@ class DataReport(Record):
         lines += [f"  dropped {rows:,}: {reason}" for reason, rows in sorted(self.dropped.items())]
         notes = {
             "truncated": self.truncated,
-            "duplicated (kept)": self.duplicated,
-            "rows that share their text with others (kept on one side)": self.kept_together,
-            "test rows that are almost a training row": self.near_duplicates,
-            "rows of validation or test that are also in train": self.leaked,
-            "files in neither split": len(self.unused_files),
+            "duplicates (kept)": self.duplicated,
+            "rows with the same text as others (kept in the same split)": self.kept_together,
+            "test rows that are near-duplicates of a training row": self.near_duplicates,
+            "validation or test rows also in train": self.leaked,
+            "files not in any split": len(self.unused_files),
         }
         lines += [f"  {what}: {count:,}" for what, count in notes.items() if count]
         for name, split in self.splits.items():

@@ -1,4 +1,4 @@
-"""Any source -> rows, split by split: files, a Hub data set, or rows that hfgpt generates itself."""
+"""Any source -> rows of each split: files, a Hub dataset, or synthetic data."""
 
 import functools
 import itertools
@@ -35,18 +35,18 @@ SYNTHETIC_ROWS = {"train": 4_000, "validation": 300, "test": 300}
 
 @dataclass
 class SourceArguments:
-    """Where rows come from: what the sections `data` of all tasks have in common.
+    """The source of the rows: keys of the section `data` for all tasks.
 
     Args:
-        path: A Hub id; a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet (also .gz, .zst), a folder or a glob of them,
-            or a URL of one (https, s3, gs, hf and whatever else fsspec opens); or `synthetic:stories`,
-            `synthetic:messages`, `synthetic:instructions`, generated on the spot. A row of a compressed file, or a
-            document, has at most 134,217,728 characters.
-        name: Configuration of a Hub data set.
-        revision: Branch, tag or commit of a Hub data set.
-        train_split: Split to train on; in a folder with several, the files that carry this word in their name.
+        path: A Hub id; a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file (also .gz, .zst, except .parquet), or a
+            folder or glob of them; a URL of these (https, s3, gs, hf or any other fsspec protocol); or the generated
+            `synthetic:stories`, `synthetic:messages` or `synthetic:instructions`. A row or document of a compressed
+            file may have at most 134,217,728 characters.
+        name: Configuration name of a Hub dataset.
+        revision: Branch, tag or commit of a Hub dataset.
+        train_split: Split to train on; for a folder with several splits, the word in the names of its training files.
         validation_split: Split to validate on, or the word in the names of a folder's validation files. None:
-            `validation` if there is one, otherwise `validation_fraction` of the training split.
+            `validation` if the source has one, else `validation_fraction` of the training split.
     """
 
     path: str | None = None
@@ -61,13 +61,13 @@ class Reading:
     """How to read the rows of a source.
 
     Args:
-        columns: Recipe key -> column every row must have, told if the first has not; others are left out where that
-            saves work. Empty: all there are.
-        splits: Which splits to look for beside `train`, and the name the user gave each; None: its usual names.
-        limit: Read only the first so many rows of each split; for synthetic rows, how many to generate.
+        columns: Recipe key -> required column, an error if the first row lacks it; other columns may be skipped.
+            Empty: read all columns.
+        splits: Splits to look for in addition to `train`, with the name the user gave each; None: its usual names.
+        limit: Read only the first N rows of each split; for synthetic data, the number of rows to generate.
         sample_by: What one row of a text file is.
-        seed: Of synthetic rows.
-        column_names: Of a .csv or .tsv file without a header line.
+        seed: Seed of synthetic rows.
+        column_names: Column names for a .csv or .tsv file without a header line.
     """
 
     columns: dict[str, str]
@@ -79,20 +79,20 @@ class Reading:
 
     @property
     def settings(self) -> list[Any]:
-        """What decides which rows are read of files."""
+        """Everything that determines which rows are read from files."""
         return [list(self.columns.values()), self.limit, self.sample_by, self.column_names]
 
 
 @dataclass
 class Source:
-    """A source that was found and is not read yet.
+    """A source that has been found but not read.
 
     Args:
-        name: Its path.
-        splits: Split -> a function that reads its rows: `train`, and those of `Reading.splits` that the source has.
-        version: JSON of what changes whenever the rows may have changed: of each file its place, size and times.
-        files: Local files that are read.
-        tables: Split -> rows of a Hub data set, which are an Arrow table on this machine already.
+        name: Path of the source.
+        splits: Split -> function that reads its rows: `train`, and those of `Reading.splits` that the source has.
+        version: JSON-compatible fingerprint of the rows; for files, their paths, sizes and timestamps.
+        files: Local files to read.
+        tables: Split -> rows of a Hub dataset, already cached as Arrow tables.
     """
 
     name: str
@@ -108,10 +108,10 @@ def find_source_splits(source: SourceArguments, reading: Reading, report: DataRe
     Args:
         source: What to find.
         reading: How to read it.
-        report: Its `source` and `unused_files` are filled in.
+        report: `source` and `unused_files` are set.
 
     Raises:
-        InputError: The source is missing or of a kind not taken, or lacks a split that was named.
+        InputError: The source does not exist, is not supported, or does not have a requested split.
     """
     report.source = without_secrets(source.path)
     if source.path.startswith("synthetic:"):
@@ -129,18 +129,18 @@ def find_source_splits(source: SourceArguments, reading: Reading, report: DataRe
 
 
 def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, Iterator[Row]]:
-    """Opens a source; its rows are read as they are asked for, with nothing in their values changed.
+    """Opens a source; rows are read lazily, with values unchanged.
 
     Args:
         source: What to open.
         reading: How to read it.
-        report: Its `sha256` is filled in for local files, too.
+        report: As for `find_source_splits`; for local files, `sha256` is also set.
 
     Returns:
-        Split -> its rows.
+        Split -> rows.
 
     Raises:
-        InputError: As `find_source_splits`; or the source is unreadable, or lacks a column that was named.
+        InputError: As `find_source_splits`; or the source cannot be read, or does not have a required column.
     """
     found = find_source_splits(source, reading, report)
     report.sha256 = hash_files(found.files) if found.files else ""
@@ -148,7 +148,7 @@ def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> 
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON can spell half of a surrogate pair, which no UTF-8 stands for."""
+    """Whether a text can be encoded as UTF-8; JSON can contain lone surrogates, which cannot."""
     try:
         return text.encode() is not None
     except UnicodeEncodeError:
@@ -162,7 +162,7 @@ def _generate_rows(path: str, reading: Reading) -> Source:
         "synthetic:instructions": generate_instructions,
     }
     if path not in kinds:
-        raise InputError(f"data.path {path!r} is not known: there are {', '.join(kinds)}")
+        raise InputError(f"data.path {path!r} does not exist; choose one of {', '.join(kinds)}")
     if path == "synthetic:stories":
         numbers = {"train": reading.limit or SYNTHETIC_STORIES}
     else:
@@ -177,14 +177,14 @@ def _generate_rows(path: str, reading: Reading) -> Source:
 
 
 def _open_hub(source: SourceArguments, reading: Reading) -> Source:
-    # The first rows are streamed, so that the first few of a huge set do not need all of it.
+    # With a limit the rows are streamed, so that a huge dataset is not downloaded completely.
     streaming = reading.limit is not None and not datasets.config.HF_HUB_OFFLINE
     revision = source.revision
     try:
-        if streaming:  # what is read then is the version that is noted
+        if streaming:  # pin the revision that is recorded
             revision = HfApi().dataset_info(source.path, revision=revision).sha
         splits = datasets.load_dataset(source.path, source.name, revision=revision, streaming=streaming)
-    # It may be the network, the server, the login, a missing file or a damaged one, each with errors of its library.
+    # The network, the server, the login, a missing or damaged file: each library raises its own errors.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -196,10 +196,12 @@ def _open_hub(source: SourceArguments, reading: Reading) -> Source:
         if wanted or (split in splits and source.train_split != split):
             names[split] = wanted or split
     if len(set(names.values())) < len(names):
-        raise InputError(f"two of data.train_split, validation_split and test_split name one split: {names}")
+        raise InputError(f"data.train_split, validation_split and test_split must name different splits, not {names}")
     for split, name in names.items():
         if name not in splits:
-            raise InputError(f"data.{split}_split {name!r} is not in {source.path}, which has: {', '.join(splits)}")
+            raise InputError(
+                f"data.{split}_split {name!r} is not a split of {source.path}, which has: {', '.join(splits)}"
+            )
     tables = {split: splits[name] for split, name in names.items()}
     for split, table in tables.items() if reading.limit else ():
         tables[split] = table.take(reading.limit) if streaming else table.select(range(min(reading.limit, len(table))))
@@ -211,7 +213,7 @@ def _open_hub(source: SourceArguments, reading: Reading) -> Source:
 
 
 def _read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, columns: dict[str, str]) -> Iterator[Row]:
-    # A streamed set may not know its columns before its first row. Other columns, images say, are not even decoded.
+    # A streamed dataset may not know its columns before the first row. Other columns, such as images, are not decoded.
     if columns and set(columns.values()) <= set(split.column_names or []):
         split = split.select_columns(list(columns.values()))
     features = split.features or {}
@@ -221,7 +223,7 @@ def _read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, col
             if column not in batch:
                 raise wrong_column(key, column, path, batch)
         for name, kind in classes.items():
-            if name in batch:  # -1 stands for no label
+            if name in batch:  # -1: no label
                 batch[name] = [None if value in (None, -1) else kind.int2str(value) for value in batch[name]]
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
@@ -230,14 +232,14 @@ def _read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, col
 def _divide_files(
     files: list[Path], source: SourceArguments, reading: Reading, report: DataReport
 ) -> dict[str, list[Path]]:
-    """Files of each split by the words in their names, below the folder they have in common."""
+    """Assigns files to splits by the words in their paths below the common folder."""
     named = {split: name for split, name in reading.splits.items() if name}
     if len(files) == 1:
         if named:
             split, name = next(iter(named.items()))
             raise InputError(
-                f"data.{split}_split is {name!r} but data.path {source.path!r} is one file: unset it (then "
-                f"data.{split}_fraction divides the file) or give a folder with a file named {name}"
+                f"data.{split}_split is {name!r}, but data.path {source.path!r} is a single file: unset it to use "
+                f"data.{split}_fraction, or give a folder with a file named {name}"
             )
         return {"train": files}
     root = os.path.commonpath([file.parent for file in files])
@@ -248,15 +250,17 @@ def _divide_files(
         divided[split] = [file for file in rest if words[file] & names]
         if name and not divided[split]:
             listed = ", ".join(file.name for file in files[:5])
-            raise InputError(f"data.{split}_split {name!r} is in no file name of {source.path!r}: {listed}")
+            raise InputError(f"data.{split}_split {name!r} does not match any file in {source.path!r}: {listed}")
         rest = [file for file in rest if file not in divided[split]]
     train = [file for file in rest if source.train_split.lower() in words[file]]
     if not train and source.train_split != "train":
         listed = ", ".join(file.name for file in files[:5])
-        raise InputError(f"data.train_split {source.train_split!r} is in no file name of {source.path!r}: {listed}")
+        raise InputError(
+            f"data.train_split {source.train_split!r} does not match any file in {source.path!r}: {listed}"
+        )
     train = train or rest
     if not train:
-        raise InputError(f"data.path {source.path!r} has only validation files: name one with the word train")
+        raise InputError(f"data.path {source.path!r} has no training files: add one with 'train' in its name")
     report.unused_files = sorted(str(file) for file in set(rest) - set(train))
     return {"train": train, **{split: found for split, found in divided.items() if found}}
 
@@ -269,10 +273,10 @@ def _read_all(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
     is_text, text = family(files[0]) == "text", reading.columns.get("text_column", "text")
     for file in files:
         if file.stat().st_size == 0 and len(files) == 1:
-            raise InputError(f"data.path {path!r} is empty: add text to it")
+            raise InputError(f"data.path {path!r} is an empty file: add text")
         asked = list(reading.columns.values())
         rows = read_rows(file, reading.sample_by, asked or None)
-        if is_text:  # it has one column, whatever the recipe calls it
+        if is_text:  # has a single column, under the name that the recipe uses
             rows = ({text: row["text"]} for row in rows)
         first = next(rows, None)
         if first is None:
@@ -282,14 +286,14 @@ def _read_all(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
             names = reading.column_names or ()
             if len(names) != len(first) or not set(asked) <= set(names):
                 places = " ".join(f"--data.{key} {found[key]}" for key in reading.columns if key in found)
-                remedy = f"; it seems to have no header line: name columns by position, from 0 ({places})"
+                remedy = f"; it seems to have no header line: give column indices from 0 ({places})"
                 raise wrong_column(missing[0], reading.columns[missing[0]], file, first, remedy)
             rows = read_rows(file, header=list(names))
             first = next(rows)
         elif missing and is_text:
             raise InputError(
                 f"data.{missing[0]} is {reading.columns[missing[0]]!r}, but {file} is a text file without columns: "
-                "use a table (a .tsv file has a tab between columns), JSON or Parquet"
+                "use a .csv, .tsv (tab-separated), JSON or Parquet file"
             )
         elif missing:
             raise wrong_column(missing[0], reading.columns[missing[0]], file, first)

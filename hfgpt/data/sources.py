@@ -1,9 +1,9 @@
-"""Any text source -> documents, exactly as they are written, in a training and a validation split.
+"""Any text source -> unmodified documents in a training and a validation split.
 
-Local files are read here and not by the builders of `datasets`, because those change text: the text builder rewrites
-`\\r\\n` and keeps the byte order mark, the CSV one (pandas) turns "NA" and "007" into other things, and neither names
-the byte or the line at fault. What was read is kept as an Arrow table in the cache, where a second run finds it; a
-data set of the Hub is such a table already. All that follows is mapped from it by `datasets`, and kept beside it.
+Local files are not read with the builders of `datasets`, because those change text: the text builder rewrites `\\r\\n`
+and keeps the byte order mark, the CSV builder (pandas) converts "NA" and "007", and their errors do not name the byte
+or line. The texts are cached as an Arrow table for later runs; a Hub dataset already is one. Everything derived from
+that table is computed with `Dataset.map` and cached next to it.
 """
 
 import functools
@@ -29,7 +29,7 @@ from hfgpt.data.splits import divide, seeded_digest
 from hfgpt.errors import InputError
 from hfgpt.saving import appearing_folder, write_json
 
-FORMAT_VERSION = 1  # of what is kept: another version is not found
+FORMAT_VERSION = 1  # part of the fingerprint: other versions are not found in the cache
 # Offsets of an Arrow string column are 32 bits wide.
 LONGEST_DOCUMENT = 2**31 - 1
 BATCH_BYTES = 1 << 24
@@ -38,19 +38,22 @@ SOURCE_FILE = "source.json"
 
 @dataclass
 class DataArguments(SourceArguments):
-    """The recipe's section `data` for pre-training, beside where the text comes from.
+    """The recipe's section `data` for pre-training, in addition to the source of the text.
 
     Args:
-        validation_fraction: Part of the documents (of the characters, if there is one document) that validates.
-        text_column: Column or key that holds the text; of a .csv or .tsv without header line, its position from 0.
-        sample_by: What one document is in .txt and .md files: the file, a run of lines between blank ones, or a line.
-        max_documents: Read only the first N rows of each split; for synthetic text, how many to generate.
-        block_size: Tokens predicted per block; None: the context length of the model.
-        stride: Tokens between the starts of blocks; None: `block_size`, which is no overlap.
-        document_boundaries: Packing keeps documents apart: positions restart at each of them.
-        num_proc: Processes for tokenizing; None: one per core, fewer for little data.
-        cache_dir: Where texts and tokens are kept for the next run; None: `hfgpt` inside Hugging Face's cache folder
-            (HF_HOME). It can be deleted between runs.
+        validation_fraction: Fraction of the documents held out for validation; of the characters, if there is only one
+            document.
+        text_column: Column or key of the text; for a .csv or .tsv file without a header line, its index from 0.
+        sample_by: What one document is in .txt and .md files: `document` (the whole file), `paragraph` (separated by
+            blank lines) or `line`.
+        max_documents: Read only the first N rows of each split; for synthetic text, the number of rows to generate.
+        block_size: Tokens predicted per block; None: the model's context length.
+        stride: Tokens between the starts of consecutive blocks; None: `block_size`, no overlap.
+        document_boundaries: Keep documents in a block separate: positions restart at each document, and attention does
+            not cross documents.
+        num_proc: Processes for tokenization; None: one per core, fewer for small data.
+        cache_dir: Folder for cached texts and tokens; None: `hfgpt` in the Hugging Face cache folder (HF_HOME). Safe
+            to delete between runs.
     """
 
     validation_fraction: float = 0.1
@@ -66,13 +69,7 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class _Texts:
-    """Usable texts of one split.
-
-    Args:
-        dataset: One column `text`.
-        digests: uint64, of each text and the seed.
-        characters, bytes: Lengths of each.
-    """
+    """Usable texts of one split, with the uint64 digest (of text and seed) and the lengths of each."""
 
     dataset: datasets.Dataset
     digests: np.ndarray
@@ -81,21 +78,21 @@ class _Texts:
 
 
 def load_documents(arguments: DataArguments, seed: int, report: DataReport) -> datasets.DatasetDict:
-    """Reads a source and separates validation from training.
+    """Reads a source and splits it into training and validation.
 
-    Identical texts are never on both sides of a division made here; where the source gives both splits, those that are
-    on both sides are counted in `report.leaked`.
+    Identical texts always go to the same split; if the source has both splits, texts that are in both are counted in
+    `report.leaked`.
 
     Args:
         arguments: What to read.
-        seed: Chooses the documents that validate, and generates synthetic text.
-        report: Filled in place; its `split_by` tells whether the documents are whole.
+        seed: Chooses the validation documents, and generates synthetic text.
+        report: Updated in place; `split_by` tells whether the documents are complete.
 
     Returns:
-        Splits `train` and `validation`, each with the one column `text`.
+        Splits `train` and `validation`, with the column `text`.
 
     Raises:
-        InputError: The source is missing, unreadable, of a kind not taken, or holds too little text.
+        InputError: The source does not exist, cannot be read, is not supported, or has too little text.
     """
     splits = _read_splits(arguments, seed, report)
     if "validation" in splits:
@@ -111,14 +108,14 @@ def load_documents(arguments: DataArguments, seed: int, report: DataReport) -> d
 
 
 def load_all_documents(arguments: DataArguments, report: DataReport) -> datasets.Dataset:
-    """Reads a source to measure a model on: all of it, or `validation_split` where one is named.
+    """Reads a source to evaluate a model: all documents, or only `validation_split` if it is set.
 
     Args:
         arguments: What to read.
-        report: Filled in place; the sizes are those of the split `validation`.
+        report: Updated in place; sizes are recorded for the split `validation`.
 
     Returns:
-        One column `text`.
+        The column `text`.
 
     Raises:
         InputError: As `load_documents`.
@@ -131,12 +128,12 @@ def load_all_documents(arguments: DataArguments, report: DataReport) -> datasets
 
 
 def shorten(documents: datasets.Dataset, sizes: SplitReport, characters: int) -> datasets.Dataset:
-    """The first documents of a split, which have about so many characters, or the beginning of one long document.
+    """The first documents of a split, or the beginning of one long document, with about `characters` characters.
 
     Args:
-        documents: One column `text`.
-        sizes: What `load_documents` counted of them.
-        characters: How many are wanted; all documents if there are no more.
+        documents: The column `text`.
+        sizes: Their sizes, from `load_documents`.
+        characters: Number of characters wanted; at most all are returned.
     """
     if sizes.characters <= characters:
         return documents
@@ -152,16 +149,16 @@ def _check_arguments(arguments: DataArguments) -> None:
         raise InputError("data.path is not set: give a Hub id, a file, a folder or synthetic:stories")
     if not 0 < arguments.validation_fraction < 1:
         raise InputError(
-            f"data.validation_fraction is {arguments.validation_fraction}, it must be above 0 and below 1: try 0.1"
+            f"data.validation_fraction is {arguments.validation_fraction}; it must be above 0 and below 1, such as 0.1"
         )
     if arguments.max_documents is not None and arguments.max_documents < 1:
-        raise InputError(f"data.max_documents is {arguments.max_documents}, the least is 1: unset it to read all")
+        raise InputError(f"data.max_documents is {arguments.max_documents}; it must be at least 1 (unset: no limit)")
     if arguments.sample_by not in ("document", "paragraph", "line"):
-        raise InputError(f"data.sample_by is {arguments.sample_by!r}, it must be document, paragraph or line")
+        raise InputError(f"data.sample_by is {arguments.sample_by!r}; it must be document, paragraph or line")
 
 
 def _read_splits(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, _Texts]:
-    """Reads every split the source has: `train`, and `validation` if it is given."""
+    """Reads all splits of the source: `train`, and `validation` if it has one."""
     _check_arguments(arguments)
     reading = Reading(
         columns={"text_column": arguments.text_column},
@@ -176,8 +173,8 @@ def _read_splits(arguments: DataArguments, seed: int, report: DataReport) -> dic
     for name, texts in splits.items():
         if not len(texts.dataset):
             raise InputError(
-                f"the {name} split of data.path {arguments.path!r} has no text ({report.reasons}): add text, or name "
-                "the column that holds it in data.text_column"
+                f"the {name} split of data.path {arguments.path!r} has no text ({report.reasons}): add text, or check "
+                "data.text_column"
             )
     digests = np.concatenate([texts.digests for texts in splits.values()])
     report.rows_kept += len(digests)
@@ -186,10 +183,7 @@ def _read_splits(arguments: DataArguments, seed: int, report: DataReport) -> dic
 
 
 def _load_tables(source: Source, column: str, cache: Path) -> tuple[dict[str, datasets.Dataset], str]:
-    """Split -> its rows as one column `text`, memory-mapped; and the SHA-256 of the source.
-
-    Neither files nor texts are read if a run before has read this version of them.
-    """
+    """Split -> memory-mapped column `text`; and the SHA-256 of the source. Reads nothing that is already cached."""
     for table in source.tables.values():
         if column not in table.column_names:
             raise wrong_column("text_column", column, source.name, table.column_names)
@@ -198,12 +192,12 @@ def _load_tables(source: Source, column: str, cache: Path) -> tuple[dict[str, da
     kept = _open_kept(place)
     if kept is None:
         remove_abandoned(cache)
-        shutil.rmtree(place, ignore_errors=True)  # damaged
+        shutil.rmtree(place, ignore_errors=True)  # if it is damaged
         try:
             with appearing_folder(place) as folder:
                 _keep(source, column, folder)
         except OSError:
-            if not (place / SOURCE_FILE).is_file():  # otherwise another process was first
+            if not (place / SOURCE_FILE).is_file():  # else another process has written it
                 raise
         kept = _open_kept(place)
     written, sha256 = kept
@@ -216,12 +210,12 @@ def _text_column(table: datasets.Dataset, column: str) -> datasets.Dataset:
 
 
 def _keep(source: Source, column: str, folder: Path):
-    """Writes the texts of a source that is no table already, and its SHA-256."""
+    """Caches the texts of a source, unless they are tables already, and its SHA-256."""
     rows = {}
     tables = {name: _text_column(table, column) for name, table in source.tables.items()}
     if not tables:
         for name, read in source.splits.items():
-            # A later row of a JSON file may lack the key: None, counted as "not text".
+            # Later rows of a JSON file may not have the key: None, counted as "not text".
             rows[name] = _write_texts((row.get(column) for row in read()), folder / f"{name}.arrow")
         tables = {name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")) for name in rows}
     sha256 = hash_files(source.files) if source.files else _hash_texts(tables)
@@ -229,7 +223,7 @@ def _keep(source: Source, column: str, folder: Path):
 
 
 def _open_kept(place: Path) -> tuple[dict[str, datasets.Dataset], str] | None:
-    """What `_keep` wrote: tables and SHA-256; None if it is not there or damaged."""
+    """Tables and SHA-256 from the cache; None if they are missing or damaged."""
     try:
         record = json.loads((place / SOURCE_FILE).read_text(encoding="utf-8"))
         rows, sha256 = record["rows"], record["sha256"]
@@ -242,19 +236,19 @@ def _open_kept(place: Path) -> tuple[dict[str, datasets.Dataset], str] | None:
 
 
 def _write_texts(values: Iterable[Any], path: Path) -> int:
-    """Writes one row for each value, null for what is no text; the number of rows."""
+    """Writes one row per value, null if it is not text; returns the number of rows."""
     schema, rows = pa.schema({"text": pa.string()}), 0
     with open(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         batch, size = [], 0
         for value in values:
             rows += 1
-            # JSON can spell half of a surrogate pair, which no UTF-8 stands for.
+            # JSON can contain lone surrogates, which cannot be encoded as UTF-8.
             data = value.encode() if isinstance(value, str) and is_unicode(value) else None
             length = len(data or b"")
             if length > LONGEST_DOCUMENT:
                 raise InputError(
                     f"one document has {length:,} bytes, the limit is {LONGEST_DOCUMENT:,}: set data.sample_by to "
-                    "paragraph"
+                    "paragraph or line"
                 )
             if batch and size + length > BATCH_BYTES:
                 writer.write_batch(pa.record_batch([pa.array(batch, pa.string())], schema))
@@ -267,7 +261,7 @@ def _write_texts(values: Iterable[Any], path: Path) -> int:
 
 
 def _hash_texts(tables: dict[str, datasets.Dataset]) -> str:
-    """SHA-256 of the usable texts and of where each ends."""
+    """SHA-256 of the usable texts and their lengths."""
     digest = hashlib.sha256()
     for table in tables.values():
         for text in table.data.column("text"):
@@ -279,14 +273,14 @@ def _hash_texts(tables: dict[str, datasets.Dataset]) -> str:
 
 
 def _unusable(value: Any) -> str:
-    """Why a row is dropped; "" if it is not."""
+    """The reason to drop a row; "" to keep it."""
     if not isinstance(value, str):
         return "not text"
     return "" if value and not value.isspace() else "empty"
 
 
 def _measure_texts(table: datasets.Dataset, seed: int, report: DataReport) -> _Texts:
-    """The usable texts of a table, measured; the others are counted into the report."""
+    """The usable texts of a table, with digests and lengths; the other rows are counted as dropped."""
     features = {**dict.fromkeys(("digest", "characters", "bytes"), Value("uint64")), "unusable": Value("string")}
     measured = map_rows(table, _measure, features, {"seed": seed, "version": FORMAT_VERSION}, "Reading").data
     report.rows_read += len(table)
@@ -302,7 +296,7 @@ def _measure(batch: pa.Table, seed: int, version: int) -> pa.Table:
     texts = [value.as_py() for value in batch["text"]]
     reasons = [_unusable(text) for text in texts]
     texts = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
-    # With the seed in it, the order of the digests is the seeded permutation that divides documents.
+    # Digests include the seed, so their order is the seeded permutation that splits the documents.
     digests = b"".join(seeded_digest(text, seed) for text in texts)
     return pa.table(
         {
@@ -315,7 +309,7 @@ def _measure(batch: pa.Table, seed: int, version: int) -> pa.Table:
 
 
 def _cut_document(texts: _Texts, arguments: DataArguments, report: DataReport) -> dict[str, _Texts]:
-    """Cuts one document; the last characters validate. The rule of the book and of nanoGPT, to the character."""
+    """Splits one document at a character, as the book and nanoGPT do; the end is for validation."""
     size = int(texts.characters[0])
     cut = int(size * (1 - arguments.validation_fraction))
     report.split_by = "position"
@@ -338,12 +332,12 @@ def _cut(batch: pa.Table, start: int, stop: int) -> pa.Table:
 
 
 def _divide_documents(texts: _Texts, arguments: DataArguments, report: DataReport) -> dict[str, _Texts]:
-    """Takes whole documents, all copies of a text together, until the fraction is reached."""
+    """Splits whole documents, with all copies of a text in the same split."""
     _, text_of, copies = np.unique(texts.digests, return_inverse=True, return_counts=True)
     if len(copies) == 1:
         raise InputError(
-            f"all {len(text_of)} documents of data.path {arguments.path!r} are the same text, so validation would "
-            "repeat training: add other texts or give data.validation_split"
+            f"all {len(text_of)} documents of data.path {arguments.path!r} have the same text, so validation would "
+            "repeat training: add other texts, or set data.validation_split"
         )
     report.split_by = "documents"
     sides = divide(copies, [arguments.validation_fraction])[text_of]

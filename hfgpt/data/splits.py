@@ -1,4 +1,4 @@
-"""Which texts validate and test: chosen by a seed, all rows of one text together, so that no text is in two splits."""
+"""Seeded splits of texts: all rows with the same text stay together, so that no text is in more than one split."""
 
 import collections
 import hashlib
@@ -8,23 +8,23 @@ import numpy as np
 
 
 def seeded_digest(text: str, seed: int) -> bytes:
-    """8 bytes by which texts are sorted into an order that depends on nothing but them and the seed."""
+    """An 8-byte sort key that depends only on the text and the seed."""
     return hashlib.blake2b(text.encode(), digest_size=8, salt=(seed % 2**64).to_bytes(8, "little")).digest()
 
 
 def count_texts(texts: Iterable[str], seed: int) -> dict[str, int]:
-    """The different texts in seeded order, each with the number of its rows."""
+    """Distinct text -> number of rows, in seeded order."""
     copies = collections.Counter(texts)
     return {text: copies[text] for text in sorted(copies, key=lambda text: seeded_digest(text, seed))}
 
 
 def divide_texts(texts: Iterable[str], fractions: Mapping[str, float], seed: int) -> dict[str, str]:
-    """The split of each text.
+    """Assigns each text to a split.
 
     Args:
-        texts: The text of every row; at least one more different ones than `fractions`.
-        fractions: Split -> its share of the rows. `train` gets the others.
-        seed: Of the order in which texts are chosen.
+        texts: The text of every row; needs more distinct texts than `fractions`.
+        fractions: Split -> fraction of the rows; the rest goes to `train`.
+        seed: Seed of the order in which texts are chosen.
     """
     copies, names = count_texts(texts, seed), ["train", *fractions]
     sides = divide(list(copies.values()), list(fractions.values()))
@@ -32,11 +32,11 @@ def divide_texts(texts: Iterable[str], fractions: Mapping[str, float], seed: int
 
 
 def divide(copies: Sequence[int], fractions: Sequence[float]) -> np.ndarray:
-    """Chooses whole texts for each split in turn, until its share of the rows is reached.
+    """Fills each split in turn with distinct texts until it has its fraction of the rows.
 
     Args:
-        copies: Rows of each different text, in the order of choice; more texts than fractions.
-        fractions: The share of each split.
+        copies: Number of rows of each distinct text, in order of choice; needs more texts than fractions.
+        fractions: Fraction of the rows for each split.
 
     Returns:
         int8 [texts]: i for split i of `fractions`, counted from 1, and 0 for training. Every split gets a text.
@@ -45,15 +45,15 @@ def divide(copies: Sequence[int], fractions: Sequence[float]) -> np.ndarray:
     sides, rows = np.zeros(len(copies), dtype=np.int8), int(copies.sum())
     for split, fraction in enumerate(fractions, start=1):
         free = np.flatnonzero(sides == 0)
-        # If every text has more rows than the split may get, it gets the rarest.
+        # If every text has more rows than the split may have, it gets the one with the fewest.
         chosen = take(copies[free], max(round(rows * fraction), 1)) or [int(copies[free].argmin())]
-        needed = len(fractions) - split + 1  # a text for training and for each split that follows
+        needed = len(fractions) - split + 1  # one text each for training and the following splits
         sides[free[chosen[: len(free) - needed]]] = split
     return sides
 
 
 def take(copies: Sequence[int], rows: int) -> list[int]:
-    """The first texts that together have at most so many rows; those that would be too many are skipped."""
+    """Indices of the first texts with at most `rows` rows in total, skipping any that would exceed it."""
     taken = []
     for text, count in enumerate(copies):
         if count <= rows:

@@ -1,7 +1,7 @@
 """Texts -> one stream of tokens.
 
-Tokenizing is one `map` of datasets, which keeps its result beside the texts: 2 bytes a token (4 if the vocabulary
-needs them) in Arrow, mapped into memory. A second run with the same texts and the same tokenizer finds it there.
+Tokenization is one `Dataset.map`, cached next to the texts as memory-mapped Arrow with 2 bytes per token (4 for large
+vocabularies). A later run with the same texts and tokenizer uses the cached tokens.
 """
 
 import functools
@@ -20,21 +20,21 @@ from transformers import PreTrainedTokenizerBase
 from hfgpt.data.cache import map_rows
 from hfgpt.errors import InputError
 
-FORMAT_VERSION = 2  # of what is kept: another version is not found
-# Characters given to the tokenizer at once: about a second of work.
+FORMAT_VERSION = 2  # part of the fingerprint: other versions are not found in the cache
+# Characters per call of the tokenizer: about a second of work.
 BATCH_CHARACTERS = 1 << 20
-# Starting a process costs about as much time as tokenizing this much.
+# Starting a process takes about as long as tokenizing this much text.
 BYTES_PER_PROCESS = 8 << 20
-# Between these two letters GPT-2's pre-tokenizer always separates, whatever surrounds them.
+# GPT-2's pre-tokenizer always splits between these two characters, in any context.
 CUT = re.compile(r"[!-~]\n(?=[!-~])")
 
 
 class TokenStream:
-    """The tokens of all documents, one after the other; `stream[start:stop]` are some of them.
+    """The concatenated tokens of all documents, sliced with `stream[start:stop]`.
 
     Args:
-        documents: Rows with the column `input_ids`, a LargeList of uint16 or uint32. Their Arrow buffers are the
-            stream: nothing is copied.
+        documents: Rows with the column `input_ids`, a LargeList of uint16 or uint32. The stream is a zero-copy view
+            of its Arrow buffers.
 
     Attributes:
         offsets: int64 [documents + 1]: document i is `stream[offsets[i] : offsets[i + 1]]`.
@@ -61,15 +61,15 @@ class TokenStream:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def __reduce__(self) -> tuple:
-        # Arrow files are mapped again by a worker process; the views of their buffers would be copied.
+        # A worker process memory-maps the Arrow files again; pickling the views would copy their buffers.
         return TokenStream, (self.documents,)
 
     def count(self, token_id: int) -> int:
-        """How often a token occurs."""
+        """Number of occurrences of a token."""
         return sum(int(np.count_nonzero(piece == token_id)) for piece in self._pieces)
 
     def largest_id(self) -> int:
-        """The largest token id that occurs; a model needs a larger vocabulary size."""
+        """The largest token id in the stream; must be below the model's vocabulary size."""
         return max(int(piece.max(initial=0)) for piece in self._pieces)
 
 
@@ -80,26 +80,26 @@ def tokenize_documents(
     num_proc: int | None = None,
     append_eos: bool = True,
 ) -> TokenStream:
-    """Tokenizes documents, or finds the tokens that an earlier run has kept in the folder of their Arrow file.
+    """Tokenizes documents, or loads the cached tokens of an earlier run from the folder of their Arrow file.
 
-    Several processes may do this at once. An error or an interrupt leaves nothing behind.
+    Safe to run in several processes at the same time; an error or interrupt leaves no partial files.
 
     Args:
-        documents: Rows with the column `text`. Tokens of rows that are in memory alone are not kept.
-        tokenizer: A fast tokenizer; its truncation and padding are not used.
-        num_proc: Processes; None: one per core, fewer for little text. The stream does not depend on it.
-        append_eos: End each document with the tokenizer's `eos_token_id`. Off for a part of a document.
+        documents: Rows with the column `text`. Tokens of in-memory rows are not cached.
+        tokenizer: A fast tokenizer; its truncation and padding settings are ignored.
+        num_proc: Number of processes; None: one per core, fewer for little text. Does not change the result.
+        append_eos: Append the tokenizer's `eos_token_id` to each document. Off for a part of a document.
 
     Raises:
-        InputError: The tokenizer is not a fast one, has no end-of-sequence token, or makes no tokens of the text.
-        OSError: The disk is full or cannot be written.
+        InputError: The tokenizer is not a fast one, does not have an end-of-text token, or produces no tokens.
+        OSError: The disk is full or not writable.
     """
     if not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer: load one that has a tokenizer.json")
+        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer: use one with a tokenizer.json")
     if append_eos and tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no eos_token to end documents with: set tokenizer.eos_token")
+        raise InputError("the tokenizer does not have an eos_token to end documents with: set tokenizer.eos_token")
     if num_proc is not None and num_proc < 1:
-        raise InputError(f"data.num_proc is {num_proc}, the least is 1: unset it to use one process per core")
+        raise InputError(f"data.num_proc is {num_proc}; it must be at least 1 (unset: one process per core)")
     if num_proc is None:
         num_proc = min(_cores(), documents.data.nbytes // BYTES_PER_PROCESS, len(documents))
     backend = _plain_backend(tokenizer)
@@ -112,16 +112,16 @@ def tokenize_documents(
     features = {"input_ids": LargeList(Value(_token_type(backend)))}
     stream = TokenStream(map_rows(documents, _encode, features, arguments, "Tokenizing", num_proc))
     if not len(stream):
-        raise InputError("the tokenizer makes no tokens of this text: add text, or choose another tokenizer")
+        raise InputError("the tokenizer produces no tokens for this text: add text, or choose another tokenizer")
     return stream
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy without the truncation and padding that an earlier call may have left switched on."""
+    """A copy without the truncation and padding settings of earlier calls."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    # Not part of the serialized tokenizer: whether "<|endoftext|>" written in a text is that token or plain letters.
+    # Not serialized: whether "<|endoftext|>" in a text is encoded as plain text rather than as the special token.
     backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
     return backend
 
@@ -132,25 +132,23 @@ def _token_type(backend: Tokenizer) -> str:
 
 
 def _cores() -> int:
-    # Where it exists (Linux), the cores this process may use rather than those of the machine.
+    # On Linux, the cores available to this process rather than all cores of the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _encode(
     batch: pa.Table, backend: str, encode_special_tokens: bool, end: list[int], version: int
 ) -> dict[str, pa.Array]:
-    """The token ids of a batch of texts; runs in each process of `map`."""
+    """Tokenizes a batch of texts; runs in each process of `map`."""
     tokenizer = _load_backend(backend)
     tokenizer.encode_special_tokens = encode_special_tokens
     tokens, ends, size = [], [0], 0
     for pieces in _batch_pieces(batch["text"], _can_cut(backend)):
         try:
             encodings = tokenizer.encode_batch_fast([text for text, _ in pieces], add_special_tokens=False)
-        # The Rust library's bare one: a vocabulary without a token for what it does not know.
+        # The Rust library raises a bare Exception if the vocabulary has no unknown token.
         except Exception as error:
-            raise InputError(
-                f"the tokenizer does not know all of the text ({error}): train or name another"
-            ) from error
+            raise InputError(f"the tokenizer cannot encode all of the text ({error}): use another one") from error
         for encoding, (_, ends_document) in zip(encodings, pieces, strict=True):
             ids = np.array(encoding.ids + (end if ends_document else []), dtype=np.uint32)
             tokens.append(ids)
@@ -167,11 +165,11 @@ def _load_backend(backend: str) -> Tokenizer:
 
 @functools.lru_cache(maxsize=1)
 def _can_cut(backend: str) -> bool:
-    """Whether a text may be tokenized in pieces that end between a visible character and a line feed.
+    """Whether cutting a text at `CUT` leaves its tokens unchanged.
 
     True for GPT-2's pre-tokenizer (https://github.com/openai/gpt-2, encoder.py): its pattern joins only a space, never
-    a line feed, with a following letter, and a single line feed is a word of its own wherever the text ends. Added
-    tokens must not reach over the cut.
+    a line feed, with a following letter, and a single line feed is always a separate word. Added tokens must not span
+    the cut.
     """
     layout = json.loads(backend)
     words = layout["pre_tokenizer"] or {}
@@ -187,7 +185,7 @@ def _can_cut(backend: str) -> bool:
 
 
 def _cut_text(text: str, can_cut: bool) -> Iterator[str]:
-    """Cuts a long text: tokenizing takes about 130 bytes of memory a character, measured on 22 million."""
+    """Cuts long texts: tokenization takes about 130 bytes of memory per character (measured on 22 million)."""
     start = 0
     while can_cut and len(text) - start > BATCH_CHARACTERS:
         found = CUT.search(text, start + BATCH_CHARACTERS)
@@ -199,7 +197,7 @@ def _cut_text(text: str, can_cut: bool) -> Iterator[str]:
 
 
 def _batch_pieces(texts: Iterable[pa.Scalar], can_cut: bool) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of about BATCH_CHARACTERS of (text, whether a document ends with it)."""
+    """Batches of about BATCH_CHARACTERS characters, as lists of (piece, whether it ends a document)."""
     batch, size = [], 0
     for text in texts:
         pieces = list(_cut_text(text.as_py(), can_cut))

@@ -1,7 +1,7 @@
-"""Renders other people's chat templates; run as a script in a process of its own, which its parent may kill.
+"""Renders untrusted chat templates; run as a script in a separate process that its parent can kill.
 
-Never imported: `hfgpt.data.templates` starts it, writes one job per line to its standard input (JSON: the arguments of
-transformers' `render_jinja_template`), and reads one answer per line from its standard output.
+Never imported: `hfgpt.data.templates` starts it, writes one job per line to stdin (JSON: the arguments of
+transformers' `render_jinja_template`), and reads one result per line from stdout.
 """
 
 import json
@@ -9,12 +9,12 @@ import sys
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-MEMORY_BYTES = 2**29  # beyond what the imports have taken
+MEMORY_BYTES = 2**29  # in addition to the memory of the imports
 LONGEST_TEXT = 2**24  # characters of a rendered conversation
 
 
 def limit_memory():
-    """Caps the address space where the system enforces that: Linux. Elsewhere only the parent's time limit holds."""
+    """Limits the address space on Linux, which enforces it. Elsewhere only the parent's time limit applies."""
     if sys.platform == "linux":
         import resource
 
@@ -26,10 +26,10 @@ def limit_memory():
 
 
 def render(job: dict) -> list[str]:
-    """The rendered conversation in pieces: text that is read and text of answers, in turn."""
+    """The rendered conversation as alternating pieces: prompt text, answer text, prompt text, ..."""
     (text,), (spans,) = render_jinja_template(return_assistant_tokens_mask=True, **job)
     if len(text) > LONGEST_TEXT:
-        raise ValueError(f"it renders {len(text):,} characters, the limit is {LONGEST_TEXT:,}")
+        raise ValueError(f"the rendered text has {len(text):,} characters, the limit is {LONGEST_TEXT:,}")
     pieces, end = [], 0
     for start, stop in spans:
         pieces += [text[end:start], text[start:stop]]
@@ -41,13 +41,13 @@ def render(job: dict) -> list[str]:
 
 
 def main():
-    """Answers jobs until standard input ends."""
+    """Processes jobs until stdin is closed."""
     limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
         try:
             answer = {"pieces": render(json.loads(line))}
-        except Exception as error:  # whatever a template can raise is the answer
+        except Exception as error:  # a template can raise anything
             answer = {"error": f"{type(error).__name__}: {error}"[:300].rstrip(": .")}
         print(json.dumps(answer), flush=True)
 

@@ -1,13 +1,13 @@
-"""Chat templates: how a conversation becomes text, in Jinja, saved with the tokenizer.
+"""Chat templates: Jinja that renders a conversation as text, saved with the tokenizer.
 
-Between `{% generation %}` and `{% endgeneration %}` lies what the model is to say, so that transformers' own
-`return_assistant_tokens_mask` finds the same tokens as hfgpt. The markers are ordinary text: no token is added to the
-vocabulary, and no embedding to the model. An answer begins on a line of its own and without spaces around it, so that
-no token joins it to the prompt.
+`{% generation %}` and `{% endgeneration %}` enclose the text that the model generates, so that transformers'
+`return_assistant_tokens_mask` marks the same tokens as hfgpt. The role markers are ordinary text: no tokens are added
+to the vocabulary, and no embeddings to the model. An answer starts on a new line without surrounding spaces, so that
+no token spans prompt and answer.
 
-Sources: the headings of Alpaca are those of github.com/tatsu-lab/stanford_alpaca with the one preamble that chapter 7
-of Build a Large Language Model (From Scratch) uses; the markers of Phi-3 are those of its model card, as plain text
-and without its `<|end|>`, as in the same chapter.
+Sources: the Alpaca headings are from github.com/tatsu-lab/stanford_alpaca, with the single preamble used in chapter 7
+of Build a Large Language Model (From Scratch); the Phi-3 markers are from its model card, as plain text and without
+`<|end|>`, as in the same chapter.
 """
 
 import atexit
@@ -30,7 +30,7 @@ _ANSWER = "{% generation %}{{ message['content'] | trim }}{{ eos_token }}{% endg
 
 
 def _render(system: str, user: str, assistant: str) -> str:
-    """A template from what stands before a system message, a question and an answer."""
+    """A template from the prefixes of system, user and assistant messages."""
     return (
         "{%- for message in messages %}"
         f"{{%- if message['role'] == 'system' %}}{{{{ {system!r} + message['content'] | trim + '\\n\\n' }}}}"
@@ -52,12 +52,12 @@ TEMPLATES = {
     ),
     "phi3": _render("<|system|>\n", "'<|user|>\\n' + message['content'] | trim + '\\n'", "<|assistant|>\n"),
 }
-# What stands between an instruction and its input.
+# Text between an instruction and its input.
 BEFORE_INPUT = {"alpaca": "\n\n### Input:\n"}
-LONGEST_TEMPLATE = 100_000  # characters; the longest of well-known models have about 20,000
-RENDERING_SECONDS = 5.0  # for one conversation, which takes milliseconds
+LONGEST_TEMPLATE = 100_000  # characters; the longest templates of well-known models have about 20,000
+RENDERING_SECONDS = 5.0  # per conversation, which normally takes milliseconds
 SCRIPT = Path(__file__).with_name("template_process.py")
-# Puts text that is already rendered through transformers, which finds the tokens of the answers in it.
+# Passes text that is already rendered to transformers, which then computes the mask of the answer tokens.
 _RENDERED = (
     "{% for piece in pieces %}{% if loop.index is divisibleby 2 %}{% generation %}{{ piece }}{% endgeneration %}"
     "{% else %}{{ piece }}{% endif %}{% endfor %}"
@@ -65,10 +65,10 @@ _RENDERED = (
 
 
 def render_letters(name: str) -> str:
-    """A conversation of empty messages in a template: the letters that a new tokenizer has to know.
+    """A rendered conversation of empty messages: the template's characters, which a new tokenizer must know.
 
     Args:
-        name: `chat`, `alpaca` or `phi3`; nothing for another.
+        name: `chat`, `alpaca` or `phi3`; "" is returned for any other name.
     """
     roles = ("system", "user", "assistant", "user", "assistant")
     messages = [{"role": role, "content": ""} for role in roles]
@@ -80,27 +80,27 @@ def render_letters(name: str) -> str:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> str:
-    """Gives a tokenizer the template of a recipe.
+    """Sets the chat template of a tokenizer.
 
     Args:
         tokenizer: Changed in place.
-        name: `chat`, `alpaca` or `phi3`; None keeps the tokenizer's own, and gives one that has none `chat`.
+        name: `chat`, `alpaca` or `phi3`; None keeps the tokenizer's own template, or sets `chat` if it has none.
 
     Returns:
-        What stands between an instruction and its input.
+        The text between an instruction and its input.
 
     Raises:
-        InputError: The name is unknown, the tokenizer has no end-of-text token, or its own template fails or does not
-            mark what the model is to say.
+        InputError: The name is unknown, the tokenizer does not have an end-of-text token, or its own template fails or
+            does not mark the answers.
     """
     if tokenizer.eos_token is None:
-        raise InputError("the tokenizer has no end-of-text token, so an answer could not end: use one that has")
+        raise InputError("the tokenizer has no end-of-text token to end answers with: use another tokenizer")
     if name is None and tokenizer.chat_template:
         template = check_chat_template(tokenizer)
         if "generation %}" not in template:
             raise InputError(
-                "the tokenizer's own chat template does not mark the answers with {% generation %}, so what is to be "
-                f"learned cannot be told: set data.template to one of {', '.join(TEMPLATES)}"
+                "the tokenizer's chat template does not mark the answers with {% generation %}, which training needs: "
+                f"set data.template to one of {', '.join(TEMPLATES)}"
             )
         return next((BEFORE_INPUT.get(key, "\n") for key, text in TEMPLATES.items() if text == template), "\n")
     if name is not None and name not in TEMPLATES:
@@ -110,11 +110,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> s
 
 
 def write_inputs(messages: Sequence[dict[str, str]], before_input: str = "\n") -> list[dict[str, str]]:
-    """The messages with the input of each written after its content.
+    """The messages with each `input` appended to its `content`.
 
     Args:
-        messages: Each with `role`, `content` and maybe `input`.
-        before_input: Stands between an instruction and its input, see `set_chat_template`.
+        messages: Each with `role`, `content` and optionally `input`.
+        before_input: Text between an instruction and its input, see `set_chat_template`.
     """
     return [
         {"role": message["role"], "content": f"{message['content'].strip()}{before_input}{message['input'].strip()}"}
@@ -130,17 +130,17 @@ def encode_chat(
     add_generation_prompt: bool = False,
     return_assistant_tokens_mask: bool = False,
 ) -> BatchEncoding:
-    """The token ids of a conversation by the tokenizer's chat template, as `apply_chat_template` gives them.
+    """Applies the tokenizer's chat template to a conversation; returns the same as `apply_chat_template`.
 
-    A template is a program. jinja2's sandbox keeps it from files and Python, but neither from endless loops nor from
-    taking all memory, and it may behave until a message says a certain word: so every rendering of a template that is
-    not one of ours happens in a process of its own, with limits on memory (Linux) and time.
+    A template is a program. jinja2's sandbox blocks access to files and Python, but not endless loops or unlimited
+    memory, and a template may misbehave only for certain messages. So every rendering of a template that is not one of
+    ours runs in a separate process, with limits on memory (Linux) and time.
 
     Args:
         tokenizer: With a chat template.
         messages: Each with `role` and `content`.
-        add_generation_prompt: Ends with what comes before an answer.
-        return_assistant_tokens_mask: Also gives `assistant_masks`, 1 for the tokens of answers.
+        add_generation_prompt: End with the prompt for an answer.
+        return_assistant_tokens_mask: Also return `assistant_masks`, 1 for answer tokens.
 
     Raises:
         InputError: The template fails or exceeds a limit.
@@ -154,10 +154,10 @@ def encode_chat(
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template, after it has rendered a question.
+    """The tokenizer's chat template, tested on one question.
 
     Raises:
-        InputError: It fails or exceeds a limit.
+        InputError: The template fails or exceeds a limit.
     """
     template = _chat_template(tokenizer)
     if template not in TEMPLATES.values():
@@ -168,12 +168,14 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # there are several, and none is the default
-        raise InputError(f"the tokenizer has no default chat template ({' '.join(str(error).split())})") from error
+    except ValueError as error:  # none, or several without a default
+        raise InputError(
+            f"the tokenizer does not have a default chat template ({' '.join(str(error).split())})"
+        ) from error
     if len(template) > LONGEST_TEMPLATE:
         raise InputError(
             f"the tokenizer's chat template has {len(template):,} characters, the limit is {LONGEST_TEMPLATE:,}: "
-            "correct its chat_template.jinja"
+            "shorten its chat_template.jinja"
         )
     return template
 
@@ -184,7 +186,7 @@ def _render_apart(
     messages: Sequence[dict[str, str]],
     add_generation_prompt: bool,
 ) -> list[str]:
-    """The pieces of a rendered conversation, see `template_process.render`."""
+    """Renders a conversation in a separate process, see `template_process.render`."""
     job = {
         "conversations": [list(messages)],
         "chat_template": template,
@@ -195,16 +197,16 @@ def _render_apart(
         answer = _ask_renderer(job)
     if "error" in answer:
         fact = " ".join(answer["error"].split())
-        raise InputError(f"the tokenizer's chat template fails ({fact}): correct its chat_template.jinja")
+        raise InputError(f"the tokenizer's chat template fails ({fact}): fix its chat_template.jinja")
     return answer["pieces"]
 
 
-_RENDERING = threading.Lock()  # one question, one answer, whatever other threads ask
+_RENDERING = threading.Lock()  # one job at a time
 
 
 def _ask_renderer(job: dict[str, Any]) -> dict[str, Any]:
     process = _start_renderer()
-    if process.poll() is not None:  # a Ctrl-C in the terminal ends it, too
+    if process.poll() is not None:  # Ctrl-C in the terminal also ends this process
         _start_renderer.cache_clear()
         process = _start_renderer()
     timer = threading.Timer(RENDERING_SECONDS, process.kill)
@@ -220,13 +222,13 @@ def _ask_renderer(job: dict[str, Any]) -> dict[str, Any]:
     if line:
         return json.loads(line)
     process.kill()
-    process.wait()  # the next rendering starts another
-    return {"error": f"rendering took more than {RENDERING_SECONDS:g} seconds, or ended its process"}
+    process.wait()  # the next rendering starts a new process
+    return {"error": f"rendering took more than {RENDERING_SECONDS:g} seconds, or crashed"}
 
 
 @functools.cache
 def _start_renderer() -> subprocess.Popen:
-    # It imports what this process does, and sees nothing else of its environment.
+    # Same import paths as this process, and nothing else of its environment.
     process = subprocess.Popen(
         [sys.executable, "-P", str(SCRIPT)],
         env={
@@ -239,5 +241,5 @@ def _start_renderer() -> subprocess.Popen:
         encoding="utf-8",
     )
     atexit.register(process.kill)
-    process.stdout.readline()  # its imports are done
+    process.stdout.readline()  # wait for its imports
     return process

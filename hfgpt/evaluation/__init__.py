@@ -1,4 +1,4 @@
-"""What a trained model is worth: measured, token-weighted, on the weights that were saved."""
+"""Evaluation of trained models: token-weighted metrics, measured on the saved weights."""
 
 from dataclasses import dataclass, field
 
@@ -11,12 +11,12 @@ class EvaluationArguments:
     """The recipe's section `evaluation` for pre-training.
 
     Args:
-        stride: Tokens that each window of the final evaluation predicts; the rest of the window is context only. None:
-            the whole window, so that a token has half a window of context on average.
-        prompts: Texts the trained model continues at the end, for a look at what it learned.
-        max_new_tokens: Maximum number of tokens in a continuation.
-        temperature: Divides the logits before sampling.
-        top_k: Sample from the k most likely tokens; 0: from all.
+        stride: Tokens predicted per window in the final evaluation; the rest of the window is context only. None: the
+            whole window, which gives each token half a window of context on average.
+        prompts: Texts that the trained model continues at the end, as samples.
+        max_new_tokens: Maximum number of tokens per continuation.
+        temperature: Sampling temperature.
+        top_k: Sample only from the k most likely tokens; 0: from all.
     """
 
     stride: int | None = None
@@ -31,8 +31,8 @@ class ClassifierEvaluationArguments:
     """The recipe's section `evaluation` for classification.
 
     Args:
-        baseline: Whether a logistic regression on character n-grams is fitted to the same rows, to compare with.
-        prompts: Texts the trained model classifies at the end, for a look at what it learned.
+        baseline: Whether to fit a logistic regression on character n-grams of the same rows as a baseline.
+        prompts: Texts that the trained model classifies at the end, as samples.
     """
 
     baseline: bool = True
@@ -44,12 +44,12 @@ class AnswerEvaluationArguments:
     """The recipe's section `evaluation` for instructions.
 
     Args:
-        max_new_tokens: Maximum number of tokens in an answer.
-        batch_size: Prompts answered at a time.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Prompts per batch.
         max_answers: Answer only the first N test rows; None: all.
-        answers: Folder for `answers.jsonl` and the judge's scores when a saved model is evaluated; None: answers are
-            not kept. A run keeps them in its own.
-        prompts: Instructions the trained model answers at the end, for a look at what it learned.
+        answers: Folder for `answers.jsonl` and the judge's scores, for `hfgpt evaluate`; None: they are not saved. A
+            training run saves them in its own folder.
+        prompts: Instructions that the trained model answers at the end, as samples.
         judge: A model that scores the answers.
     """
 
@@ -63,4 +63,4 @@ class AnswerEvaluationArguments:
     def __post_init__(self):
         for name in ("max_new_tokens", "batch_size", "max_answers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"evaluation.{name} is {getattr(self, name)}, the least is 1")
+                raise InputError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1")

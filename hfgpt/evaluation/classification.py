@@ -1,7 +1,7 @@
-"""What a classifier is worth on rows it never saw, beside what costs nothing: the largest class, and a regression.
+"""Metrics of a classifier on held-out rows, with a majority-class and a logistic-regression baseline.
 
-Sources: Wilson, "Probable inference" (1927), for the interval; scikit-learn for the regression on the TF-IDF weights
-of character n-grams, which is what a small text classifier has to beat.
+Sources: Wilson, "Probable inference" (1927), for the interval; scikit-learn for the regression on TF-IDF weighted
+character n-grams, a strong baseline for a small text classifier.
 """
 
 import collections
@@ -26,10 +26,10 @@ class ClassifierResult:
     """Predictions over a set of rows.
 
     Args:
-        nll: Summed negative log-likelihood of the right classes, in nats.
-        predictions: The likeliest class of each row.
-        references: The right one.
-        labels: Names of the classes in the order of their ids.
+        nll: Summed negative log-likelihood of the true classes, in nats.
+        predictions: Predicted class of each row.
+        references: True class of each row.
+        labels: Class names in the order of their ids.
     """
 
     nll: float
@@ -38,7 +38,7 @@ class ClassifierResult:
     labels: list[str]
 
     def compute(self) -> dict[str, Any]:
-        """What `ClassificationMetrics` says of the predictions."""
+        """The result of `ClassificationMetrics`."""
         from hfgpt.evaluation.metrics.classification import ClassificationMetrics
 
         return ClassificationMetrics(keep_in_memory=True).compute(
@@ -46,7 +46,7 @@ class ClassifierResult:
         )
 
     def to_dict(self, prefix: str = "eval") -> dict[str, Any]:
-        """Loss, accuracy with its 95 % interval, macro F1, precision and recall of each class, under their names."""
+        """Loss, accuracy with its 95% interval, macro F1, and precision and recall of each class."""
         computed, rows = self.compute(), len(self.references)
         low, high = accuracy_interval(round(computed["accuracy"] * rows), rows)
         metrics = {
@@ -64,7 +64,7 @@ class ClassifierResult:
 
 @dataclass
 class Prediction:
-    """What a classifier says of a text: the likeliest label, its probability, and those of all labels."""
+    """Prediction for a text: the most likely label, its probability, and the probabilities of all labels."""
 
     text: str
     label: str
@@ -75,20 +75,20 @@ class Prediction:
 def classification_loss(
     weights: Sequence[float] | None = None, label_smoothing: float = 0.0
 ) -> Callable[..., torch.Tensor]:
-    """A loss for Trainer that is the same however a batch is cut: its rows are summed, then divided by all of them.
+    """A loss for Trainer that does not depend on how a batch is divided for gradient accumulation.
 
     Args:
-        weights: Of the classes; None: all 1.
-        label_smoothing: Part of the target given to all classes alike.
+        weights: Class weights; None: all 1.
+        label_smoothing: Probability mass spread evenly over all classes.
 
     Returns:
-        A function of the model's outputs, the labels (B) and the number of rows of the whole batch.
+        A function of the model's outputs, the labels (B) and the number of rows in the whole batch.
     """
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         logits = outputs.logits.float()  # (B, classes)
         weight = None if weights is None else torch.tensor(weights, device=logits.device)
-        # With its own mean, cross_entropy would divide by the weights of the rows at hand.
+        # The mean reduction would divide by the summed class weights of this micro-batch.
         summed = nn.functional.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=label_smoothing)
         return summed / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
@@ -103,13 +103,13 @@ def measure_classifier(
     gather: Callable | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> ClassifierResult:
-    """Predicts every row, without dropout.
+    """Predicts every row, in evaluation mode.
 
     Args:
         model: A sequence classifier; its training mode is restored.
         batches: `input_ids`, `attention_mask` and `labels` (B), on any device.
-        labels: Names of the classes in the order of their ids.
-        gather: Joins per-row tensors over processes and drops repeated rows (`Accelerator.gather_for_metrics`).
+        labels: Class names in the order of their ids.
+        gather: Gathers per-row tensors from all processes and drops repeated rows (`Accelerator.gather_for_metrics`).
         on_batch: Called after each batch, for a progress bar.
     """
     was_training = model.training
@@ -134,7 +134,7 @@ def measure_classifier(
 
 @torch.no_grad()
 def predict_probabilities(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]]) -> list[list[float]]:
-    """The probability of each class, a list for each row of the batches."""
+    """The class probabilities of each row."""
     probabilities: list[list[float]] = []
     for batch in batches:
         batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -143,10 +143,10 @@ def predict_probabilities(model: nn.Module, batches: Iterable[dict[str, torch.Te
 
 
 def check_texts(texts: Sequence[str]):
-    """Refuses an empty text to classify.
+    """Checks that no text is empty.
 
     Raises:
-        InputError: Names its number.
+        InputError: Gives the number of the empty text.
     """
     for number, text in enumerate(texts, start=1):
         if not text.strip():
@@ -154,7 +154,7 @@ def check_texts(texts: Sequence[str]):
 
 
 def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Prediction]:
-    """Classifies texts as `transformers.pipeline("text-classification")` does, cut to what the model can read.
+    """Classifies texts like `transformers.pipeline("text-classification")`, truncated to the context length.
 
     Raises:
         InputError: A text is empty.
@@ -164,7 +164,7 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: S
     for number, text in enumerate(texts, start=1):
         ids = tokenizer(text, truncation=True, max_length=length)["input_ids"]
         if not ids:
-            raise InputError(f"text {number} is {text!r}, which has no token: leave it out")
+            raise InputError(f"text {number} is {text!r}, which has no tokens: leave it out")
         rows.append({"input_ids": ids})
     batches = DataLoader(rows, batch_size=16, collate_fn=padding_collator(tokenizer)) if rows else []
     labels = model.config.id2label
@@ -177,7 +177,7 @@ def predict(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: S
 
 
 def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
-    """The 95 % interval of an accuracy (Wilson's), given how many of so many rows were right."""
+    """The 95% Wilson interval of the accuracy if `right` of `rows` predictions are correct."""
     from scipy.stats import binomtest
 
     interval = binomtest(right, rows).proportion_ci(0.95, method="wilson")
@@ -185,7 +185,7 @@ def accuracy_interval(right: int, rows: int) -> tuple[float, float]:
 
 
 def majority_accuracy(train: Sequence[str], test: Sequence[str]) -> float:
-    """The accuracy on the test labels of always naming the class that the training labels have most of."""
+    """The majority-class baseline: accuracy of always predicting the most frequent training label."""
     counts = collections.Counter(train)
     largest = max(sorted(counts), key=counts.get)
     return sum(label == largest for label in test) / len(test)
@@ -194,12 +194,12 @@ def majority_accuracy(train: Sequence[str], test: Sequence[str]) -> float:
 def baseline_accuracy(
     train: tuple[Sequence[str], Sequence[str]], test: tuple[Sequence[str], Sequence[str]], balanced: bool = False
 ) -> float:
-    """The accuracy of a logistic regression on the TF-IDF weights of character n-grams within words, n from 1 to 5.
+    """The accuracy of a logistic regression on TF-IDF weighted character n-grams within words, n from 1 to 5.
 
     Args:
         train: Texts and labels to fit.
-        test: Texts and labels to measure on.
-        balanced: Whether each class weighs the same in fitting.
+        test: Texts and labels to evaluate.
+        balanced: Whether to weight all classes equally when fitting.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -211,7 +211,7 @@ def baseline_accuracy(
 
 
 def plot_confusion(result: ClassifierResult, path: Path, title: str):
-    """Draws the confusion matrix: true classes in rows, predicted classes in columns, counts and shares of a row."""
+    """Plots the confusion matrix: true classes in rows, predicted classes in columns, counts and row percentages."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -222,7 +222,7 @@ def plot_confusion(result: ClassifierResult, path: Path, title: str):
     figure, axes = pyplot.subplots(figsize=(size + 0.6, size), dpi=120, layout="constrained")
     largest = max(map(max, confusion))
     axes.imshow(confusion, cmap="Blues", vmin=0, vmax=largest)
-    for row, counts in enumerate(confusion if len(confusion) <= 30 else []):  # numbers no wider than their field
+    for row, counts in enumerate(confusion if len(confusion) <= 30 else []):  # otherwise the numbers do not fit
         for column, count in enumerate(counts):
             colour = "white" if count > largest / 2 else "black"
             share = f"{count:,}\n{count / max(sum(counts), 1):.0%}"

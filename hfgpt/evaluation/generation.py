@@ -1,4 +1,4 @@
-"""Text out of a language model: one prompt in, whole continuations or a stream of them out."""
+"""Text generation with a language model: complete or streamed continuations of a prompt."""
 
 import sys
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hfgpt.errors import InputError, make_visible
 
 
 class TerminalStreamer(TextStreamer):
-    """Prints tokens as they come: on a terminal with control characters made visible, elsewhere as they are."""
+    """Prints tokens as they are generated; on a terminal, control characters are escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         super().on_finalized_text(make_visible(text) if sys.stdout.isatty() else text, stream_end)
@@ -19,16 +19,17 @@ class TerminalStreamer(TextStreamer):
 
 @dataclass
 class SamplingArguments:
-    """How to choose each next token.
+    """Sampling settings.
 
     Args:
-        max_new_tokens: At most so many; end of text stops earlier. None: 100, or as many as the context leaves.
-        temperature: Divides the logits; below 1 sharper, above 1 more varied.
-        top_k: Sample among the k likeliest tokens only; 0: all.
-        top_p: Sample among the likeliest tokens that together have this probability; 1: all.
-        greedy: Always take the likeliest token; the three above are then unused.
-        num_samples: Continuations of the one prompt.
-        seed: Of the sampling; the same seed gives the same text on the same machine.
+        max_new_tokens: Maximum number of new tokens; the end-of-text token stops earlier. None: 100, or what fits in
+            the context.
+        temperature: Divides the logits; below 1 less random, above 1 more random.
+        top_k: Sample only from the k most likely tokens; 0: from all.
+        top_p: Sample only from the most likely tokens with this total probability; 1: from all.
+        greedy: Always take the most likely token; temperature, top_k and top_p are ignored.
+        num_samples: Number of continuations.
+        seed: Sampling seed; the same seed gives the same text on the same machine.
     """
 
     max_new_tokens: int | None = None
@@ -45,66 +46,63 @@ class SamplingArguments:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if not self.temperature > 0:
             raise InputError(
-                f"temperature is {self.temperature}; it must be above 0: for the most likely token every time, set "
-                "top_k to 1"
+                f"temperature is {self.temperature}; it must be above 0: for greedy decoding, set top_k to 1"
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.greedy and self.num_samples > 1:
-            raise InputError(f"greedy gives one text, not {self.num_samples}: leave out greedy or num_samples")
+            raise InputError(f"greedy generates one text, not {self.num_samples}: unset greedy or num_samples")
 
 
 def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that stands for text the tokenizer cannot express; None if it can express any.
+    """The id of the unknown token; None if the tokenizer can encode any text.
 
-    A byte-level tokenizer can. GPT-2's names its end of text the unknown token, too, which it never needs.
+    Byte-level tokenizers can. GPT-2's declares its end-of-text token as the unknown token, but never uses it as such.
     """
     return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, context: int) -> list[int]:
-    """The token ids to continue.
+    """The token ids of a prompt.
 
     Args:
-        tokenizer: Of the model.
-        prompt: Any text; empty gives the end of text, after which a new document begins.
-        max_new_tokens: Room that must be left.
-        context: The model's, in tokens.
+        tokenizer: The model's tokenizer.
+        prompt: Any text; an empty prompt becomes the end-of-text token, after which a new document starts.
+        max_new_tokens: Number of new tokens that must fit.
+        context: Context length of the model.
 
     Raises:
-        InputError: Prompt and continuation exceed the context, or the prompt holds characters the tokenizer lacks.
+        InputError: Prompt and continuation exceed the context, or the prompt has characters the tokenizer cannot
+            encode.
     """
     try:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # The Rust library's bare one: a vocabulary without a token for what it does not know.
+    # The Rust library raises a bare Exception if the vocabulary has no unknown token.
     except Exception as error:
-        raise InputError(f"the tokenizer does not know all of the prompt {prompt!r} ({error}): change it") from error
+        raise InputError(f"the tokenizer cannot encode the prompt {prompt!r} ({error}): change it") from error
     unknown_id = unknown_token_id(tokenizer)
     if unknown_id in ids:
         unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
-        raise InputError(f"the prompt {prompt!r} has {unknown!r}, which the tokenizer does not know: leave it out")
+        raise InputError(f"the prompt {prompt!r} has {unknown!r}, which the tokenizer cannot encode: remove it")
     if not ids and tokenizer.eos_token_id is None:
-        raise InputError(
-            "an empty prompt starts a new document, and this tokenizer has no end-of-text token to start one: give "
-            "some text"
-        )
+        raise InputError("an empty prompt needs an end-of-text token, which this tokenizer does not have: give a text")
     ids = ids or [tokenizer.eos_token_id]
     size = f"{len(ids)} token{'s' * (len(ids) != 1)}"
     if len(ids) >= context:
         raise InputError(
-            f"the prompt has {size}, and the context of {context} has to hold at least one more: shorten "
-            f"it to at most {context - 1} tokens"
+            f"the prompt has {size}, which leaves no room in the context of {context}: shorten it to at most "
+            f"{context - 1} tokens"
         )
     if len(ids) + max_new_tokens > context:
         raise InputError(
-            f"the prompt has {size} and {max_new_tokens} more were asked for, but the context is "
-            f"{context}: ask for at most {context - len(ids)} new tokens, or shorten the prompt"
+            f"the prompt has {size}, which with {max_new_tokens} new tokens exceeds the context of {context}: request "
+            f"at most {context - len(ids)} new tokens, or shorten the prompt"
         )
     return ids
 
 
 def generate_ids(model: PreTrainedModel, prompt_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """`model.generate` for ids and settings that are known to be right: what else decides is generation_config.json.
+    """`model.generate` for valid ids and settings, so that errors come from generation_config.json.
 
     Raises:
         InputError: That file has values that transformers cannot use.
@@ -112,15 +110,13 @@ def generate_ids(model: PreTrainedModel, prompt_ids: torch.Tensor, **settings: A
     try:
         return model.generate(prompt_ids, return_dict_in_generate=False, **settings)
     except (OSError, MemoryError, torch.OutOfMemoryError, UnicodeEncodeError):
-        raise  # of the machine, and of where a streamer prints
-    # What a wrong type or number raises depends on where it is first used.
+        raise  # errors of the machine, or of the streamer's output
+    # The exception for a wrong type or value depends on where it is first used.
     except Exception as error:
         if model.generation_config.to_dict() == GenerationConfig.from_model_config(model.config).to_dict():
-            raise  # the file says nothing of its own
+            raise  # the file only has defaults
         fact = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(
-            f"the model's generation_config.json cannot be used ({fact}): correct it, or move it away"
-        ) from error
+        raise InputError(f"the model's generation_config.json cannot be used ({fact}): fix or remove it") from error
 
 
 def generate_texts(
@@ -135,12 +131,12 @@ def generate_texts(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        prompt: Any text; empty starts from end of text, as a new document does.
-        arguments: How to sample.
-        streamer: Receives the tokens as they come (one sample only).
+        prompt: Any text; an empty prompt starts a new document.
+        arguments: Sampling settings.
+        streamer: Receives the tokens as they are generated (one sample only).
 
     Returns:
-        Prompt and continuation, one text a sample, special tokens left out.
+        Prompt and continuation, one text per sample, without special tokens.
 
     Raises:
         InputError: As `encode_prompt`.

@@ -1,4 +1,4 @@
-"""What a model that follows instructions is worth: its greedy answers, and how many are the right ones."""
+"""Evaluation of instruction-following: greedy answers and their exact match."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,10 +18,10 @@ class Answer:
     """One row of `answers.jsonl`.
 
     Args:
-        messages: What was said before the answer.
-        reference: The right answer.
-        answer: The model's.
-        finished: Whether it came to its end of text within the tokens it was given.
+        messages: The messages before the answer.
+        reference: The reference answer.
+        answer: The model's answer.
+        finished: Whether it ended with the end-of-text token before reaching the maximum number of new tokens.
     """
 
     messages: list[dict[str, str]]
@@ -34,17 +34,17 @@ class Answer:
 
 
 def encode_question(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, context: int) -> list[int]:
-    """The token ids after which the last message of a conversation is to come.
+    """The token ids of a conversation's prompt: all messages but the last.
 
     Raises:
-        InputError: They leave no room for an answer in the context.
+        InputError: The prompt leaves no room for an answer in the context.
     """
     messages = list(conversation[:-1])
     ids = encode_chat(tokenizer, messages, add_generation_prompt=True)["input_ids"]
     if len(ids) >= context:
         raise InputError(
-            f"the prompt has {len(ids)} tokens in its template, and the context of {context} has to hold at least one "
-            f"more: shorten it to at most {context - 1} tokens"
+            f"the prompt has {len(ids)} tokens with its template, which leaves no room in the context of {context}: "
+            f"shorten it to at most {context - 1} tokens"
         )
     return ids
 
@@ -57,14 +57,14 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Answer]:
-    """Lets a model answer, always with the likeliest token.
+    """Generates answers by greedy decoding.
 
     Args:
         model: A causal language model in evaluation mode.
-        tokenizer: Its own, with a chat template and an end of text.
-        conversations: Each ends with the right answer, which the model does not see.
-        max_new_tokens: Of each answer at most, less where the context ends earlier.
-        batch_size: Prompts at a time, of like length.
+        tokenizer: Its tokenizer, with a chat template and an end-of-text token.
+        conversations: Each ends with the reference answer, which the model does not see.
+        max_new_tokens: Maximum number of tokens per answer; less if the context ends earlier.
+        batch_size: Prompts per batch, grouped by length.
 
     Returns:
         The answers, in the order of the conversations.
@@ -77,7 +77,7 @@ def generate_answers(
     prompts = [encode_question(conversation, tokenizer, context) for conversation in conversations]
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    # A prompt that leaves less room than asked for answers alone: in a batch, the longest would cut the others short.
+    # Prompts with less room than max_new_tokens run alone: in a batch, they would truncate the other answers.
     roomy = [index for index in order if context - len(prompts[index]) >= max_new_tokens]
     batches = [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)]
     for chosen in [*batches, *([index] for index in order[len(roomy) :])]:
@@ -103,7 +103,7 @@ def generate_answers(
 
 
 def match_answers(answers: Sequence[Answer], prefix: str = "eval") -> dict[str, float | int]:
-    """The parts of the answers that are right, and how many did not come to their end."""
+    """Exact and normalised match of the answers, and the number of unfinished answers."""
     from hfgpt.evaluation.metrics.answer_match import AnswerMatch
 
     matched = AnswerMatch(keep_in_memory=True).compute(

@@ -1,7 +1,7 @@
-"""A judge for answers: any chat endpoint that speaks OpenAI's protocol, as Ollama, vLLM and transformers' server do.
+"""An LLM judge for answers: any OpenAI-compatible chat endpoint, such as Ollama, vLLM or transformers serve.
 
-Scores are kept as they come, one JSON object a line with the whole prompt and reply, so that a judge who stops can be
-taken up again where he stopped. What he failed to score is counted, and is no part of the mean.
+Each score is saved immediately, as one JSON object per line with the full prompt and reply, so that an interrupted
+evaluation can be resumed. Failures are counted and excluded from the mean.
 """
 
 import json
@@ -37,9 +37,9 @@ class JudgeArguments:
     """The recipe's keys `evaluation.judge`.
 
     Args:
-        base_url: URL of an OpenAI-compatible endpoint, as in http://127.0.0.1:11434/v1; None: no judge. A key, where
-            one is needed, is taken from the environment variable HFGPT_JUDGE_API_KEY.
-        model: Name of the judge's model there.
+        base_url: URL of the endpoint, such as http://127.0.0.1:11434/v1; None: no judge. An API key, if needed, is
+            read from the environment variable HFGPT_JUDGE_API_KEY.
+        model: Name of the judge model at the endpoint.
         timeout: Seconds to wait for a reply.
         max_answers: Judge only the first N answers; None: all.
     """
@@ -52,24 +52,22 @@ class JudgeArguments:
     def __post_init__(self):
         if self.base_url is not None and not re.match(r"https?://[^/]", self.base_url):
             raise InputError(
-                f"evaluation.judge.base_url is '{self.base_url}'; it must begin with http:// or https://, as in "
+                f"evaluation.judge.base_url is '{self.base_url}'; it must start with http:// or https://, such as "
                 "http://127.0.0.1:11434/v1"
             )
         if self.base_url is not None and "@" in self.base_url:
             raise InputError(
-                f"evaluation.judge.base_url holds a login, and is written to files: use {API_KEY} instead"
+                f"evaluation.judge.base_url contains credentials, but is written to files: use {API_KEY} instead"
             )
         if self.base_url is not None and not self.model:
-            raise InputError(
-                "evaluation.judge.model is not set: name the model that judges at evaluation.judge.base_url"
-            )
+            raise InputError("evaluation.judge.model is not set: name the judge model at evaluation.judge.base_url")
 
 
 def check_judge(arguments: JudgeArguments):
-    """Asks the judge for a word, so that one who is down is known before hours of training.
+    """Sends the judge a short request, to find out before training whether it is available.
 
     Raises:
-        InputError: There is no reply, or one that is no chat completion.
+        InputError: There is no reply, or it is not a chat completion.
     """
     try:
         _ask(arguments, "Reply with the word ready.", max_tokens=4)
@@ -78,18 +76,18 @@ def check_judge(arguments: JudgeArguments):
 
 
 def judge_answers(answers: Sequence[Answer], arguments: JudgeArguments, path: Path) -> dict[str, float | int]:
-    """Has answers scored from 0 to 100.
+    """Has the judge score answers from 0 to 100.
 
     Args:
-        answers: What the model said.
-        arguments: Who judges.
-        path: The file of judgements; those in it of the same judge and prompt are taken over, failures asked again.
+        answers: The model's answers.
+        arguments: The judge.
+        path: The file of judgements; scores in it for the same judge and prompt are reused, failures are retried.
 
     Returns:
-        `judge_score`, the mean of what was scored (absent if nothing was), `judge_scored`, and `judge_failures`.
+        `judge_score` (the mean score; absent if there are none), `judge_scored` and `judge_failures`.
 
     Raises:
-        InputError: The judge cannot be reached; what was scored is kept.
+        InputError: The judge cannot be reached; scores so far are saved.
     """
     chosen = answers[: arguments.max_answers]
     prompts = [
@@ -108,7 +106,7 @@ def judge_answers(answers: Sequence[Answer], arguments: JudgeArguments, path: Pa
                 try:
                     reply = _ask(arguments, prompt, max_tokens=16)
                 except requests.ConnectionError as error:
-                    done = f"{len(scores)} of {len(chosen)} answers are judged in {path}"
+                    done = f"{len(scores)} of {len(chosen)} answers have been judged in {path}"
                     raise InputError(f"{_unreachable(arguments, error)}; {done}") from error
                 except (requests.RequestException, ValueError) as error:
                     entry |= {"score": None, "error": " ".join(str(error).split())}
@@ -124,7 +122,7 @@ def judge_answers(answers: Sequence[Answer], arguments: JudgeArguments, path: Pa
 
 
 def read_score(reply: str) -> int | None:
-    """The number of a reply that holds one alone, maybe out of 100; None if it is no score from 0 to 100."""
+    """The score in a reply that is just a number from 0 to 100, optionally "/ 100"; None for any other reply."""
     found = re.fullmatch(r"\s*(?:score:?\s*)?(\d{1,3})(?:\s*/\s*100)?\s*\.?\s*", reply, re.IGNORECASE)
     return int(found[1]) if found and int(found[1]) <= 100 else None
 
@@ -147,12 +145,12 @@ def _ask(arguments: JudgeArguments, prompt: str, max_tokens: int) -> str:
     try:
         reply = response.json()["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"its reply is no chat completion: {response.text[:100]!r}") from error
+        raise ValueError(f"its reply is not a chat completion: {response.text[:100]!r}") from error
     return reply or ""
 
 
 def _read(path: Path) -> list[dict]:
-    """The judgements in the file that have a score; a crash while writing leaves a line without its end."""
+    """The judgements in the file that have a score; an incomplete last line, left by a crash, is ignored."""
     *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
     entries = [json.loads(line) for line in lines]
     return [entry for entry in entries if entry["score"] is not None]
@@ -161,6 +159,6 @@ def _read(path: Path) -> list[dict]:
 def _unreachable(arguments: JudgeArguments, error: Exception) -> str:
     fact = " ".join(str(error).split())[:200]
     return (
-        f"the judge '{arguments.model}' at {arguments.base_url} does not answer ({fact}): start it, correct "
-        f"evaluation.judge, or leave it out; a key is taken from {API_KEY}"
+        f"the judge '{arguments.model}' at {arguments.base_url} does not answer ({fact}): start it, fix or remove "
+        f"evaluation.judge, or check the API key in {API_KEY}"
     )

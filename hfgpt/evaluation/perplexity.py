@@ -1,7 +1,7 @@
-"""Perplexity of a language model, exactly: summed negative log-likelihood over counted tokens.
+"""Exact perplexity of a language model: summed negative log-likelihood divided by the number of tokens.
 
-A mean of batch means, which is what Trainer's own evaluation computes, weighs the tokens of a short batch more than
-those of a long one; its exponential is then no perplexity of anything.
+Trainer's own evaluation averages batch means, which gives tokens in short batches more weight than in long ones; the
+exponential of that is not a perplexity.
 
 Source: Jelinek et al., "Perplexity: a measure of the difficulty of speech recognition tasks" (1977).
 """
@@ -20,8 +20,8 @@ class Perplexity:
 
     Args:
         nll: Summed negative log-likelihood, in nats.
-        tokens: Tokens it is summed over.
-        bytes: UTF-8 bytes these tokens stand for; None where unknown.
+        tokens: Number of predicted tokens.
+        bytes: UTF-8 bytes of these tokens; None if unknown.
     """
 
     nll: float
@@ -30,16 +30,16 @@ class Perplexity:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood, nats a token."""
+        """Mean negative log-likelihood, in nats per token."""
         return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf  # exp overflows a double past 709
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # exp overflows a double above 709
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers, as loss and perplexity are not."""
+        """Comparable between tokenizers, unlike loss and perplexity."""
         return self.nll / math.log(2) / self.bytes if self.bytes else None
 
     def to_dict(self, prefix: str = "eval") -> dict:
@@ -54,11 +54,11 @@ def row_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
 
     Args:
         model: Returns `logits` (B, T, V).
-        batch: Arguments of its forward, and `shift_labels` (B, T), the target of each position, -100 for none; or
-            `labels` (B, T), which are shifted here.
+        batch: Arguments of its forward, and `shift_labels` (B, T; the target at each position, or -100) or `labels`
+            (B, T; shifted here).
 
     Returns:
-        (B) summed nats, float64 where the device has it, and (B) counted targets.
+        (B) summed nats, in float64 if the device supports it, and (B) number of targets.
     """
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
     targets = batch.get("shift_labels")
@@ -70,7 +70,7 @@ def row_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
 
 
 def in_double(values: torch.Tensor) -> torch.Tensor:
-    """The values in float64, or as they are where the device has none (Apple's)."""
+    """The values in float64, or unchanged on devices without it (mps)."""
     return values if values.device.type == "mps" else values.double()
 
 
@@ -81,16 +81,16 @@ def measure_perplexity(
     gather: Callable | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Perplexity:
-    """Measures the perplexity of a model over batches of blocks, without dropout.
+    """Measures the perplexity of a model over batches of blocks, in evaluation mode.
 
     Args:
         model: A causal language model; its training mode is restored.
-        batches: As `row_nll` takes them, on any device.
-        gather: Joins per-row tensors over processes and drops repeated rows (`Accelerator.gather_for_metrics`).
+        batches: See `row_nll`, on any device.
+        gather: Gathers per-row tensors from all processes and drops repeated rows (`Accelerator.gather_for_metrics`).
         on_batch: Called after each batch, for a progress bar.
 
     Raises:
-        ValueError: There is no token to predict.
+        ValueError: There are no tokens to predict.
     """
     was_training = model.training
     model.eval()
@@ -105,5 +105,5 @@ def measure_perplexity(
             on_batch()
     model.train(was_training)
     if tokens == 0:
-        raise ValueError("there is no token to predict in the evaluation data")
+        raise ValueError("the evaluation data has no tokens to predict")
     return Perplexity(nll, tokens)

@@ -1,4 +1,4 @@
-"""The tasks of recipes, by name."""
+"""The recipe tasks by name."""
 
 from hfgpt.tasks.classify import Classification
 from hfgpt.tasks.instruct import Instructions

@@ -1,4 +1,4 @@
-"""Stage 7.1, classification: a sequence classifier from labelled texts."""
+"""Stage 7.1, classification: train a sequence classifier on labelled texts."""
 
 import functools
 from collections.abc import Mapping
@@ -47,8 +47,8 @@ class ClassificationData(Data):
     """Labelled rows of token ids.
 
     Args:
-        rows: Split -> texts and labels as they were read.
-        weights: Of the classes in the loss; None: all 1.
+        rows: Split -> texts and labels.
+        weights: Class weights in the loss; None: all 1.
     """
 
     rows: dict[str, Dataset]
@@ -56,14 +56,14 @@ class ClassificationData(Data):
 
 
 class Classification:
-    """Trains a sequence classifier from labelled texts; see `hfgpt.tasks.task.Task` for each function."""
+    """Trains a sequence classifier on labelled texts; see `hfgpt.tasks.task.Task` for the methods."""
 
     measured_split = "test"
     only_for_training: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("data.validation_fraction", "data.test_fraction"), ALL_ROWS),
-        "data.balance": "all rows are measured, as many of each class as there are",
-        "data.end_of_text": "the model's tokenizer has it settled",
-        "evaluation.baseline": "a baseline is fitted to training rows",
+        "data.balance": "all rows of all classes are evaluated",
+        "data.end_of_text": "it is a setting of the model's tokenizer",
+        "evaluation.baseline": "a baseline is fitted on training rows",
         "evaluation.prompts": NO_TEXTS.format("classify"),
     }
 
@@ -81,12 +81,12 @@ class Classification:
         warn_of_small_vocabulary(recipe, tokenizer, report)
         if recipe.data.end_of_text:
             wrap_in_end_of_text(tokenizer)
-        elif tokenizer.pad_token is None:  # GPT-2 has none, and pipelines then cannot batch; the mask marks padding
+        elif tokenizer.pad_token is None:  # as in GPT-2: pipelines need one for batches; the mask marks the padding
             tokenizer.pad_token = tokenizer.eos_token
         context = context_length(recipe, base)
         length = recipe.data.max_length or context
         if length > context:
-            raise InputError(f"data.max_length is {length}, but the context of the model is {context}: lower it")
+            raise InputError(f"data.max_length is {length}, but the model's context length is {context}: lower it")
         tokenizer.model_max_length = length
         encoded = {}
         for split in SPLITS:
@@ -165,10 +165,9 @@ class Classification:
         if "baseline_accuracy" in metrics:
             compared.append(f"logistic regression on character n-grams {metrics['baseline_accuracy']:.2%}")
         return (
-            f"on the test split accuracy {metrics['eval_accuracy']:.2%} (95 % interval "
-            f"{metrics['eval_accuracy_low']:.2%} to {metrics['eval_accuracy_high']:.2%}), macro F1 "
-            f"{metrics['eval_macro_f1']:.4f} over {metrics['eval_rows']:,} rows"
-            + (f"; baselines: {', '.join(compared)}" if compared else "")
+            f"test accuracy {metrics['eval_accuracy']:.2%} (95% interval {metrics['eval_accuracy_low']:.2%} to "
+            f"{metrics['eval_accuracy_high']:.2%}), macro F1 {metrics['eval_macro_f1']:.4f} over "
+            f"{metrics['eval_rows']:,} rows" + (f"; baselines: {', '.join(compared)}" if compared else "")
         )
 
     def following(self, folder: str) -> str:
@@ -178,25 +177,25 @@ class Classification:
 def measure_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str], batch_size: int
 ) -> ClassifierResult:
-    """Predicts the rows of a split, those of similar length together."""
+    """Predicts the rows of a split in batches of similar length."""
     loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
     return measure_classifier(model, loader, labels)
 
 
 def allowed_for_classes(result: ClassifierResult, validation_rows: int) -> dict[str, float]:
-    """How far the metrics of a classifier may differ: by what the rows that may flip change at most.
+    """Upper bounds on how much each metric can differ between machines, see `flips`.
 
     Args:
-        result: The predictions of the test split.
-        validation_rows: Rows of the validation split.
+        result: Predictions on the test split.
+        validation_rows: Number of rows in the validation split.
     """
     rows, labels = len(result.references), result.labels
     share = flips(rows) / rows
     allowed = {"eval_accuracy": share, "baseline_accuracy": share}
-    # The ends of Wilson's interval move up to twice as fast as the accuracy.
+    # The bounds of the Wilson interval change at most twice as fast as the accuracy.
     allowed |= {"eval_accuracy_low": 2 * share, "eval_accuracy_high": 2 * share}
     allowed["validation_accuracy"] = flips(validation_rows) / validation_rows
-    # A row that flips changes precision and recall by at most one in the rows of the class, or in those taken for it.
+    # A flipped row changes recall by at most 1 / rows of the class, precision by at most 1 / rows predicted as it.
     counts = [[ids.count(index) for ids in (result.references, result.predictions)] for index in range(len(labels))]
     of_class = [flips(rows) / max(1, min(count)) for count in counts]
     for label, value in zip(labels, of_class, strict=True):

@@ -1,4 +1,4 @@
-"""Stage 7.2, instructions: a language model that answers, from questions and answers."""
+"""Stage 7.2, instructions: train a language model to follow instructions."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from hfgpt.data.instructions import (
     load_conversations,
     pack_rows,
 )
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.templates import BEFORE_INPUT, render_letters, set_chat_template, write_inputs
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments
@@ -42,23 +42,23 @@ from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured, flips
 
 @dataclass(kw_only=True)
 class InstructionData(Data):
-    """Conversations as token ids and targets; those of the training split may be packed.
+    """Conversations as token ids and targets; training rows may be packed.
 
     Args:
-        conversations: Split -> the rows that were kept.
+        conversations: Split -> conversations that were kept.
     """
 
     conversations: dict[str, list[Conversation]]
 
 
 class Instructions:
-    """Trains a language model to answer; see `hfgpt.tasks.task.Task` for each function."""
+    """Trains a language model to follow instructions; see `hfgpt.tasks.task.Task` for the methods."""
 
     measured_split = "test"
     only_for_training: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("data.validation_fraction", "data.test_fraction", "data.divide"), ALL_ROWS),
-        "data.learn": "the answers are measured, whatever was learned",
-        "data.packing": "rows are measured one by one",
+        "data.learn": "metrics always cover the answers only",
+        "data.packing": "evaluation does not pack rows",
         "data.near_duplicate_threshold": "there are no training rows to compare with",
         "evaluation.prompts": NO_TEXTS.format("chat"),
     }
@@ -80,11 +80,11 @@ class Instructions:
         context = context_length(recipe, base)
         length = arguments.max_length or context
         if length > context:
-            raise InputError(f"data.max_length is {length}, but the context of the model is {context}: lower it")
+            raise InputError(f"data.max_length is {length}, but the model's context length is {context}: lower it")
         tokenizer.model_max_length = context
         encoded = {}
         for split in SPLITS:
-            learn = "answers" if split == "test" else arguments.learn  # what is measured at the end are answers
+            learn = "answers" if split == "test" else arguments.learn  # test metrics always cover the answers only
             written = [write_inputs(conversation, before_input) for conversation in conversations[split]]
             encoded[split], conversations[split] = encode_conversations(written, tokenizer, learn, length, report)
             count_tokens(encoded[split], unknown_token_id(tokenizer), report, split)
@@ -102,7 +102,7 @@ class Instructions:
         model = build_recipe_model(recipe, data)
         for conversation in ask(recipe.evaluation.prompts):
             encode_question(conversation, data.tokenizer, model.config.max_position_embeddings)
-        model.generation_config.eos_token_id = data.tokenizer.eos_token_id  # generation ends where answers do
+        model.generation_config.eos_token_id = data.tokenizer.eos_token_id  # the token that ends each answer
         return model
 
     def trainer_arguments(self, recipe: Recipe, data: InstructionData) -> dict[str, Any]:
@@ -131,11 +131,11 @@ class Instructions:
         evaluation: AnswerEvaluationArguments,
         console: Console | None = None,
     ) -> dict[str, Any]:
-        """As of `Task`; the answers are kept in `evaluation.answers` if it is set, and judged if there is a judge."""
+        """See `Task`; also saves the answers in `evaluation.answers`, and has them judged, if the section says so."""
         console = console or stderr_console()
         if evaluation.judge.base_url:
             if not evaluation.answers:
-                raise InputError("judgements have to be kept somewhere: name a folder in --evaluation.answers")
+                raise InputError("a judge needs a folder for its judgements: set --evaluation.answers")
             check_judge(evaluation.judge)
         if evaluation.answers:
             check_writable(Path(evaluation.answers))
@@ -158,11 +158,11 @@ class Instructions:
         return measured.metrics | (measured.judge(folder) if measured.judge else {})
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
-        text = f"on the test split loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f} "
-        text += f"over {metrics['eval_tokens']:,} tokens of answers"
+        text = f"test loss {metrics['eval_loss']:.4f} nats per token, perplexity {metrics['eval_perplexity']:.2f} "
+        text += f"over {metrics['eval_tokens']:,} answer tokens"
         if "eval_exact_match" in metrics:
             text += (
-                f"; exact match {metrics['eval_exact_match']:.2%} of {metrics['eval_answers']:,} answers, "
+                f"; exact match {metrics['eval_exact_match']:.2%} over {metrics['eval_answers']:,} answers, "
                 f"{metrics['eval_normalised_match']:.2%} ignoring case, punctuation and articles"
             )
         if "eval_judge_score" in metrics:
@@ -178,7 +178,7 @@ class Instructions:
 def measure_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
 ) -> dict[str, Any]:
-    """Loss and perplexity over the answers of rows."""
+    """Loss and perplexity over the answer tokens."""
     loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
     return measure_perplexity(model, loader).to_dict()
 
@@ -191,20 +191,20 @@ def measure_answers(
     console: Console,
     before: dict[str, Any],
 ) -> Measured:
-    """The model's greedy answers to the last questions of conversations, and how many are right.
+    """Generates greedy answers to the last question of each conversation and scores them.
 
     Args:
-        before: Metrics that come first.
+        before: Other metrics, placed before these.
     """
     chosen = conversations[: evaluation.max_answers]
-    with console.status(f"answering {len(chosen):,} test rows"):
+    with console.status(f"generating {counted(len(chosen), 'answers')}"):
         answers = generate_answers(model, tokenizer, chosen, evaluation.max_new_tokens, evaluation.batch_size)
-    counted = flips(len(answers))
-    allowed = dict.fromkeys(("eval_exact_match", "eval_normalised_match"), counted / len(answers))
-    allowed["eval_unfinished_answers"] = counted
+    flipped = flips(len(answers))
+    allowed = dict.fromkeys(("eval_exact_match", "eval_normalised_match"), flipped / len(answers))
+    allowed["eval_unfinished_answers"] = flipped
 
     def judge(folder: Path) -> dict[str, Any]:
-        with console.status(f"{evaluation.judge.model} judges {len(answers):,} answers"):
+        with console.status(f"{evaluation.judge.model} is judging {counted(len(answers), 'answers')}"):
             scores = judge_answers(answers, evaluation.judge, folder / JUDGEMENTS_FILE)
         return {f"eval_{name}": value for name, value in scores.items()}
 
@@ -217,18 +217,18 @@ def measure_answers(
 
 
 def ask(prompts: Sequence[str]) -> list[Conversation]:
-    """Conversations that ask what a recipe's prompts say, and whose answer nobody knows."""
+    """One conversation per prompt, with an empty answer."""
     return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}] for prompt in prompts]
 
 
 def write_answers(answers: Sequence[Answer], folder: Path):
-    """Writes `answers.jsonl`, an object a line."""
+    """Writes `answers.jsonl`, one object per line."""
     lines = [json.dumps(answer.to_dict(), ensure_ascii=False) + "\n" for answer in answers]
     write_text(folder / ANSWERS_FILE, "".join(lines))
 
 
 def _training_texts(conversations: Sequence[Conversation], template: str | None) -> Iterator[str]:
-    """What a new tokenizer is trained on: what is said, and the letters of the template."""
+    """Texts to train a new tokenizer on: the messages, and the characters of the template."""
     yield render_letters(template or "chat")
     for conversation in conversations:
         yield from (message["content"] for message in write_inputs(conversation, BEFORE_INPUT.get(template, "\n")))

@@ -1,4 +1,4 @@
-"""Stage 6, pre-training: a causal language model from text."""
+"""Stage 6, pre-training: train a causal language model on text."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from hfgpt.training.estimate import Estimate
 
 @dataclass(kw_only=True)
 class PretrainingData(Data):
-    """Blocks of both splits; in the validation split every token but the first is predicted once."""
+    """Blocks of both splits; validation predicts every token but the first exactly once."""
 
     splits: dict[str, BlockDataset]
 
@@ -44,17 +44,17 @@ class PretrainingData(Data):
         return self.splits["train"].block_size
 
     def count_tokens_seen(self, state: TrainerState, estimate: Estimate) -> int:
-        # Trainer sums the operations of the tokens it saw: the last step of an epoch may have fewer than the others.
+        # Trainer sums the FLOPs of the tokens it saw: the last step of an epoch may have fewer than the others.
         return round(state.total_flos / estimate.flops_per_token)
 
 
 class Pretraining:
-    """Trains a causal language model from text; see `hfgpt.tasks.task.Task` for each function."""
+    """Trains a causal language model on text; see `hfgpt.tasks.task.Task` for the methods."""
 
     measured_split = "validation"
     only_for_training: ClassVar[dict[str, str]] = {
         "data.validation_fraction": ALL_ROWS,
-        "data.stride": "the windows of a measurement move by evaluation.stride",
+        "data.stride": "evaluation uses evaluation.stride",
         **dict.fromkeys(("evaluation.prompts", "evaluation.max_new_tokens"), NO_TEXTS.format("generate")),
         **dict.fromkeys(("evaluation.temperature", "evaluation.top_k"), NO_TEXTS.format("generate")),
     }
@@ -123,7 +123,7 @@ class Pretraining:
         context = model.config.max_position_embeddings
         block_size = context if data.block_size is None else data.block_size
         if block_size > context:
-            raise InputError(f"data.block_size is {block_size}, but the context of the model is {context}: lower it")
+            raise InputError(f"data.block_size is {block_size}, but the model's context length is {context}: lower it")
         blocks = BlockDataset(
             stream,
             block_size,
@@ -139,8 +139,8 @@ class Pretraining:
         unknown = metrics.get("eval_unknown_tokens")
         measured = f"{unknown:,} of them unknown" if unknown else f"{metrics['eval_bits_per_byte']:.3f} bits per byte"
         return (
-            f"validation loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f} over "
-            f"{metrics['eval_tokens']:,} tokens, {measured}"
+            f"validation loss {metrics['eval_loss']:.4f} nats per token, perplexity {metrics['eval_perplexity']:.2f} "
+            f"over {metrics['eval_tokens']:,} tokens, {measured}"
         )
 
     def following(self, folder: str) -> str:
@@ -148,21 +148,21 @@ class Pretraining:
 
 
 def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> TokenStream:
-    """The texts as one stream, with an end-of-text token after each."""
-    # A single one may be a part, cut by position, and not end.
+    """The texts as one token stream, with an end-of-text token after each."""
+    # A single text may be only a part of a document, cut by position, without its end.
     return tokenize_documents(texts, tokenizer, num_proc=data.num_proc, append_eos=len(texts) > 1)
 
 
 def check_blocks(model: PreTrainedModel, data: PretrainingData):
-    """Refuses blocks that the model cannot read.
+    """Checks that the blocks fit the model.
 
     Raises:
-        InputError: A block is longer than the context, or an id has no embedding.
+        InputError: A block is longer than the context length, or an id has no embedding.
     """
     context = model.config.max_position_embeddings
     if data.row_length > context:
         raise InputError(
-            f"data.block_size is {data.row_length}, but the context of the model is {context}: lower it, or "
+            f"data.block_size is {data.row_length}, but the model's context length is {context}: lower it, or "
             "raise model.max_position_embeddings"
         )
     known = max(data.tokenizer.get_vocab().values())
@@ -170,7 +170,10 @@ def check_blocks(model: PreTrainedModel, data: PretrainingData):
         return
     largest = max(blocks.stream.largest_id() for blocks in data.splits.values())
     if largest >= model.config.vocab_size:
-        raise InputError(f"the text has token id {largest}, but the model embeds only {model.config.vocab_size}")
+        raise InputError(
+            f"the text has the token id {largest}, but the model's vocab_size is {model.config.vocab_size}: use the "
+            "model's own tokenizer"
+        )
 
 
 def measure_blocks(
@@ -180,29 +183,29 @@ def measure_blocks(
     report: DataReport,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Token-weighted metrics of a model, under the names of `metrics.json`.
+    """Token-weighted metrics of a model, with their names in `metrics.json`.
 
     Args:
         model: A causal language model.
-        tokenizer: What made the blocks.
-        blocks: The whole validation split, with its tail.
-        report: Holds the sizes of that split. Where it has unknown tokens they are counted, and there are no bits per
-            byte, since the bytes they stand for were not predicted.
-        batch_size: Blocks at a time.
+        tokenizer: The tokenizer of the blocks.
+        blocks: The validation split, with its tail.
+        report: Sizes of that split. If it has unknown tokens, they are counted instead of reporting bits per byte,
+            since the bytes they stand for were not predicted.
+        batch_size: Blocks per batch.
     """
     loader = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
     result: Perplexity = measure_perplexity(model, loader)
     sizes = report.splits["validation"]
     if sizes.unknown_tokens:
         return result.to_dict() | {"eval_unknown_tokens": sizes.unknown_tokens}
-    # The first token is context only, so its bytes are not counted.
+    # The first token is not predicted, so its bytes are not counted.
     first = tokenizer.decode(blocks.stream[:1], skip_special_tokens=True)
     result.bytes = sizes.bytes - len(first.encode())
     return result.to_dict()
 
 
 def sampling_arguments(recipe: Recipe) -> SamplingArguments:
-    """How the recipe's prompts are continued."""
+    """Sampling settings for the recipe's prompts."""
     return SamplingArguments(
         max_new_tokens=recipe.evaluation.max_new_tokens,
         temperature=recipe.evaluation.temperature,

@@ -1,4 +1,4 @@
-"""What a task is: the few functions in which pre-training, classification and instructions differ."""
+"""The interface of a task: the few methods in which pre-training, classification and instructions differ."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,26 +15,26 @@ from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.training.estimate import Estimate
 
-# Why evaluation does not read a key.
-ALL_ROWS = "all rows are measured, and none are divided"
-NO_TEXTS = "it writes no texts, as hfgpt {} does"
-# Where two answers to a row are almost equally likely, rounding decides which is given. So what is counted may differ
-# between machines by such rows: this share of them, or one.
+# Reasons why a key has no effect on evaluation.
+ALL_ROWS = "all rows are evaluated, without splitting"
+NO_TEXTS = "evaluation does not generate texts; use hfgpt {}"
+# If two outputs for a row are almost equally likely, rounding decides between them. So counts may differ between
+# machines by this fraction of the rows, or by one row.
 FLIPPING = 0.01
 
 
 @dataclass(kw_only=True)
 class Data:
-    """What a model learns from and is measured on.
+    """Training and evaluation data of a run.
 
     Args:
         splits: Split -> rows of token ids, with their `length`.
-        tokenizer: What made them.
-        report: What became of the source.
-        labels: The classes of a classifier in the order of their ids; None: a language model.
-        base: The model to go on from; None: training starts from random weights.
-        pretraining_texts: What a first pass of language modelling may read.
-        share: Of the training rows that `splits` holds; less than 1 only where a run is planned.
+        tokenizer: The tokenizer of the rows.
+        report: The data report.
+        labels: Class names in the order of their ids; None: a language model.
+        base: The base model; None: training starts from random weights.
+        pretraining_texts: Texts for the first pass of a classifier.
+        share: Fraction of the training rows in `splits`; below 1 only when planning a run.
     """
 
     splits: dict[str, Dataset | TorchDataset]
@@ -52,28 +52,28 @@ class Data:
 
     @property
     def row_length(self) -> int:
-        """Tokens of a training row, on average."""
+        """Average number of tokens in a training row."""
         lengths = self.splits["train"]["length"]
         return max(sum(lengths) // len(lengths), 1)
 
     def count_tokens_seen(self, state: TrainerState, estimate: Estimate) -> int:
-        """Tokens that a training has read, padding not counted."""
+        """Number of tokens seen in training, without padding."""
         return round(state.epoch * sum(self.splits["train"]["length"]))
 
     def summary(self) -> str:
-        """What became of the source, in a few lines."""
+        """The data report in a few lines."""
         return self.report.summary()
 
 
 @dataclass
 class Measured:
-    """What was measured of a model.
+    """Evaluation results of a model.
 
     Args:
-        metrics: Under the names of `metrics.json`.
-        allowed: How far those that are counted may differ on another machine, which rounds differently.
-        keep: Writes what else came of it into a folder: a picture, the answers; None: nothing.
-        judge: Asks a model that scores the answers, and returns more metrics; None: there is none to ask.
+        metrics: Metrics with their names in `metrics.json`.
+        allowed: How much counted metrics may differ on another machine because of rounding.
+        keep: Writes additional results (a plot, the answers) into a folder; None: there are none.
+        judge: Has a judge model score the answers, and returns further metrics; None: no judge.
     """
 
     metrics: dict[str, Any]
@@ -83,7 +83,7 @@ class Measured:
 
 
 def flips(rows: int) -> float:
-    """How many of so many rows may come out differently on another machine."""
+    """Maximum number of rows, out of `rows`, that may have a different result on another machine."""
     return max(1, rows * FLIPPING) * (1 + 1e-9)
 
 
@@ -91,62 +91,62 @@ class Task(Protocol):
     """A task of a recipe.
 
     Args:
-        measured_split: What the metrics at the end of a run are measured on.
-        only_for_training: Keys of the sections `data` and `evaluation` that only a training reads, each with why
-            evaluation does not.
+        measured_split: The split of the final metrics of a run.
+        only_for_training: Keys of the sections `data` and `evaluation` that have no effect on `hfgpt evaluate`, each
+            with the reason.
     """
 
     measured_split: ClassVar[str]
     only_for_training: ClassVar[Mapping[str, str]]
 
     def check(self, recipe: Recipe):
-        """Refuses a run whose end needs something that is not there; needs no data."""
+        """Checks before reading any data that everything the end of a run needs is available."""
 
     def load(self, recipe: Recipe, tokenizer_folder: Path | None = None, characters: int | None = None) -> Data:
-        """Reads the rows, divides them, trains or loads the tokenizer, and makes token ids of them.
+        """Reads and splits the rows, trains or loads the tokenizer, and tokenizes them.
 
         Args:
             recipe: Its sections `data`, `tokenizer` and `model`.
-            tokenizer_folder: A run to resume, whose tokenizer is used rather than trained again.
-            characters: Of a text of any length, tokenize only about so many, which is enough to plan; None: all.
+            tokenizer_folder: Folder of a run to resume, whose tokenizer is reused.
+            characters: Tokenize only about this many characters, enough for a plan; None: all.
 
         Raises:
             InputError: The rows or the tokenizer cannot be used.
         """
 
     def build(self, recipe: Recipe, data: Data) -> PreTrainedModel:
-        """The model to train, its new weights drawn from the seed, checked against the data and the prompts.
+        """Builds the model to train, with new weights initialized from the seed, and checks data and prompts.
 
         Raises:
-            InputError: The architecture is impossible, or the data or a prompt does not fit it.
+            InputError: The architecture is invalid, or the data or a prompt does not fit it.
         """
 
     def trainer_arguments(self, recipe: Recipe, data: Data) -> dict[str, Any]:
-        """What `HfGPTTrainer` gets beside model, arguments and data: collator, loss, measure."""
+        """Task-specific arguments of `HfGPTTrainer`: collator, loss, measure."""
 
     def measure(self, model: PreTrainedModel, data: Data, recipe: Recipe, console: Console) -> Measured:
-        """Measures a saved model on the rows that were held out."""
+        """Evaluates a saved model on the held-out rows."""
 
     def sample(self, model: PreTrainedModel, data: Data, recipe: Recipe) -> dict[str, Any]:
-        """`texts` that show what the model has learned from the recipe's prompts, and how they were sampled."""
+        """`texts` that the model produces for the recipe's prompts, and the sampling settings."""
 
     def evaluate(
         self, saved: SavedModel, data: Any, evaluation: Any, console: Console | None = None
     ) -> dict[str, Any]:
-        """Measures a saved model on all rows of a source.
+        """Evaluates a saved model on all rows of a source.
 
         Args:
             saved: The model.
             data: The section `data`.
             evaluation: The section `evaluation`.
-            console: Where to show progress; None: standard error.
+            console: Shows progress; None: stderr.
 
         Raises:
-            InputError: The model is of another kind, there are no rows, or they do not fit it.
+            InputError: The model is of a different type, or there are no rows that fit it.
         """
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         """The metrics in one line."""
 
     def following(self, folder: str) -> str:
-        """The command to try a trained model with."""
+        """The command to try the trained model."""

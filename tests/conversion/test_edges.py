@@ -166,7 +166,7 @@ def test_characters_without_an_end_of_text_stay_as_they_are(tmp_path):
     model, evaluate = find_model(str(tmp_path / "gpt2")), TASKS["pretrain"].evaluate
     assert evaluate(model, data, EvaluationArguments())["eval_tokens"] == 15 * 9 - 1
     data = DataArguments(path=str(tmp_path / "bad.txt"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="the tokenizer does not know all of the text"):
+    with pytest.raises(InputError, match="the tokenizer cannot encode all of the text"):
         evaluate(model, data, EvaluationArguments())
 
 

@@ -278,13 +278,13 @@ def test_an_interrupt_leaves_nothing_and_what_a_killed_run_left_goes_after_a_day
 
 def test_what_the_tokenizer_lacks_is_said():
     backend = char_tokenizer().backend_tokenizer
-    with pytest.raises(InputError, match="the tokenizer has no eos_token"):
+    with pytest.raises(InputError, match="the tokenizer does not have an eos_token"):
         tokenize_documents(documents(), PreTrainedTokenizerFast(tokenizer_object=backend))
-    with pytest.raises(InputError, match=r"data.num_proc is 0, the least is 1"):
+    with pytest.raises(InputError, match=r"data.num_proc is 0; it must be at least 1"):
         tokenize_documents(documents(), char_tokenizer(), num_proc=0)
     backend = Tokenizer(models.BPE())
     silent = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
-    with pytest.raises(InputError, match="makes no tokens of this text"):
+    with pytest.raises(InputError, match="produces no tokens for this text"):
         tokenize_documents(documents(), silent, append_eos=False)
 
 
@@ -334,7 +334,7 @@ def test_every_token_is_predicted_and_the_numbers_add_up(lengths, size, stride, 
         assert predictions(kept) == targets
         assert (kept.predicted_tokens, kept.tail_tokens) == (len(targets), 0)
     if len(stream) <= size:
-        with pytest.raises(InputError, match=f"data has {len(stream)} tokens, one block needs {size + 1}"):
+        with pytest.raises(InputError, match=f"data has {len(stream)} tokens?, but one block needs {size + 1}"):
             BlockDataset(stream, size, stride)
         return
     blocks = BlockDataset(stream, size, stride, document_boundaries=boundaries)
@@ -391,12 +391,20 @@ def test_blocks_are_batched_by_transformers_and_travel_to_workers(kept_documents
 @pytest.mark.parametrize(
     ("tokens", "arguments", "message"),
     [
-        (37, {"block_size": 64}, "validation has 37 tokens, one block needs 65: lower data.block_size or add text"),
-        (1, {"block_size": 64, "keep_tail": True}, "validation has 1 tokens, one block needs 2: add text"),
-        (9, {"block_size": 0}, "data.block_size is 0, the least is 1"),
-        (9, {"block_size": 3, "stride": 0}, "data.stride is 0, the least is 1"),
-        (9, {"block_size": 3, "stride": 0, "keep_tail": True}, "evaluation.stride is 0, the least is 1"),
-        (9, {"block_size": 3, "stride": 4, "keep_tail": True}, "lower evaluation.stride to at most 3"),
+        (
+            37,
+            {"block_size": 64},
+            "validation has 37 tokens, but one block needs 65: lower data.block_size or add text",
+        ),
+        (1, {"block_size": 64, "keep_tail": True}, "validation has 1 token, but one block needs 2: add text"),
+        (9, {"block_size": 0}, "data.block_size is 0; it must be at least 1"),
+        (9, {"block_size": 3, "stride": 0}, "data.stride is 0; it must be at least 1"),
+        (9, {"block_size": 3, "stride": 0, "keep_tail": True}, "evaluation.stride is 0; it must be at least 1"),
+        (
+            9,
+            {"block_size": 3, "stride": 4, "keep_tail": True},
+            "evaluation.stride is 4, larger than the block size of 3, .*: lower it to at most 3",
+        ),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(tokens, arguments, message):
@@ -407,7 +415,9 @@ def test_sizes_that_cannot_be_are_refused(tokens, arguments, message):
 def test_a_split_in_which_nothing_is_predicted_is_refused():
     stream = stream_of(1, 1, 1)
     blocks = BlockDataset(stream, 8, document_boundaries=True, keep_tail=True)
-    with pytest.raises(InputError, match=r"^nothing is predicted in the validation split of a.txt: each of its docum"):
+    with pytest.raises(
+        InputError, match=r"^the validation split of a.txt has no tokens to predict, since each document is"
+    ):
         count_blocks(blocks, None, DataReport(source="a.txt"), "validation")
 
 

@@ -113,7 +113,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(load):
         {"text": "said of both", "label": "b"},
     ]
     report = load(make_rows(10) + bad)[2]
-    assert report.dropped == {"no text": 4, "no label": 2, "not Unicode": 1, "one text, several labels": 2}
+    assert report.dropped == {"no text": 4, "no label": 2, "not Unicode": 1, "same text with different labels": 2}
     assert (report.rows_read, report.rows_kept) == (29, 20)
 
 
@@ -139,7 +139,7 @@ def test_given_splits_are_used_and_training_loses_what_they_repeat(load, tmp_pat
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits, _, report = load(None, path=str(tmp_path))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 16, "validation": 8, "test": 8}
-    assert report.dropped == {"train row that is in another split, too": 4}
+    assert report.dropped == {"train row also in another split": 4}
     assert (report.split_by, report.rows_kept) == ("given", 32)
 
 
@@ -150,7 +150,7 @@ def test_validation_shares_nothing_with_a_given_test_split(load, tmp_path):
     splits, _, report = load(None, path=str(tmp_path), balance="undersample")
     texts = [{text for text, _ in splits[name]} for name in SPLITS]
     assert sum(map(len, texts)) == len(set.union(*texts))
-    assert report.dropped == {"train row that is in another split, too": 20}
+    assert report.dropped == {"train row also in another split": 20}
     assert len(set(report.splits["train"].labels.values())) == 1, "balanced after that"
 
 
@@ -158,7 +158,7 @@ def test_a_given_split_without_labels_is_named(load, tmp_path):
     for name, label in {"train": "a", "test": None}.items():
         rows = [{"text": f"{name} {index}", "label": label or None} for index in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"the test split of .* has no row with a text and a label .*9 no label"):
+    with pytest.raises(InputError, match=r"the test split of .* has no usable row .*9 no label"):
         load(None, path=str(tmp_path))
 
 
@@ -167,7 +167,7 @@ def test_a_validation_split_that_is_the_test_split_is_named(load, tmp_path):
         rows = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "valid.jsonl").write_bytes((tmp_path / "test.jsonl").read_bytes())
-    with pytest.raises(InputError, match=r"the validation split of .* of its own .*9 validation row that is in"):
+    with pytest.raises(InputError, match=r"the validation split of .* has no usable row .*9 validation row also in"):
         load(None, path=str(tmp_path))
 
 
@@ -187,12 +187,20 @@ def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):
         (
             make_rows(9, "a"),
             {},
-            "has one class only, 'a' .9 rows read; left out: none.: a classifier needs two classes",
+            "has only one class, 'a' .9 rows read; dropped: none., but a classifier needs at least two",
         ),
         ([{"text": "x", "label": None}], {}, "has no row with a text and a label .1 row read"),
-        (make_rows(9) + make_rows(2, "c"), {}, "the label 'c' of .* has 2 different texts, too few for 3 splits"),
-        ([{"txt": "x", "label": "a"}], {}, "data.text_column 'text' is not in .*, which has: 'txt', 'label'"),
-        ([{"text": "x", "class": "a"}], {}, "data.label_column 'label' is not in .*, which has: 'text', 'class'"),
+        (
+            make_rows(9) + make_rows(2, "c"),
+            {},
+            "has 2 distinct texts with the label 'c', but 3 splits need at least 3",
+        ),
+        ([{"txt": "x", "label": "a"}], {}, "data.text_column 'text' is not a column of .*, which has: 'txt', 'label'"),
+        (
+            [{"text": "x", "class": "a"}],
+            {},
+            "data.label_column 'label' is not a column of .*, which has: 'text', 'class'",
+        ),
         (None, {"path": "synthetic:stories"}, "label"),
         (None, {"path": None}, "data.path is not set: give a Hub id, a file, a folder or synthetic:messages"),
     ],
@@ -232,9 +240,7 @@ def test_a_table_without_a_header_line_is_refused_with_the_positions_of_its_colu
     (tmp_path / "a.tsv").write_text(text)
     with pytest.raises(InputError) as error:
         load(None, path=str(tmp_path / "a.tsv"), **arguments)
-    assert str(error.value).endswith(
-        f"; it seems to have no header line: name columns by position, from 0 ({positions})"
-    )
+    assert str(error.value).endswith(f"; it seems to have no header line: give column indices from 0 ({positions})")
 
 
 def test_a_header_line_with_other_names_is_not_taken_for_a_row(load, tmp_path):
@@ -260,9 +266,9 @@ def test_each_split_gets_a_text_of_each_class_if_there_are_enough(load, fraction
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_rows": 0}, "data.max_rows is 0, the least is 1"),
-        ({"test_fraction": 1.0}, "data.test_fraction is 1.0, it must be above 0 and below 1"),
-        ({"test_fraction": 0.6, "validation_fraction": 0.4}, "leave nothing to train on"),
+        ({"max_rows": 0}, "data.max_rows is 0; it must be at least 1"),
+        ({"test_fraction": 1.0}, "data.test_fraction is 1.0; it must be above 0 and below 1"),
+        ({"test_fraction": 0.6, "validation_fraction": 0.4}, "leave no training data"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):
@@ -274,7 +280,7 @@ def test_a_class_unseen_in_training_is_named(load, tmp_path):
     for name, labels in {"train": "ab", "test": "abc"}.items():
         rows = [{"text": f"{name} {label} {index}", "label": label} for label in labels for index in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match="the label 'c' of the test split is not in the training split"):
+    with pytest.raises(InputError, match="the test split has the label 'c', but the training split does not"):
         load(None, path=str(tmp_path))
 
 
@@ -286,7 +292,7 @@ def test_evaluation_takes_all_rows_or_one_split_and_knows_its_labels(tmp_path):
     assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 9
     arguments["test_split"] = "test"
     assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 3
-    with pytest.raises(InputError, match=r"the label 'a' of .* is not one of the model's classes .no, yes."):
+    with pytest.raises(InputError, match=r"has the label 'a', which is not one of the model's classes .no, yes."):
         load_all_labelled_texts(ClassificationDataArguments(**arguments), ["no", "yes"], DataReport())
 
 

@@ -95,21 +95,24 @@ def test_rows_without_an_answer_are_counted(load):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "a", "reply": "b"}, "train row 1 has 'question', 'reply': a row needs instruction and output"),
-        ({"prompt": "a"}, "train row 1 has 'prompt': a row needs"),
+        (
+            {"question": "a", "reply": "b"},
+            "train row 1 has the columns 'question', 'reply', but needs instruction and output",
+        ),
+        ({"prompt": "a"}, "train row 1 has the columns 'prompt', but needs"),
         ({"messages": "hello"}, "messages must be a list of {role, content}"),
         ({"messages": [{"role": "user"}]}, "messages must be a list of {role, content}"),
-        ({"instruction": 1, "output": "x"}, "instruction is of type int, it must be text"),
+        ({"instruction": 1, "output": "x"}, "instruction has the type int; it must be a string"),
         (
             {"messages": [*turn("a", "b"), *turn("a", "b")[1:]]},
-            "message 3 is of role 'assistant', but the turn is of 'us",
+            "message 3 has the role 'assistant', expected 'us",
         ),
-        ({"messages": turn("a", "b")[1:]}, "message 1 is of role 'assistant', but the turn is of 'user'"),
+        ({"messages": turn("a", "b")[1:]}, "message 1 has the role 'assistant', expected 'user'"),
         (
             {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, *turn("a", "b")]},
-            "message 3 is of role 'user', but the turn is of 'assistant': a chat alternates",
+            "message 3 has the role 'user', expected 'assistant': after an optional",
         ),
-        ({"messages": [{"role": "tool", "content": "s"}, *turn("a", "b")]}, "message 1 is of role 'tool'"),
+        ({"messages": [{"role": "tool", "content": "s"}, *turn("a", "b")]}, "message 1 has the role 'tool'"),
     ],
 )
 def test_a_row_of_no_form_is_told_with_its_number(load, row, message):
@@ -121,7 +124,7 @@ def test_a_row_of_no_form_is_told_with_its_number(load, row, message):
 def test_nothing_to_learn_from(load):
     with pytest.raises(
         InputError,
-        match=r"has 0 rows with an answer .3 rows read; left out: 3 empty answer., too few for 3 splits: add rows",
+        match=r"has 0 rows with an answer .3 rows read; dropped: 3 empty answer., too few for 3 splits: add rows",
     ):
         load([{"instruction": "Say", "output": ""}] * 3)
 
@@ -154,11 +157,11 @@ def test_each_split_gets_a_prompt_however_many_copies_it_has(load):
 def test_too_few_prompts_or_rows_for_three_splits_are_told_as_such(load):
     rows = [{"instruction": f"Say {i % 2}", "output": f"It is {i}"} for i in range(72)]
     with pytest.raises(
-        InputError, match=r"has 72 rows with an answer to 2 different prompts .*, too few for 3 splits"
+        InputError, match=r"has 72 rows with an answer, with 2 distinct prompts .*, too few for 3 splits"
     ):
         load(rows)
     with pytest.raises(
-        InputError, match=r"data.test_fraction leave none of 3 rows to train on: lower them, or add rows"
+        InputError, match=r"data.test_fraction leave none of 3 rows for training: lower them, or add rows"
     ):
         load(rows[:3], divide="order", test_fraction=0.9)
 
@@ -247,7 +250,7 @@ def test_what_would_be_cut_or_holds_special_tokens_is_left_out(bpe):
     rows = [turn("Hi", "Hello."), turn("Hi", "Hello. " * 50), turn("Hi <|endoftext|>", "Hello.")]
     encoded, kept = encode_conversations(rows, bpe, "answers", 100, report)
     assert (len(encoded), kept) == (1, rows[:1])
-    assert report.dropped == {"too long: the answer would be cut": 1, "special token in the text": 1}
+    assert report.dropped == {"too long: the answer would be truncated": 1, "special token in the text": 1}
     assert report.rows_kept == 1
     exactly = len(encoded[0]["input_ids"])
     assert len(encode_conversations(rows[:1], bpe, "answers", exactly, DataReport())[0]) == 1
@@ -259,7 +262,7 @@ def test_a_split_in_which_nothing_is_learned_is_refused(bpe):
     report = DataReport(source="x.json", rows_kept=1)
     encoded = encode_conversations([turn("Hi", "Hello.")], bpe, "answers", 3, report)[0]
     with pytest.raises(
-        InputError, match=r"no row of the train split of x.json can be used .0 rows read; left out: 1 too long"
+        InputError, match=r"the train split of x.json has no usable row .0 rows read; dropped: 1 too long"
     ):
         count_tokens(encoded, None, report, "train")
 
@@ -273,7 +276,7 @@ def test_a_token_that_joins_prompt_and_answer_is_noticed(bpe):
     joined.chat_template = bpe.chat_template
     report = DataReport(rows_kept=1)
     encoded = encode_conversations([turn("a ", "yyy")], joined, "answers", 100, report)[0]
-    assert (len(encoded), report.dropped) == (0, {"the answer's first token joins the prompt": 1})
+    assert (len(encoded), report.dropped) == (0, {"first token of the answer merges with the prompt": 1})
     set_chat_template(bpe, "chat")
 
 

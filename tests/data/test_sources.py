@@ -176,38 +176,38 @@ def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "a.txt' is empty: add text"),
-        ("a.txt", b" \n\t", "has no text (1 row read; left out: 1 empty)"),
+        ("a.txt", b"", "a.txt' is an empty file: add text"),
+        ("a.txt", b" \n\t", "has no text (1 row read; dropped: 1 empty)"),
         ("a.txt", b"abc\0def", "a.txt is not text: byte 3 is NUL"),
-        ("a.txt", b"caf\xe9 noir", "a.txt is not UTF-8: byte 0xe9 at offset 3; convert it to UTF-8"),
+        ("a.txt", b"caf\xe9 noir", "a.txt is not valid UTF-8: byte 0xe9 at offset 3; convert it to UTF-8"),
         ("a.txt.gz", gzip.compress(b"caf\xe9 noir", mtime=0), "byte 0xe9 at offset 3"),
         ("a.txt", b"x", "one document of 1 characters leaves the train split empty"),
-        ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], "ends in the middle of its .gz data"),
-        ("a.txt.zst", zstandard.compress(b"abc" * 99)[:-5], "ends in the middle of its .zst data"),
+        ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], "is truncated .gz data"),
+        ("a.txt.zst", zstandard.compress(b"abc" * 99)[:-5], "is truncated .zst data"),
         ("a.txt.gz", b"plain", "is not valid .gz"),
         ("a.txt.zst", b"plain", "is not valid .zst"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": }', "a.jsonl is not JSON: Expecting value in line 3, column 10"),
-        ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json is not JSON: Expecting ':' delimiter in line 2"),
-        ("a.jsonl", b'{"text": "a"}\n[1]', "a.jsonl: line 2 is of type list, it must be an object"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": }', "a.jsonl is not valid JSON: Expecting value in line 3, column 10"),
+        ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json is not valid JSON: Expecting ':' delimiter in line 2"),
+        ("a.jsonl", b'{"text": "a"}\n[1]', "a.jsonl: line 2 has the type list; it must be an object"),
         (
             "a.jsonl",
             b'{"text": "x"}\n' + b"[" * 9000 + b"]" * 9000,
-            "a.jsonl is not JSON: nested too deeply in line 2",
+            "a.jsonl is not valid JSON: nested too deeply in line 2",
         ),
-        ("a.json", b"[" * 9000 + b"]" * 9000, "a.json is not JSON: nested too deeply"),
+        ("a.json", b"[" * 9000 + b"]" * 9000, "a.json is not valid JSON: nested too deeply"),
         (
             "a.jsonl",
             b'{"text": "x"}\n' + b"9" * 5000,
-            "a.jsonl is not JSON: Exceeds the limit (4300 digits) for integer",
+            "a.jsonl is not valid JSON: Exceeds the limit (4300 digits) for integer",
         ),
-        ("a.json", b'{"id": 1, "body": "x"}', "'text' is not in {path}, which has: 'id', 'body'"),
-        ("a.csv", b"id,body\n1,x\n", "'text' is not in {path}, which has: 'id', 'body'"),
-        ("a.csv", b"id,text\n1,x\n2,y,z\n", "row 3 has 3 fields, the first row 2"),
+        ("a.json", b'{"id": 1, "body": "x"}', "'text' is not a column of {path}, which has: 'id', 'body'"),
+        ("a.csv", b"id,body\n1,x\n", "'text' is not a column of {path}, which has: 'id', 'body'"),
+        ("a.csv", b"id,text\n1,x\n2,y,z\n", "row 3 has 3 fields, but the first has 2"),
         ("a.csv", b'id,text\n1,"x"y\n', "is not a valid table"),
-        ("a.tsv", b"id\ttext\n1\n", "row 2 has 1 fields, the first row 2"),
+        ("a.tsv", b"id\ttext\n1\n", "row 2 has 1 fields, but the first has 2"),
         ("a.parquet", b"PAR1", "is not a valid Parquet file"),
-        ("a.docx", b"x", "is of the unsupported file type '.docx'; supported: .txt, .md"),
-        ("a.parquet.gz", b"x", "is of the unsupported file type '.gz'"),
+        ("a.docx", b"x", "has the unsupported file type '.docx'; supported: .txt, .md"),
+        ("a.parquet.gz", b"x", "has the unsupported file type '.gz'"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "a"}', "all 2 documents"),
     ],
 )
@@ -226,7 +226,7 @@ BOMBS = {
         "line 1: one row has more than",
         ": set data.sample_by to paragraph, or decompress it first",
     ),
-    "a.json": (b'"' + b"a" * 10**7, "line 1: one row has more than", "file: decompress it first"),
+    "a.json": (b'"' + b"a" * 10**7, "line 1: one row has more than", "files: decompress it first"),
     "a.jsonl": (b'{"text": "x"}\n{"text": "' + b"a" * 10**7, "line 2: one row has more than", "decompress it first"),
     "a.csv": (b"text\nx\n" + b'"' + b'a\n","' * 10**6, ": one row has more than", "decompress it first"),
     "a.tsv": (b"text\nx\n" + b"a" * 10**7, "line 3: one row has more than", "decompress it first"),
@@ -248,7 +248,7 @@ def test_a_row_without_end_in_a_compressed_file_is_refused_before_it_is_held(nam
     tracemalloc.stop()
     assert peak < 10**7
     assert place in str(error.value)
-    assert "100,000 characters, the limit of a compressed file" in str(error.value)
+    assert "100,000 characters, the limit for compressed files" in str(error.value)
     assert str(error.value).endswith(remedy)
 
 
@@ -267,7 +267,7 @@ def test_a_parquet_file_that_grows_a_hundred_times_is_refused(tmp_path, monkeypa
     assert len(list(read_rows(tmp_path / "a.parquet"))) == 1
     monkeypatch.setattr("hfgpt.data.files.LONGEST_DECOMPRESSED", 10**5)
     with pytest.raises(
-        InputError, match=r"decompresses \d+ bytes of text to 1,000,0\d\d, more than the limit of 100,000"
+        InputError, match=r"decompresses \d+ bytes of text to 1,000,0\d\d, above the limits of 100,000"
     ):
         list(read_rows(tmp_path / "a.parquet"))
 
@@ -303,7 +303,7 @@ def test_no_damaged_parquet_file_is_a_traceback_or_ends_the_process(tmp_path):
 
 def test_wrong_column_of_a_parquet_file(load, tmp_path):
     pq.write_table(pa.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"data.text_column 'text' is not in .*, which has: 'id', 'body'"):
+    with pytest.raises(InputError, match=r"data.text_column 'text' is not a column of .*, which has: 'id', 'body'"):
         load("a.parquet")
 
 
@@ -311,16 +311,19 @@ def test_wrong_column_of_a_parquet_file(load, tmp_path):
     ("arguments", "message"),
     [
         ({"path": "stories.tx"}, "does not exist .nearest: .*stories.txt"),
-        ({"path": "folder"}, "has no file of a supported type: .txt"),
-        ({"path": "*.csv"}, "has no file of a supported type"),
-        ({"path": "mixed"}, r"mixes kinds of files, JSON \(b.jsonl\), text \(a.txt\)"),
-        ({"path": "synthetic:poems"}, "there are synthetic:stories"),
+        ({"path": "folder"}, "does not contain a file of a supported type: .txt"),
+        ({"path": "*.csv"}, "does not contain a file of a supported type"),
+        ({"path": "mixed"}, r"mixes file types, JSON \(b.jsonl\), text \(a.txt\)"),
+        ({"path": "synthetic:poems"}, "does not exist; choose one of synthetic:stories"),
         ({"path": "stories.txt", "validation_fraction": 0.0}, "it must be above 0 and below 1"),
-        ({"path": "stories.txt", "max_documents": 0}, "data.max_documents is 0, the least is 1"),
+        ({"path": "stories.txt", "max_documents": 0}, "data.max_documents is 0; it must be at least 1"),
         ({"path": "stories.txt", "sample_by": "page"}, "it must be document, paragraph or line"),
-        ({"path": "stories.txt", "validation_split": "test"}, "is one file: unset it"),
-        ({"path": "several", "train_split": "dev"}, "data.train_split 'dev' is in no file name of .*: a.txt, b.txt"),
-        ({"path": "several", "validation_split": "test"}, "'test' is in no file name of .*: a.txt, b.txt"),
+        ({"path": "stories.txt", "validation_split": "test"}, "is a single file: unset it"),
+        (
+            {"path": "several", "train_split": "dev"},
+            "data.train_split 'dev' does not match any file in .*: a.txt, b.txt",
+        ),
+        ({"path": "several", "validation_split": "test"}, "'test' does not match any file in .*: a.txt, b.txt"),
     ],
 )
 def test_what_is_wrong_with_the_arguments_is_said(load, tmp_path, arguments, message):
@@ -432,10 +435,10 @@ def test_hub_data_uses_its_validation_split_and_counts_what_leaks(load, monkeypa
     train, validation, report = load("hub/set", text_column="body", **arguments)
     assert (train, validation) == (["a", "b"], ["a", "c"])
     assert (report.leaked, report.duplicated, report.dropped) == (1, 1, {"not text": 1})
-    with pytest.raises(InputError, match="'text' is not in hub/set, which has: 'body', 'image'"):
+    with pytest.raises(InputError, match="'text' is not a column of hub/set, which has: 'body', 'image'"):
         load("hub/set", **arguments)
     with pytest.raises(
-        InputError, match=r"data.validation_split 'dev' is not in hub/set, which has: train, validation"
+        InputError, match=r"data.validation_split 'dev' is not a split of hub/set, which has: train, validation"
     ):
         load("hub/set", text_column="body", validation_split="dev", **arguments)
 
@@ -552,14 +555,14 @@ def test_a_file_of_the_web_is_read_as_one_of_the_disk(load, tmp_path, web_server
     assert asked == ["/a.jsonl.gz?key=SECRET"]
     (tmp_path / "web" / "b.txt").write_bytes(b"abc\xff")
     for name, message in {
-        "b.txt": "is not UTF-8: byte 0xff at offset 3",
+        "b.txt": "is not valid UTF-8: byte 0xff at offset 3",
         "c.txt": "c.txt' was not found: check the URL",
-        "d.py": "has no file of a supported type",
+        "d.py": "does not contain a file of a supported type",
     }.items():
         with pytest.raises(InputError, match=message) as error:
             load(f"{address}/{name}?key=SECRET")
         assert "SECRET" not in str(error.value)
-    with pytest.raises(InputError, match=r"//127.0.0.1/a.txt' has a user name in it") as error:
+    with pytest.raises(InputError, match=r"//127.0.0.1/a.txt' contains a user name") as error:
         load("http://me:SECRET@127.0.0.1/a.txt")
     assert "SECRET" not in str(error.value)
     with pytest.raises(InputError, match=r"'nonsense://a.txt' cannot be read \(Protocol not known: nonsense"):

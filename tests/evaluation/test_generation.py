@@ -98,20 +98,22 @@ def test_the_context_is_the_limit(model, tokenizer):
     fits = CONTEXT - len(prompt)
     (text,) = generate_texts(model, tokenizer, prompt, SamplingArguments(fits, greedy=True))
     assert len(text) == CONTEXT
-    with pytest.raises(InputError, match=rf"has 20 tokens and 13 more .* context is 32: ask for at most {fits} new"):
+    with pytest.raises(
+        InputError, match=rf"has 20 tokens, .* 13 new tokens exceeds the context of 32: request at most {fits} new"
+    ):
         generate_texts(model, tokenizer, prompt, SamplingArguments(fits + 1))
     for prompt in ("the " * 8, "the " * 9):  # no room for a single token: asking for fewer would not help
         with pytest.raises(InputError, match=rf"prompt has {len(prompt)} tokens, .* shorten it to at most 31 tokens"):
             generate_texts(model, tokenizer, prompt, SamplingArguments(1))
     # An empty prompt has one token, the end of text before it.
     assert len(generate_texts(model, tokenizer, "", SamplingArguments(CONTEXT - 1, greedy=True))[0]) == CONTEXT - 1
-    with pytest.raises(InputError, match="has 1 token and 32 more"):
+    with pytest.raises(InputError, match="has 1 token, which with 32 new"):
         generate_texts(model, tokenizer, "", SamplingArguments(CONTEXT))
 
 
 @pytest.mark.parametrize(("prompt", "named"), [("the Fox", "'F'"), ("the\nfox", r"'\\n'"), ("é", "'é'")])
 def test_unknown_characters_are_named(prompt, named, model, tokenizer):
-    with pytest.raises(InputError, match=f"has {named}, which the tokenizer does not know"):
+    with pytest.raises(InputError, match=f"has {named}, which the tokenizer cannot encode"):
         generate_texts(model, tokenizer, prompt, SamplingArguments(5))
 
 
@@ -131,7 +133,7 @@ def test_every_text_is_known_to_bytes(tiny_config):
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         (
             {"temperature": 0.0},
-            "it must be above 0: for the most likely token every time, set top_k to 1",
+            "it must be above 0: for greedy decoding, set top_k to 1",
         ),
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
         ({"top_k": -1}, "top_k is -1; it must be at least 0"),
@@ -139,7 +141,7 @@ def test_every_text_is_known_to_bytes(tiny_config):
         ({"temperature": math.nan}, "temperature is nan; it must be above 0"),
         ({"top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1"),
-        ({"greedy": True, "num_samples": 2}, "greedy gives one text, not 2"),
+        ({"greedy": True, "num_samples": 2}, "greedy generates one text, not 2"),
     ],
     ids=str,
 )
@@ -162,9 +164,7 @@ def test_options_out_of_range(options, message):
 def test_a_wrong_value_in_generation_config_is_one_line(name, value, make_model, tokenizer):
     model = make_model()
     setattr(model.generation_config, name, value)
-    with pytest.raises(
-        InputError, match=r"the model's generation_config.json cannot be used \(.+\): correct"
-    ) as error:
+    with pytest.raises(InputError, match=r"the model's generation_config.json cannot be used \(.+\): fix") as error:
         generate_texts(model, tokenizer, "the ", SamplingArguments(4))
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is not None

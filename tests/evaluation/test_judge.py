@@ -49,7 +49,7 @@ def test_a_judge_who_stops_can_be_taken_up_again(judge, start_judge, tmp_path):
         file.write('{"judge": "referee", "prom')  # a crash while writing
     judge.stop()
     with pytest.raises(
-        InputError, match=r"the judge 'referee' at http://127.*does not answer.*2 of 4 answers are judged"
+        InputError, match=r"the judge 'referee' at http://127.*does not answer.*2 of 4 answers have been judged"
     ):
         judge_answers(ANSWERS, arguments, path)
     again = start_judge()
@@ -69,10 +69,10 @@ def test_another_judge_judges_anew(judge, tmp_path):
 def test_a_judge_is_asked_before_anything_else(judge):
     check_judge(judge.arguments)
     judge.reply = lambda prompt: 401
-    with pytest.raises(InputError, match=r"does not answer \(401 .*a key is taken from HFGPT_JUDGE_API_KEY"):
+    with pytest.raises(InputError, match=r"does not answer \(401 .*check the API key in HFGPT_JUDGE_API_KEY"):
         check_judge(judge.arguments)
     down = JudgeArguments(base_url="http://127.0.0.1:9/v1", model="m")
-    with pytest.raises(InputError, match=r"start it, correct evaluation.judge, or leave it out"):
+    with pytest.raises(InputError, match=r"start it, fix or remove evaluation.judge"):
         check_judge(down)
 
 
@@ -86,7 +86,7 @@ def test_scores_are_read_strictly(reply, score):
 
 
 def test_arguments():
-    with pytest.raises(InputError, match=r"evaluation.judge.base_url is 'localhost:1'; it must begin with http://"):
+    with pytest.raises(InputError, match=r"evaluation.judge.base_url is 'localhost:1'; it must start with http://"):
         JudgeArguments(base_url="localhost:1", model="m")
     with pytest.raises(InputError, match=r"evaluation.judge.model is not set"):
         JudgeArguments(base_url="http://localhost:1")

@@ -174,7 +174,7 @@ def test_dropout_is_off_and_the_mode_comes_back(model, tiny_config):
 @pytest.mark.parametrize("batches", [[], [{"input_ids": torch.tensor([[1, 2]]), "labels": torch.full((1, 2), -100)}]])
 def test_nothing_to_predict_is_an_error(batches, model):
     model.train()
-    with pytest.raises(ValueError, match="no token to predict"):
+    with pytest.raises(ValueError, match="no tokens to predict"):
         measure_perplexity(model, batches)
     assert model.training
     model.eval()

@@ -269,13 +269,16 @@ def test_an_adapter_on_a_first_pass_of_its_own_run(here):
     ("overrides", "message"),
     [
         (["data.path=none.jsonl"], "data.path 'none.jsonl' does not exist"),
-        (["data.max_length=33"], "data.max_length is 33, but the context of the model is 32: lower it"),
+        (["data.max_length=33"], "data.max_length is 33, but the model's context length is 32: lower it"),
         (["training.trainable=adapters"], "the recipe has no section adapters: add one"),
         (["adapters.r=2"], "an adapter needs a model to adapt: set model.path"),
         (["adapters.r=2", "training.trainable=head"], "training.trainable is 'head': leave one of them out"),
         (["training.trainable=last_blocks", "training.last_blocks=3"], "but num_hidden_layers is 2: lower it"),
         (["pretraining.max_steps=2", "model.num_attention_heads=3"], "model: "),
-        (["pretraining.max_steps=2", "pretraining.block_size=33"], "pretraining.block_size is 33, but the context"),
+        (
+            ["pretraining.max_steps=2", "pretraining.block_size=33"],
+            "pretraining.block_size is 33, but the model's context",
+        ),
         (["pretraining.max_steps=2", "adapters.target_modules=[c_attn]"], "cannot be adapted"),
         (["evaluation.prompts=['x', ' ']"], "text 2 is empty: leave it out"),
         (["model.load_in_4bit=true"], "4-bit weights cannot be trained: add a section adapters"),
@@ -303,7 +306,7 @@ def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path
     (tmp_path / "xyz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=r"'finished' has the classes blue, green, red, the data x, y, z"):
         run("refused", "model.path=finished", f"data.path={tmp_path / 'xyz.jsonl'}", recipe="based")
-    with pytest.raises(InputError, match=r"the label 'x' of .* is not one of the model's classes"):
+    with pytest.raises(InputError, match=r"has the label 'x', which is not one of the model's classes"):
         evaluate("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))
     with pytest.raises(InputError, match=r"'finished/pretrained' is a language model, not a classifier"):
         load_classifier(find_model("finished/pretrained"))

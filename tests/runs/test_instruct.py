@@ -93,7 +93,7 @@ def test_a_run_learns_to_answer_and_to_stop(here, finished):
     assert read(folder / "run.json")["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert "sample: Say 1\nyes" in shown
     for split, count in (("validation", "6 tokens"), ("test", "12 tokens"), ("test", "6 rows")):
-        assert f"  warning: the {split} split has {count} to measure on; the figures of fewer than 1" in shown
+        assert f"  warning: the {split} split has only {count}, and metrics on fewer than 1" in shown
     assert "| exact match | 100.00% |" in (folder / "README.md").read_text()
 
 
@@ -115,7 +115,7 @@ def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
     assert (metrics["eval_answers"], metrics["eval_exact_match"]) == (60, 1.0)
     assert len((tmp_path / "a" / "answers.jsonl").read_text().splitlines()) == 60
     evaluation.judge.base_url, evaluation.judge.model, evaluation.answers = "http://127.0.0.1:9/v1", "m", None
-    with pytest.raises(InputError, match=r"judgements have to be kept somewhere: name a folder"):
+    with pytest.raises(InputError, match=r"a judge needs a folder for its judgements: set --evaluation.answers"):
         TASKS["instruct"].evaluate(find_model("finished"), InstructionDataArguments(path="rows.jsonl"), evaluation)
 
 
@@ -178,14 +178,14 @@ def test_a_base_in_4_bits(here, finished):
     [
         (
             [f"evaluation.prompts=['{'long ' * 99}']"],
-            "and the context of 96 has to hold at least one more: shorten it",
+            "which leaves no room in the context of 96: shorten it",
         ),
-        (["training.trainable=head"], "the head of this model is its embedding"),
+        (["training.trainable=head"], "this model has tied embeddings"),
         (["training.last_blocks=1"], "training.last_blocks is set: set training.trainable to last_blocks too"),
         (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
         (
             ["data.max_length=5"],
-            r"no row of the train split of rows.jsonl can be used .60 rows read; left out: 51 too long",
+            r"the train split of rows.jsonl has no usable row .60 rows read; dropped: 51 too long",
         ),
         (["evaluation.judge.base_url=http://127.0.0.1:9/v1", "evaluation.judge.model=m"], "the judge 'm' at http"),
     ],

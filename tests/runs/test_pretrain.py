@@ -211,7 +211,7 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
     assert strided["eval_tokens"] == finished.metrics["eval_tokens"]
     assert strided["eval_loss"] != finished.metrics["eval_loss"]
     data.block_size = 33
-    with pytest.raises(InputError, match=r"data\.block_size is 33, but the context of the model is 32"):
+    with pytest.raises(InputError, match=r"data\.block_size is 33, but the model's context length is 32"):
         evaluate(data, EvaluationArguments())
 
 
@@ -254,11 +254,11 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_positio
         (["data.path=rows.jsonl", "data.text_column=words"], "words.*text"),
         (["data.path=missing.txt"], "missing.txt"),
         (["data.max_documents=2", "data.block_size=5000", "model.max_position_embeddings=5000"], "data.block_size"),
-        (["data.block_size=33"], "data.block_size is 33, but the context of the model is 32"),
+        (["data.block_size=33"], "data.block_size is 33, but the model's context length is 32"),
         (["model.num_attention_heads=5"], "num_attention_heads 5"),
         (["model.vocab_size=9"], "model.vocab_size is 9"),
         ([*(f"model.{size}=null" for size in SIZES), "model.path=nowhere/at/all"], "nowhere/at/all"),
-        (["evaluation.max_new_tokens=40"], "ask for at most 29 new tokens"),
+        (["evaluation.max_new_tokens=40"], "request at most 29 new tokens"),
         (["tokenizer.kind=bpe", "tokenizer.vocab_size=10"], "vocab_size"),
     ],
     ids=str,
@@ -307,8 +307,8 @@ def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finis
     run = train(tmp_path / "run", "data.max_documents=3", "training.max_steps=1", "training.eval_strategy=no")
     tokens = run.metrics["eval_tokens"]
     assert tokens < 1000 < finished.metrics["eval_tokens"]
-    warning = f"the validation split has {tokens} tokens to measure on; the figures of fewer than 1,000 say little: "
-    warning += "add data, or raise data.validation_fraction where it divides them"
+    warning = f"the validation split has only {tokens} tokens, and metrics on fewer than 1,000 are unreliable: "
+    warning += "add data, or raise data.validation_fraction if hfgpt makes the split"
     assert f"  warning: {warning}\n" in run.shown
     assert read_json(run.folder / "data_report.json")["warnings"] == [warning]
     said = "these figures say little"
@@ -325,7 +325,7 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
     data = prepare(50_000)
     found = len(data.tokenizer)
     assert data.report.warnings == [
-        f"the tokenizer has {found:,} tokens, not the 50,000 of tokenizer.vocab_size: the training text gives no more"
+        f"the tokenizer has {found:,} tokens (tokenizer.vocab_size is 50,000): the training text is too small for more"
     ]
     assert data.report.warnings[0] in data.report.summary()
     assert prepare(300).report.warnings == []

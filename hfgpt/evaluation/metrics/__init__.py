@@ -1,1 +1,1 @@
-"""Metrics as modules of `evaluate`, which import from here or load by path, offline: `evaluate.load("PATH.py")`."""
+"""Metrics as `evaluate` modules: import them from here, or load them offline with `evaluate.load("PATH.py")`."""

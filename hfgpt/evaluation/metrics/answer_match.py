@@ -1,4 +1,4 @@
-"""How many answers are the right ones: to the letter, and without case, punctuation, articles and spaces.
+"""Exact match of answers, and match ignoring case, punctuation, articles and whitespace.
 
 Source of the normalisation: Rajpurkar et al., "SQuAD" (2016), section 6.1.
 """
@@ -13,11 +13,11 @@ import evaluate
 DESCRIPTION = "Exact and normalised match of answers."
 INPUTS = """
 Args:
-    predictions: Answers.
-    references: The right answers.
+    predictions: Predicted answers.
+    references: Reference answers.
 
 Returns:
-    `exact_match` and `normalised_match`, parts between 0 and 1. Spaces around an answer do not count in either.
+    `exact_match` and `normalised_match`, between 0 and 1. Both ignore leading and trailing whitespace.
 
 Example:
     >>> AnswerMatch(keep_in_memory=True).compute(predictions=["The cat."], references=["cat"])
@@ -26,12 +26,12 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, without punctuation and articles, one space between words."""
+    """Lowercases, removes punctuation and articles, and collapses whitespace."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
 
 
 class AnswerMatch(evaluate.Metric):
-    """The parts of the answers that match."""
+    """Fractions of exactly matching and normalised matching answers."""
 
     def _info(self):
         features = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}

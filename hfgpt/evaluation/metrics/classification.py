@@ -1,6 +1,6 @@
-"""How often a classifier is right: accuracy, macro F1, and precision and recall of each class.
+"""Metrics of a classifier: accuracy, macro F1, and precision and recall of each class.
 
-Source of the figures: scikit-learn (Pedregosa et al., JMLR 2011).
+Source: computed with scikit-learn (Pedregosa et al., JMLR 2011).
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_f
 DESCRIPTION = "Accuracy, macro F1, and precision, recall and F1 of each class."
 INPUTS = """
 Args:
-    predictions: Class ids.
-    references: The right class ids.
-    num_classes: How many classes there are, 0, ..., num_classes - 1.
+    predictions: Predicted class ids.
+    references: True class ids.
+    num_classes: Number of classes; ids are 0, ..., num_classes - 1.
 
 Returns:
-    `accuracy` and `macro_f1`, between 0 and 1; `precision`, `recall` and `f1`, lists by class, 0 where a class was
-    never predicted or never right; `confusion`, whose row is the right class and whose column the predicted one.
+    `accuracy` and `macro_f1`, between 0 and 1; `precision`, `recall` and `f1`, lists with one value per class, 0 for
+    a class without predictions or references; `confusion`, with true classes in rows and predicted ones in columns.
 
 Example:
     >>> ClassificationMetrics(keep_in_memory=True).compute(predictions=[0, 1], references=[0, 0], num_classes=2)
@@ -27,7 +27,7 @@ Example:
 
 
 class ClassificationMetrics(evaluate.Metric):
-    """scikit-learn's figures of one classification, as a metric of `evaluate`."""
+    """scikit-learn's classification metrics as an `evaluate` metric."""
 
     def _info(self):
         features = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
