@@ -4,7 +4,9 @@ Tokenization is one `Dataset.map`, cached next to the texts as memory-mapped Arr
 vocabularies). A later run with the same texts and tokenizer uses the cached tokens.
 """
 
+import bisect
 import functools
+import itertools
 import json
 import os
 import re
@@ -44,21 +46,22 @@ class TokenStream:
         self.documents = documents
         chunks = documents.data.column("input_ids").chunks
         self._pieces = [chunk.flatten().to_numpy() for chunk in chunks]
-        self._starts = np.cumsum([0, *map(len, self._pieces)])
+        self._starts = list(itertools.accumulate(map(len, self._pieces), initial=0))
         lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
         self.offsets = np.cumsum(np.concatenate([[0], *lengths]))
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def __getitem__(self, tokens: slice) -> np.ndarray:
         start, stop, _ = tokens.indices(len(self))
-        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
-        pieces = [
-            self._pieces[index][max(start - self._starts[index], 0) : stop - self._starts[index]]
-            for index in range(first, last + 1)
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        index = bisect.bisect_right(self._starts, start) - 1
+        parts = []
+        while start < stop:
+            first, end = self._starts[index : index + 2]
+            parts.append(self._pieces[index][start - first : stop - first])
+            start, index = end, index + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def __reduce__(self) -> tuple:
         # A worker process memory-maps the Arrow files again; pickling the views would copy their buffers.
