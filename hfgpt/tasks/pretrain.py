@@ -1,5 +1,6 @@
 """Stage 6, pre-training: train a causal language model on text."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured
 from hfgpt.training.estimate import Estimate
+from hfgpt.training.trainer import HfGPTTrainingArguments
+
+DOCUMENTS = 10_000  # read to plan a run of a given number of steps
 
 
 @dataclass(kw_only=True)
@@ -67,10 +71,7 @@ class Pretraining:
     ) -> PretrainingData:
         base = find_base_model(recipe.model)
         report = DataReport()
-        documents, share = load_documents(recipe.data, recipe.training.seed, report), 1.0
-        if characters:
-            share = min(characters / report.split("train").characters, 1.0)
-            documents = {split: shorten(texts, report.split(split), characters) for split, texts in documents.items()}
+        documents, share = load_texts(recipe, report, characters)
         tokenizer = find_tokenizer(recipe, base, tokenizer_folder, (row["text"] for row in documents["train"]))
         warn_of_small_vocabulary(recipe, tokenizer, report)
         block_size = context_length(recipe, base) if recipe.data.block_size is None else recipe.data.block_size
@@ -87,6 +88,8 @@ class Pretraining:
             )
             count_blocks(blocks[split], unknown_token_id(tokenizer), report, split)
         report.warn_if_small("validation", "tokens")
+        if share is None:
+            share = len(blocks["train"]) / rows_of_steps(recipe.training)
         return PretrainingData(splits=blocks, tokenizer=tokenizer, report=report, base=base, share=share)
 
     def build(self, recipe: Recipe, data: PretrainingData) -> PreTrainedModel:
@@ -145,6 +148,32 @@ class Pretraining:
 
     def following(self, folder: str) -> str:
         return f"hfgpt generate {folder} 'your prompt'"
+
+
+def load_texts(
+    recipe: Recipe, report: DataReport, characters: int | None
+) -> tuple[Mapping[str, Dataset], float | None]:
+    """The texts of both splits, or about so many characters of each, which are enough to plan.
+
+    Returns:
+        The texts, and the fraction of the training text; None if more was left unread than is known.
+    """
+    if not characters:
+        return load_documents(recipe.data, recipe.training.seed, report), 1.0
+    arguments, has_steps = recipe.data, recipe.training.max_steps > 0
+    if has_steps and (arguments.max_documents or DOCUMENTS) >= DOCUMENTS:
+        # The run's length is known, so all of a large data set need not be read or downloaded.
+        arguments = dataclasses.replace(arguments, max_documents=DOCUMENTS)
+    documents = load_documents(arguments, recipe.training.seed, report)
+    sizes = report.split("train")
+    share = None if has_steps and report.rows_read >= DOCUMENTS else min(characters / sizes.characters, 1.0)
+    return {split: shorten(texts, report.split(split), characters) for split, texts in documents.items()}, share
+
+
+def rows_of_steps(arguments: HfGPTTrainingArguments) -> int:
+    """Rows that the steps of a run take."""
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.max_steps * rows
 
 
 def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> TokenStream:

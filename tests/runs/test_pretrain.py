@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from hfgpt.commands import plan
 from hfgpt.commands.merge import merge
 from hfgpt.commands.plan import plan_recipe
 from hfgpt.data.report import DataReport
@@ -23,7 +24,7 @@ from hfgpt.evaluation import EvaluationArguments
 from hfgpt.models import find_model
 from hfgpt.recipe import load_recipe, section_types
 from hfgpt.runs.run import run
-from hfgpt.tasks import TASKS
+from hfgpt.tasks import TASKS, pretrain
 from hfgpt.tasks.preparation import context_length
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
@@ -373,3 +374,29 @@ def test_an_adapter_on_another_architecture_is_not_merged(tmp_path):
 
 def weights_of(model) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
+
+
+def test_a_plan_reads_no_more_than_it_needs(tmp_path, monkeypatch):
+    lines = [json.dumps({"text": f"Story {number} of the hens and the fox."}) for number in range(3000)]
+    (tmp_path / "many.jsonl").write_text("\n".join([*lines, "not even JSON"]))
+    (tmp_path / "r.yaml").write_text("model: {hidden_size: 16, num_hidden_layers: 1, max_position_embeddings: 32}\n")
+    monkeypatch.setattr(pretrain, "DOCUMENTS", 500)
+    monkeypatch.setattr(plan, "CHARACTERS", 4000)
+    monkeypatch.setattr(plan, "SECONDS", 0.01)
+    options = ["--data.path", str(tmp_path / "many.jsonl"), "--data.cache_dir", str(tmp_path / "cache")]
+
+    def plan_it(*more):
+        return plan.plan_recipe(load_recipe(str(tmp_path / "r.yaml"), [*options, *more]))
+
+    steps = plan_it("--training.max_steps", "70000", "--training.per_device_train_batch_size", "4")
+    assert (steps.steps, steps.tokens_per_step, steps.share) == (70_000, 4 * 32, 1)
+    with pytest.raises(InputError, match="is not valid JSON"):  # the length of an epoch takes all of it
+        plan_it("--training.num_train_epochs", "1")
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    epoch = plan_it("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
+    characters = sum(len(json.loads(line)["text"]) for line in lines)
+    assert epoch.share == pytest.approx(4000 / (0.9 * characters), rel=0.01)
+    monkeypatch.setattr(plan, "CHARACTERS", 10**9)
+    exact = plan_it("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
+    assert exact.share == 1
+    assert epoch.steps == pytest.approx(exact.steps, rel=0.1)
