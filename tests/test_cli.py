@@ -318,13 +318,13 @@ def test_keys(here):
     assert result.out == json.dumps({"sections": [section]}) + "\n", "one object and nothing else"
     assert section.keys() == {"section", "tasks", "about", "keys"}
     found = {key.pop("key"): key for key in section["keys"]}
-    assert found["data.validation_fraction"].pop("meaning").startswith("Part of the documents")
+    assert found["data.validation_fraction"].pop("meaning").startswith("Fraction of the documents")
     assert found["data.validation_fraction"] == {
         "type": "float", "default": 0.1, "library": "hfgpt", "tasks": ["pretrain"]
     }  # fmt: skip
     people = hfgpt("keys", "data", "--task", "pretrain")
     assert (people.status, people.err) == (0, "")
-    assert "data.validation_fraction  float; default: 0.1  Part of the documents" in people.out
+    assert "data.validation_fraction  float; default: 0.1  Fraction of the documents" in people.out
 
 
 def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
@@ -421,11 +421,11 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.validation_fraction 0.5",
-            "--data.validation_fraction has no effect on evaluate: all rows are measured, and none are divided; leave",
+            "--data.validation_fraction has no effect on evaluate: all rows are evaluated, without splitting; leave",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --evaluation.top_k=3",
-            "--evaluation.top_k has no effect on evaluate: it writes no texts, as hfgpt generate does; leave it out",
+            "--evaluation.top_k has no effect on evaluate: evaluation does not generate texts; use hfgpt generate; leave it out",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.train_split dev",
@@ -481,7 +481,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
             "generate runs/tiny Once --max-new-tokens 29",
             "new tokens exceeds the context of 32: request at most 28 new tokens, or",
         ),
-        ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' has '@', which the tokenizer does not"),
+        ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' has '@', which the tokenizer cannot encode"),
         ("generate runs/tiny Once --temperature 0", "temperature is 0.0; it must be above 0"),
         ("generate runs/tiny Once --num-samples 2 --greedy", "greedy generates one text, not 2: unset greedy or"),
         ("import none.pt new", "there is no file 'none.pt': check the path"),

@@ -215,7 +215,7 @@ def test_inspect_and_plan():
         ("evaluate classes --data.path notes.jsonl --data.label_column kind", "data.label_column 'kind' is not a"),
         (
             "evaluate classes --data.path notes.jsonl --data.balance undersample",
-            "--data.balance has no effect on evaluate: all rows are measured, as many of each class as there are",
+            "--data.balance has no effect on evaluate: all rows of all classes are evaluated",
         ),
         (
             "evaluate answers --task instruct --data.path questions.json --evaluation.judge.model referee",
@@ -227,15 +227,15 @@ def test_inspect_and_plan():
             "has no row with an answer (1 row read; dropped: 1 empty answer): add rows",
         ),
         ("evaluate answers --task instruct --data.path chats.json", "message 2 has the role 'user', expected"),
-        ("train classes.yaml --data.path bad.json --training.output_dir new", "data.text_column 'text' is not in"),
-        ("train classes.yaml --data.path other.jsonl --training.output_dir new", "has one class only, 'nonsense'"),
+        ("train classes.yaml --data.path bad.json --training.output_dir new", "data.text_column 'text' is not a column of bad.json"),
+        ("train classes.yaml --data.path other.jsonl --training.output_dir new", "has only one class, 'nonsense'"),
         ("train classes.yaml --data.stride 3", "there is no key 'stride' in section 'data'"),
         (
             "train classes-lora.yaml --training.output_dir new --adapters.target_modules [c_attn]",
             "cannot be adapted (",
         ),
         ("train classes-lora.yaml --adapters.rank 3", "there is no key 'rank' in section 'adapters'"),
-        ("train answers.yaml --evaluation.judge.base_url x", "evaluation.judge.base_url is 'x'; it must begin with"),
+        ("train answers.yaml --evaluation.judge.base_url x", "evaluation.judge.base_url is 'x'; it must start with"),
         ("train answers.yaml --evaluation.judge.url x", "there is no key 'url' in section 'evaluation.judge'"),
         ("train answers.yaml --evaluation.judge x", "--evaluation.judge is a section: name one of its keys, as in"),
         (

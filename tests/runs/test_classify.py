@@ -107,7 +107,7 @@ def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, 
     assert record["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert record["task"] == "classify"
     for split, rows in (("validation", 6), ("test", 15)):
-        assert f"  warning: the {split} split has {rows} rows to measure on; the figures of fewer than 100" in shown
+        assert f"  warning: the {split} split has only {rows} rows, and metrics on fewer than 100 are" in shown
     stream = int(re.search(r"first pass: language modelling over (\d+) tokens", shown)[1])
     first, blocks = record["first_pass"], (stream - 1) // 16
     assert 32 < blocks < 48, "three batches of 16, the last one short"
@@ -272,12 +272,12 @@ def test_an_adapter_on_a_first_pass_of_its_own_run(here):
         (["data.max_length=33"], "data.max_length is 33, but the model's context length is 32: lower it"),
         (["training.trainable=adapters"], "the recipe has no section adapters: add one"),
         (["adapters.r=2"], "an adapter needs a model to adapt: set model.path"),
-        (["adapters.r=2", "training.trainable=head"], "training.trainable is 'head': leave one of them out"),
+        (["adapters.r=2", "training.trainable=head"], "training.trainable is 'head': remove one of them"),
         (["training.trainable=last_blocks", "training.last_blocks=3"], "but num_hidden_layers is 2: lower it"),
         (["pretraining.max_steps=2", "model.num_attention_heads=3"], "model: "),
         (
             ["pretraining.max_steps=2", "pretraining.block_size=33"],
-            "pretraining.block_size is 33, but the model's context",
+            "pretraining.block_size is 33, but the context of the model",
         ),
         (["pretraining.max_steps=2", "adapters.target_modules=[c_attn]"], "cannot be adapted"),
         (["evaluation.prompts=['x', ' ']"], "text 2 is empty: leave it out"),

@@ -191,7 +191,7 @@ def test_a_plan_says_what_its_memory_counts(make_model, make_arguments):
     estimate.process_bytes = 600 * 2**20
     shown = re.sub(" +", " ", render_plan(estimate))
     assert "memory: libraries and data 600.0 MiB (this process now)" in shown
-    assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB \n" in shown
+    assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB\n" in shown
 
 
 @pytest.mark.parametrize(
