@@ -425,7 +425,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --evaluation.top_k=3",
-            "--evaluation.top_k has no effect on evaluate: evaluation does not generate texts; use hfgpt generate; leave it out",
+            "--evaluation.top_k has no effect on evaluate: evaluation does not generate texts; use hfgpt generate",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.train_split dev",
@@ -481,7 +481,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
             "generate runs/tiny Once --max-new-tokens 29",
             "new tokens exceeds the context of 32: request at most 28 new tokens, or",
         ),
-        ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' has '@', which the tokenizer cannot encode"),
+        ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' has '@', which the tokenizer cannot"),
         ("generate runs/tiny Once --temperature 0", "temperature is 0.0; it must be above 0"),
         ("generate runs/tiny Once --num-samples 2 --greedy", "greedy generates one text, not 2: unset greedy or"),
         ("import none.pt new", "there is no file 'none.pt': check the path"),

@@ -227,7 +227,10 @@ def test_inspect_and_plan():
             "has no row with an answer (1 row read; dropped: 1 empty answer): add rows",
         ),
         ("evaluate answers --task instruct --data.path chats.json", "message 2 has the role 'user', expected"),
-        ("train classes.yaml --data.path bad.json --training.output_dir new", "data.text_column 'text' is not a column of bad.json"),
+        (
+            "train classes.yaml --data.path bad.json --training.output_dir new",
+            "data.text_column 'text' is not a column",
+        ),
         ("train classes.yaml --data.path other.jsonl --training.output_dir new", "has only one class, 'nonsense'"),
         ("train classes.yaml --data.stride 3", "there is no key 'stride' in section 'data'"),
         (

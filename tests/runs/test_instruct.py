@@ -206,7 +206,7 @@ def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, sta
         return "60"
 
     judge.reply = die
-    with pytest.raises(InputError, match=r"3 of 6 answers have been judged in judged/judgements.jsonl; all else is written"):
+    with pytest.raises(InputError, match=r"3 of 6 answers have been judged in judged/judgements.jsonl; all else"):
         run("judged", *overrides, "training.max_steps=2")
     weights = hash_file(here / "judged" / "model.safetensors")
     assert "eval_exact_match" in read(Path("judged/metrics.json"))
