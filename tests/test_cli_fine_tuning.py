@@ -229,7 +229,7 @@ def test_inspect_and_plan():
         ("evaluate answers --task instruct --data.path chats.json", "message 2 has the role 'user', expected"),
         (
             "train classes.yaml --data.path bad.json --training.output_dir new",
-            "data.text_column 'text' is not a column",
+            "data.text_column 'text' is not",
         ),
         ("train classes.yaml --data.path other.jsonl --training.output_dir new", "has only one class, 'nonsense'"),
         ("train classes.yaml --data.stride 3", "there is no key 'stride' in section 'data'"),

@@ -326,8 +326,8 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
     data = prepare(50_000)
     found = len(data.tokenizer)
     assert data.report.warnings == [
-        f"the tokenizer has only {found:,} tokens (tokenizer.vocab_size is 50,000): the training text is too small for "
-        "more"
+        f"the tokenizer has only {found:,} tokens (tokenizer.vocab_size is 50,000): the training text is too small "
+        "for more"
     ]
     assert data.report.warnings[0] in data.report.summary()
     assert prepare(300).report.warnings == []
