@@ -215,11 +215,11 @@ def test_inspect_and_plan():
         ("evaluate classes --data.path notes.jsonl --data.label_column kind", "data.label_column 'kind' is not a"),
         (
             "evaluate classes --data.path notes.jsonl --data.balance undersample",
-            "--data.balance has no effect on evaluate: all rows are measured, as many of each class as there are",
+            "--data.balance has no effect on evaluate: all rows of all classes are evaluated",
         ),
         (
             "evaluate answers --task instruct --data.path questions.json --evaluation.judge.model referee",
-            "--evaluation.judge.model has no effect on evaluate: no evaluation.judge.base_url names a judge",
+            "--evaluation.judge.model has no effect on evaluate: evaluation.judge.base_url is not set",
         ),
         ("evaluate classes --data.path questions.json --task instruct", "is a classifier, not a language model"),
         (

@@ -164,9 +164,7 @@ def test_options_out_of_range(options, message):
 def test_a_wrong_value_in_generation_config_is_one_line(name, value, make_model, tokenizer):
     model = make_model()
     setattr(model.generation_config, name, value)
-    with pytest.raises(
-        InputError, match=r"the model's generation_config.json cannot be used \(.+\): fix"
-    ) as error:
+    with pytest.raises(InputError, match=r"the model's generation_config.json cannot be used \(.+\): fix") as error:
         generate_texts(model, tokenizer, "the ", SamplingArguments(4))
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is not None
