@@ -407,9 +407,9 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("inspect wrong.yaml", "wrong.yaml, line 2: there is no key 'hiden_size' in section 'model'; did you mean"),
         ("train tiny.yaml --data.pth x", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
         ("train tiny.yaml --training.max_steps few", "training.max_steps is 'few'; it must be a whole number"),
-        ("train tiny.yaml", "'runs/tiny' already holds a finished run: choose another --training.output_dir"),
-        ("train tiny.yaml --training.output_dir damaged", "'damaged' already holds other files (no-json, ...)"),
-        ("train tiny.yaml --training.output_dir tiny.yaml", "'tiny.yaml' is a file: choose a folder"),
+        ("train tiny.yaml", "'runs/tiny' already contains a finished run: choose another --training.output_dir"),
+        ("train tiny.yaml --training.output_dir damaged", "'damaged' already contains other files (no-json, ...)"),
+        ("train tiny.yaml --training.output_dir tiny.yaml", "'tiny.yaml' is a file: choose another path"),
         ("train tiny.yaml --resume", "the run in 'runs/tiny' is finished: there is nothing to resume"),
         (f"{TRAIN} --resume", "there is no run to resume in 'new': leave out --resume to start one"),
         ("evaluate runs/tiny", "data.path is not set: give a Hub id, a file, a folder or synthetic:stories"),
@@ -425,11 +425,11 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --evaluation.top_k=3",
-            "--evaluation.top_k has no effect on evaluate: evaluation does not generate texts; use hfgpt generate",
+            "--evaluation.top_k has no effect on evaluate: it does not generate texts, as hfgpt generate does; leave",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.train_split dev",
-            "--data.train_split has no effect on evaluate: data.path 'stories.txt' has no splits to choose from",
+            "--data.train_split has no effect on evaluate: data.path 'stories.txt' does not have several splits",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.revision main",

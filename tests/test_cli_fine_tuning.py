@@ -219,7 +219,7 @@ def test_inspect_and_plan():
         ),
         (
             "evaluate answers --task instruct --data.path questions.json --evaluation.judge.model referee",
-            "--evaluation.judge.model has no effect on evaluate: no evaluation.judge.base_url names a judge",
+            "--evaluation.judge.model has no effect on evaluate: evaluation.judge.base_url is not set",
         ),
         ("evaluate classes --data.path questions.json --task instruct", "is a classifier, not a language model"),
         (

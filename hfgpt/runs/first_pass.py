@@ -1,4 +1,4 @@
-"""The first pass of classification: language modelling over the training texts, in a folder of its own."""
+"""The first pass of classification: language modelling on the training texts, in a subfolder of the run."""
 
 import dataclasses
 import shutil
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hfgpt.building import DROPOUTS, ModelArguments, build_model, find_base_model
 from hfgpt.data.blocks import BlockDataset
+from hfgpt.data.report import counted
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
@@ -23,13 +24,13 @@ from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 
 def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTokenizerBase, console: Console):
-    """Trains a language model on the texts of a classifier, unless an interrupted run has left a finished one.
+    """Trains a language model on the texts of a classifier, unless an interrupted run has already finished it.
 
     Args:
         recipe: Its sections `pretraining`, `model` and `training`.
         blocks: See `build_blocks`.
-        tokenizer: The run's.
-        console: Where to show progress.
+        tokenizer: The run's tokenizer.
+        console: Shows progress.
 
     Raises:
         Interrupted: Ctrl-C; the run can be resumed.
@@ -40,8 +41,9 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
     model, arguments = build_language_model(recipe, tokenizer), build_arguments(recipe)
     estimate = plan_run(model, arguments, blocks.block_size, len(blocks), seconds=0.5)
     console.print(
-        f"first pass: language modelling over {len(blocks.stream):,} tokens of training texts; {estimate.steps:,} "
-        f"steps of {estimate.tokens_per_step:,} tokens each, about {estimate.seconds:,.0f} s",
+        f"first pass: language modelling on {len(blocks.stream):,} tokens of training text; "
+        f"{counted(estimate.steps, 'steps')} of {estimate.tokens_per_step:,} tokens each, "
+        f"about {estimate.seconds:,.0f} s",
         highlight=False,
     )
     trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)
@@ -53,7 +55,7 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
     save_run(trainer, folder)
     if trainer.is_world_process_zero():
         write_checksums(folder)
-        for checkpoint in list_checkpoints(folder):  # of no use once it is done
+        for checkpoint in list_checkpoints(folder):  # no longer needed
             shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()
 
@@ -61,44 +63,44 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
 def plan_first_pass(
     recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTokenizerBase, seconds: float
 ) -> Estimate:
-    """What the first pass will cost."""
+    """The estimated cost of the first pass."""
     model = build_language_model(recipe, tokenizer)
     return plan_run(model, build_arguments(recipe), blocks.block_size, len(blocks), seconds)
 
 
 def after_first_pass(recipe: Recipe, data: Data) -> tuple[Recipe, Data]:
-    """The recipe and the data of the run once its first pass is done: training goes on from its model."""
+    """The recipe and data of the run after the first pass, with its model as the base model."""
     kept = {name: getattr(recipe.model, name) for name in ("attn_implementation", "load_in_4bit", *DROPOUTS)}
     model = ModelArguments(path=str(first_pass_folder(recipe).resolve()), **kept)
     return dataclasses.replace(recipe, model=model), dataclasses.replace(data, base=find_base_model(model))
 
 
 def build_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that the first pass trains, its weights drawn from the seed."""
+    """The model that the first pass trains, with weights initialized from the seed."""
     set_seed(recipe.training.seed)
     dropouts = dict.fromkeys(DROPOUTS, recipe.pretraining.dropout)
     return build_model(dataclasses.replace(recipe.model, **dropouts), tokenizer)
 
 
 def build_blocks(recipe: Recipe, data: Data) -> BlockDataset:
-    """The texts of the training split as blocks of one stream.
+    """The texts of the training split as blocks of one token stream.
 
     Args:
         recipe: Its sections `pretraining` and `model`.
-        data: The run's.
+        data: The run's data.
 
     Raises:
-        InputError: They are too short for a block, or a block is longer than the context.
+        InputError: There is too little text for a block, or a block is longer than the context length.
     """
     context = context_length(recipe, data.base)
     length = recipe.pretraining.block_size or context
     if length > context:
-        raise InputError(f"pretraining.block_size is {length}, but the context of the model is {context}: lower it")
+        raise InputError(f"pretraining.block_size is {length}, but the model's context length is {context}: lower it")
     return BlockDataset(join_texts(data.pretraining_texts, data.tokenizer), length, name="the training texts")
 
 
 def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
-    """Trainer's arguments for the first pass: its own section, with the hardware and the optimizer of `training`."""
+    """Trainer's arguments for the first pass: its section, with the hardware and optimizer settings of `training`."""
     arguments = recipe.pretraining
     return HfGPTTrainingArguments(
         output_dir=str(first_pass_folder(recipe)),
@@ -119,7 +121,7 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         max_grad_norm=recipe.training.max_grad_norm,
         logging_steps=recipe.training.logging_steps,
         save_strategy="no",
-        gradient_checkpointing=recipe.training.gradient_checkpointing or None,  # False, too, is a warning since 5.23
+        gradient_checkpointing=recipe.training.gradient_checkpointing or None,  # False is also a warning since 5.23
         seed=recipe.training.seed,
         use_cpu=recipe.training.use_cpu,
         bf16=recipe.training.bf16,
@@ -128,6 +130,6 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
 
 
 def join_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> TokenStream:
-    """One stream in memory: the tokens of each text, and an end of text after it if the tokenizer has one."""
+    """One in-memory stream of all texts, each followed by an end-of-text token if the tokenizer has one."""
     rows = Dataset.from_dict({"text": texts})
     return tokenize_documents(rows, tokenizer, append_eos=tokenizer.eos_token_id is not None)

@@ -1,4 +1,4 @@
-"""The folder of a run: held by one process, refused if it holds another run, filled with what makes it repeatable."""
+"""The run folder: locked by one process, checked for other runs, and filled with everything to reproduce the run."""
 
 import dataclasses
 import fcntl
@@ -32,20 +32,20 @@ LENGTH = ("training.max_steps", "training.num_train_epochs")
 
 @contextmanager
 def hold_folder(folder: Path, main_process: bool = True) -> Iterator[None]:
-    """Makes a folder, and locks it until the end or the death of this process; an empty one is removed afterwards.
+    """Creates a folder and locks it until this process ends; removes it afterwards if it is empty.
 
     Args:
-        folder: Of a run.
-        main_process: Whether this is the one process of the run that writes to it.
+        folder: The run folder.
+        main_process: Whether this is the process of the run that writes to it.
 
     Raises:
-        InputError: Another process holds the folder, or it cannot be written to.
+        InputError: Another process has locked the folder, or it is not writable.
     """
     if not main_process:
         yield
         return
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"training.output_dir '{folder}' is a file: choose a folder")
+        raise InputError(f"training.output_dir '{folder}' is a file: choose another path")
     check_writable(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,54 +63,53 @@ def hold_folder(folder: Path, main_process: bool = True) -> Iterator[None]:
         os.close(descriptor)
 
 
-# Processes that this one forks share its locks, and may outlive it.
+# Forked processes share the locks, and may outlive this process.
 _HELD: set[int] = set()
 os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _HELD])
 
 
 def _lock(descriptor: int, folder: Path):
-    """Locks the folder itself, so that no file is left behind; closing the descriptor, or dying, unlocks it."""
+    """Locks the folder itself, which needs no lock file; the lock ends with the descriptor or the process."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(
-            f"another process is training into '{folder}': wait until it has ended, or choose another "
-            "--training.output_dir"
+            f"another process is training in '{folder}': wait until it ends, or choose another --training.output_dir"
         ) from error
     except OSError:
-        pass  # a file system without locks, as some network ones are
+        pass  # a file system without locks, such as some network file systems
 
 
 def check_run_folder(recipe: Recipe, resume: bool, console: Console | None = None) -> Path | None:
-    """Checks that the run folder is free, or that the run in it is the one to resume; writes nothing.
+    """Checks that the run folder is free, or contains the run to resume; writes nothing.
 
     Args:
         recipe: Its `training.output_dir` is the folder.
         resume: Whether to resume from the last checkpoint there.
-        console: Where to name damaged checkpoints; None: standard error.
+        console: Reports damaged checkpoints; None: stderr.
 
     Returns:
-        The checkpoint to resume from, or None to start.
+        The checkpoint to resume from, or None to start at step 0.
 
     Raises:
-        InputError: The folder holds another run, or there is nothing to resume.
+        InputError: The folder contains another run, or there is nothing to resume.
     """
     folder, console = Path(recipe.training.output_dir), console or stderr_console()
     began, finished = is_run(folder), is_finished(folder)
     if not resume:
         if finished:
             raise InputError(
-                f"'{folder}' already holds a finished run: choose another --training.output_dir; "
+                f"'{folder}' already contains a finished run: choose another --training.output_dir; "
                 f"{_advise_longer(recipe)}"
             )
         if began:
             raise InputError(
-                f"'{folder}' already holds an unfinished run: pass --resume to continue it, or choose another "
+                f"'{folder}' already contains an unfinished run: pass --resume to continue it, or choose another "
                 "--training.output_dir"
             )
         if folder.is_dir() and (names := sorted(path.name for path in folder.iterdir())):
             raise InputError(
-                f"'{folder}' already holds other files ({names[0]}, ...): choose another --training.output_dir"
+                f"'{folder}' already contains other files ({names[0]}, ...): choose another --training.output_dir"
             )
         return None
     if not began:
@@ -122,71 +121,72 @@ def check_run_folder(recipe: Recipe, resume: bool, console: Console | None = Non
         remedy = ": use the same recipe and overrides, or choose another --training.output_dir"
         if key in LENGTH and not _has_constant_rate(recipe.training):
             schedule = recipe.training.lr_scheduler_type.value
-            remedy = f", on which its learning-rate schedule ({schedule}) depends; {_advise_longer(recipe)}"
+            remedy = f", and its learning-rate schedule ({schedule}) depends on it; {_advise_longer(recipe)}"
         now, before = ("unset" if value in (None, -1) else repr(value) for value in (now, before))
-        raise InputError(f"{key} is {now}, but was {before} when the run in '{folder}' began{remedy}")
+        raise InputError(f"{key} is {now}, but was {before} when the run in '{folder}' started{remedy}")
     if finished and not longer:
         raise InputError(f"the run in '{folder}' is finished: there is nothing to resume; {_advise_longer(recipe)}")
     checkpoint = choose_checkpoint(folder, console)
     if checkpoint is None:
         if finished:
-            raise InputError(f"'{folder}' has no checkpoint to train further from; {_advise_longer(recipe)}")
+            raise InputError(f"'{folder}' has no checkpoint to continue from; {_advise_longer(recipe)}")
         console.print(f"'{folder}' has no checkpoint yet: starting at step 0", highlight=False, markup=False)
     return checkpoint
 
 
 def _is_longer(old: HfGPTTrainingArguments, new: HfGPTTrainingArguments) -> bool:
-    """Whether a run only goes further than before, at a learning rate that does not depend on where it ends."""
+    """Whether a run is only extended, with a learning rate that does not depend on the number of steps."""
     if old.max_steps > 0 or new.max_steps > 0:
         return _has_constant_rate(new) and 0 < old.max_steps < new.max_steps
     return _has_constant_rate(new) and old.num_train_epochs < new.num_train_epochs
 
 
 def _has_constant_rate(arguments: HfGPTTrainingArguments) -> bool:
-    """Whether the learning rate of a step does not depend on how many there are; a warm-up may be a share of them."""
+    """Whether the learning rate does not depend on the number of steps; a warmup may be a fraction of them."""
     schedule, warms_up_by_share = arguments.lr_scheduler_type, 0 < arguments.warmup_steps < 1
     return schedule == "constant" or (schedule == "constant_with_warmup" and not warms_up_by_share)
 
 
 def _advise_longer(recipe: Recipe) -> str:
-    """How to train the run in the recipe's folder further."""
+    """How to continue training after the run in the recipe's folder."""
     folder = Path(recipe.training.output_dir)
     last = find_last_checkpoint(folder)
     if last and _has_constant_rate(recipe.training):
         return "to train it further, pass --resume and a larger --training.max_steps"
     if recipe.adapters is not None:
         return (
-            "to train it further, merge its adapter with hfgpt merge and start a new run from the result (model.path)"
+            "to train it further, merge its adapter with hfgpt merge, and start a new run from the result (model.path)"
         )
     weights = folder if is_finished(folder) else last or folder
     others = " and another --training.output_dir"
     if not recipe.model.path:
-        others = ", another --training.output_dir and a recipe without the sizes of the model"
+        others = ", another --training.output_dir, and a recipe without model sizes"
     return f"to train it further, start a new run from its weights with --model.path {quote_path(weights)}{others}"
 
 
 def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None):
-    """Writes what is known before training: the recipe, the tokenizer and the data report, all or none of them.
+    """Writes everything known before training, all or nothing: the recipe, the tokenizer and the data report.
 
     Args:
-        recipe: What is run.
-        data: Its data, whose report and tokenizer are written.
-        checkpoint: Where the run is resumed from.
+        recipe: The recipe of the run.
+        data: Its data; report and tokenizer are written.
+        checkpoint: The checkpoint to resume from.
 
     Raises:
-        InputError: Data, tokenizer, base model, precision or processes are not those that a resumed run began with.
+        InputError: Data, tokenizer, base model, precision or number of processes of a resumed run have changed.
     """
     folder = Path(recipe.training.output_dir)
     sources = describe_sources(recipe, data)
     before = RunRecord.read(folder)
     if checkpoint and before is None:
         raise InputError(
-            f"'{folder}' has no run.json, which says what the run began with: restore it, or start another"
+            f"'{folder}' has no run.json, which resuming needs to check that nothing changed: restore it, or start a "
+            "new run"
         )
     if before:
         check_same_sources(folder, before, sources)
     remove_later_checkpoints(folder, step_of(checkpoint) if checkpoint else 0)
-    for name in (CARD_FILE, METRICS_FILE):  # of a finished run that is made longer
+    for name in (CARD_FILE, METRICS_FILE):  # of a finished run that is extended
         (folder / name).unlink(missing_ok=True)
     with explain_full_disk(folder), staged_files(folder, first=RECIPE_FILE) as staging:
         write_text(staging / RECIPE_FILE, render_recipe(recipe))
@@ -196,10 +196,10 @@ def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None):
 
 
 def check_same_sources(folder: Path, before: RunRecord, now: RunRecord):
-    """Refuses to resume a run on something else than it began with.
+    """Checks that nothing a resumed run depends on has changed.
 
     Args:
-        folder: Of the run.
+        folder: The run folder.
         before: Its run.json.
         now: See `describe_sources`.
 
@@ -208,30 +208,30 @@ def check_same_sources(folder: Path, before: RunRecord, now: RunRecord):
     """
     both = now.to_dict().keys() & before.to_dict().keys()
     changed = {name for name in both if getattr(now, name) != getattr(before, name)}
-    anew = "or start another run in another --training.output_dir"
+    anew = "or start a new run in another --training.output_dir"
     if "data_sha256" in changed:
-        raise InputError(f"'{now.data_source}' has changed since the run in '{folder}' began: restore it, {anew}")
+        raise InputError(f"'{now.data_source}' has changed since the run in '{folder}' started: restore it, {anew}")
     if "tokenizer_sha256" in changed:
-        raise InputError(f"the tokenizer in '{folder}' has changed since its run began: restore it, {anew}")
+        raise InputError(f"the tokenizer in '{folder}' has changed since its run started: restore it, {anew}")
     if "base_weights_sha256" in changed:
         raise InputError(
-            f"the weights of '{now.base_model}' have changed since the run in '{folder}' began: restore them, {anew}"
+            f"the weights of '{now.base_model}' have changed since the run in '{folder}' started: restore them, {anew}"
         )
     if "precision" in changed:
         flag = {"bfloat16, mixed": "--training.bf16 true", "float16, mixed": "--training.fp16 true"}
         raise InputError(
-            f"the run in '{folder}' began in {before.precision}, and would continue in {now.precision}: pass "
+            f"the run in '{folder}' started in {before.precision}, but would continue in {now.precision}: pass "
             f"{flag.get(before.precision, '--training.bf16 false')}, {anew}"
         )
     if "processes" in changed:
         raise InputError(
-            f"the run in '{folder}' began on {before.processes} processes, and would continue on "
-            f"{now.processes}: start as many, {anew}"
+            f"the number of processes is {now.processes}, but was {before.processes} when the run in '{folder}' "
+            f"started: use the same number, {anew}"
         )
 
 
 def describe_sources(recipe: Recipe, data: Data) -> RunRecord:
-    """What a run is made from, for `run.json`: known before it starts, and of its checkpoints all that is known."""
+    """The part of `run.json` that is known before training; for a checkpoint, all that is known."""
     place, arguments = Path(recipe.data.path), recipe.training
     record = RunRecord(
         task=recipe.task,
@@ -248,6 +248,6 @@ def describe_sources(recipe: Recipe, data: Data) -> RunRecord:
 
 
 def record_base(record: RunRecord, base: SavedModel) -> RunRecord:
-    """Adds the base model of a run and the hash of its weights to its record."""
+    """Adds the base model of a run and the hash of its weights to the record."""
     place = str(Path(base.path).resolve()) if base.is_local else base.path
     return dataclasses.replace(record, base_model=place, base_weights_sha256=base.hash())

@@ -1,4 +1,4 @@
-"""What a run says before it starts and at its end."""
+"""The messages that a run prints before training and at the end."""
 
 import math
 from collections.abc import Sequence
@@ -17,34 +17,34 @@ from hfgpt.training.hardware import describe_device
 
 
 def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate: Estimate, is_new: bool) -> str:
-    """The lines printed before training: what became of the data, what the run will do, and with which kernels.
+    """The lines printed before training: data report, model, device, attention kernel, optimizer, steps.
 
     Args:
-        recipe: What is run.
+        recipe: The recipe of the run.
         data: Its data.
-        model: To train.
-        estimate: What was planned.
+        model: The model to train.
+        estimate: The plan.
         is_new: Whether the run starts at step 0.
     """
     arguments = recipe.training
     precision = "bfloat16 (mixed)" if arguments.bf16 else "float16 (mixed)" if arguments.fp16 else "float32"
     optimizer = f"{arguments.optim.value}, learning rate {arguments.learning_rate:g}"
     if arguments.muon_learning_rate is not None:
-        optimizer = f"Muon {arguments.muon_learning_rate:g} in the blocks, AdamW {arguments.learning_rate:g} elsewhere"
+        optimizer = f"Muon {arguments.muon_learning_rate:g} for block matrices, AdamW {arguments.learning_rate:g}"
     trained, everything = trainable_parameters(model)
     kind = f"{len(data.labels)} classes" if data.labels else f"vocabulary {model.config.vocab_size:,}"
     lines = [
         data.summary(),
-        f"model: {everything:,} parameters, context {model.config.max_position_embeddings}, {kind}; "
+        f"model: {everything:,} parameters, context length {model.config.max_position_embeddings}, {kind}; "
         f"{model.config.num_hidden_layers} layers, {model.config.num_attention_heads} heads, hidden size "
         f"{model.config.hidden_size}",
-        f"trained: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
+        f"trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
         f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
         f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens each; about {estimate.seconds:,.0f} s at "
         f"{estimate.tokens_per_second:,.0f} tokens/s",
     ]
-    if is_new and recipe.model.path is None and data.labels is None:  # what random weights should begin with
+    if is_new and recipe.model.path is None and data.labels is None:  # random weights
         size = model.config.vocab_size
         lines.append(f"expected initial loss (uniform guess): ln {size} = {math.log(size):.3f}")
     return "\n".join(lines)
@@ -54,11 +54,11 @@ def describe_end(folder: Path, task: Task, metrics: dict[str, Any], samples: Seq
     """The lines printed at the end of a run.
 
     Args:
-        folder: Of the run.
+        folder: The run folder.
         task: Its task.
-        metrics: What was measured.
-        samples: Of what the model says.
-        training: Its time, beside the planned.
+        metrics: Final metrics.
+        samples: Sample outputs.
+        training: Provides actual and planned time.
     """
     lines = [
         f"{task.describe(metrics)}; {training.seconds:.0f} s of training (planned {training.estimate.seconds:.0f})",

@@ -1,4 +1,4 @@
-"""What a run writes down of itself: what the weights depend on, what the training took, what the card shows."""
+"""The record of a run: what the weights depend on, the cost of training, and what the model card shows."""
 
 import dataclasses
 import time
@@ -17,19 +17,19 @@ from hfgpt.training.hardware import describe_device
 
 
 def describe_run(recipe: Recipe, training: Training, data: Data, samples: dict[str, Any], started: float) -> RunRecord:
-    """The record of a run: what the training took, all that the weights depend on, what the card shows.
+    """The record of a run: the cost of training, all that the weights depend on, and what the model card shows.
 
     Args:
-        recipe: What was run.
-        training: Its training.
-        data: What it was trained on.
-        samples: `texts` of the trained model, and how they were sampled.
-        started: When the run began, by `time.perf_counter`.
+        recipe: The recipe of the run.
+        training: The finished training.
+        data: The run's data.
+        samples: `texts` of the trained model, and the sampling settings.
+        started: `time.perf_counter` at the start of the run.
     """
     folder, model = Path(recipe.training.output_dir), training.trainer.model
     network, tokens = base_of(model), data.count_tokens_seen(training.trainer.state, training.estimate)
     record = dataclasses.replace(
-        RunRecord.read(folder),  # what it began with
+        RunRecord.read(folder),  # written before training
         **vars(describe_training(training, tokens)),
         architecture=describe_architecture(network),
         trained_parameters=trainable_parameters(model)[0],
@@ -43,13 +43,13 @@ def describe_run(recipe: Recipe, training: Training, data: Data, samples: dict[s
     record.actual["total_seconds"] = time.perf_counter() - started
     if is_adapted(model):
         record.saved_parameters = count_saved_parameters(str(folder))
-        if record.base_model is None:  # its base is the first pass of this run
+        if record.base_model is None:  # the base model is the first pass of this run
             record = record_base(record, find_model(str(folder)).base)
     return record.stamp()
 
 
 def describe_training(training: Training, tokens: int) -> TrainingRecord:
-    """The record of a training: what it took, and what was planned."""
+    """The record of a training: actual and planned cost."""
     steps = training.trainer.state.global_step
     return TrainingRecord(
         steps=steps,
@@ -66,5 +66,5 @@ def describe_training(training: Training, tokens: int) -> TrainingRecord:
 
 
 def first_pass_folder(recipe: Recipe) -> Path:
-    """Where the language model of the first pass is: in the run's folder, so that an adapter on it stays whole."""
+    """Folder of the first pass's model: inside the run folder, so that an adapter stays with its base model."""
     return Path(recipe.training.output_dir) / "pretrained"

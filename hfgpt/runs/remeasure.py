@@ -1,4 +1,4 @@
-"""Measuring a saved model again before it is published, on the rows that its run held out."""
+"""Re-evaluates a saved model on the held-out rows of its run before it is published."""
 
 import datetime
 import math
@@ -18,61 +18,61 @@ from hfgpt.records import RECIPE_FILE, is_checkpoint
 from hfgpt.runs.evaluation import refuse_unused
 from hfgpt.tasks import TASKS
 
-# How far a measurement may be from that at the end of the run: another machine rounds otherwise, no more.
+# Allowed difference from the metrics at the end of the run, because machines round differently.
 TOLERANCE = 1e-3
-# Options that say where and how the data is read here, and not which rows are measured.
+# Options for the location and reading of the data on this machine, which do not affect the rows.
 OF_THIS_MACHINE = ("--data.path", "--data.cache_dir", "--data.num_proc")
 
 
 def measure_again(model: PreTrainedModel, records: FolderRecords, overrides: Sequence[str], console: Console) -> str:
-    """Measures the weights that are to be published, on the rows that the run held out, or on those that are named.
+    """Evaluates the weights to publish, on the held-out rows of the run, or on the rows given by overrides.
 
     Args:
-        model: As it was loaded from the folder.
-        records: Of that folder; gets the metrics, and in `run` when and on what they were measured.
-        overrides: Of the sections `data` and `evaluation`.
-        console: Where to show progress.
+        model: The loaded model.
+        records: The records of its folder; updated with the metrics, the date and the data.
+        overrides: For the sections `data` and `evaluation`.
+        console: Shows progress.
 
     Returns:
-        What was done, in a line.
+        What was done, in one line.
 
     Raises:
-        InputError: The data is not that of the run, or the metrics are not.
+        InputError: The data or the metrics do not match those of the run.
     """
-    now = datetime.datetime.now(datetime.UTC).date().isoformat()  # publishing twice on a day changes nothing
+    now = datetime.datetime.now(datetime.UTC).date().isoformat()  # publishing twice a day changes nothing
     if not records.recipe:
         return _measure_what_is_named(records, overrides, now, console)
     with explained_records(records.folder):
         recipe = _find_rows(records, overrides)
     if recipe is None:
-        kept = "its metrics are those of the end of the run" if records.metrics else "nothing is measured"
-        return f"{kept}: its data is no longer at '{_source(records)}'"
+        kept = "not re-evaluated, metrics are from the end of the run" if records.metrics else "not evaluated"
+        return f"{kept}: the data is no longer at '{_source(records)}'"
     task = TASKS[recipe.task]
-    with console.status("measuring the weights"):
+    with console.status("evaluating the weights"):
         data = task.load(recipe, _run_folder(records.folder))
         measured = task.measure(model.to(find_device()), data, recipe, console)
     if records.data and data.report.sha256 != records.data.sha256:
         raise InputError(
-            f"the data at '{recipe.data.path}' is not that of the run (its sha256 is another): put that back, or name "
-            "it with --data.path"
+            f"the data at '{recipe.data.path}' is not the data of the run (different sha256): restore it, or set "
+            "--data.path"
         )
-    as_before = ", and found as at the end of the run" if records.metrics else ""
+    as_before = ", with the same results as at the end of the run" if records.metrics else ""
     records.metrics = _compare(records.metrics, measured.metrics, measured.allowed)
     records.run.measured_again = now
-    return f"measured again on {records.measured_on}{as_before}"
+    return f"re-evaluated on {records.measured_on}{as_before}"
 
 
 def _find_rows(records: FolderRecords, overrides: Sequence[str]) -> Recipe | None:
-    """The recipe of the run with its data where it now is; None: it is gone."""
+    """The recipe of the run with the current location of its data; None if the data is gone."""
     options = [
         override.partition("=")[0] for override in overrides if override.startswith(("--data.", "--evaluation."))
     ]
     if others := [option for option in options if option not in OF_THIS_MACHINE]:
         raise InputError(
-            f"{others[0]} would measure other rows than the run held out: leave it out; only --data.path, where the "
-            "data now is, can be given"
+            f"{others[0]} would evaluate other rows than the run held out: leave it out; only --data.path, the "
+            "current location of the data, can be set"
         )
-    # Nothing is trained or reported: a machine without the run's bfloat16 or its reporting tool measures it as well.
+    # Evaluation does not need the bfloat16 or the reporting integration of the run.
     unneeded = ("--training.bf16=null", "--training.tf32=null", "--training.report_to=none")
     overrides = [*overrides, *unneeded]
     recipe = load_recipe(str(_run_folder(records.folder) / RECIPE_FILE), overrides)
@@ -86,7 +86,7 @@ def _find_rows(records: FolderRecords, overrides: Sequence[str]) -> Recipe | Non
 
 
 def _source(records: FolderRecords) -> str:
-    """Where the data was: as it was found, or else as it was written, with what signs its user in."""
+    """The location of the run's data: resolved, or as written in the recipe; a URL as written, with its query."""
     written = records.recipe["data"]["path"]
     return written if is_url(written) else records.run.data_source or written
 
@@ -96,33 +96,33 @@ def _run_folder(folder: Path) -> Path:
 
 
 def _compare(before: dict[str, Any], after: dict[str, Any], allowed: dict[str, float]) -> dict[str, Any]:
-    """What was measured now, and what a judge said at the end of the run.
+    """The new metrics, plus the judge's metrics from the end of the run, which are not repeated.
 
     Args:
         before, after: Metrics of the same rows.
-        allowed: How far those that are counted may differ.
+        allowed: Allowed differences of counted metrics.
 
     Raises:
-        InputError: metrics.json says something else, or something that is not measured.
+        InputError: metrics.json has different values, or unknown metrics.
     """
     for name, value in before.items():
-        if name.startswith("eval_judge"):  # whoever judged is not asked again
+        if name.startswith("eval_judge"):
             after[name] = value
         elif name not in after:
-            raise InputError(f"metrics.json has {name}, which is not measured of such a model: take it out")
+            raise InputError(f"metrics.json has {name}, which is not a metric of this model: remove it")
         elif not math.isclose(after[name], value, rel_tol=TOLERANCE, abs_tol=max(TOLERANCE, allowed.get(name, 0))):
             raise InputError(
-                f"metrics.json says {name} {value:.6g}, but the weights give {after[name]:.6g} on the same rows: "
-                "metrics, tokenizer or the configuration was changed; train again"
+                f"metrics.json has {name} {value:.6g}, but the weights give {after[name]:.6g} on the same rows: the "
+                "metrics, the tokenizer or the configuration has changed; restore it, or train again"
             )
     return after
 
 
 def _measure_what_is_named(records: FolderRecords, overrides: Sequence[str], now: str, console: Console) -> str:
-    """`hfgpt evaluate` on what the command line names, for a model of which no recipe says what it was kept from."""
+    """Evaluates a model without a recipe on the data given on the command line, like `hfgpt evaluate`."""
     others = _chosen_rows(overrides)
     if not any(override.partition("=")[0] == "--data.path" for override in overrides):
-        return "nothing is measured: it is not recorded on what to"
+        return "not evaluated: the model's data is not recorded (set --data.path)"
     saved = find_model(str(records.folder))
     task = "classify" if saved.is_classifier else "pretrain"
     sections = parse_sections(list(overrides), task, ["data", "evaluation", "hub"])
@@ -133,11 +133,11 @@ def _measure_what_is_named(records: FolderRecords, overrides: Sequence[str], now
     records.run.data_source, records.run.measured_again = source, now
     if others:
         records.run.measured_with = " ".join(others)
-    return f"measured on {records.measured_on} of {source}"
+    return f"evaluated on {records.measured_on} of {source}"
 
 
 def _chosen_rows(overrides: Sequence[str]) -> list[str]:
-    """The overrides of the section `data` that say which rows are measured, as they were written."""
+    """The overrides of the section `data` that affect which rows are evaluated, as written."""
     given, kept = list(overrides), []
     while given:
         option = given.pop(0)

@@ -1,4 +1,4 @@
-"""A run: from a recipe to a folder with a model that anyone can load, in seven steps, the same for every task."""
+"""A run: from a recipe to a folder with a model, in seven steps that are the same for every task."""
 
 import re
 import time
@@ -37,20 +37,20 @@ def run(
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Trains what a recipe describes and leaves a complete run folder.
+    """Trains the model that a recipe describes and writes a complete run folder.
 
     Args:
         recipe: See `hfgpt.recipe.load_recipe`.
-        resume: Go on from the last checkpoint in `training.output_dir`.
-        console: Where to report; None: standard error.
-        callbacks: Of the training, beside those that show progress and write the log.
+        resume: Whether to resume from the last checkpoint in `training.output_dir`.
+        console: The console to print to; None: stderr.
+        callbacks: Trainer callbacks, in addition to those for progress and log.
 
     Returns:
-        The content of `metrics.json`; empty in every process but the main one.
+        The content of `metrics.json`; empty in all processes but the main one.
 
     Raises:
-        InputError: Something in the recipe, the data or the run folder has to be corrected first; or the judge failed
-            at the end, and everything else is written.
+        InputError: There is an error in the recipe, the data or the run folder; or the judge failed at the end, with
+            everything else saved.
         Interrupted: Ctrl-C; the run can be resumed.
     """
     is_main = recipe.training.process_index == 0
@@ -63,24 +63,24 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     started, arguments, task = time.perf_counter(), recipe.training, TASKS[recipe.task]
     folder, is_main = Path(arguments.output_dir), arguments.process_index == 0
 
-    # 1. The run folder: free, or that of the run to resume; and what the end of the run will need.
+    # 1. The run folder: free, or with the run to resume. Also check what the end of the run will need.
     checkpoint = check_run_folder(recipe, resume, console)
     task.check(recipe)
 
-    # 2. The data: rows to token ids to splits.
-    with arguments.main_process_first():  # the others then find the tokens in the cache
+    # 2. The data: rows, splits, token ids.
+    with arguments.main_process_first():  # the other processes use its cache
         data = task.load(recipe, folder if resume else None)
 
     # 3. The model.
     model = task.build(recipe, data)
     first_blocks = build_blocks(recipe, data) if recipe.pretraining else None
 
-    # 4. What it will cost, and what was chosen.
+    # 4. The plan.
     estimate = plan_run(model, arguments, data.row_length, data.train_rows, seconds=0.5)
     console.print(describe_start(recipe, data, model, estimate, is_new=checkpoint is None), highlight=False)
 
-    # 5. Train, after a first pass over the texts alone if the recipe has one.
-    PartialState().wait_for_everyone()  # all have seen the folder free
+    # 5. Train, after a first pass of language modelling if the recipe has one.
+    PartialState().wait_for_everyone()  # all processes have checked the folder
     if is_main:
         begin_run(recipe, data, checkpoint)
     if first_blocks is not None:
@@ -90,7 +90,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     trainer = build_trainer(recipe, model, data)
     training = run_training(trainer, estimate, checkpoint, console, callbacks)
 
-    # 6. Save in every process, then measure in one the weights as they were saved.
+    # 6. Save in all processes, then evaluate the saved weights in one.
     save_run(trainer, folder)
     if not is_main:
         return {}
@@ -98,7 +98,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     measured = task.measure(saved, data, recipe, console)
     samples = task.sample(saved, data, recipe)
 
-    # 7. Record what happened; the card is written last and marks the run as finished.
+    # 7. Write the records; the model card is last and marks the run as finished.
     write_results(recipe, training, data, measured)
     describe_run(recipe, training, data, samples, started).write(folder)
     metrics = judge(measured, folder)
@@ -108,7 +108,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
 
 
 def build_trainer(recipe: Recipe, model: PreTrainedModel, data: Data) -> HfGPTTrainer:
-    """The trainer of a run, with what its task adds to it."""
+    """The trainer of a run, with the arguments of its task."""
     return HfGPTTrainer(
         model=model,
         args=recipe.training,
@@ -120,7 +120,7 @@ def build_trainer(recipe: Recipe, model: PreTrainedModel, data: Data) -> HfGPTTr
 
 
 def write_results(recipe: Recipe, training: Training, data: Data, measured: Measured):
-    """Writes what was measured: metrics.json, the end of the log, the pictures and the answers."""
+    """Writes the results: metrics.json, the last log entry, plots and answers."""
     folder, state, metrics = Path(recipe.training.output_dir), training.trainer.state, measured.metrics
     write_metrics(folder, metrics)
     if measured.keep:
@@ -133,17 +133,17 @@ def write_results(recipe: Recipe, training: Training, data: Data, measured: Meas
 
 
 def judge(measured: Measured, folder: Path) -> dict[str, Any]:
-    """All metrics, with those of the judge if there is one; it comes last, since it may fail.
+    """All metrics, with those of the judge if there is one; the judge runs last, since it may fail.
 
     Raises:
-        InputError: It has failed. The run has no card then and is not finished: --resume goes on here, and asks the
-            judge only for what is missing.
+        InputError: The judge failed. The run then has no model card and is not finished: --resume continues here, and
+            asks the judge only for missing scores.
     """
     if measured.judge is None:
         return measured.metrics
     try:
         metrics = measured.metrics | measured.judge(folder)
     except InputError as error:
-        raise InputError(f"{error}; all else is written: rerun the command with --resume") from error
+        raise InputError(f"{error}; everything else is saved: rerun the command with --resume") from error
     write_metrics(folder, metrics)
     return metrics

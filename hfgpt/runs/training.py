@@ -1,4 +1,4 @@
-"""Training to the end: under a progress bar, ended in order by Ctrl-C, saved whole."""
+"""Runs a trainer with progress bar and Ctrl-C handling, and saves the result."""
 
 import contextlib
 import time
@@ -20,14 +20,14 @@ from hfgpt.training.trainer import HfGPTTrainer
 
 @dataclass
 class Training:
-    """A training that came to its end.
+    """A finished training.
 
     Args:
         trainer: With the trained model and its state.
-        estimate: What was planned.
-        first_step: Steps done before this process went on from a checkpoint; 0 in a new run.
-        seconds: Of training.
-        peak_memory: In bytes, and what it is of: `training`, or `process` where no peak can be measured anew.
+        estimate: The plan.
+        first_step: Step of the checkpoint that this process resumed from; 0 in a new run.
+        seconds: Training time.
+        peak_memory: Bytes, and what they cover: `training`, or the `process` if the peak cannot be reset.
     """
 
     trainer: HfGPTTrainer
@@ -47,15 +47,15 @@ def run_training(
     """Trains to the end.
 
     Args:
-        trainer: Built, with nothing to show progress yet.
-        estimate: What was planned.
-        checkpoint: Where to go on from; None: from the start.
-        console: Where to show progress.
-        callbacks: Told of each step, too.
+        trainer: A trainer without progress callbacks.
+        estimate: The plan.
+        checkpoint: Checkpoint to resume from; None: start at step 0.
+        console: Shows progress.
+        callbacks: Additional Trainer callbacks.
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
-        InputError: The loss is not finite, or the disk full.
+        InputError: The loss is not finite, or the disk is full.
     """
     if checkpoint:
         console.print(
@@ -68,7 +68,7 @@ def run_training(
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
     for callback in (LogCallback(), progress, interrupt, *callbacks):
         trainer.add_callback(callback)
-    peak_of = "training" if reset_peak_memory(trainer.args.device) else "process"  # without the probe's copy
+    peak_of = "training" if reset_peak_memory(trainer.args.device) else "process"  # excludes the benchmark's copy
     begun = time.perf_counter()
     try:
         with interrupt:
@@ -86,12 +86,12 @@ def run_training(
 
 
 def save_run(trainer: HfGPTTrainer, folder: Path):
-    """Saves the trained model or adapter, and its tokenizer, all files at once.
+    """Saves the trained model or adapter, and its tokenizer, atomically.
 
-    Every process takes part, since each may hold a part of the weights; the main one writes.
+    All processes take part, since each may hold a shard of the weights; the main process writes.
     """
     main = trainer.is_world_process_zero()
     with staged_files(folder) if main else contextlib.nullcontext(folder) as staging:
         trainer.save_model(str(staging))
         if main:
-            (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml says the same
+            (staging / "training_args.bin").unlink()  # a pickle; recipe.yaml has the same content

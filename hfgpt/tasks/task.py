@@ -17,7 +17,7 @@ from hfgpt.training.estimate import Estimate
 
 # Reasons why a key has no effect on evaluation.
 ALL_ROWS = "all rows are evaluated, without splitting"
-NO_TEXTS = "evaluation does not generate texts; use hfgpt {}"
+NO_TEXTS = "it does not generate texts, as hfgpt {} does"
 # If two outputs for a row are almost equally likely, rounding decides between them. So counts may differ between
 # machines by this fraction of the rows, or by one row.
 FLIPPING = 0.01

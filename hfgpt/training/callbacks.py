@@ -1,4 +1,4 @@
-"""What a run shows and leaves while it trains: progress, log, curves, and an end on Ctrl-C that loses nothing."""
+"""Callbacks of a run: progress bar, log, loss curves, and a clean stop on Ctrl-C."""
 
 import json
 import math
@@ -26,11 +26,11 @@ WIDE = 100  # columns of a terminal that has room for all of the progress in one
 
 
 class ProgressCallback(TrainerCallback):
-    """A live bar with loss, tokens a second and time left; on a terminal that is none, a line at each logging step.
+    """A progress bar with loss, tokens per second and remaining time; without a terminal, one line per logging step.
 
     Args:
-        tokens_per_step: Predicted in one optimizer step, over all devices.
-        console: Where to draw; standard error, so that standard output stays clean.
+        tokens_per_step: Tokens predicted per optimizer step, over all devices.
+        console: The console to print to; stderr, so that stdout stays clean.
     """
 
     def __init__(self, tokens_per_step: int, console: Console):
@@ -58,7 +58,7 @@ class ProgressCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if not self.console.is_terminal:
-            self.loss = self.eval_loss = ""  # a line shows what was measured at its step
+            self.loss = self.eval_loss = ""  # a line shows only values of its own step
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.3f}"
         if "eval_loss" in logs:
@@ -71,7 +71,7 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self):
-        """Leaves the terminal in order; called by the task whatever ended the training."""
+        """Restores the terminal; also called if training fails."""
         self.progress.stop()
 
     def _status(self, state) -> str:
@@ -81,12 +81,12 @@ class ProgressCallback(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Appends every logged value to `training_log.jsonl`, one JSON object a logging step."""
+    """Appends all logged values to `training_log.jsonl`, one JSON object per logging step."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        # A run that was stopped between two checkpoints repeats the steps since the first.
+        # A resumed run repeats the steps since the last checkpoint.
         kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
         _write_log(args.output_dir, kept)
 
@@ -96,10 +96,10 @@ class LogCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns the first SIGINT (Ctrl-C) or SIGTERM into a checkpoint and an orderly end; the second ends at once.
+    """On the first SIGINT (Ctrl-C) or SIGTERM, saves a checkpoint and stops; a second signal stops immediately.
 
     All processes of a run stop after the same step, whichever of them was interrupted. Use as a context manager around
-    `Trainer.train`, in every process; `interrupted` says afterwards whether it happened.
+    `Trainer.train` in every process; `interrupted` tells afterwards whether the run was stopped.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -107,12 +107,12 @@ class InterruptCallback(TrainerCallback):
     def __init__(self, console: Console):
         self.console = console
         self.signalled = self.interrupted = False
-        # Of its own and on the CPU: agreeing must not wait for the device.
+        # A separate group on the CPU, so that the all-reduce does not wait for the accelerator.
         self.group = distributed.new_group(backend="gloo") if PartialState().num_processes > 1 else None
         self.previous = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
             self.previous = {number: signal.signal(number, self._interrupt) for number in self.SIGNALS}
         return self
 
@@ -124,7 +124,9 @@ class InterruptCallback(TrainerCallback):
         if self.signalled:
             raise KeyboardInterrupt
         self.signalled = True
-        self.console.print("stopping after this step to save a checkpoint; a second signal stops at once, without one")
+        self.console.print(
+            "stopping after this step to save a checkpoint; a second signal stops immediately, without a checkpoint"
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
         self.interrupted = self.signalled
@@ -139,13 +141,13 @@ class InterruptCallback(TrainerCallback):
 
 
 def append_log(output_dir: str | Path, entry: dict):
-    """Adds an entry, with its `step`, to a run's `training_log.jsonl`."""
+    """Appends an entry, which must have a `step`, to a run's `training_log.jsonl`."""
     with open(Path(output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def log_result(output_dir: str | Path, entry: dict):
-    """Adds what a finished training was measured as, in place of what a process killed since has measured."""
+    """Adds the final metrics to the log, replacing an entry of the same kind from a process that was killed."""
     others = [old for old in read_log(output_dir) if old["step"] != entry["step"] or old.keys() != entry.keys()]
     _write_log(output_dir, [*others, entry])
 
@@ -155,7 +157,7 @@ def _write_log(output_dir: str | Path, entries: list[dict]):
 
 
 def read_log(output_dir: str | Path) -> list[dict]:
-    """The entries of a run's `training_log.jsonl`, oldest first; none if there is no such file.
+    """The entries of a run's `training_log.jsonl`, oldest first; empty if the file does not exist.
 
     Raises:
         InputError: A line is not an entry.
@@ -163,7 +165,7 @@ def read_log(output_dir: str | Path) -> list[dict]:
     path = Path(output_dir) / LOG_FILE
     if not path.exists():
         return []
-    # A crash while writing leaves a line without its end.
+    # A crash while writing leaves an incomplete last line.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     entries = []
     for number, line in enumerate(lines, start=1):
@@ -180,12 +182,12 @@ def read_log(output_dir: str | Path) -> list[dict]:
 
 
 def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
-    """Draws `loss.png` from a run's log: training, validation and test loss in nats, from the uniform guess down.
+    """Plots `loss.png` from a run's log: training, validation and test loss in nats, and the uniform-guess baseline.
 
     Args:
-        output_dir: Of the run.
-        choices: What the model chooses among: the size of its vocabulary, or the number of classes.
-        unit: What the loss is a mean over.
+        output_dir: The run folder.
+        choices: Vocabulary size, or number of classes.
+        unit: Unit that the loss is averaged over.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which of them are complete and undamaged, which one to resume from, which to keep."""
+"""Checkpoints of a run: verify them, choose one to resume from, and remove old ones."""
 
 import shutil
 from pathlib import Path
@@ -8,18 +8,18 @@ from rich.console import Console
 from hfgpt.errors import InputError
 from hfgpt.saving import CHECKSUMS_FILE, hash_file, read_checksums
 
-# A run resumed without one of these would go on with a fresh optimizer, schedule or random state.
+# Without one of these, a resumed run would continue with a new optimizer, schedule or random state.
 STATE = ("optimizer", "scheduler", "rng_state", "trainer_state")
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The folders of a run's checkpoints, complete or not, in the order of their steps."""
+    """The checkpoint folders of a run, complete or not, sorted by step."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
     return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint was saved after."""
+    """The optimizer step of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -30,43 +30,43 @@ def find_last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def choose_checkpoint(output_dir: str | Path, console: Console) -> Path | None:
-    """The newest checkpoint that a run can resume from, every file of it compared with its checksum.
+    """The newest checkpoint that a run can resume from, after verifying the checksums of all its files.
 
     Args:
         output_dir: The run folder.
-        console: Where to name the checkpoints that are damaged.
+        console: Reports damaged checkpoints.
 
     Returns:
-        The checkpoint; None if none was ever completed.
+        The checkpoint; None if there is no complete one.
 
     Raises:
-        InputError: There are checkpoints, and all are damaged; or the newest was saved without checksums.
+        InputError: All complete checkpoints are damaged, or the newest one was saved without checksums.
     """
     damage = {}
     for checkpoint in reversed(list_checkpoints(output_dir)):
         if not (checkpoint / CHECKSUMS_FILE).exists() and (checkpoint / "trainer_state.json").exists():
             raise InputError(
-                f"'{checkpoint}' has no {CHECKSUMS_FILE}: saved by an earlier version, or not copied completely; "
-                "move it away to resume from the checkpoint before it, or start another run"
+                f"'{checkpoint}' has no {CHECKSUMS_FILE} (saved by an earlier version, or copied incompletely): "
+                "remove it to resume from the previous checkpoint, or start a new run"
             )
         if not read_checksums(checkpoint):
-            console.print(f"{checkpoint} is incomplete: the run was stopped while saving it", markup=False)
+            console.print(f"{checkpoint} is incomplete: the run stopped while saving it", markup=False)
             continue
         fault = find_damage(checkpoint)
         if fault is None:
             return checkpoint
         damage[checkpoint] = fault
-        console.print(f"{checkpoint} is damaged: {fault}; trying the one before it", highlight=False, markup=False)
+        console.print(f"{checkpoint} is damaged: {fault}; trying the previous one", highlight=False, markup=False)
     if damage:
         named = "; ".join(f"{checkpoint.name}: {fault}" for checkpoint, fault in damage.items())
         raise InputError(
-            f"no checkpoint in '{output_dir}' can be resumed from ({named}): restore one, or start another run"
+            f"cannot resume from any checkpoint in '{output_dir}' ({named}): restore one, or start a new run"
         )
     return None
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Why a complete checkpoint cannot be resumed from; None: it can."""
+    """The reason why a complete checkpoint cannot be resumed from; None if it can."""
     checksums = read_checksums(checkpoint)
     for name, checksum in checksums.items():
         if not (checkpoint / name).is_file():
@@ -80,20 +80,21 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def remove_later_checkpoints(output_dir: str | Path, step: int):
-    """Removes checkpoints past the step that a run resumes from: incomplete or damaged ones, which it saves again."""
+    """Removes checkpoints after the step to resume from: incomplete or damaged ones, which will be saved again."""
     for checkpoint in list_checkpoints(output_dir):
         if step_of(checkpoint) > step:
             remove_checkpoint(checkpoint)
 
 
 def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str | None, keep_newest: bool = True):
-    """Removes the oldest checkpoints past a limit, as Trainer does, but by their steps and each at once.
+    """Removes the oldest checkpoints beyond a limit, like Trainer, but ordered by step and each one atomically.
 
     Args:
         output_dir: The run folder.
-        limit: How many to keep; None: all.
-        best: The checkpoint of the best model, which is kept; None: none is.
-        keep_newest: Whether the newest is kept beside the best if the limit is 1: a finished run needs it no more.
+        limit: Number of checkpoints to keep; None: all.
+        best: The checkpoint of the best model, which is always kept; None: no best model.
+        keep_newest: Whether to keep the newest in addition to the best if the limit is 1; a finished run does not need
+            it.
     """
     checkpoints = list_checkpoints(output_dir)
     if limit is None or not checkpoints:
@@ -107,5 +108,5 @@ def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str 
 
 
 def remove_checkpoint(checkpoint: Path):
-    """Removes a checkpoint at once: what a process killed meanwhile leaves of it is a leftover, and not damaged."""
+    """Removes a checkpoint atomically: a killed process leaves a staging folder, not a damaged checkpoint."""
     shutil.rmtree(checkpoint.rename(checkpoint.with_name(f".staging-{checkpoint.name}")), ignore_errors=True)

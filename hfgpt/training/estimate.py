@@ -1,4 +1,4 @@
-"""What a run will cost, before it is paid: memory by arithmetic, time by a probe of this machine.
+"""Estimated cost of a run: memory by arithmetic, time by a short benchmark on this machine.
 
 Sources: Rajbhandari et al., "ZeRO" (2020), section 3.1, for the bytes of weights, gradients and optimizer state;
 Korthikanti et al., "Reducing Activation Recomputation" (2022), section 4, for the activations of a block.
@@ -27,22 +27,22 @@ from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 @dataclass
 class Estimate:
-    """The cost of a run.
+    """The estimated cost of a run.
 
     Args:
-        parameters: Trained weights, ties counted once.
-        weights_bytes, gradients_bytes, optimizer_bytes: Of the whole training.
-        activations_bytes: Kept for the backward pass of one micro-batch, logits included.
-        process_bytes: Held by this process besides, when the run was planned: libraries and data. 0 on an accelerator:
-            its memory holds tensors alone, and its own context is not counted.
-        tokens_per_step: Predicted in one optimizer step, on all devices: the mean of an epoch, whose last step may
-            be smaller.
+        parameters: Trainable parameters, tied ones counted once.
+        weights_bytes, gradients_bytes, optimizer_bytes: Memory for weights, gradients and optimizer state.
+        activations_bytes: Memory for the activations of one micro-batch, including logits.
+        process_bytes: Other memory of this process when the run was planned: libraries and data. 0 on an accelerator,
+            whose memory holds only tensors; its own context is not counted.
+        tokens_per_step: Tokens predicted per optimizer step on all devices, averaged over an epoch, whose last step
+            may be smaller.
         steps: Optimizer steps.
-        flops_per_token: Forward and backward.
-        tokens_per_second: Measured by the probe on this machine; None where it was not run.
-        device: What the probe ran on.
-        share: Of the training text that was tokenized; the number of steps is estimated from it.
-        first_pass: The cost of the first pass of a classifier, which is not counted in the others.
+        flops_per_token: FLOPs per token, forward and backward.
+        tokens_per_second: Measured by the benchmark on this machine; None if it was not run.
+        device: Device of the benchmark.
+        share: Fraction of the training text that was tokenized to estimate the number of steps.
+        first_pass: Cost of a classifier's first pass, not included in the other fields.
     """
 
     parameters: int
@@ -79,23 +79,24 @@ class Estimate:
     def to_dict(self) -> dict:
         derived = ("memory_bytes", "tokens", "flops", "seconds")
         first_pass = {"first_pass": self.first_pass.to_dict()} if self.first_pass else {}
-        own = {name: value for name, value in asdict(self).items() if name != "first_pass"}
+        left_out = ("first_pass", *(["share"] if self.share == 1 else []))
+        own = {name: value for name, value in asdict(self).items() if name not in left_out}
         return own | {name: getattr(self, name) for name in derived} | first_pass
 
 
 def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int) -> Estimate:
-    """The cost of a run, by arithmetic alone.
+    """The cost of a run by arithmetic only, without a benchmark.
 
     Args:
-        model: The model to train; on the meta device it costs nothing.
-        arguments: Batch size, accumulation, epochs or steps, precision, optimizer.
-        block_size: Tokens predicted a row.
+        model: The model to train; may be on the meta device.
+        arguments: Batch size, gradient accumulation steps, epochs or steps, precision, optimizer.
+        block_size: Tokens predicted per row.
         blocks: Rows of the training split.
     """
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     parameters = sum(trainable.values())
     muon = hidden_matrix_names(model) if arguments.muon_learning_rate is not None else set()
-    # AdamW keeps two float32 averages a weight, Muon one.
+    # AdamW keeps two float32 averages per weight, Muon one.
     optimizer_bytes = sum(size * (4 if name in muon else 8) for name, size in trainable.items())
     batch = arguments.per_device_train_batch_size * arguments.world_size
     batches = blocks // batch if arguments.dataloader_drop_last else -(-blocks // batch)
@@ -116,11 +117,9 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
 
 
 def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, length: int) -> int:
-    """Bytes kept for the backward pass of one micro-batch.
-
-    A block keeps about nine tensors of its width (inputs of the norms, projections, attention and residuals) and two
-    of the MLP's; written-out attention keeps two score matrices besides. The loss keeps the logits twice, in float32.
-    """
+    """Bytes of activations for the backward pass of one micro-batch."""
+    # A block keeps about nine tensors of the hidden size (inputs of the norms, projections, attention and residuals)
+    # and two of the MLP's; eager attention also keeps two score matrices. The loss keeps the logits twice, in float32.
     width = 2 if arguments.bf16 or arguments.fp16 else 4
     tokens = arguments.per_device_train_batch_size * length
     block = width * (9 * config.hidden_size + 2 * config.intermediate_size)
@@ -134,28 +133,28 @@ def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, l
 def probe_tokens_per_second(
     model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, seconds: float
 ) -> float:
-    """Trains a copy of the model on random tokens for some seconds; neither model nor random state is changed.
+    """Trains a copy of the model on random tokens for `seconds`; changes neither the model nor the random state.
 
-    Rows are added up to the micro-batch as time allows, so a large model on a slow machine is measured on fewer.
+    The batch grows up to the micro-batch size as time allows, so a large model on a slow machine uses fewer rows.
 
     Returns:
-        Tokens a second of one device, optimizer steps included at the recipe's rate.
+        Tokens per second on one device, including optimizer steps at the recipe's gradient accumulation.
     """
     arguments = copy.copy(arguments)
-    arguments.eval_strategy = IntervalStrategy.NO  # Trainer refuses to evaluate without data, even if never asked
+    arguments.eval_strategy = IntervalStrategy.NO  # Trainer would require an evaluation dataset
     with _unchanged_random_state(), tempfile.TemporaryDirectory() as folder:
-        arguments.output_dir = folder  # Trainer makes it
+        arguments.output_dir = folder  # Trainer creates it
         try:
             trainer = HfGPTTrainer(model=copy.deepcopy(model), args=arguments)
             model, optimizer = trainer.model.train(), trainer.create_optimizer()
             trainer.create_scheduler(num_training_steps=1)
-        # Whatever Trainer cannot be built from, before anything is written.
+        # Arguments that Trainer rejects are reported here, before anything is written.
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
             raise InputError(f"training: {' '.join(str(error).split())}") from error
         rows, full = 1, arguments.per_device_train_batch_size
         backward_seconds = optimizer_seconds = float("inf")
         start = time.perf_counter()
-        # The first round of each size warms up; of the others the fastest counts.
+        # The first iteration at each batch size is a warm-up; of the rest, the fastest counts.
         while time.perf_counter() - start < seconds or backward_seconds == float("inf"):
             ids = torch.randint(model.config.vocab_size, (rows, block_size), device=model.device)
             began = time.perf_counter()
@@ -170,7 +169,7 @@ def probe_tokens_per_second(
             _synchronize(model.device)
             ended = time.perf_counter()
             per_row = (halfway - began) / rows
-            # Twice the rows may take twice the time, or, where they are short, hardly more.
+            # Twice the rows take up to twice the time; for short rows hardly more.
             if rows < full and (halfway - began) * 2 * 3 < seconds:
                 rows = min(2 * rows, full)
                 continue
@@ -182,7 +181,7 @@ def probe_tokens_per_second(
 
 @contextmanager
 def _unchanged_random_state():
-    """Trainer seeds all three generators when it is built."""
+    """Restores the three random generators that Trainer seeds in its constructor."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         yield
@@ -198,7 +197,7 @@ def _synchronize(device: torch.device):
 def plan_run(
     model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int, seconds: float = 2.0
 ) -> Estimate:
-    """`estimate_run`, with the memory of this process, and the speed of this machine by a probe of so many seconds."""
+    """`estimate_run`, plus the memory of this process and the speed of this machine from a benchmark of `seconds`."""
     estimate = estimate_run(model, arguments, block_size, blocks)
     if arguments.device.type == "cpu":
         estimate.process_bytes = max(process_memory_bytes() - estimate.weights_bytes, 0)

@@ -1,4 +1,4 @@
-"""What this machine computes with: the device, bfloat16 in hardware or not, memory."""
+"""Hardware of this machine: device name, native bfloat16, memory."""
 
 import platform
 import re
@@ -13,21 +13,20 @@ from hfgpt.data.report import counted
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bfloat16 matrices in hardware.
+    """Whether `device` has hardware support for bfloat16 matrix products.
 
-    Where it does not, bfloat16 is emulated: right, but up to hundreds of times slower than float32
-    (pytorch issue 146508).
+    Without it, bfloat16 is emulated: correct, but up to hundreds of times slower than float32 (pytorch issue 146508).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # oneDNN has the kernels; without it (on macOS, say) the instructions alone are of no use.
+    # The kernels are in oneDNN; without it (on macOS, for example) PyTorch does not use the instructions.
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return any(_cpu_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 
 def describe_device(device: torch.device) -> str:
-    """The device as people name it, e.g. `NVIDIA A100-SXM4-80GB` or `CPU AMD EPYC, 2 threads`."""
+    """Human-readable device name, e.g. `NVIDIA A100-SXM4-80GB` or `CPU AMD EPYC, 2 threads`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -37,26 +36,26 @@ def describe_device(device: torch.device) -> str:
 
 
 def _cpu_capabilities() -> Mapping:
-    # torch before 2.12 cannot tell; nothing is then claimed.
+    # Not available before torch 2.12: then empty.
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def process_memory_bytes() -> int:
-    """Memory that this process holds: now, or where the system does not tell, the most it ever held."""
+    """Resident memory of this process; its peak on systems that do not report the current value."""
     return _process_status("VmRSS") or peak_memory_bytes(torch.device("cpu"))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held since the last `reset_peak_memory`: by tensors on an accelerator, by the process on a CPU."""
+    """Peak memory since the last `reset_peak_memory`: of tensors on an accelerator, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on other systems
-    # On Linux ru_maxrss can be that of the process which started this one.
+    # On Linux, ru_maxrss can be inherited from the parent process.
     return _process_status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Lets `peak_memory_bytes` begin anew; False where the system cannot: it stays that of the whole process."""
+    """Resets `peak_memory_bytes`; returns False if the system does not support that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

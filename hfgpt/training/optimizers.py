@@ -14,11 +14,11 @@ from hfgpt.training.hardware import has_native_bf16
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, orthogonalising in float32 where bfloat16 would be emulated.
+    """torch.optim.Muon, but orthogonalizing in float32 on hardware that emulates bfloat16.
 
-    torch.optim.Muon converts each gradient to bfloat16. On a processor without such units its products take some
-    twenty times as long as in float32, and more than the training step itself. There, matrices of one shape are also
-    orthogonalised together. Everything else (momentum, state, hyper-parameters) is torch's.
+    torch.optim.Muon converts each gradient to bfloat16. On a processor without native bfloat16, its products take
+    about twenty times as long as in float32, and longer than the training step itself. There, matrices of the same
+    shape are also orthogonalized as a batch. Everything else (momentum, state, hyperparameters) is torch's.
     """
 
     @torch.no_grad()
@@ -39,7 +39,7 @@ class Muon(torch.optim.Muon):
         return loss
 
     def _step_together(self, parameters: list[torch.Tensor], group: dict):
-        """One step for parameters of one shape (rows, columns)."""
+        """One step for parameters of the same shape (rows, columns)."""
         updates = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -60,7 +60,7 @@ class Muon(torch.optim.Muon):
 def orthogonalize(
     matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> torch.Tensor:
-    """Moves the singular values of each matrix (n, rows, columns) close to one by Newton-Schulz iterations."""
+    """Moves the singular values of each matrix (n, rows, columns) close to 1 with Newton-Schulz iterations."""
     a, b, c = coefficients
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -70,7 +70,7 @@ def orthogonalize(
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x.mT if tall else x
-    # The same in fewer operations: each step multiplies x by a polynomial of its Gram matrix, which is small here.
+    # Same result in fewer operations: each step multiplies x by a polynomial of its Gram matrix, which is small here.
     gram = x @ x.mT
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     product = identity.expand_as(gram)
@@ -83,7 +83,7 @@ def orthogonalize(
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers as one: the parameter groups of both, one state, one step."""
+    """Combines two optimizers into one: the parameter groups of both, one state, one step."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.muon, self.adamw = muon, adamw
@@ -91,7 +91,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self):
-        """Lets both optimizers work on the groups and the state of this one, which are what is saved and loaded."""
+        """Makes both optimizers use the parameter groups and state of this one, which are saved and loaded."""
         groups = len(self.muon.param_groups)
         self.muon.param_groups, self.adamw.param_groups = self.param_groups[:groups], self.param_groups[groups:]
         self.muon.state = self.adamw.state = self.state
@@ -107,7 +107,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def hidden_matrix_names(model: nn.Module) -> set[str]:
-    """Names of the trainable weights of linear layers inside the blocks: what Muon is made for."""
+    """Names of the trainable weights of linear layers in the blocks, which Muon is designed for."""
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -116,7 +116,7 @@ def hidden_matrix_names(model: nn.Module) -> set[str]:
 
 
 class MuonFactory:
-    """What Trainer takes for an optimizer it does not know: made without arguments, called with the model."""
+    """Trainer's interface for custom optimizers: constructed without arguments, called with the model."""
 
     def __call__(
         self,
@@ -131,25 +131,23 @@ class MuonFactory:
         """Builds the optimizer.
 
         Args:
-            model: Its trainable parameters are optimized.
-            decay_names: Parameters that decay, among those for AdamW; hidden matrices all do.
-            muon_learning_rate, muon_momentum: Of the hidden matrices.
-            weight_decay: Of both optimizers.
-            adamw_arguments: The others of `torch.optim.AdamW`, `lr` among them.
+            model: Model whose trainable parameters are optimized.
+            decay_names: AdamW parameters with weight decay; all hidden matrices have it.
+            muon_learning_rate, muon_momentum: For the hidden matrices.
+            weight_decay: For both optimizers.
+            adamw_arguments: Other arguments of `torch.optim.AdamW`, including `lr`.
         """
         hidden = hidden_matrix_names(model)
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         rest = {name: parameter for name, parameter in trainable.items() if name not in hidden}
         matrices = [trainable[name] for name in trainable if name in hidden]
         if not matrices:
-            raise InputError(
-                "training.muon_learning_rate is set, but no matrix of the blocks is trained: leave it out"
-            )
+            raise InputError("training.muon_learning_rate is set, but no matrix in the blocks is trained: unset it")
         muon = Muon(matrices, lr=muon_learning_rate, weight_decay=weight_decay, momentum=muon_momentum)
         groups = [
             {"params": [p for name, p in rest.items() if name in decay_names], "weight_decay": weight_decay},
             {"params": [p for name, p in rest.items() if name not in decay_names], "weight_decay": 0.0},
         ]
-        # Of an adapter all that is trained may be hidden matrices; AdamW wants a group, be it empty.
+        # With an adapter, all trainable parameters may be hidden matrices; AdamW needs at least one group, even empty.
         adamw = torch.optim.AdamW([group for group in groups if group["params"]] or groups[:1], **adamw_arguments)
         return MuonWithAdamW(muon, adamw)

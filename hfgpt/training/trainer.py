@@ -1,6 +1,7 @@
-"""transformers' Trainer, and its arguments, changed only where they are wrong for a causal language model.
+"""transformers' Trainer and TrainingArguments, changed only where they are wrong for causal language models.
 
-Each override says what Trainer 5.23 does instead. Everything else, from accumulation to distribution, is Trainer's.
+Each override documents what Trainer 5.23 does instead. Everything else, such as gradient accumulation and distributed
+training, is Trainer's.
 """
 
 import functools
@@ -31,8 +32,8 @@ from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
 
-# The arguments that decide what is learned. The recipe.yaml of a run has all of them, so that it means the same when a
-# default changes, here or in transformers.
+# The arguments that affect the result of training. The recipe.yaml of a run contains all of them, so that it keeps its
+# meaning if a default changes, here or in transformers.
 LEARNED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "num_train_epochs"),
     *("max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
@@ -41,7 +42,7 @@ LEARNED = (
     *("neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16", "tf32", "seed", "data_seed"),
     *("dataloader_drop_last", "train_sampling_strategy", "load_best_model_at_end", "trainable", "last_blocks"),
 )
-# What numbers must be, for the arguments below: TrainingArguments takes any, or refuses one without its key.
+# Ranges of numeric arguments: TrainingArguments accepts any value, or its errors do not name the key.
 LIMITS = (
     (
         "at least 1",
@@ -66,14 +67,14 @@ LIMITS = (
 
 
 def check_numbers(section: str, arguments: Any):
-    """Refuses numbers that are not within `LIMITS`; None is no number.
+    """Checks that numbers are within `LIMITS`; None is skipped.
 
     Args:
-        section: The recipe's section that these arguments are, for the message.
-        arguments: What has some of the names in `LIMITS`.
+        section: Name of the recipe section, for error messages.
+        arguments: An object with some of the names in `LIMITS`.
 
     Raises:
-        InputError: One is not.
+        InputError: A number is out of range.
     """
     for limit, holds, names in LIMITS:
         for name in names.split():
@@ -82,7 +83,7 @@ def check_numbers(section: str, arguments: Any):
                 raise InputError(f"{section}.{name} is {value}; it must be {limit}")
 
 
-# For weights drawn at random, where a recipe leaves these open; TrainingArguments' own are for trained weights.
+# Defaults for training from scratch; TrainingArguments' own are for fine-tuning.
 FROM_SCRATCH = {"learning_rate": 1e-3, "num_train_epochs": 10.0, "warmup_steps": 0.05}
 
 
@@ -90,19 +91,19 @@ FROM_SCRATCH = {"learning_rate": 1e-3, "num_train_epochs": 10.0, "warmup_steps":
 class HfGPTTrainingArguments(TrainingArguments):
     """The recipe's section `training`: the fields of `TrainingArguments`, with defaults for small GPTs, and more.
 
-    Three of them have other defaults in a recipe that trains new weights, without `model.path` and a first pass.
+    Three fields have different defaults in a recipe that trains from scratch, without `model.path` and a first pass.
 
     Args:
-        output_dir: Where the run is saved; None: `runs/NAME`, after the recipe.
-        learning_rate: Peak learning rate of AdamW. Default for new weights: 0.001; lower it for a wide model (6e-4 is
-            usual for the size of GPT-2).
-        num_train_epochs: Epochs to train for, unless `max_steps` is set. Default for new weights: 10.
-        warmup_steps: Steps of rising learning rate, or below 1 their part of all steps. Default for new weights: 0.05.
-        bf16: Mixed precision in bfloat16; None turns it on where the hardware has it, never where it is emulated.
-        muon_learning_rate: When given, the matrices inside the blocks are trained by Muon at this rate, and the rest
-            by AdamW at `learning_rate`; both follow the one schedule.
-        muon_momentum: Momentum of Muon; below the usual 0.95 for runs of some hundred steps.
-        decay_all_parameters: Whether weight decay also applies to biases and norms, as in the book.
+        output_dir: Folder of the run; None: `runs/NAME`, with the recipe's name.
+        learning_rate: Peak learning rate of AdamW. From scratch: 0.001; use less for wide models (6e-4 is usual for
+            GPT-2 small).
+        num_train_epochs: Number of epochs, unless `max_steps` is set. From scratch: 10.
+        warmup_steps: Number of warmup steps, or, below 1, their fraction of all steps. From scratch: 0.05.
+        bf16: bfloat16 mixed precision; None: only if the hardware supports it natively, never if it is emulated.
+        muon_learning_rate: If set, train the matrices in the blocks with Muon at this learning rate, and the rest with
+            AdamW at `learning_rate`; both use the same schedule.
+        muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
+        decay_all_parameters: Whether to apply weight decay to biases and norms too, as in the book.
         disable_tqdm: Whether transformers' own progress bars are off.
         push_to_hub: Not supported: use the section `hub`.
     """
@@ -112,13 +113,13 @@ class HfGPTTrainingArguments(TrainingArguments):
     muon_momentum: float = 0.95
     decay_all_parameters: bool = False
     logging_steps: float = 10
-    # Trainer's default waits for the device at every micro-batch and hides what it filters.
+    # Trainer's default synchronizes with the device at every micro-batch, and hides non-finite losses.
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     disable_tqdm: bool | None = True
     save_total_limit: int | None = 2
     dataloader_pin_memory: bool | None = None
-    # Every parameter has a gradient at every step; looking for those without costs a walk of the graph.
+    # Every parameter has a gradient at every step, so do not search the graph for unused ones.
     ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self):
@@ -129,8 +130,8 @@ class HfGPTTrainingArguments(TrainingArguments):
         check_numbers("training", self)
         if self.push_to_hub:
             raise InputError(
-                "training.push_to_hub would push checkpoints without the model's code, and hide what fails: use the "
-                "section hub, with repo_id, instead"
+                "training.push_to_hub would push checkpoints without the model's code and hide errors: set "
+                "hub.repo_id instead"
             )
         _check_reporters(self.report_to)
         device = torch.device("cpu") if self.use_cpu else find_device()
@@ -138,7 +139,7 @@ class HfGPTTrainingArguments(TrainingArguments):
             self.bf16 = not self.fp16 and has_native_bf16(device)
         if self.dataloader_pin_memory is None:
             self.dataloader_pin_memory = device.type == "cuda"
-        # TrainingArguments refuses bf16 on a CPU that was not asked for by name.
+        # TrainingArguments rejects bf16 on a CPU unless use_cpu is set.
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
 
@@ -148,11 +149,11 @@ class FineTuningArguments(HfGPTTrainingArguments):
     """The recipe's section `training` for classification and instructions.
 
     Args:
-        trainable: What is trained: `all` weights; `last_blocks`, with the final norm and the head; the `head` alone;
-            or the `adapters` of that section. None: the adapters if there are any, else all.
-        last_blocks: How many blocks `last_blocks` means; None: one.
-        train_sampling_strategy: Order of the training rows: `group_by_length` needs the least padding; or `random`,
-            `sequential`, `batch_rebalance`.
+        trainable: What to train: `all` weights; `last_blocks` (with the final norm and the head); only the `head`; or
+            the `adapters` of that section. None: the adapters if the recipe has any, else all.
+        last_blocks: Number of blocks for `last_blocks`; None: one.
+        train_sampling_strategy: Order of the training rows: `group_by_length` (the least padding), `random`,
+            `sequential` or `batch_rebalance`.
     """
 
     trainable: Literal["all", "last_blocks", "head", "adapters"] | None = None
@@ -167,26 +168,26 @@ class FineTuningArguments(HfGPTTrainingArguments):
         if self.last_blocks is not None and self.last_blocks < 1:
             raise InputError(f"training.last_blocks is {self.last_blocks}; it must be at least 1")
         if self.last_blocks is not None and self.trainable != "last_blocks":
-            raise InputError("training.last_blocks is set: set training.trainable to last_blocks too, or leave it out")
+            raise InputError("training.last_blocks is set: also set training.trainable to last_blocks, or unset it")
         super().__post_init__()
 
 
 @dataclass
 class FirstPassArguments:
-    """The recipe's section `pretraining`: what the first pass does otherwise than the section `training`.
+    """The recipe's section `pretraining`: the first pass of a classifier, a language model of the training texts.
 
-    It models the language of the texts of the training split, and of those left out of it to balance the classes;
-    never of those of validation and test (Gururangan et al., "Don't Stop Pretraining", 2020).
+    It uses the texts of the training split and those dropped to balance the classes, but never validation or test
+    texts (Gururangan et al., "Don't Stop Pretraining", 2020). Other settings are those of the section `training`.
 
     Args:
-        max_steps: Optimizer steps.
-        per_device_train_batch_size: Blocks in a batch on each device.
-        block_size: Tokens predicted per block; None: the context length of the model.
+        max_steps: Number of optimizer steps.
+        per_device_train_batch_size: Blocks per batch.
+        block_size: Tokens predicted per block; None: the model's context length.
         learning_rate: Learning rate of AdamW.
-        muon_learning_rate: Learning rate of Muon, which trains the blocks' matrices; None: AdamW trains them, too.
+        muon_learning_rate: Learning rate of Muon for the matrices in the blocks; None: AdamW for all parameters.
         muon_momentum: Momentum of Muon.
         weight_decay: Weight decay of both optimizers.
-        warmup_steps: Steps of rising learning rate; it falls linearly afterwards.
+        warmup_steps: Steps of linear warmup, followed by linear decay.
         dropout: Replaces the three dropouts of the section `model`.
     """
 
@@ -207,22 +208,20 @@ class FirstPassArguments:
 
 
 class HfGPTTrainer(Trainer):
-    """Trainer for causal language models, and for classifiers with a `measure` and a loss of theirs.
+    """Trainer for causal language models, and for classifiers with a suitable `measure` and loss.
 
     Args:
-        measure: What `evaluate` calls with the model, the batches and the arguments `gather` and `on_batch`; its
-            result has `to_dict(prefix)`.
-        args, kwargs: Those of `transformers.Trainer`; blocks of one length need no collator.
+        measure: Called by `evaluate` with the model, the batches, `gather` and `on_batch`; its result has
+            `to_dict(prefix)`.
+        args, kwargs: Arguments of `transformers.Trainer`; blocks of equal length do not need a collator.
     """
 
     def __init__(self, *args, measure: Callable[..., Any] = measure_perplexity, **kwargs):
         kwargs.setdefault("data_collator", default_data_collator)
         super().__init__(*args, **kwargs)
-        if (
-            self.args.n_gpu > 1
-        ):  # Trainer would split each batch between threads, and scale some losses by their number
+        if self.args.n_gpu > 1:  # Trainer would use DataParallel, and scale some losses by the number of GPUs
             raise InputError(
-                f"this process sees {self.args.n_gpu} GPUs: start it with accelerate launch, or show it one by "
+                f"this process sees {self.args.n_gpu} GPUs: use accelerate launch, or select one GPU with "
                 "CUDA_VISIBLE_DEVICES"
             )
         self.measure = measure
@@ -242,7 +241,7 @@ class HfGPTTrainer(Trainer):
             )
 
     def get_train_dataloader(self):
-        """Schedulers signal every process of a job: workers that died of it would end the run before it has saved."""
+        """Workers ignore signals, which schedulers send to all processes of a job: the run must save first."""
         loader = super().get_train_dataloader()
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
         return loader
@@ -253,7 +252,7 @@ class HfGPTTrainer(Trainer):
         return super().get_decay_parameter_names(model)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Trainer smooths labels it shifts itself, and so leaves out the last target that `shift_labels` has."""
+        """Trainer's label smoothing shifts the labels itself, and so loses the last target of `shift_labels`."""
         if self.label_smoother is None or "shift_labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")})
@@ -264,7 +263,7 @@ class HfGPTTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        # On a CPU the value is at hand; on an accelerator reading it would stall every step, so `log` looks.
+        # Reading the value is free on a CPU; on an accelerator it would synchronize every step, so `log` checks it.
         if loss.device.type == "cpu":
             self._refuse_non_finite(loss.item(), f"at step {self.state.global_step + 1}")
         return loss
@@ -275,28 +274,28 @@ class HfGPTTrainer(Trainer):
         if "loss" in logs:
             self._refuse_non_finite(logs["loss"], where)
         if not math.isfinite(logs.get("grad_norm", 0.0)):
-            # A float16 gradient overflows now and then: the scaler then skips the step and halves its scale. Below 1
-            # nothing is left to scale down, the gradient itself is too large: DeepSpeed and Megatron stop there, too.
+            # float16 gradients overflow occasionally: the scaler then skips the step and halves its scale. At a scale
+            # below 1 the gradient itself is too large: DeepSpeed and Megatron also stop then.
             scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 0.0
             if scale < 1:
-                self._refuse_non_finite(logs["grad_norm"], where, "grad_norm")
+                self._refuse_non_finite(logs["grad_norm"], where, "the gradient norm")
             logs = {name: value for name, value in logs.items() if name != "grad_norm"} | {"loss_scale": scale}
         super().log(logs, start_time)
 
-    def _refuse_non_finite(self, value: float, where: str, name: str = "loss"):
+    def _refuse_non_finite(self, value: float, where: str, name: str = "the loss"):
         if math.isfinite(value):
             return
         last = find_last_checkpoint(self.args.output_dir)
         remedy = f", from the last checkpoint with --model.path {quote_path(last)}" if last else ""
         raise InputError(
-            f"the {name} is {value} {where}: start another run with a lower training.learning_rate or "
+            f"{name} is {value} {where}: start a new run with a lower training.learning_rate or "
             f"training.max_grad_norm{remedy}"
         )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Trainer averages the means of batches, and moves on the random state that dropout draws from.
+        """Trainer averages batch means, and advances the random state used by dropout.
 
-        This sums over tokens, or rows, and leaves what is learned the same however often it is called.
+        This sums over tokens or rows, and does not affect training, however often it is called.
         """
         dataloader = self.get_eval_dataloader(eval_dataset)
         self.callback_handler.eval_dataloader = dataloader
@@ -316,17 +315,16 @@ class HfGPTTrainer(Trainer):
         return metrics
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> float:
-        """Trainer walks all parameters at every micro-batch, and counts neither attention nor the output head."""
+        """Trainer iterates over all parameters at every micro-batch, and ignores attention and the output head."""
         config = getattr(self.model, "config", None)
         if not isinstance(config, HfGPTConfig):
             return super().floating_point_ops(inputs)
         return inputs["input_ids"].numel() * training_flops_per_token(config, inputs["input_ids"].shape[-1])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """Trainer turns `config.use_cache` off for training and would save it so: slow generation for every user.
+        """Trainer would save `config.use_cache` as False, its value during training, which makes generation slow.
 
-        Beside an adapter PEFT writes an empty README.md, and not the classes of a classifier, without which nobody can
-        load it.
+        For an adapter, PEFT writes an empty README.md, and does not save a classifier's labels, which loading needs.
         """
         config, folder = self.model.config, Path(output_dir or self.args.output_dir)
         config.use_cache, use_cache = True, config.use_cache
@@ -341,13 +339,13 @@ class HfGPTTrainer(Trainer):
                 save_labels(list(config.id2label.values()), folder)
 
     def _save_checkpoint(self, model, trial):
-        """Trainer would resume from a checkpoint that was half written, or damaged since, and deletes by time stamps.
+        """Trainer would resume from an incomplete or damaged checkpoint, and deletes old ones by timestamp.
 
-        Here the checksums of its files, written when all processes have saved theirs, complete a checkpoint.
+        Here a checkpoint is complete once its checksums are written, after all processes have saved their files.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "weights")
+            self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "a weight")
         try:
             with explain_full_disk(folder, self._following()), self._keeping_checkpoints():
                 if self.args.should_save:
@@ -362,10 +360,10 @@ class HfGPTTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         self._remove_old_checkpoints()
-        self.accelerator.wait_for_everyone()  # one that ends now may take the others with it
+        self.accelerator.wait_for_everyone()  # a process that exits now may stop the others
 
     def _finalize_training(self, *args, **kwargs):
-        """Trainer deletes the newest checkpoint, even of a stopped run, if one is to be kept and another is best."""
+        """Trainer deletes the newest checkpoint, even of a stopped run, if the limit is 1 and another one is best."""
         with self._keeping_checkpoints():
             output = super()._finalize_training(*args, **kwargs)
         self._remove_old_checkpoints(finished=self.state.global_step >= self.state.max_steps)
@@ -373,7 +371,7 @@ class HfGPTTrainer(Trainer):
 
     @contextmanager
     def _keeping_checkpoints(self) -> Iterator[None]:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # Trainer then deletes none
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # keeps Trainer from deleting any
         try:
             yield
         finally:
@@ -385,7 +383,7 @@ class HfGPTTrainer(Trainer):
             remove_old_checkpoints(self.args.output_dir, limit, best, keep_newest=not finished)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Trainer takes one step more when it resumes at `max_steps`, as a run stopped after training does."""
+        """Trainer takes an extra step when it resumes at `max_steps`, as does a run that stopped after training."""
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         with _readable(resume_from_checkpoint):
@@ -428,17 +426,17 @@ class HfGPTTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _following(self) -> str:
-        """What to do once there is space again."""
+        """Advice for a full disk."""
         last = find_last_checkpoint(self.args.output_dir)
-        start = f"resumes from {last.name}" if last else "starts anew, as no checkpoint was saved"
-        return f"then run the same command with --resume, which {start}"
+        start = f"resumes from {last.name}" if last else "starts over, since no checkpoint was saved"
+        return f"then rerun the command with --resume, which {start}"
 
 
 def _check_reporters(report_to: str | list[str] | None):
-    """Refuses a tool to report to that is unknown or not installed; transformers would do so when the data is ready.
+    """Checks early that all reporting integrations exist and are installed.
 
     Raises:
-        InputError: Names the tool and the command that installs it.
+        InputError: Names the integration and the command that installs it.
     """
     modules = {"azure_ml": "azureml", "flyte": "flytekit"}
     packages = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
@@ -450,11 +448,11 @@ def _check_reporters(report_to: str | list[str] | None):
         found = [modules.get(name, name), *(["tensorboardX"] if name == "tensorboard" else [])]
         if not any(map(find_spec, found)):
             command = f"pip install {packages.get(name, name)}"
-            raise InputError(f"training.report_to is '{name}', which is not installed: {command}")
+            raise InputError(f"training.report_to is '{name}', which is not installed: run {command}")
 
 
 def _start_worker(start: Callable[[int], None] | None, index: int):
-    """Leaves signals to the main process, which ends its workers."""
+    """Ignores signals in a worker; the main process stops its workers."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if start is not None:
@@ -463,36 +461,28 @@ def _start_worker(start: Callable[[int], None] | None, index: int):
 
 @contextmanager
 def _readable(checkpoint: str | None) -> Iterator[None]:
-    """Turns what torch, safetensors and json raise on a checkpoint that hfgpt did not write into one line."""
+    """Turns errors of torch, safetensors and json on an invalid checkpoint into one line."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, OSError):
-        raise  # of the machine
-    # Files that someone wrote by hand, checksums included, raise whatever their bytes spell.
+        raise  # errors of the machine
+    # Hand-made files, checksums included, can raise anything.
     except Exception as error:
         raise InputError(
-            f"the checkpoint '{checkpoint}' cannot be resumed from ({fact_of(error)}): move it away, and --resume "
-            "takes the one before it"
+            f"cannot resume from the checkpoint '{checkpoint}' ({fact_of(error)}): remove it to resume from the "
+            "previous one"
         ) from error
 
 
 def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What the recipe decides of each group of parameters; the schedule decides its learning rate."""
+    """The settings of each parameter group that come from the recipe; the learning rate comes from the schedule."""
     varying = ("params", "lr", "initial_lr")
     return [{name: value for name, value in group.items() if name not in varying} for group in optimizer.param_groups]
 
 
 def _check_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: list[float]):
-    """Refuses the state of a schedule that gives other learning rates than the recipe's, or none.
-
-    Args:
-        scheduler: As it was loaded.
-        rates: Its learning rates before the schedule scales them, as the recipe has them.
-
-    Raises:
-        ValueError: It does.
-    """
-    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # its rates depend on what was measured
+    """Checks that a loaded schedule gives the learning rates of the recipe; `rates` are its base rates."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # its rates depend on metrics
         return
     if scheduler.base_lrs != rates:
         raise ValueError(f"base_lrs of its schedule is {scheduler.base_lrs!r}, not {rates}")
@@ -505,11 +495,7 @@ def _check_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: list
 
 
 def _check_moments(optimizer: torch.optim.Optimizer):
-    """Refuses a state that does not fit its parameters: Adam's fused kernel reads it without looking at its size.
-
-    Raises:
-        ValueError: It does not.
-    """
+    """Checks the shapes of the optimizer state, which Adam's fused kernel reads without checking."""
     if not isinstance(optimizer, torch.optim.Adam | MuonWithAdamW):
         return
     for parameter, state in optimizer.state.items():
@@ -520,10 +506,10 @@ def _check_moments(optimizer: torch.optim.Optimizer):
 
 
 def _read_state(checkpoint: Path) -> TrainerState:
-    """The state in a checkpoint, which must be of its step."""
+    """The validated trainer state in a checkpoint."""
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     if state.global_step != step_of(checkpoint):
-        raise ValueError(f"trainer_state.json is not that of step {step_of(checkpoint)}")
+        raise ValueError(f"global_step in trainer_state.json is {state.global_step}, not {step_of(checkpoint)}")
     for name in ("logging_steps", "eval_steps", "save_steps", "epoch", "total_flos", "num_input_tokens_seen"):
         value = getattr(state, name)
         if not _is_number(value) or not 0 <= value < math.inf or (value == 0 and name.endswith("_steps")):

@@ -267,7 +267,7 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
             '{"eval_loss": null}',
             r"metrics\.json' is not .*: eval_loss is not a number",
         ),
-        ("metrics.json", '{"eval_judge_scre": 1, "x": 9}', "metrics.json has x, which is not measured"),
+        ("metrics.json", '{"eval_judge_scre": 1, "x": 9}', "metrics.json has x, which is not a metric"),
         ("recipe.yaml", "a: [", r"recipe\.yaml' cannot be read"),
         ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
         ("data_report.json", "{}", r"data_report\.json' .* lacks dropped, rows_kept, rows_read, sha256, splits"),
@@ -436,7 +436,7 @@ def write(name: str, content: bytes):
         ),
         (plant_nan, "have changed since they were saved"),
         (edit_weight, "have changed since they were saved"),
-        (edit_metric, "metrics.json says eval_perplexity 1.5, but the weights give"),
+        (edit_metric, "metrics.json has eval_perplexity 1.5, but the weights give"),
     ],
 )
 def test_what_must_not_leave_is_refused_by_name(hub, run, plant, match):
@@ -662,8 +662,8 @@ def card_of(shown: str) -> str:
 
 def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
     _, shown = send(run / "checkpoint-2", dry_run=True)
-    assert "measured again on the whole validation split" in shown
-    assert "not published  optimizer.pt: training state, for resuming" in shown
+    assert "re-evaluated on the whole validation split" in shown
+    assert "stays here  optimizer.pt: state to resume from" in shown
     card = card_of(shown)
     assert "This is a checkpoint, saved before the end of the run." in card
     assert "| optimizer steps | 2 |" in card
@@ -677,7 +677,7 @@ def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
     assert "The adapter `adapter` was merged into `text` in float32. Over " in card
     assert "## Evaluation" not in card, "nothing was measured on these weights yet"
     _, shown = send(tmp_path / "merged", dry_run=True)
-    assert "measured again on the test split" in shown
+    assert "re-evaluated on the test split" in shown
     measured = json.loads((runs / "adapter" / "metrics.json").read_text())
     assert f"| accuracy | {measured['eval_accuracy']:.2%} |" in card_of(shown)
     assert "A GPT of " in card_of(shown)
@@ -731,12 +731,12 @@ def test_a_row_that_flips_on_another_machine_is_no_forgery(hub, runs, tmp_path, 
     send(folder, "me/x")
     assert json.loads(hub.files("me/x")["metrics.json"])[metric] == measured[metric], "what was measured now"
     (folder / "metrics.json").write_text(json.dumps(measured | {metric: measured[metric] + 2 * row}))
-    with pytest.raises(InputError, match=f"metrics.json says {metric}"):
+    with pytest.raises(InputError, match=f"metrics.json has {metric}"):
         send(folder, "me/x")
 
 
 def test_other_rows_than_were_held_out_are_not_measured(hub, run, tmp_path, trusting):
-    with pytest.raises(InputError, match=r"--data\.validation_fraction would measure other rows"):
+    with pytest.raises(InputError, match=r"--data\.validation_fraction would evaluate other rows"):
         send(run / "checkpoint-2", "me/model", "--data.validation_fraction", "0.9")
 
 
@@ -769,7 +769,7 @@ def test_a_hostile_chat_template_is_not_rendered_by_the_fresh_process(hub, runs,
 
 def test_a_run_that_follows_instructions(hub, runs, trusting):
     _, shown = send(runs / "answers", dry_run=True)
-    assert "measured again on the test split, and found as at the end of the run" in shown
+    assert "re-evaluated on the test split, with the same results as at the end of the run" in shown
     assert "'role': 'user'" in card_of(shown) or '"role": "user"' in card_of(shown)
     assert "- instruct" in card_of(shown)
 
@@ -809,13 +809,13 @@ def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeyp
     train(load_recipe("words.yaml", []), console=Console(file=io.StringIO()))
     monkeypatch.chdir("/")
     _, shown = send(tmp_path / "run", dry_run=True)
-    assert "measured again on the whole validation split" in shown
+    assert "re-evaluated on the whole validation split" in shown
     (tmp_path / "words.txt").write_text("something else")
-    with pytest.raises(InputError, match="is not that of the run"):
+    with pytest.raises(InputError, match="is not the data of the run"):
         send(tmp_path / "run", dry_run=True)
     (tmp_path / "words.txt").unlink()
     _, shown = send(tmp_path / "run", dry_run=True)
-    assert "its metrics are those of the end of the run: its data is no longer at" in shown
+    assert "not re-evaluated, metrics are from the end of the run: the data is no longer at" in shown
     assert re.search(r"with weights of SHA-256 `\w+`, at the end of the run \(20", card_of(shown))
 
 

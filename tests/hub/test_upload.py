@@ -233,7 +233,7 @@ def test_an_adapter_that_could_not_be_published_is_refused_before_training(hub, 
 
 
 def test_trainers_own_pushes_are_refused():
-    with pytest.raises(InputError, match="use the section hub"):
+    with pytest.raises(InputError, match=r"set hub\.repo_id instead"):
         HfGPTTrainingArguments(output_dir="x", push_to_hub=True)
 
 

@@ -107,14 +107,14 @@ def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, 
     assert record["weights_sha256"] == hash_file(folder / "model.safetensors")
     assert record["task"] == "classify"
     for split, rows in (("validation", 6), ("test", 15)):
-        assert f"  warning: the {split} split has only {rows} rows, and metrics on fewer than 100 are" in shown
-    stream = int(re.search(r"first pass: language modelling over (\d+) tokens", shown)[1])
+        assert f"  warning: the {split} split has only {rows} rows, and metrics on fewer than 100" in shown
+    stream = int(re.search(r"first pass: language modelling on (\d+) tokens", shown)[1])
     first, blocks = record["first_pass"], (stream - 1) // 16
     assert 32 < blocks < 48, "three batches of 16, the last one short"
     assert (first["steps"], first["tokens"]) == (5, (4 * 16 + blocks % 16) * 16)
     assert 0 < first["actual"]["training_seconds"] < record["actual"]["total_seconds"]
     assert f"| first pass: tokens seen | {first['tokens']:,} |" in (folder / "README.md").read_text()
-    assert "trained: " in shown
+    assert "trainable: " in shown
     model = AutoModelForSequenceClassification.from_pretrained(folder)
     assert list(model.config.id2label.values()) == LABELS
     report = read(folder / "data_report.json")
@@ -222,7 +222,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     record = read(folder / "run.json")
     assert record["base_weights_sha256"] == hash_file(here / "finished" / "pretrained" / "model.safetensors")
     trained = 2 * 4 * (4 * (32 + 32) + 2 * (32 + 128)) + 3 * 32
-    assert f"trained: {trained:,} of" in shown
+    assert f"trainable: {trained:,} of" in shown
     (folder / "recipe.yaml").chmod(0o444)
     merged = merge("adapter", here / "merged", console=Console(file=io.StringIO()))
     assert merged.difference <= 1e-5

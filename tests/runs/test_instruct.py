@@ -168,7 +168,7 @@ def test_a_base_in_4_bits(here, finished):
     _, shown = run("quantized", *quantized, recipe="based")
     everything = load_model("finished").num_parameters()
     trained = 2 * 2 * (4 * (32 + 32) + 2 * (32 + 128))
-    assert f"trained: {trained:,} of {everything + trained:,} parameters" in shown
+    assert f"trainable: {trained:,} of {everything + trained:,} parameters" in shown
     assert (here / "quantized" / "adapter_model.safetensors").is_file()
     load_model("quantized")
 
@@ -181,7 +181,7 @@ def test_a_base_in_4_bits(here, finished):
             "which leaves no room in the context of 96: shorten it",
         ),
         (["training.trainable=head"], "this model has tied embeddings"),
-        (["training.last_blocks=1"], "training.last_blocks is set: set training.trainable to last_blocks too"),
+        (["training.last_blocks=1"], "training.last_blocks is set: also set training.trainable to last_blocks"),
         (["data.template=chatml"], "data.template is 'chatml'; it must be one of chat, alpaca, phi3"),
         (
             ["data.max_length=5"],
@@ -206,7 +206,9 @@ def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, sta
         return "60"
 
     judge.reply = die
-    with pytest.raises(InputError, match=r"3 of 6 answers have been judged in judged/judgements.jsonl; all else"):
+    with pytest.raises(
+        InputError, match=r"3 of 6 answers have been judged in judged/judgements.jsonl; everything else is saved"
+    ):
         run("judged", *overrides, "training.max_steps=2")
     weights = hash_file(here / "judged" / "model.safetensors")
     assert "eval_exact_match" in read(Path("judged/metrics.json"))

@@ -287,7 +287,7 @@ def test_what_is_shown(finished):
     shown = finished.shown
     parameters = read_json(finished.folder / "run.json")["plan"]["parameters"]
     vocabulary = read_json(finished.folder / "config.json")["vocab_size"]
-    assert f"model: {parameters:,} parameters, context 32, vocabulary {vocabulary}" in shown
+    assert f"model: {parameters:,} parameters, context length 32, vocabulary {vocabulary}" in shown
     assert f"ln {vocabulary} = {math.log(vocabulary):.3f}" in shown
     assert "float32; attention sdpa" in shown
     assert f"validation loss {finished.metrics['eval_loss']:.4f} nats" in shown
@@ -326,8 +326,8 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
     data = prepare(50_000)
     found = len(data.tokenizer)
     assert data.report.warnings == [
-        f"the tokenizer has only {found:,} tokens (tokenizer.vocab_size is 50,000): the training text is too small "
-        "for more"
+        f"the tokenizer has only {found:,} tokens (tokenizer.vocab_size is 50,000): "
+        "the training text is too small for more"
     ]
     assert data.report.warnings[0] in data.report.summary()
     assert prepare(300).report.warnings == []

@@ -70,7 +70,7 @@ def test_where_it_resumes_is_said(stopped, text, whole, train):
 def test_changed_data_is_refused_and_the_record_kept(stopped, text, train):
     before = content(stopped)
     text.write_text(TEXT.replace("hen", "cat"))
-    said = rf"'{text}' has changed since the run in '{stopped}' began: restore it, or start another run"
+    said = rf"'{text}' has changed since the run in '{stopped}' started: restore it, or start a new run"
     with pytest.raises(InputError, match=said):
         train(stopped, f"data.path={text}", resume=True)
     assert content(stopped) == before
@@ -82,7 +82,7 @@ def test_a_changed_tokenizer_is_refused(stopped, text, train):
     vocabulary = tokens["model"]["vocab"]
     vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
     file.write_text(json.dumps(tokens))
-    with pytest.raises(InputError, match=rf"the tokenizer in '{stopped}' has changed since its run began"):
+    with pytest.raises(InputError, match=rf"the tokenizer in '{stopped}' has changed since its run started"):
         train(stopped, f"data.path={text}", resume=True)
 
 
@@ -100,15 +100,15 @@ BEGAN = {
 @pytest.mark.parametrize(
     ("began", "now", "said"),
     [
-        ({}, {"base_weights_sha256": "4"}, "the weights of 'me/base' have changed since the run in 'r' began"),
+        ({}, {"base_weights_sha256": "4"}, "the weights of 'me/base' have changed since the run in 'r' started"),
         (
             {},
             {"precision": "bfloat16, mixed"},
-            "began in float32, and would continue in bfloat16, mixed: pass --training.bf16 false",
+            "started in float32, but would continue in bfloat16, mixed: pass --training.bf16 false",
         ),
         ({"precision": "bfloat16, mixed"}, {"precision": "float32"}, "pass --training.bf16 true"),
         ({"precision": "float16, mixed"}, {"precision": "float32"}, "pass --training.fp16 true"),
-        ({}, {"processes": 1}, "began on 2 processes, and would continue on 1: start as many"),
+        ({}, {"processes": 1}, "is 1, but was 2 when the run in 'r' started: use the same"),
     ],
 )
 def test_what_a_run_began_with_is_compared(began, now, said):
@@ -147,7 +147,7 @@ def test_what_a_killed_process_left_is_gone_after_resuming(stopped, text, whole,
     (stopped / ".staging-x1" / "model.safetensors").write_bytes(b"half")
     (stopped / ".run.json.77.tmp").touch()
     run = train(stopped, f"data.path={text}", resume=True)
-    assert f"{stopped}/checkpoint-8 is incomplete: the run was stopped while saving it" in run.shown
+    assert f"{stopped}/checkpoint-8 is incomplete: the run stopped while saving it" in run.shown
     assert content(stopped).keys() == content(whole.folder).keys() - {"loss.png"}
     assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
 
@@ -215,7 +215,7 @@ def test_a_trainer_state_of_wrong_types_is_one_line(name, value, stopped, text, 
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     (checkpoint / "trainer_state.json").write_text(json.dumps(state | {name: value}))
     write_checksums(checkpoint)
-    with pytest.raises(InputError, match=r"checkpoint-6' cannot be resumed from \(.*\): move it away") as error:
+    with pytest.raises(InputError, match=r"checkpoint-6' \(.*\): remove it to resume from the previous") as error:
         train(stopped, f"data.path={text}", resume=True)
     assert "\n" not in str(error.value)
 
@@ -227,7 +227,7 @@ def test_an_optimizer_with_other_settings_than_the_recipe_is_refused(name, value
     state["param_groups"][0][name] = value
     torch.save(state, checkpoint / "optimizer.pt")
     write_checksums(checkpoint)
-    with pytest.raises(InputError, match=rf"checkpoint-6' cannot be resumed from \({name} of its optimizer is "):
+    with pytest.raises(InputError, match=rf"checkpoint-6' \({name} of its optimizer is "):
         train(stopped, f"data.path={text}", resume=True)
 
 
@@ -245,7 +245,7 @@ def test_a_schedule_with_other_rates_than_the_recipe_is_refused(name, value, sto
         state[name] = value
     torch.save(state, file)
     write_checksums(checkpoint)
-    with pytest.raises(InputError, match=r"checkpoint-6' cannot be resumed from \(.*\): move it away"):
+    with pytest.raises(InputError, match=r"checkpoint-6' \(.*\): remove it to resume from the previous"):
         train(stopped, f"data.path={text}", resume=True)
 
 
@@ -280,7 +280,7 @@ def test_moments_of_another_shape_are_refused_before_a_kernel_reads_past_them(na
     state[name] = state[name].reshape(-1)[:1].expand(2)
     torch.save(content, checkpoint / "optimizer.pt")
     write_checksums(checkpoint)
-    said = rf"checkpoint-4' cannot be resumed from \({name} of its optimizer has the shape \(2,\), not \("
+    said = rf"checkpoint-4' \({name} of its optimizer has the shape \(2,\), not \("
     with pytest.raises(InputError, match=said):
         train(tmp_path / "run", *overrides, resume=True)
 
@@ -316,7 +316,7 @@ def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path,
 
 def test_a_run_without_its_record_is_not_resumed(stopped, text, train):
     (stopped / "run.json").unlink()
-    with pytest.raises(InputError, match=r"has no run.json, which says what the run began with"):
+    with pytest.raises(InputError, match=r"has no run.json, which resuming needs"):
         train(stopped, f"data.path={text}", resume=True)
 
 
@@ -390,7 +390,7 @@ def test_a_run_goes_further_where_the_learning_rate_does_not_depend_on_its_end(t
         train(short, *CONSTANT, "training.max_steps=9")
     with pytest.raises(InputError, match=r"is finished: there is nothing to resume; to train it further, pass"):
         train(short, *CONSTANT, "training.max_steps=5", resume=True)
-    with pytest.raises(InputError, match=r"training.max_steps is 4, but was 5 when the run in .* began: use the"):
+    with pytest.raises(InputError, match=r"training.max_steps is 4, but was 5 when the run in .* started: use the"):
         train(short, *CONSTANT, "training.max_steps=4", resume=True)
     run = train(short, *CONSTANT, "training.max_steps=9", resume=True)
     assert "resuming from checkpoint-5: step 5 of 9" in run.shown
@@ -400,9 +400,9 @@ def test_a_run_goes_further_where_the_learning_rate_does_not_depend_on_its_end(t
 
 def test_elsewhere_the_way_to_train_longer_is_said(stopped, text, whole, train):
     said = (
-        rf"training.max_steps is 90, but was unset when the run in '{stopped}' began, on which its learning-rate "
-        rf"schedule \(linear\) depends; to train it further, start a new run from its weights with --model.path "
-        rf"{stopped}/checkpoint-6, another --training.output_dir and a recipe without the sizes of the model"
+        rf"training.max_steps is 90, but was unset when the run in '{stopped}' started, and its learning-rate "
+        rf"schedule \(linear\) depends on it; to train it further, start a new run from its weights with --model.path "
+        rf"{stopped}/checkpoint-6, another --training.output_dir, and a recipe without model sizes"
     )
     with pytest.raises(InputError, match=said):
         train(stopped, f"data.path={text}", "training.max_steps=90", resume=True)

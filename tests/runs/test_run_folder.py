@@ -170,13 +170,13 @@ def test_the_readme_says_what_was_measured(finished, monkeypatch):
 
 def test_an_occupied_folder_is_refused(finished, load, train, tmp_path):
     before = content(finished.folder)
-    with pytest.raises(InputError, match=r"already holds a finished run: choose another .* with --model.path '?/"):
+    with pytest.raises(InputError, match=r"already contains a finished run: choose another .* with --model.path '?/"):
         train(finished.folder)
     assert content(finished.folder) == before
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(InputError, match=r"already holds other files \(thesis.txt, ...\)"):
+    with pytest.raises(InputError, match=r"already contains other files \(thesis.txt, ...\)"):
         train(tmp_path)
-    with pytest.raises(InputError, match=r"thesis\.txt' is a file: choose a folder"):
+    with pytest.raises(InputError, match=r"thesis\.txt' is a file: choose another path"):
         train(tmp_path / "thesis.txt")
     assert os.listdir(tmp_path) == ["thesis.txt"]
     (tmp_path / "empty").mkdir()
@@ -200,7 +200,7 @@ def stopped(finished, load, tmp_path):
 
 def test_resume_takes_the_last_whole_checkpoint(stopped, load):
     assert check_run_folder(load(stopped), resume=True) == stopped / "checkpoint-4"
-    with pytest.raises(InputError, match="already holds an unfinished run: pass --resume to continue it"):
+    with pytest.raises(InputError, match="already contains an unfinished run: pass --resume to continue it"):
         check_run_folder(load(stopped), resume=False)
 
 
@@ -210,7 +210,7 @@ def test_resume_takes_the_last_whole_checkpoint(stopped, load):
 )
 def test_resume_of_another_recipe_names_the_key_and_both_values(override, stopped, load):
     key, _, value = override.partition("=")
-    said = rf"{re.escape(key)} is '?{value}'?, but was .* when the run in '.*' began: use the same recipe"
+    said = rf"{re.escape(key)} is '?{value}'?, but was .* when the run in '.*' started: use the same recipe"
     with pytest.raises(InputError, match=said):
         check_run_folder(load(stopped, override), resume=True)
 
@@ -265,7 +265,7 @@ def test_a_folder_is_held_by_one_process_until_it_ends_or_dies(load, train, tmp_
     try:
         assert holder.stdout.readline() == "held\n"
         for resume in (False, True):
-            with pytest.raises(InputError, match=rf"another process is training into '{folder}': wait"):
+            with pytest.raises(InputError, match=rf"another process is training in '{folder}': wait"):
                 train(folder, resume=resume)
         assert list(folder.iterdir()) == []
     finally:

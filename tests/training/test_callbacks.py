@@ -186,7 +186,7 @@ def test_first_interrupt_saves_and_stops_the_second_ends_at_once(number):
         control = callback.on_step_end(None, state_at(3), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (False, False)
         signal.raise_signal(number)
-        assert "a second signal stops at once" in console.file.getvalue()
+        assert "a second signal stops immediately" in console.file.getvalue()
         control = callback.on_step_end(None, state_at(4), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (True, True)
         # The loss since the last logging step would be lost: Trainer keeps it in no checkpoint.

@@ -216,8 +216,8 @@ def test_non_finite_values_are_seen_when_logged(make_model, make_blocks, make_tr
     trainer.state.global_step = 5
     trainer.log({"loss": 1.0, "grad_norm": 2.0})
     trainer.state.global_step = 10
-    for name in ("loss", "grad_norm"):
-        with pytest.raises(InputError, match=rf"^the {name} is nan between steps 6 and 10\b"):
+    for name, said in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        with pytest.raises(InputError, match=rf"^the {said} is nan between steps 6 and 10\b"):
             trainer.log({"loss": 1.0, name: math.nan})
 
 
@@ -245,7 +245,7 @@ def test_a_step_that_the_gradient_scaler_skips_is_legal(make_model, make_blocks,
 def test_steps_skipped_until_the_loss_is_no_longer_scaled_up_end_the_run(make_model, make_blocks, make_trainer):
     trainer = make_trainer(make_model(), make_blocks(300), max_steps=6, per_device_train_batch_size=2)
     overflow_at(trainer, {2, 3, 4, 5})
-    with pytest.raises(InputError, match=r"^the grad_norm is (inf|nan) between steps 4 and 4\b"):
+    with pytest.raises(InputError, match=r"^the gradient norm is (inf|nan) between steps 4 and 4\b"):
         trainer.train()
 
 
@@ -326,7 +326,7 @@ def test_failed_checkpoint_leaves_no_part(cause, make_model, make_blocks, make_t
     with pytest.raises(KeyboardInterrupt if cause == "Ctrl-C" else InputError) as stop:
         trainer.train()
     if cause != "Ctrl-C":
-        following = "free some, then run the same command with --resume, which resumes from checkpoint-2"
+        following = "free some, then rerun the command with --resume, which resumes from checkpoint-2"
         assert str(stop.value) == f"no space left on the disk of '{output_dir / 'checkpoint-4'}': {following}"
     assert [path.name for path in output_dir.iterdir()] == ["checkpoint-2"]
     assert find_last_checkpoint(output_dir) == output_dir / "checkpoint-2"
@@ -340,17 +340,17 @@ def test_a_full_disk_at_the_first_checkpoint_has_no_other_to_resume_from(
 
     trainer = make_trainer(make_model(), make_blocks(200), max_steps=2, save_strategy="steps", save_steps=1)
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
-    with pytest.raises(InputError, match=r"--resume, which starts anew, as no checkpoint was saved$"):
+    with pytest.raises(InputError, match=r"--resume, which starts over, since no checkpoint was saved$"):
         trainer.train()
 
 
 @pytest.mark.parametrize(
     ("report_to", "message"),
     [
-        ("tensorboard", "training.report_to is 'tensorboard', which is not installed: pip install tensorboard"),
-        (["wandb"], "training.report_to is 'wandb', which is not installed: pip install wandb"),
-        (["none", "comet_ml"], "training.report_to is 'comet_ml', which is not installed: pip install comet-ml"),
-        ("azure_ml", "training.report_to is 'azure_ml', which is not installed: pip install azureml-sdk"),
+        ("tensorboard", "training.report_to is 'tensorboard', which is not installed: run pip install tensorboard"),
+        (["wandb"], "training.report_to is 'wandb', which is not installed: run pip install wandb"),
+        (["none", "comet_ml"], "training.report_to is 'comet_ml', which is not installed: run pip install comet-ml"),
+        ("azure_ml", "training.report_to is 'azure_ml', which is not installed: run pip install azureml-sdk"),
         ("tensorbord", "training.report_to is 'tensorbord'; it must be one of azure_ml, comet_ml, "),
     ],
 )
