@@ -526,7 +526,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         (f"{TRAIN} --data.path runs", "data.path 'runs' mixes kinds of files, "),
         (f"{TRAIN} --data.validation_fraction 0", "is 0.0, it must be above 0 and below 1: try 0.1"),
-        (f"{TRAIN} --data.validation_fraction 1e-9", "the validation split of stories.txt has 1 tokens, one block"),
+        (f"{TRAIN} --data.validation_fraction 1e-9", "the validation split of stories.txt has 1 token, one block"),
         (f"{TRAIN} --data.validation_split dev", "data.validation_split is 'dev' but data.path 'stories.txt' is one"),
         (f"{TRAIN} --tokenizer.kind bpe --tokenizer.vocab_size 9", "bpe needs at least 257 on this text"),
     ],

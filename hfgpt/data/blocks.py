@@ -7,7 +7,7 @@ is lost.
 import numpy as np
 import torch
 
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 
@@ -59,7 +59,7 @@ class BlockDataset(torch.utils.data.Dataset):
         needed = 2 if keep_tail else block_size + 1
         if len(stream) < needed:
             remedy = "add text" if keep_tail else "lower data.block_size or add text"
-            raise InputError(f"{name} has {len(stream)} tokens, one block needs {needed}: {remedy}")
+            raise InputError(f"{name} has {counted(len(stream), 'tokens')}, one block needs {needed}: {remedy}")
         self.stream = stream
         self.block_size = min(block_size, len(stream) - 1)
         self.stride = stride

@@ -15,7 +15,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.cache import progress_bar
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
 from hfgpt.data.splits import count_texts, divide_texts, take
 from hfgpt.errors import InputError
@@ -275,8 +275,8 @@ def _divide(rows: list[Row], fractions: dict[str, float], seed: int, path: str) 
     for label, texts in _by_label(rows).items():
         if fractions and len(set(texts)) <= len(fractions):
             raise InputError(
-                f"the label '{label}' of data.path {path!r} has {len(set(texts))} different texts, too few for "
-                f"{len(fractions) + 1} splits: add rows, or drop them"
+                f"the label '{label}' of data.path {path!r} has {counted(len(set(texts)), 'different texts')}, too "
+                f"few for {len(fractions) + 1} splits: add rows, or drop them"
             )
         split_of |= divide_texts(texts, fractions, seed)
     return {split: [row for row in rows if split_of[row["text"]] == split] for split in ("train", *fractions)}

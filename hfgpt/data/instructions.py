@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.cache import progress_bar
 from hfgpt.data.collators import IGNORED
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.rows import Reading, Row, SourceArguments, is_unicode, open_rows
 from hfgpt.data.splits import divide_texts
 from hfgpt.data.templates import encode_chat, write_inputs
@@ -110,8 +110,8 @@ def load_conversations(
     if len(different) <= len(missing):
         prompts = "" if len(different) == len(rows["train"]) else f" to {len(different)} different prompts"
         raise InputError(
-            f"data.path {arguments.path!r} has {len(rows['train'])} rows with an answer{prompts} ({report.reasons}), "
-            f"too few for {len(missing) + 1} splits: add rows"
+            f"data.path {arguments.path!r} has {counted(len(rows['train']), 'rows')} with an answer{prompts} "
+            f"({report.reasons}), too few for {len(missing) + 1} splits: add rows"
         )
     if empty := [split for split, found in rows.items() if not found]:
         raise InputError(
@@ -359,7 +359,7 @@ def _divide(
         if start < 1:
             raise InputError(
                 f"data.{' and data.'.join(f'{split}_fraction' for split in fractions)} leave none of "
-                f"{len(conversations)} rows to train on: lower them, or add rows"
+                f"{counted(len(conversations), 'rows')} to train on: lower them, or add rows"
             )
         divided = {"train": conversations[:start]}
         for split in sorted(sizes):  # test before validation

@@ -126,8 +126,8 @@ class DataReport(Record):
         count = split.predicted_tokens if unit == "tokens" else split.documents
         if count < FEWEST[unit]:
             self.warnings.append(
-                f"the {name} split has {count:,} {unit} to measure on; the figures of fewer than {FEWEST[unit]:,} say "
-                f"little: add data, or raise data.{name}_fraction where it divides them"
+                f"the {name} split has {counted(count, unit)} to measure on; the figures of fewer than "
+                f"{FEWEST[unit]:,} say little: add data, or raise data.{name}_fraction where it divides them"
             )
 
     def summary(self) -> str:

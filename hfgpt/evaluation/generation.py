@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from hfgpt.data.report import counted
 from hfgpt.errors import InputError, make_visible
 
 
@@ -89,16 +90,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
             "some text"
         )
     ids = ids or [tokenizer.eos_token_id]
-    size = f"{len(ids)} token{'s' * (len(ids) != 1)}"
+    size = counted(len(ids), "tokens")
     if len(ids) >= context:
         raise InputError(
             f"the prompt has {size}, and the context of {context} has to hold at least one more: shorten "
-            f"it to at most {context - 1} tokens"
+            f"it to at most {counted(context - 1, 'tokens')}"
         )
     if len(ids) + max_new_tokens > context:
         raise InputError(
             f"the prompt has {size} and {max_new_tokens} more were asked for, but the context is "
-            f"{context}: ask for at most {context - len(ids)} new tokens, or shorten the prompt"
+            f"{context}: ask for at most {counted(context - len(ids), 'new tokens')}, or shorten the prompt"
         )
     return ids
 

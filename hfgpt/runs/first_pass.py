@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hfgpt.building import DROPOUTS, ModelArguments, build_model, find_base_model
 from hfgpt.data.blocks import BlockDataset
+from hfgpt.data.report import counted
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
@@ -40,8 +41,9 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
     model, arguments = build_language_model(recipe, tokenizer), build_arguments(recipe)
     estimate = plan_run(model, arguments, blocks.block_size, len(blocks), seconds=0.5)
     console.print(
-        f"first pass: language modelling over {len(blocks.stream):,} tokens of training texts; {estimate.steps:,} "
-        f"steps of {estimate.tokens_per_step:,} tokens each, about {estimate.seconds:,.0f} s",
+        f"first pass: language modelling over {len(blocks.stream):,} tokens of training texts; "
+        f"{counted(estimate.steps, 'steps')} of {estimate.tokens_per_step:,} tokens each, about "
+        f"{estimate.seconds:,.0f} s",
         highlight=False,
     )
     trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)

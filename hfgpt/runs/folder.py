@@ -225,8 +225,8 @@ def check_same_sources(folder: Path, before: RunRecord, now: RunRecord):
         )
     if "processes" in changed:
         raise InputError(
-            f"the run in '{folder}' began on {before.processes} processes, and would continue on "
-            f"{now.processes}: start as many, {anew}"
+            f"the run in '{folder}' began on {before.processes} process{'es' * (before.processes != 1)}, and would "
+            f"continue on {now.processes}: start as many, {anew}"
         )
 
 

@@ -23,7 +23,7 @@ from hfgpt.data.instructions import (
     load_conversations,
     pack_rows,
 )
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.templates import BEFORE_INPUT, render_letters, set_chat_template, write_inputs
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments
@@ -159,10 +159,10 @@ class Instructions:
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
         text = f"on the test split loss {metrics['eval_loss']:.4f} nats, perplexity {metrics['eval_perplexity']:.2f} "
-        text += f"over {metrics['eval_tokens']:,} tokens of answers"
+        text += f"over {counted(metrics['eval_tokens'], 'tokens')} of answers"
         if "eval_exact_match" in metrics:
             text += (
-                f"; exact match {metrics['eval_exact_match']:.2%} of {metrics['eval_answers']:,} answers, "
+                f"; exact match {metrics['eval_exact_match']:.2%} of {counted(metrics['eval_answers'], 'answers')}, "
                 f"{metrics['eval_normalised_match']:.2%} ignoring case, punctuation and articles"
             )
         if "eval_judge_score" in metrics:
@@ -197,14 +197,14 @@ def measure_answers(
         before: Metrics that come first.
     """
     chosen = conversations[: evaluation.max_answers]
-    with console.status(f"answering {len(chosen):,} test rows"):
+    with console.status(f"answering {counted(len(chosen), 'test rows')}"):
         answers = generate_answers(model, tokenizer, chosen, evaluation.max_new_tokens, evaluation.batch_size)
-    counted = flips(len(answers))
-    allowed = dict.fromkeys(("eval_exact_match", "eval_normalised_match"), counted / len(answers))
-    allowed["eval_unfinished_answers"] = counted
+    flipped = flips(len(answers))
+    allowed = dict.fromkeys(("eval_exact_match", "eval_normalised_match"), flipped / len(answers))
+    allowed["eval_unfinished_answers"] = flipped
 
     def judge(folder: Path) -> dict[str, Any]:
-        with console.status(f"{evaluation.judge.model} judges {len(answers):,} answers"):
+        with console.status(f"{evaluation.judge.model} judges {counted(len(answers), 'answers')}"):
             scores = judge_answers(answers, evaluation.judge, folder / JUDGEMENTS_FILE)
         return {f"eval_{name}": value for name, value in scores.items()}
 

@@ -392,7 +392,7 @@ def test_blocks_are_batched_by_transformers_and_travel_to_workers(kept_documents
     ("tokens", "arguments", "message"),
     [
         (37, {"block_size": 64}, "validation has 37 tokens, one block needs 65: lower data.block_size or add text"),
-        (1, {"block_size": 64, "keep_tail": True}, "validation has 1 tokens, one block needs 2: add text"),
+        (1, {"block_size": 64, "keep_tail": True}, "validation has 1 token, one block needs 2: add text"),
         (9, {"block_size": 0}, "data.block_size is 0, the least is 1"),
         (9, {"block_size": 3, "stride": 0}, "data.stride is 0, the least is 1"),
         (9, {"block_size": 3, "stride": 0, "keep_tail": True}, "evaluation.stride is 0, the least is 1"),
