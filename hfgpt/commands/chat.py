@@ -228,8 +228,12 @@ def describe_training(path: str, tokenizer: PreTrainedTokenizerBase) -> str | No
 
 def _ask(console: Console | None, read: Callable[[str], str] = input) -> Iterator[str]:
     """The lines of a user, or, without a console, of standard input."""
+    interrupted = False
     while True:
         try:
+            if interrupted:  # another Ctrl-C meanwhile is as good as this one
+                console.print(f"\n{QUIT}", style="dim")
+                interrupted = False
             yield read("> " if console else "")
         except EOFError:
             if console:
@@ -238,4 +242,4 @@ def _ask(console: Console | None, read: Callable[[str], str] = input) -> Iterato
         except KeyboardInterrupt:
             if not console:
                 raise
-            console.print(f"\n{QUIT}", style="dim")
+            interrupted = True

@@ -1,5 +1,6 @@
 """`hfgpt plan`: what a recipe will cost, before anything is spent."""
 
+from hfgpt.data.report import counted
 from hfgpt.output import output_width, render_pairs
 from hfgpt.recipe import Recipe
 from hfgpt.runs.first_pass import build_blocks, plan_first_pass
@@ -50,7 +51,7 @@ def render_plan(estimate: Estimate) -> str:
     if not estimate.process_bytes:  # an accelerator
         rows[5:7] = [("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB on the device, excluding its context")]
     if first := estimate.first_pass:
-        steps = f"{first.steps:,} steps of {first.tokens_per_step:,} tokens each"
+        steps = f"{counted(first.steps, 'steps')} of {first.tokens_per_step:,} tokens each"
         rows.insert(-6, ("first pass", f"{steps}, {_duration(first.seconds)}, {first.memory_bytes / mib:,.1f} MiB"))
     return render_pairs(rows, output_width())
 

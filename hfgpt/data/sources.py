@@ -23,7 +23,7 @@ from datasets import Value
 
 from hfgpt.data.cache import cache_folder, map_rows, read_kept, remove_abandoned
 from hfgpt.data.files import hash_files, wrong_column
-from hfgpt.data.report import DataReport, SplitReport
+from hfgpt.data.report import DataReport, SplitReport, counted
 from hfgpt.data.rows import Reading, Source, SourceArguments, find_source_splits, is_unicode
 from hfgpt.data.splits import divide, seeded_digest
 from hfgpt.errors import InputError
@@ -317,8 +317,8 @@ def _cut_document(texts: _Texts, arguments: DataArguments, report: DataReport) -
     for name, start, stop in (("train", 0, cut), ("validation", cut, size)):
         if start == stop:
             raise InputError(
-                f"data.validation_fraction {arguments.validation_fraction} of one document of {size} characters "
-                f"leaves the {name} split empty: add text or change the fraction"
+                f"data.validation_fraction {arguments.validation_fraction} of one document of "
+                f"{counted(size, 'characters')} leaves the {name} split empty: add text or change the fraction"
             )
         where = {"start": start, "stop": stop}
         part = map_rows(texts.dataset, _cut, {"text": Value("string")}, where, "Dividing")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from hfgpt.data.report import counted
 from hfgpt.errors import InputError, make_visible
 
 
@@ -87,7 +88,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
     if not ids and tokenizer.eos_token_id is None:
         raise InputError("an empty prompt needs an end-of-text token, which this tokenizer does not have: give a text")
     ids = ids or [tokenizer.eos_token_id]
-    size = f"{len(ids)} token{'s' * (len(ids) != 1)}"
+    size = counted(len(ids), "tokens")
     if len(ids) >= context:
         raise InputError(
             f"the prompt has {size}, which leaves no room in the context of {context}: shorten it to at most "

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hfgpt.adapters import trainable_parameters
+from hfgpt.data.report import counted
 from hfgpt.recipe import Recipe
 from hfgpt.runs.training import Training
 from hfgpt.saving import quote_path
@@ -36,8 +37,8 @@ def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate:
     lines = [
         data.summary(),
         f"model: {everything:,} parameters, context length {model.config.max_position_embeddings}, {kind}; "
-        f"{model.config.num_hidden_layers} layers, {model.config.num_attention_heads} heads, hidden size "
-        f"{model.config.hidden_size}",
+        f"{counted(model.config.num_hidden_layers, 'layers')}, {counted(model.config.num_attention_heads, 'heads')}, "
+        f"hidden size {model.config.hidden_size}",
         f"trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
         f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",

@@ -21,7 +21,7 @@ from hfgpt.data.classification import (
     load_labelled_texts,
 )
 from hfgpt.data.collators import padding_collator, sorted_by_length
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.errors import InputError
 from hfgpt.evaluation import ClassifierEvaluationArguments
 from hfgpt.evaluation.classification import (
@@ -167,7 +167,7 @@ class Classification:
         return (
             f"test accuracy {metrics['eval_accuracy']:.2%} (95% interval {metrics['eval_accuracy_low']:.2%} to "
             f"{metrics['eval_accuracy_high']:.2%}), macro F1 {metrics['eval_macro_f1']:.4f} over "
-            f"{metrics['eval_rows']:,} rows" + (f"; baselines: {', '.join(compared)}" if compared else "")
+            f"{counted(metrics['eval_rows'], 'rows')}" + (f"; baselines: {', '.join(compared)}" if compared else "")
         )
 
     def following(self, folder: str) -> str:

@@ -20,7 +20,7 @@ from transformers import (
 
 from hfgpt.building import find_base_model
 from hfgpt.data.blocks import BlockDataset, count_blocks
-from hfgpt.data.report import DataReport
+from hfgpt.data.report import DataReport, counted
 from hfgpt.data.sources import DataArguments, load_all_documents, load_documents, shorten
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
@@ -143,7 +143,7 @@ class Pretraining:
         measured = f"{unknown:,} of them unknown" if unknown else f"{metrics['eval_bits_per_byte']:.3f} bits per byte"
         return (
             f"validation loss {metrics['eval_loss']:.4f} nats per token, perplexity {metrics['eval_perplexity']:.2f} "
-            f"over {metrics['eval_tokens']:,} tokens, {measured}"
+            f"over {counted(metrics['eval_tokens'], 'tokens')}, {measured}"
         )
 
     def following(self, folder: str) -> str:
