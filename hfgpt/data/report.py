@@ -146,6 +146,9 @@ class DataReport(Record):
         for name, split in self.splits.items():
             counts = dataclasses.asdict(split)
             labels = counts.pop("labels").items()
+            # Only the texts of pre-training are documents; labelled texts and conversations are rows.
+            rows = "documents" if split.characters and not labels else "rows"
+            counts = {rows: counts.pop("documents"), **counts}
             sizes = [counted(size, what.replace("_", " ")) for what, size in counts.items() if size]
             sizes += [f"{size:,} {label}" for label, size in labels if size]
             lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")

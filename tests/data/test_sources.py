@@ -583,7 +583,10 @@ def test_the_report_is_written_whole(tmp_path):
     report = DataReport(source="a.txt", rows_read=3)
     report.drop("empty", 2)
     report.split("train").documents = 1
+    report.split("train").characters = 7
     report.write(tmp_path)
     assert json.loads((tmp_path / "data_report.json").read_text()) == report.to_dict()
     assert [item.name for item in tmp_path.iterdir()] == ["data_report.json"]
-    assert report.summary() == "a.txt: 3 rows read, 0 kept\n  dropped 2: empty\n  train: 1 document"
+    assert report.summary() == "a.txt: 3 rows read, 0 kept\n  dropped 2: empty\n  train: 1 document, 7 characters"
+    report.split("train").labels = {"a": 1}
+    assert report.summary().endswith("  train: 1 row, 7 characters, 1 a")
