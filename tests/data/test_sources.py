@@ -181,7 +181,7 @@ def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
         ("a.txt", b"abc\0def", "a.txt is not text: byte 3 is NUL"),
         ("a.txt", b"caf\xe9 noir", "a.txt is not valid UTF-8: byte 0xe9 at offset 3; convert it to UTF-8"),
         ("a.txt.gz", gzip.compress(b"caf\xe9 noir", mtime=0), "byte 0xe9 at offset 3"),
-        ("a.txt", b"x", "one document of 1 characters leaves the train split empty"),
+        ("a.txt", b"x", "one document of 1 character leaves the train split empty"),
         ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], "is truncated .gz data"),
         ("a.txt.zst", zstandard.compress(b"abc" * 99)[:-5], "is truncated .zst data"),
         ("a.txt.gz", b"plain", "is not valid .gz"),
