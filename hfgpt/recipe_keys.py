@@ -1,7 +1,7 @@
-"""The keys of a recipe, and what is wrong with the keys that a user wrote, without importing torch.
+"""The keys of a recipe, and errors for unknown keys, without importing torch.
 
-Importing the dataclasses of the sections takes seconds, most of them for torch, so their fields are read from the
-source. A typo is then reported at once.
+Importing the dataclasses of the sections takes seconds, mostly for torch, so their fields are read from the source
+code. Typos are thus reported immediately.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import Any
 
 from hfgpt.errors import InputError
 
-# Name of a key -> the keys within it, or None for one that holds a value.
+# Key -> nested keys, or None if it has a value.
 Keys = dict[str, dict | None]
 
 
@@ -41,7 +41,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "evaluation.AnswerEvaluationArguments",
     ),
 }
-# What other libraries, and people, call these keys, where no similar spelling leads to them.
+# Other common names of keys that are too different for fuzzy matching.
 NICKNAMES = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -58,19 +58,19 @@ NICKNAMES = {
 
 
 def section_keys(task: str, sections: Sequence[str] | None = None) -> dict[str, Keys]:
-    """The keys of the sections of a task, or of some of them."""
+    """The keys of all or some sections of a task."""
     return {name: _read_fields(*SECTIONS[task][name].rsplit(".", 1)) for name in sections or SECTIONS[task]}
 
 
 @functools.cache
 def _read_fields(module: str, name: str) -> Keys:
-    """The fields of a dataclass and of its bases, from their source."""
+    """The fields of a dataclass and its base classes, from their source code."""
     package, *inner = module.split(".")
     place = Path(importlib.util.find_spec(package).submodule_search_locations[0], *inner)
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     tree = ast.parse(file.read_text(encoding="utf-8"))
     kind = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
-    if kind is None:  # it is imported there
+    if kind is None:  # imported from another module
         imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
         origin = next(node for node in imports if name in (alias.name for alias in node.names))
         return _read_fields(f"{module}.{origin.module}" if origin.level else origin.module, name)
@@ -85,7 +85,7 @@ def _read_fields(module: str, name: str) -> Keys:
 
 
 def find_unknown(tree: dict[str, Any], sections: dict[str, Keys | None]) -> Iterator[tuple[str, str]]:
-    """Keys and sections that do not exist, and values where keys should be: each with what is wrong with it."""
+    """Unknown sections and keys, and values where a section is expected, each with an error message."""
     for section, content in tree.items():
         if section not in sections:
             yield str(section), _unknown_section(str(section), sections)
@@ -106,10 +106,10 @@ def _find_unknown_in(section: str, content: Any, keys: Keys) -> Iterator[tuple[s
 
 
 def check_overrides(overrides: Sequence[str], sections: dict[str, Keys | None]):
-    """Refuses `--section.key` on the command line where there is no such section or key.
+    """Checks that the sections and keys of `--section.key` overrides exist.
 
     Raises:
-        InputError: Names the nearest one that there is.
+        InputError: Unknown section or key, with a suggestion.
     """
     for override in overrides:
         if not override.startswith("--"):
@@ -124,7 +124,7 @@ def check_overrides(overrides: Sequence[str], sections: dict[str, Keys | None]):
             path = f"{path}.{names[0]}"
             keys = keys[names.pop(0)]
         if keys is not None:
-            raise InputError(f"--{path} is a section: name one of its keys, as in --{path}.key value")
+            raise InputError(f"--{path} is a section: set one of its keys, as in --{path}.key value")
 
 
 def _unknown_section(section: str, sections: dict[str, Any]) -> str:
@@ -138,7 +138,7 @@ def _unknown_key(name: str, section: str, keys: Keys) -> str:
 
 
 def suggest(name: str, names: Sequence[str], most: int = 11) -> str:
-    """The nearest of some names, as the end of a sentence, or all of them if they are few."""
+    """A suggestion to append to an error: the most similar name, or all names if there are few."""
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return (
         f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) <= most else ""
