@@ -239,7 +239,7 @@ def test_a_damaged_adapter_and_a_base_that_is_gone(base, adapter, tmp_path):
     with pytest.raises(InputError, match=r"the adapter '.*json' cannot be read"):
         load_model(str(tmp_path / "json"))
     shutil.rmtree(base)
-    with pytest.raises(InputError, match=r"the base model of the adapter '.*adapter' is not at '.*base': put it back"):
+    with pytest.raises(InputError, match=r"the base model of the adapter '.*adapter' is not at '.*base': restore it"):
         load_model(str(adapter))
 
 
@@ -324,7 +324,7 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
         loaded = auto_class.from_pretrained(tmp_path / "adapter", id2label=names)
         assert torch.equal(logits_of(loaded), apart)
         assert loaded.config.id2label == names
-    with pytest.raises(InputError, match="is the adapter of a classifier, not of a language model"):
+    with pytest.raises(InputError, match="is an adapter for a classifier, not for a language model"):
         load_model(str(tmp_path / "adapter"))
 
 

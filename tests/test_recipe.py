@@ -262,7 +262,8 @@ LOADED = "model: {path: x}\ntokenizer: {kind: char}\n"
         (
             LOADED,
             [],
-            "r.yaml, line 2: tokenizer.kind is 'char', but the tokenizer is loaded from model.path: remove one of them",
+            "r.yaml, line 2: tokenizer.kind is 'char', but the tokenizer is loaded from model.path: remove one of "
+            "them",
         ),
         (
             LOADED,
@@ -272,8 +273,8 @@ LOADED = "model: {path: x}\ntokenizer: {kind: char}\n"
         (
             "tokenizer: {path: y, vocab_size: 9}\n",
             [],
-            "r.yaml, line 1: tokenizer.vocab_size is 9, but the tokenizer is loaded from tokenizer.path: remove one of "
-            "them",
+            "r.yaml, line 1: tokenizer.vocab_size is 9, but the tokenizer is loaded from tokenizer.path: remove one "
+            "of them",
         ),
         (
             "model: {path: x}\n",
