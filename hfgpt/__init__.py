@@ -1,9 +1,8 @@
-"""hfgpt: a GPT written from scratch, a first-class citizen of the Hugging Face ecosystem.
+"""hfgpt: a GPT written from scratch, fully integrated with the Hugging Face ecosystem.
 
-Importing this package makes transformers' Auto classes know hfgpt, whichever of the two is imported first, and imports
-neither torch nor transformers itself: the names are written into transformers' tables when those are loaded, and the
-classes behind them imported when one is asked for. So `hfgpt --help` answers at once, and `import hfgpt` costs nothing
-beside the Auto classes.
+Importing this package registers hfgpt with transformers' Auto classes, in either import order, without importing torch
+or transformers: the names are added to transformers' mappings when those modules are loaded, and the classes are
+imported on first use. So `hfgpt --help` is fast, and `import hfgpt` is almost free.
 """
 
 import importlib
@@ -40,7 +39,7 @@ def __dir__():
 def _name_configuration():
     from transformers.models.auto import configuration_auto
 
-    # Where transformers looks for the classes of a model type, when one is asked for.
+    # The module in which transformers looks for the classes of a model type.
     sys.modules["transformers.models.hfgpt"] = sys.modules[__name__]
     configuration_auto.CONFIG_MAPPING_NAMES["hfgpt"] = "HfGPTConfig"
 
@@ -48,9 +47,9 @@ def _name_configuration():
 def _name_models():
     from transformers.models.auto import modeling_auto
 
-    # The public register() wants the classes themselves, and importing those takes seconds that somebody who loads
-    # another model need not wait. From these names transformers also decides whether a class takes labels and whether
-    # label smoothing has to shift them (Trainer.compute_loss): without them it is silently wrong.
+    # The public register() needs the classes, whose import takes seconds, even for users of other models. transformers
+    # also uses these names to decide whether a model takes labels and whether label smoothing must shift them
+    # (Trainer.compute_loss): without them, the result would be silently wrong.
     for names, model in (
         ("MODEL_MAPPING", "HfGPTModel"),
         ("MODEL_FOR_CAUSAL_LM_MAPPING", "HfGPTForCausalLM"),
@@ -61,8 +60,8 @@ def _name_models():
 
 
 def _name_adapter_targets():
-    # Which modules PEFT adapts where the user names none. Ours have the names of Llama's, which has an entry in each
-    # method's table but one or two; there LoRA's choice stands in.
+    # PEFT's default target modules. Our modules have Llama's names, and Llama is in almost all tables; otherwise use
+    # LoRA's default.
     constants = vars(importlib.import_module("peft.utils.constants"))
     ours = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     norms = ("input_layernorm", "post_attention_layernorm", "norm")
@@ -84,7 +83,7 @@ _AFTER_IMPORT = {
 
 
 class _ImportHook(importlib.abc.MetaPathFinder):
-    """Calls what `_AFTER_IMPORT` holds for a module right after it is executed, not when it is only looked for."""
+    """Calls the function in `_AFTER_IMPORT` for a module right after the module is executed."""
 
     def find_spec(self, name, path, target=None):
         spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name in _AFTER_IMPORT else None
@@ -100,8 +99,8 @@ class _ImportHook(importlib.abc.MetaPathFinder):
         return spec
 
 
-# transformers' Trainer imports PEFT, and PEFT bitsandbytes where that is installed, which then warns on CPUs with
-# AVX512_BF16 that an optional kernel for inference is missing: nobody has asked for it.
+# transformers' Trainer imports PEFT, which imports bitsandbytes if it is installed, which warns on CPUs with
+# AVX512_BF16 about a missing optional inference kernel that hfgpt does not use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 sys.meta_path.insert(0, _ImportHook())
 for _name, _call in _AFTER_IMPORT.items():

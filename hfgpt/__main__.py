@@ -1,4 +1,4 @@
-"""`python -m hfgpt`, for launchers that take a module."""
+"""`python -m hfgpt`, for launchers that run modules."""
 
 from hfgpt.cli import main
 

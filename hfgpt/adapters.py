@@ -1,8 +1,8 @@
-"""Stage 7.0, adapters through PEFT: attach, load, merge, check; the only file that imports it.
+"""Stage 7.0, adapters with PEFT: attach, load, merge, check; the only file that imports PEFT.
 
-Each function imports it when called: that takes seconds, and most commands need no adapter.
+Each function imports PEFT when called, since that takes seconds and most commands do not need it.
 
-Sources: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023), for a base model in 4 bits.
+Sources: Hu et al., "LoRA" (2021); Dettmers et al., "QLoRA" (2023), for 4-bit base models.
 """
 
 import sys
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 
 CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"
 WEIGHTS_FILE = "adapter_model.safetensors"
-# Initialisations that leave the base model as it is, and its logits too until something is learned. Others change the
-# base, or read the data first: an adapter of theirs is wrong on the base that others have.
+# Initializations that change neither the base model nor, before training, its logits. Others change the base weights
+# or need a pass over the data, so their adapters do not work on the original base model.
 INITIALIZATIONS = (True, "gaussian", "orthogonal", "mica")
 
 
 @dataclass
 class AdapterArguments:
-    """The recipe's section `adapters`: LoRA, under PEFT's own names and with its meanings (`peft.LoraConfig`).
+    """The recipe's section `adapters`: LoRA, with the names and meanings of `peft.LoraConfig`.
 
     Args:
         r: Rank of the updates.
-        lora_alpha: The updates are multiplied by lora_alpha / r.
+        lora_alpha: Scaling numerator: updates are multiplied by lora_alpha / r.
         lora_dropout: Dropout on the input of the updates.
-        target_modules: `all-linear` (every linear layer but the head), or names of modules.
-        exclude_modules: Names among them that are not adapted.
-        bias: Biases that are trained: `none`, `all` or `lora_only`.
-        use_rslora: Multiply by lora_alpha / sqrt(r) instead.
-        use_dora: Learn the magnitude of each row separately (DoRA).
-        init_lora_weights: true, `gaussian`, `orthogonal` or `mica`: those that do not change the base model.
-        modules_to_save: Modules trained and saved whole; a classifier's head always is.
-        layers_to_transform: Numbers of the blocks to adapt; None: all.
-        rank_pattern: Module -> its own rank.
-        alpha_pattern: Module -> its own alpha.
-        trainable_token_indices: Ids whose embeddings are trained, without the rest of the vocabulary.
+        target_modules: `all-linear` (all linear layers but the head), or module names.
+        exclude_modules: Names of modules to exclude from these.
+        bias: Biases to train: `none`, `all` or `lora_only`.
+        use_rslora: Scale by lora_alpha / sqrt(r) instead.
+        use_dora: Learn the magnitude of each weight row separately (DoRA).
+        init_lora_weights: true, `gaussian`, `orthogonal` or `mica`, which do not change the base model.
+        modules_to_save: Modules to train fully and save with the adapter; always includes a classifier's head.
+        layers_to_transform: Indices of the blocks to adapt; None: all.
+        rank_pattern: Module -> rank, where it differs.
+        alpha_pattern: Module -> alpha, where it differs.
+        trainable_token_indices: Token ids whose embeddings to train, without the rest of the vocabulary.
     """
 
     r: int = 16
@@ -71,16 +71,16 @@ class AdapterArguments:
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"adapters.lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
         if self.bias not in ("none", "all", "lora_only"):
-            raise InputError(f"adapters.bias is '{self.bias}'; choose none, all or lora_only")
+            raise InputError(f"adapters.bias is '{self.bias}'; it must be none, all or lora_only")
         if self.init_lora_weights not in INITIALIZATIONS:
             raise InputError(
                 f"adapters.init_lora_weights is {self.init_lora_weights!r}; it must be one of true, gaussian, "
-                "orthogonal, mica: others change the base model itself or need a pass over the data"
+                "orthogonal, mica: others change the base model or need a pass over the data"
             )
 
 
 class SavedAdapter(NamedTuple):
-    """What a saved adapter says of itself: its base model, of which revision, and PEFT's name of its task."""
+    """The configuration of a saved adapter: base model, its revision, and PEFT's name of the task."""
 
     base: str
     revision: str | None
@@ -90,30 +90,30 @@ class SavedAdapter(NamedTuple):
 def attach_adapter(
     model: PreTrainedModel, arguments: AdapterArguments, task_type: str, revision: str | None = None
 ) -> "PeftModel":
-    """Puts a new adapter on a model and freezes the rest.
+    """Attaches a new adapter to a model and freezes the base model.
 
     Args:
         model: The base model; its modules are wrapped.
-        arguments: What to attach.
+        arguments: The recipe's section `adapters`.
         task_type: PEFT's name of the task, `CAUSAL_LM` or `SEQ_CLS`.
-        revision: Branch, tag or commit of the base model on the Hub, which the adapter is to remember.
+        revision: Branch, tag or commit of the base model on the Hub, saved with the adapter.
 
     Raises:
-        InputError: The target modules match nothing, or nothing would be trained.
+        InputError: The target modules do not match, or there is nothing to train.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     fields = {name: value for name, value in vars(arguments).items() if value is not None}
     linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if arguments.target_modules == "all-linear" and arguments.layers_to_transform is not None:
-        fields["target_modules"] = sorted(linear - {"lm_head", "score"})  # PEFT wants names where layers are chosen
+        fields["target_modules"] = sorted(linear - {"lm_head", "score"})  # PEFT needs names to select layers
     tied = model.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & set(arguments.modules_to_save or [])
     config = LoraConfig(task_type=task_type, ensure_weight_tying=bool(tied), **fields)
     if getattr(model, "is_loaded_in_4bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         for module in model.modules():
-            # In eval mode bitsandbytes 0.49 and later repack the weights, on a CPU with AVX512_BF16, for a kernel that
-            # computes in bfloat16 whatever was asked for and has no gradient; `train` does not unpack them.
+            # On a CPU with AVX512_BF16, bitsandbytes 0.49 and later repack the weights in eval mode for a kernel that
+            # always computes in bfloat16 and has no gradient; `train` does not unpack them.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     try:
@@ -121,45 +121,46 @@ def attach_adapter(
             adapted = get_peft_model(model, config, revision=revision)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"adapters.target_modules {arguments.target_modules!r} cannot be adapted ({_in_one_line(error)}); the "
-            f"linear layers are {', '.join(sorted(linear))}"
+            f"adapters.target_modules {arguments.target_modules!r} cannot be adapted ({_in_one_line(error)}): use "
+            f"linear layers, {', '.join(sorted(linear))}"
         ) from error
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
-        raise InputError("the adapter has nothing to train: give adapters.target_modules that match")
+        raise InputError("the adapter has no trainable parameters: set adapters.target_modules to existing modules")
     return adapted
 
 
 def read_adapter(path: str, revision: str | None = None) -> SavedAdapter:
-    """What a saved adapter says of itself.
+    """Reads the configuration of a saved adapter.
 
     Args:
         path: The adapter's folder or Hub id.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        InputError: Its configuration cannot be read, or names no base model.
+        InputError: The configuration cannot be read, or does not name a base model.
     """
     from peft import PeftConfig
 
     try:
         config = PeftConfig.from_pretrained(path, revision=revision)
-    # PEFT and json each raise errors of their own on a damaged file.
+    # PEFT and json raise different errors for a damaged file.
     except Exception as error:
         raise InputError(f"the adapter '{path}' cannot be read ({_in_one_line(error)}): save it again") from error
     for name in ("base_model_name_or_path", "revision", "task_type"):
         if not isinstance(value := getattr(config, name), str | None):
-            raise InputError(f"the adapter '{path}' has {name} {value!r}, which is not a text: save it again")
+            raise InputError(f"the adapter '{path}' has {name} {value!r}, which is not a string: save it again")
     if not config.base_model_name_or_path:
-        raise InputError(f"the adapter '{path}' does not name its base model: set base_model_name_or_path in its file")
-    if getattr(config, "megatron_config", None):  # PEFT would import the package that it names
-        raise InputError(f"the adapter '{path}' is for Megatron's layers: set megatron_config in its file to null")
+        raise InputError(f"the adapter '{path}' does not name its base model: set its base_model_name_or_path")
+    if getattr(config, "megatron_config", None):  # PEFT would import a package named there
+        raise InputError(f"the adapter '{path}' is for Megatron layers: set its megatron_config to null")
     return SavedAdapter(config.base_model_name_or_path, config.revision, config.task_type)
 
 
 def put_adapter_on(base: PreTrainedModel, path: str, revision: str | None = None) -> "PeftModel":
-    """Puts a saved adapter on its base model, whole or not at all.
+    """Loads a saved adapter onto its base model, strictly.
 
     Args:
-        base: The model that `read_adapter` names; its modules are wrapped.
+        base: The base model, see `read_adapter`; its modules are wrapped.
         path: The adapter's folder or Hub id.
         revision: Branch, tag or commit of the adapter on the Hub.
 
@@ -171,23 +172,23 @@ def put_adapter_on(base: PreTrainedModel, path: str, revision: str | None = None
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    with _explained(path, "put on"), _quiet_peft():
-        # First, as PEFT would unpickle an adapter_model.bin where there is no such file.
+    with _explained(path, "loaded onto"), _quiet_peft():
+        # Before PEFT, which would unpickle an adapter_model.bin if this file is missing.
         saved = load_file(cached_file(path, WEIGHTS_FILE, revision=revision or "main"))
         adapted = PeftModel.from_pretrained(base, path, revision=revision).eval()
-    # PEFT only warns of weights that are missing, and leaves out those that have no place.
+    # PEFT only warns about missing weights, and ignores unexpected ones.
     expected = get_peft_model_state_dict(adapted)
     for kind, keys in (
-        ("lacks", expected.keys() - saved.keys()),
-        ("has the unexpected weight", saved.keys() - expected.keys()),
+        ("missing", expected.keys() - saved.keys()),
+        ("unexpected", saved.keys() - expected.keys()),
     ):
         if keys:
             raise InputError(
-                f"the adapter '{path}' does not fit its base model: it {kind} {min(keys)} ({len(keys)} weights in all)"
-                "; use the base it was trained on"
+                f"the adapter '{path}' does not fit its base model: {kind} weights such as {min(keys)} "
+                f"({len(keys)} in all); use the base model it was trained on"
             )
     if broken := next((name for name, value in saved.items() if not value.isfinite().all()), None):
-        raise InputError(f"the adapter '{path}' is damaged: {broken} holds NaN or infinity; take another copy")
+        raise InputError(f"the adapter '{path}' is damaged: {broken} has NaN or infinite values; use another copy")
     return adapted
 
 
@@ -195,36 +196,36 @@ def merge_adapter(adapted: "PeftModel", path: str) -> PreTrainedModel:
     """Adds the updates of an adapter to the weights of its base model.
 
     Args:
-        adapted: See `put_adapter_on`; changed.
-        path: The adapter's folder, for the message.
+        adapted: See `put_adapter_on`; changed in place.
+        path: The adapter's folder, for error messages.
 
     Returns:
         An ordinary model in evaluation mode.
 
     Raises:
-        InputError: Its kind cannot be merged.
+        InputError: This type of adapter cannot be merged.
     """
     with _explained(path, "merged into"):
         return adapted.merge_and_unload(safe_merge=True).eval()
 
 
 def count_saved_parameters(path: str) -> int:
-    """How many numbers the saved adapter in a folder holds."""
+    """Number of parameters of the saved adapter in a folder."""
     return sum(value.numel() for value in load_file(cached_file(path, WEIGHTS_FILE)).values())
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether a model carries an adapter."""
+    """Whether a model has an adapter."""
     return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
 
 
 def base_of(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
-    """The model itself, or that below its adapter."""
+    """The base model of an adapted model, or the model itself."""
     return model.get_base_model() if is_adapted(model) else model
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many there are, ties counted once; a byte of 4-bit weights is two."""
+    """Number of trainable and of all parameters, tied ones counted once; a byte of 4-bit weights counts as two."""
     trained = everything = 0
     for parameter in model.parameters():
         size = parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)
@@ -235,7 +236,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 @contextmanager
 def _quiet_peft():
-    """PEFT 0.21 asks transformers 5.23 for a name that it warns of; weights that are missing are an error here."""
+    """Silences PEFT 0.21's use of a deprecated name in transformers 5.23, and its warning about missing weights."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -246,10 +247,10 @@ def _quiet_peft():
 def _explained(path: str, done: str):
     try:
         yield
-    # PEFT and safetensors each raise errors of their own on an adapter that does not fit.
+    # PEFT and safetensors raise different errors for an adapter that does not fit.
     except Exception as error:
         raise InputError(
-            f"the adapter '{path}' cannot be {done} its base model ({_in_one_line(error)}): use the base it was "
+            f"the adapter '{path}' cannot be {done} its base model ({_in_one_line(error)}): use the base model it was "
             "trained on"
         ) from error
 

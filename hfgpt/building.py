@@ -1,4 +1,4 @@
-"""Models to train, from a recipe's section `model`: new ones, and loaded ones with a new head or in 4 bits."""
+"""Builds the model to train from a recipe's section `model`: new, or loaded, with a new head or in 4-bit."""
 
 import dataclasses
 import difflib
@@ -37,14 +37,14 @@ DROPOUTS = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 
 @dataclass
 class ModelArguments:
-    """The recipe's section `model`: a model to start from, or the architecture of a new one.
+    """The recipe's section `model`: a base model to load, or the architecture of a new one.
 
     Without `path` and `preset`, the new model is small enough to learn a small text in minutes on a CPU. With `path`,
     only the dropouts of the architecture may be set, and neither `preset` nor `initialization` nor
     `pad_vocab_to_multiple_of`.
 
     Args:
-        path: A folder or Hub id with weights to start from; None starts from random weights.
+        path: Folder or Hub id of a base model; None: train from scratch.
         revision: Branch, tag or commit of the Hub id.
         preset: GPT-2's sizes by name: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it.
         initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults,
@@ -97,15 +97,15 @@ class ModelArguments:
     def __post_init__(self):
         if "/" in (self.attn_implementation or ""):
             raise InputError(
-                f"model.attn_implementation is '{self.attn_implementation}', code on the Hub that hfgpt does not run; "
-                "choose sdpa, eager, flex_attention or flash_attention_2"
+                f"model.attn_implementation is '{self.attn_implementation}', code on the Hub, which hfgpt never runs: "
+                "use sdpa, eager, flex_attention or flash_attention_2"
             )
         if self.path is not None:
             usable = {"path", "revision", "attn_implementation", "load_in_4bit", *DROPOUTS}
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             if given := [key for key in defaults if key not in usable and getattr(self, key) != defaults[key]]:
                 names = ", ".join(f"model.{key}" for key in given)
-                raise InputError(f"model.path brings its own architecture and weights: leave out {names}")
+                raise InputError(f"model.path determines the architecture and weights: remove {names}")
         if (self.num_hidden_layers or 0) > MOST_LAYERS:
             raise InputError(f"model.num_hidden_layers is {self.num_hidden_layers:,}; the limit is {MOST_LAYERS:,}")
 
@@ -115,13 +115,13 @@ _NOT_ARCHITECTURE = {"path", "revision", "preset", "initialization", "load_in_4b
 
 
 def find_architecture(arguments: ModelArguments) -> dict[str, Any]:
-    """The fields of `HfGPTConfig` that a new model is built with: those given, over the preset or the small default.
+    """The `HfGPTConfig` fields of a new model: the preset or the small default, with the given values.
 
     Raises:
         InputError: The preset is unknown.
     """
     if arguments.preset not in (None, *PRESETS):
-        raise InputError(f"model.preset is '{arguments.preset}'; choose one of {', '.join(PRESETS)}")
+        raise InputError(f"model.preset is '{arguments.preset}'; it must be one of {', '.join(PRESETS)}")
     given = {
         key: value for key, value in vars(arguments).items() if value is not None and key not in _NOT_ARCHITECTURE
     }
@@ -136,31 +136,35 @@ def find_architecture(arguments: ModelArguments) -> dict[str, Any]:
 
 
 def build_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> HfGPTConfig:
-    """The configuration of a new model for a tokenizer.
+    """The configuration of a new model.
 
     Args:
-        arguments: What differs from the preset, or from the small default.
-        tokenizer: Gives the vocabulary size, where none is set, and the special tokens.
+        arguments: The recipe's section `model`.
+        tokenizer: Determines the special tokens and, if not set, the vocabulary size.
 
     Raises:
-        InputError: The architecture is impossible, the preset unknown, or the vocabulary does not fit the tokenizer.
+        InputError: The architecture is invalid, the preset unknown, or the vocabulary does not fit the tokenizer.
     """
     fields = find_architecture(arguments)
     if arguments.hidden_act not in (None, *ACT2FN):
         near = difflib.get_close_matches(arguments.hidden_act, ACT2FN, n=1, cutoff=0.0)[0]
-        raise InputError(f"model.hidden_act is '{arguments.hidden_act}', which transformers lacks: try '{near}'")
+        raise InputError(
+            f"model.hidden_act is '{arguments.hidden_act}', which transformers does not have; did you mean '{near}'?"
+        )
     if arguments.pad_vocab_to_multiple_of is not None and arguments.pad_vocab_to_multiple_of < 1:
-        raise InputError(f"model.pad_vocab_to_multiple_of is {arguments.pad_vocab_to_multiple_of}; the least is 1")
+        raise InputError(
+            f"model.pad_vocab_to_multiple_of is {arguments.pad_vocab_to_multiple_of}; it must be at least 1"
+        )
     size = fields.setdefault("vocab_size", len(tokenizer))
     if size < len(tokenizer):
         raise InputError(
             f"model.vocab_size is {size}, but the tokenizer has ids up to {len(tokenizer) - 1}: "
-            f"set it to {len(tokenizer)}, or leave it out"
+            f"set it to {len(tokenizer)}, or unset it"
         )
     if size > len(tokenizer):
         raise InputError(
-            f"model.vocab_size is {size}, but the tokenizer has {len(tokenizer)} tokens, and the extra ids would "
-            "never be produced: leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed"
+            f"model.vocab_size is {size}, but the tokenizer has only {len(tokenizer)} tokens, so the extra ids would "
+            "never be produced: unset it, or set model.pad_vocab_to_multiple_of to round it up for speed"
         )
     if arguments.pad_vocab_to_multiple_of:
         fields["vocab_size"] = -(-size // arguments.pad_vocab_to_multiple_of) * arguments.pad_vocab_to_multiple_of
@@ -177,25 +181,25 @@ def build_model(
     labels: list[str] | None = None,
     base: SavedModel | None = None,
 ) -> PreTrainedModel:
-    """A model to train: new, with weights drawn from torch's global generator, or loaded.
+    """A model to train: new, with weights initialized from torch's global generator, or loaded.
 
     Args:
         arguments: The recipe's section `model`.
-        tokenizer: What the model will be trained with; its ids must fit.
-        labels: Names of classes in the order of their ids; None: a causal language model. A classifier on the path of
-            a language model gets a new head; one on the path of a classifier goes on from its head.
-        base: What `find_base_model` found at the path, if it was asked before.
+        tokenizer: The tokenizer to train with; its ids must fit the model.
+        labels: Class names in the order of their ids; None: a causal language model. If the base model is a language
+            model, the classifier gets a new head; if it is a classifier, its head is kept.
+        base: The result of `find_base_model`, if it was called before.
 
     Raises:
-        InputError: As `build_config`, `find_base_model` and `SavedModel.load`; the memory is too small; or a loaded
-            model has another vocabulary, or other classes.
+        InputError: As `build_config`, `find_base_model` and `SavedModel.load`; or there is too little memory, or a
+            loaded model has a different vocabulary or different classes.
     """
     if arguments.path is not None:
         return _load_to_train(base or find_base_model(arguments), arguments, tokenizer, labels)
     if arguments.load_in_4bit:
-        raise InputError("model.load_in_4bit is for the weights of model.path: set that, or leave it out")
+        raise InputError("model.load_in_4bit needs a base model: set model.path, or unset model.load_in_4bit")
     if arguments.initialization not in ("gpt2", "torch"):
-        raise InputError(f"model.initialization is '{arguments.initialization}'; choose 'gpt2' or 'torch'")
+        raise InputError(f"model.initialization is '{arguments.initialization}'; it must be 'gpt2' or 'torch'")
     config = build_config(arguments, tokenizer)
     _check_memory(config)
     model_class = HfGPTForCausalLM
@@ -219,10 +223,10 @@ def build_model(
 
 
 def find_base_model(arguments: ModelArguments) -> SavedModel | None:
-    """The model at `model.path`, which must be one that can be trained; None: no path is given. Needs no data.
+    """The trainable model at `model.path`; None if it is not set.
 
     Raises:
-        InputError: There is no model, it is an adapter, or its architecture is not GPT-2's.
+        InputError: There is no model, it is an adapter, or its architecture is not supported.
     """
     if arguments.path is None:
         return None
@@ -231,14 +235,14 @@ def find_base_model(arguments: ModelArguments) -> SavedModel | None:
         raise InputError(f"model.path '{model.path}' is an adapter: merge it first with hfgpt merge")
     if model.config.model_type not in TRAINABLE_TYPES:
         raise InputError(
-            f"model.path '{model.path}' is a model of type {model.config.model_type}; only "
+            f"model.path '{model.path}' is a model of type {model.config.model_type}; only the types "
             f"{' and '.join(TRAINABLE_TYPES)} can be trained"
         )
     return model
 
 
 def _check_memory(config: HfGPTConfig):
-    """Refuses a model whose weights alone exceed the memory, rather than taking all of it to find out."""
+    """Rejects a model whose weights alone exceed the memory, before allocating them."""
     needed = 4 * count_least_parameters(config)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
@@ -251,7 +255,7 @@ def _check_memory(config: HfGPTConfig):
 def _load_to_train(
     base: SavedModel, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, labels: list[str] | None
 ) -> PreTrainedModel:
-    # No dropout among the weights: one of another training may be changed.
+    # Dropouts are not weights and may differ from those of the earlier training.
     kwargs = {name: getattr(arguments, name) for name in DROPOUTS if getattr(arguments, name) is not None}
     kwargs["attn_implementation"] = arguments.attn_implementation
     if arguments.load_in_4bit:
@@ -267,12 +271,12 @@ def _load_to_train(
     else:
         if base.is_classifier and base.labels != labels:
             raise InputError(
-                f"'{base.path}' has the classes {', '.join(base.labels)}, the data {', '.join(labels)}: start from a "
-                "language model"
+                f"'{base.path}' has the classes {', '.join(base.labels)}, but the data has {', '.join(labels)}: start "
+                "from a language model"
             )
         head = None if base.is_classifier else labels
         model = base.load(AutoModelForSequenceClassification, new_head=head, **kwargs)
-        model.config.problem_type = "single_label_classification"  # others' may not say
+        model.config.problem_type = "single_label_classification"  # may be unset in other models
     base.check_same_tokens(tokenizer)
     check_vocabulary(model, tokenizer)
     if model.config.pad_token_id is None:

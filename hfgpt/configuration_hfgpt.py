@@ -1,9 +1,9 @@
-"""The configuration of an hfgpt model: GPT-2's architecture under transformers' standard names.
+"""The configuration of an hfgpt model: GPT-2's architecture with transformers' standard names.
 
-Two published layouts are covered: GPT-2's (biases in the query, key and value projections, the head tied to the token
-embedding) and that of *Build a Large Language Model (From Scratch)* (`qkv_bias=False, tie_word_embeddings=False`).
+Supports two published layouts: GPT-2's (biases in the query, key and value projections, tied embeddings) and that of
+*Build a Large Language Model (From Scratch)* (`qkv_bias=False, tie_word_embeddings=False`).
 
-This file travels to the Hub with the weights, so it imports nothing but transformers and its dependencies.
+This file is uploaded to the Hub with the weights, so it imports only transformers and its dependencies.
 
 Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), table 2 for the sizes.
 """
@@ -20,7 +20,7 @@ PRESETS = {
     "gpt2-xl": {"hidden_size": 1600, "num_hidden_layers": 48, "num_attention_heads": 25},
 }
 
-# Options of GPT-2's configuration that this model has in one way only, and that way.
+# Options of GPT-2's configuration for which this model supports only one value.
 GPT2_OPTIONS = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -28,7 +28,7 @@ GPT2_OPTIONS = {
     "add_cross_attention": False,
 }
 
-# Written into every saved config.json, so that each Auto class finds its model where hfgpt is not installed.
+# Written into every saved config.json, so that the Auto classes find the code where hfgpt is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_hfgpt.HfGPTConfig",
     "AutoModel": "modeling_hfgpt.HfGPTModel",
@@ -42,26 +42,26 @@ class HfGPTConfig(PreTrainedConfig):
     r"""Architecture of an hfgpt model.
 
     Args:
-        vocab_size: Rows of the token embedding.
-        hidden_size: Width of the residual stream.
-        num_hidden_layers: Transformer blocks.
-        num_attention_heads: Heads of each attention; divides `hidden_size`.
-        intermediate_size: Width inside the MLP; `None` means four times `hidden_size`.
-        max_position_embeddings: The context length, in tokens.
-        hidden_act: Activation of the MLP, a name of `transformers.activations.ACT2FN`. The tanh GELU is there twice:
-            `gelu_new`, which GPT-2 checkpoints name, written out, and `gelu_pytorch_tanh`, in one faster kernel.
+        vocab_size: Vocabulary size.
+        hidden_size: Size of the hidden states.
+        num_hidden_layers: Number of transformer blocks.
+        num_attention_heads: Number of attention heads; must divide `hidden_size`.
+        intermediate_size: Size of the MLP's hidden layer; `None`: four times `hidden_size`.
+        max_position_embeddings: Context length in tokens.
+        hidden_act: Activation of the MLP, a name in `transformers.activations.ACT2FN`. It has the tanh GELU twice:
+            `gelu_new`, the name in GPT-2 checkpoints, in Python, and `gelu_pytorch_tanh` as a faster kernel.
         layer_norm_eps: Epsilon of the LayerNorms.
-        initializer_range: Standard deviation of the initial weights (residual projections: over sqrt(2 * layers)).
-        tie_word_embeddings: Whether the output head is the token embedding (GPT-2) or has its own weights (the book).
+        initializer_range: Standard deviation of the initial weights (divided by sqrt(2 * layers) for residual
+            projections).
+        tie_word_embeddings: Whether input and output embeddings are tied (GPT-2) or separate (the book).
         qkv_bias: Whether the query, key and value projections have biases.
         embd_pdrop: Dropout after the embeddings.
         resid_pdrop: Dropout at the end of each residual branch.
         attn_pdrop: Dropout on the attention weights.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: A wrong type or an impossible architecture; names the field.
-        ValueError: A keyword that is nearly, but not quite, the name of a field, one field given by two names, or an
-            option of GPT-2 that this model has not.
+        huggingface_hub.errors.StrictDataclassError: A wrong type or invalid architecture; names the field.
+        ValueError: A misspelled field name, a field given by two names, or an unsupported GPT-2 option.
 
     Example:
 
@@ -117,24 +117,24 @@ class HfGPTConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        # A GPT-2 checkpoint's config.json: its name for itself is not ours, and its options may not be.
+        # From the config.json of a GPT-2 checkpoint: a different model type, and possibly unsupported options.
         kwargs.pop("model_type", None)
         for name, value in GPT2_OPTIONS.items():
             if (given := kwargs.pop(name, value)) != value:
-                raise ValueError(f"{name} is {given}, and this model has only {value}: load it as the GPT-2 it is")
+                raise ValueError(f"{name} is {given}, but this model supports only {value}: load it as a GPT-2 model")
         kwargs = {key: value for key, value in kwargs.items() if not key.startswith("summary_")}
         names = [*type(self).__dataclass_fields__, *self.attribute_map, "num_labels"]
         for key in kwargs.keys() - set(names):
-            # Anything else is kept as transformers does; a near miss would silently leave the default in place.
+            # Other unknown keys are kept, as in transformers; a misspelled one would silently have no effect.
             if nearest := difflib.get_close_matches(key, names, n=1, cutoff=0.85):
                 raise ValueError(f"HfGPTConfig has no '{key}'; did you mean '{nearest[0]}'?")
-        # By transformers GPT-2's names (`n_embd`) would be set without a field's checks, the last one winning.
+        # transformers would set GPT-2's names (`n_embd`) without the checks of the field, and the last one would win.
         given = {}
         for alias, name in self.attribute_map.items():
             if alias in kwargs:
                 value, present = kwargs.pop(alias), given.get(name, getattr(self, name))
                 if present != value and (name in given or present != type(self).__dataclass_fields__[name].default):
-                    raise ValueError(f"{alias} is {value!r}, but {name}, which is the same, is {present!r}; give one")
+                    raise ValueError(f"{alias} is {value!r}, but its alias {name} is {present!r}; give only one")
                 given[name] = value
                 setattr(self, name, value)
         super().__post_init__(**kwargs)
@@ -143,16 +143,16 @@ class HfGPTConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
-        # transformers warns of another model's configuration; that of a GPT-2 checkpoint is meant to be read as ours.
+        # transformers warns about the configuration of another model type; reading that of GPT-2 is intended here.
         config, kwargs = super().get_config_dict(*args, **kwargs)
         if config.get("model_type") == "gpt2":
-            leftovers = ("n_ctx", "_num_labels")  # of old files; transformers does not read them either
+            leftovers = ("n_ctx", "_num_labels")  # in old files; transformers ignores them too
             config = {key: value for key, value in config.items() if key not in leftovers}
             config["model_type"] = cls.model_type
         return config, kwargs
 
     def validate_architecture(self):
-        """Refuses what cannot be built; called by `@strict` at initialisation and before saving."""
+        """Checks that the model can be built; called by `@strict` at initialization and before saving."""
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         for name in (*sizes, "max_position_embeddings"):
             if getattr(self, name) < 1:
@@ -164,17 +164,17 @@ class HfGPTConfig(PreTrainedConfig):
         from transformers.activations import ACT2FN  # here: it imports torch
 
         if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act is '{self.hidden_act}', which transformers.activations.ACT2FN does not have")
+            raise ValueError(f"hidden_act is '{self.hidden_act}', which is not in transformers.activations.ACT2FN")
         for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a dropout probability is in [0, 1)")
+                raise ValueError(f"{name} is {getattr(self, name)}; a dropout probability must be in [0, 1)")
         for name in ("layer_norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "HfGPTConfig":
-        """Builds the configuration of a published GPT-2 size.
+        """The configuration of a published GPT-2 size.
 
         Args:
             name: `gpt2` (124M), `gpt2-medium` (355M), `gpt2-large` (774M) or `gpt2-xl` (1558M).
@@ -185,7 +185,7 @@ class HfGPTConfig(PreTrainedConfig):
             ValueError: The preset is unknown.
         """
         if name not in PRESETS:
-            raise ValueError(f"there is no preset '{name}'; choose one of {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset '{name}'; it must be one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
 

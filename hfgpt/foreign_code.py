@@ -1,7 +1,7 @@
-"""Python that is not hfgpt's: never run, recognised in the files of a model, and never published.
+"""Third-party Python code in model files: detected, never run and never published.
 
-A model's repository may hold Python files, and its JSON files may name classes in them. transformers runs those with
-`trust_remote_code=True`, which readers of a published card pass, or asks on the terminal.
+A model repository may contain Python files, and its JSON files may refer to classes in them. transformers runs those
+with `trust_remote_code=True`, which users of published models pass, or asks on the terminal.
 """
 
 import json
@@ -16,13 +16,13 @@ from hfgpt import configuration_hfgpt
 from hfgpt.configuration_hfgpt import AUTO_MAP
 from hfgpt.errors import InputError
 
-# The two Python files that travel with a model, as they are installed here.
+# The two Python files that are saved with a model, as installed here.
 CODE = {
     name: Path(configuration_hfgpt.__file__).with_name(name)
     for name in sorted({f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()})
 }
-# Keys of JSON files by which transformers 5.23 and PEFT 0.21 find code, at any depth: classes and functions in Python
-# files of a repository, packages to import, kernels on the Hub, and names of classes, which are no module paths.
+# JSON keys, at any depth, by which transformers 5.23 and PEFT 0.21 find code: classes and functions in Python files of
+# the repository, packages to import, kernels on the Hub, and class names, which must not be module paths.
 CODE_KEYS = ("auto_map", "custom_pipelines", "custom_generate", "auto_mapping", "megatron_config")
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 CLASS_KEYS = (
@@ -33,13 +33,13 @@ CLASS_KEYS = (
 
 @contextmanager
 def without_remote_code(path: str) -> Iterator[None]:
-    """Has transformers refuse to run Python from a model's repository, where it would ask on the terminal.
+    """Makes transformers refuse to run Python code from a model's repository instead of asking on the terminal.
 
-    It asks wherever `trust_remote_code` is not passed on, as for a model within a model, or for a tokenizer whose
-    class is named `AutoProcessor`.
+    It asks where `trust_remote_code` is not passed on, for example for nested models, or for a tokenizer whose class
+    is `AutoProcessor`.
 
     Raises:
-        InputError: What is loaded needs such code.
+        InputError: Loading needs such code.
     """
     before, dynamic_module_utils.TIME_OUT_REMOTE_CODE = dynamic_module_utils.TIME_OUT_REMOTE_CODE, 0
     try:
@@ -48,19 +48,19 @@ def without_remote_code(path: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise InputError(
-            f"'{path}' needs Python code from its own repository, which hfgpt never runs: use a model of type hfgpt "
-            "or gpt2, or a tokenizer that transformers itself has"
+            f"'{path}' needs Python code from its repository, which hfgpt never runs: use a model of type hfgpt or "
+            "gpt2, or a tokenizer class of transformers"
         ) from error
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 def find_foreign_code(folder: Path, names: Iterable[str]) -> str | None:
-    """The first of a model's files that is, or names, Python code other than hfgpt's own; None: there is none.
+    """Describes the first file of a model that is or refers to Python code other than hfgpt's; None if there is none.
 
     Args:
-        folder: Of the files.
-        names: Theirs, relative to it; other files than `.py` and `.json` are passed over.
+        folder: Folder of the files.
+        names: File names relative to it; only `.py` and `.json` files are checked.
     """
     for name in names:
         if name.endswith(".py") and (name not in CODE or (folder / name).read_bytes() != CODE[name].read_bytes()):
@@ -71,16 +71,16 @@ def find_foreign_code(folder: Path, names: Iterable[str]) -> str | None:
 
 
 def find_fault_of_json(content: bytes) -> str | None:
-    """What is wrong with the content of a model's JSON file; None: it is JSON, and names no code of others."""
+    """The problem with the content of a model's JSON file; None if it is valid and refers to no third-party code."""
     try:
         key = _find_code_key(json.loads(content.decode("utf-8")))
-    except (ValueError, RecursionError):  # json's own errors and those of decoding are ValueErrors
-        return "is not JSON"
-    return f"names code of others ({key})" if key else None
+    except (ValueError, RecursionError):  # JSON and decoding errors are ValueErrors
+        return "is not valid JSON"
+    return f"refers to third-party code ({key})" if key else None
 
 
 def _find_code_key(content: Any) -> str | None:
-    """The first key in a JSON file, at any depth, whose value names code other than hfgpt's own."""
+    """The first key in a JSON file, at any depth, that refers to code other than hfgpt's."""
     waiting = [content]
     while waiting:
         item = waiting.pop()
@@ -98,5 +98,5 @@ def _names_code(key: str, value: Any) -> bool:
         return "/" in json.dumps(value)
     if key in CLASS_KEYS:
         return isinstance(value, str) and not value.isidentifier()
-    # A number is the id of a token or a class of that name.
+    # A number is the id of a token or class with that name.
     return key in CODE_KEYS and isinstance(value, dict | list | str) and value not in ({}, [], "", AUTO_MAP)

@@ -1,17 +1,17 @@
-"""GPT, top to bottom: attention, MLP, block, model, language model, sequence classifier.
+"""GPT from top to bottom: attention, MLP, block, model, language model, sequence classifier.
 
 GPT-2's architecture: learned token and position embeddings, pre-LayerNorm blocks, causal multi-head attention, a
-tanh-GELU MLP of four times the width, a final LayerNorm and a linear head, tied to the token embedding or not.
+tanh-GELU MLP of four times the hidden size, a final LayerNorm and a linear head, with tied or separate embeddings.
 
-Everything around the arithmetic is transformers': attention kernels through its attention interface, masks through
-its mask functions, caches through its cache classes, losses through `loss_function`. There are no buffers, so nothing
-can be left uninitialised by `from_pretrained`, and the projections are plain `nn.Linear`, so adapters, quantizers and
-parallel plans apply without a special case.
+Everything else uses transformers: attention kernels through its attention interface, masks through its mask functions,
+caches through its cache classes, losses through `loss_function`. There are no buffers, so `from_pretrained` cannot
+leave anything uninitialized, and the projections are plain `nn.Linear`, so adapters, quantizers and parallel plans
+work without special cases.
 
-Shapes: B batch, T tokens of this call, S tokens attended to (cache included), C hidden size, H heads, D = C / H,
-V vocabulary.
+Shapes: B batch, T tokens in this call, S tokens attended to (including the cache), C hidden size, H heads, D = C / H,
+V vocabulary size.
 
-This file travels to the Hub with the weights, so it imports nothing but torch, transformers and the configuration.
+This file is uploaded to the Hub with the weights, so it imports only torch, transformers and the configuration.
 
 Sources: Vaswani et al., "Attention Is All You Need" (2017); Radford et al., "Language Models are Unsupervised
 Multitask Learners" (GPT-2, 2019); Press and Wolf, "Using the Output Embedding to Improve Language Models" (2017).
@@ -49,16 +49,16 @@ def eager_attention_forward(
     query: torch.Tensor,  # (B, H, T, D)
     key: torch.Tensor,  # (B, H, S, D)
     value: torch.Tensor,  # (B, H, S, D)
-    attention_mask: torch.Tensor | None,  # (B, 1, T, S), added to the scores; None: nothing to hide
+    attention_mask: torch.Tensor | None,  # (B, 1, T, S), added to the scores; None: nothing is masked
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(Q K^T / sqrt(D) + mask) V, written out; returns it (B, T, H, D) and the weights (B, H, T, S)."""
+    """softmax(Q K^T / sqrt(D) + mask) V; returns the output (B, T, H, D) and the attention weights (B, H, T, S)."""
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask
-    # In float32: half-precision sums over a long row lose the small weights.
+    # In float32: half-precision sums over long rows lose small weights.
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -88,7 +88,7 @@ class HfGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # -1 for the heads: under tensor parallelism each process holds a share of them.
+        # -1 for the heads: with tensor parallelism, each process has only some of them.
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
@@ -108,7 +108,7 @@ class HfGPTAttention(nn.Module):
 
 
 class HfGPTMLP(nn.Module):
-    """Two linear layers around an activation, applied to each position alone."""
+    """Two linear layers with an activation between them, applied to each position separately."""
 
     def __init__(self, config: HfGPTConfig):
         super().__init__()
@@ -147,7 +147,7 @@ class HfGPTBlock(GradientCheckpointingLayer):
 
 
 class HfGPTPreTrainedModel(PreTrainedModel):
-    """What every hfgpt model declares to transformers, and the initialisation of its weights."""
+    """Declarations for transformers, and weight initialization, shared by all hfgpt models."""
 
     config_class = HfGPTConfig
     config: HfGPTConfig
@@ -165,29 +165,31 @@ class HfGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        # transformers' `init` functions, unlike in-place writes, leave alone what `from_pretrained` has loaded.
+        # transformers' `init` functions do not overwrite weights that `from_pretrained` has loaded.
         super()._init_weights(module)
-        # GPT-2, section 2.3: scale the weights of residual layers by 1/sqrt(N), N residual layers (two a block).
-        # Marked on the layer itself: outside its own package, transformers skips modules without weights of their own.
+        # GPT-2, section 2.3: scale the weights of residual layers by 1/sqrt(N) for N residual layers (two per block).
+        # The layer itself is marked, since transformers skips third-party modules without direct parameters.
         if getattr(module, "ends_residual_branch", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             init.normal_(module.weight, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """Loads as transformers does, but refuses (ValueError) what it would leave random or out; heads may differ."""
+        """Like transformers, but raises ValueError for missing or unexpected weights, except those of the heads."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        asked = output_loading_info or "state_dict" in kwargs  # the caller looks, or has chosen the weights
+        asked = output_loading_info or "state_dict" in kwargs  # the caller checks, or has chosen the weights
         for kind, heads in (("missing", {"score.weight"}), ("unexpected", {"lm_head.weight", "score.weight"})):
             if not asked and (keys := sorted(set(info[f"{kind}_keys"]) - heads)):
-                raise ValueError(f"'{model.name_or_path}': {len(keys)} {kind} weights, like {keys[0]}; take another")
+                raise ValueError(
+                    f"'{model.name_or_path}' has {len(keys)} {kind} weights, such as {keys[0]}: use another copy"
+                )
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """Saves as transformers does, always with our names of weights, and with the code beside them.
+        """Like transformers, but always with hfgpt's weight names, and with the model's code.
 
-        transformers' default would write a model loaded from a GPT-2 checkpoint under GPT-2's names, which nobody
-        without hfgpt could load again.
+        By default, transformers would save a model loaded from a GPT-2 checkpoint with GPT-2's names, which could not
+        be loaded without hfgpt.
         """
         kwargs.setdefault("save_original_format", False)
         self.config.auto_map = dict(AUTO_MAP)
@@ -199,12 +201,12 @@ class HfGPTPreTrainedModel(PreTrainedModel):
 
 
 def find_padding_mask(attention_mask) -> torch.Tensor | None:
-    """The mask (B, S) if it marks padding; None for any other, which the caller has prepared."""
+    """The mask if it is a padding mask (B, S); None if it is a prepared mask."""
     return attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
 
 
 def count_positions(inputs_embeds: torch.Tensor, padding_mask: torch.Tensor | None, seen: int) -> torch.Tensor:
-    """The positions (B or 1, T) of new tokens after those `seen`: how many real tokens of the row come before each."""
+    """The positions (B or 1, T) of the tokens after `seen` cached ones: the number of real tokens before each."""
     index = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen  # (T)
     if padding_mask is None:
         return index.unsqueeze(0)
@@ -213,10 +215,10 @@ def count_positions(inputs_embeds: torch.Tensor, padding_mask: torch.Tensor | No
 
 
 def find_packed_documents(position_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Numbers the document of each token (B, T) in rows that pack several; None if every row holds one.
+    """The document index of each token (B, T) in packed rows; None if every row is a single document.
 
-    A document starts at each real token whose position (B, T) does not follow that of the real token before it.
-    Padding, zero in the mask (B, T), starts none, whatever positions it was given.
+    A document starts at each real token whose position (B, T) is not one more than that of the real token before it.
+    Padding, zero in the mask (B, T), never starts a document, whatever its positions.
     """
     index = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
     real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -224,7 +226,7 @@ def find_packed_documents(position_ids: torch.Tensor, attention_mask: torch.Tens
     previous = nn.functional.pad(last_real, (1, -1), value=-1)
     expected = position_ids.gather(-1, previous.clamp(min=0)) + 1
     starts = real & (previous >= 0) & (position_ids != expected)
-    # While tracing, when values cannot be looked at, the mask is always built.
+    # Values are not available while tracing, so the mask is then always built.
     if not is_tracing(position_ids) and not starts.any():
         return None
     return starts.cumsum(-1)
@@ -259,19 +261,19 @@ class HfGPTModel(HfGPTPreTrainedModel):
 
         Args:
             input_ids: (B, T) token ids; or `inputs_embeds`, (B, T, C), in their place.
-            attention_mask: (B, S), zero at padding on either side, over the cached and the new tokens; or any mask
-                prepared by transformers' mask functions.
-            position_ids: (B, T); None counts the real tokens of each row. Positions that restart pack several
-                documents into a row, each of which attends to itself alone; such rows are not cached.
-            past_key_values: Cache of the tokens before these.
-            use_cache: Whether to return a cache; None asks the configuration.
+            attention_mask: (B, S), zero for padding on either side, over cached and new tokens; or a mask prepared by
+                transformers' mask functions.
+            position_ids: (B, T); None: count the real tokens of each row. Positions that restart mark packed
+                documents, which do not attend to each other; such rows are not cached.
+            past_key_values: Cache of the previous tokens.
+            use_cache: Whether to return a cache; None: as in the configuration.
 
         Raises:
-            ValueError: More tokens than the context; packed rows with a cache; an attention mask that does not cover
-                the cached tokens.
+            ValueError: More tokens than the context length; packed rows with a cache; an attention mask that does not
+                cover the cached tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
 
@@ -281,7 +283,7 @@ class HfGPTModel(HfGPTPreTrainedModel):
         documents = same_document = None
         if given and (attention_mask is None or padding_mask is not None):
             documents = self._find_documents(position_ids, padding_mask, past_key_values)  # (B, T)
-        if documents is not None:  # and no cache is made: several documents could not continue it
+        if documents is not None:  # no cache is created, since packed documents cannot be continued
 
             def same_document(batch, head, query, key):
                 return documents[batch, query] == documents[batch, key]
@@ -289,14 +291,14 @@ class HfGPTModel(HfGPTPreTrainedModel):
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        # Without the positions: transformers' own detection misses packed rows beside a mask or a cache.
+        # Without position_ids, since transformers does not detect packed rows if there is a mask or a cache.
         causal_mask = create_causal_mask(
             self.config, inputs_embeds, attention_mask, past_key_values, and_mask_function=same_document
         )
 
         hidden_states = self.embd_dropout(inputs_embeds + self.embed_positions(position_ids))
         for block in self.layers:
-            # Flash attention finds packed documents by the positions.
+            # Flash attention detects packed documents from the positions.
             hidden_states = block(
                 hidden_states, causal_mask, past_key_values=past_key_values, position_ids=position_ids, **kwargs
             )
@@ -305,7 +307,7 @@ class HfGPTModel(HfGPTPreTrainedModel):
         )
 
     def _find_positions(self, inputs_embeds, padding_mask, position_ids, past_key_values) -> torch.Tensor:
-        """The positions (B or 1, T) as they are given, or counted; refused where the embedding has none."""
+        """The given or counted positions (B or 1, T), checked against the context length."""
         batch_size, length = inputs_embeds.shape[:2]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         refuse_short_mask(padding_mask, seen, length)
@@ -313,7 +315,7 @@ class HfGPTModel(HfGPTPreTrainedModel):
             found = count_positions(inputs_embeds, padding_mask, seen)
         else:
             found = position_ids.expand(batch_size, -1)
-        # Looked at only where one can be too large: reading values from an accelerator waits for it.
+        # Checked only if one can be too large: reading values from an accelerator synchronizes with it.
         if not is_tracing(found) and (
             position_ids is not None or int(seen) + length > self.config.max_position_embeddings
         ):
@@ -321,9 +323,9 @@ class HfGPTModel(HfGPTPreTrainedModel):
         return found
 
     def _find_documents(self, position_ids, padding_mask, past_key_values) -> torch.Tensor | None:
-        """The documents (B, T) of rows that pack several by positions that restart; None where every row holds one."""
+        """The document indices (B, T) of packed rows; None if every row is a single document."""
         length = position_ids.shape[1]
-        # While tracing, positions beside a cache come from `generate`: one document a row.
+        # While tracing, positions with a cache come from `generate`: one document per row.
         if length == 1 or (past_key_values is not None and is_tracing(position_ids)):
             return None
         mask = None if padding_mask is None else padding_mask[:, -length:]  # (B, T)
@@ -334,7 +336,7 @@ class HfGPTModel(HfGPTPreTrainedModel):
 
 
 class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
-    """The language model: hidden states to logits over the next token."""
+    """The language model, with a linear head that predicts the next token."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -363,13 +365,13 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         """Computes logits (B, T, V) and, given labels, the mean cross-entropy in nats.
 
         Args:
-            labels: (B, T), the input ids themselves (they are shifted here), -100 where nothing is learned.
-            logits_to_keep: Compute logits for the last n positions only, or for the given positions; 0 keeps all.
-            kwargs: Among others `shift_labels`, (B, T), targets that are shifted already and take the place of
-                `labels`, so that the last position has a target too; and `num_items_in_batch`, by which the summed
-                loss is divided in place of the number of targets here.
+            labels: (B, T), the input ids (shifted internally), or -100 for positions to ignore.
+            logits_to_keep: Compute logits only for the last n positions, or for the given positions; 0: for all.
+            kwargs: Among others `shift_labels` (B, T), targets that are already shifted and replace `labels`, so that
+                the last position also has a target; and `num_items_in_batch`, the divisor of the summed loss instead
+                of the number of targets.
 
-        The other arguments are those of `HfGPTModel.forward`.
+        For the other arguments see `HfGPTModel.forward`.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
@@ -382,19 +384,19 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        # transformers generates on and lets the position embedding fail at the first token past the context.
+        # transformers would generate until the position embedding fails after the end of the context.
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
         context = self.config.max_position_embeddings
         if generation_config.max_length > context:
             new = generation_config.max_length - input_ids_length
             raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {new} new ones exceed the context of {context}: set "
+                f"a prompt of {input_ids_length} tokens and {new} new tokens exceed the context of {context}: set "
                 f"max_new_tokens to at most {max(0, context - input_ids_length)}, or shorten the prompt"
             )
 
 
 class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
-    """A linear head over the last real token of each row: class logits, or a regression."""
+    """The sequence classifier (or regression), with a linear head on the last real token of each row."""
 
     def __init__(self, config: HfGPTConfig):
         super().__init__(config)
@@ -416,11 +418,11 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Computes logits (B, num_labels) and, given labels (B) or (B, num_labels), the loss of `problem_type`.
 
-        The token read is the last one that `attention_mask` does not mark as padding, on whichever side padding lies.
-        Without a mask, trailing `pad_token_id`s are taken for padding, as GPT-2's classifier does.
+        The head reads the last token that `attention_mask` does not mark as padding, on either side. Without a mask,
+        trailing `pad_token_id`s count as padding, as in GPT-2's classifier.
 
         Raises:
-            ValueError: A row that is all padding.
+            ValueError: A row has only padding.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
@@ -433,7 +435,7 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
         elif input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
         if not is_tracing(real) and not real.any(-1).all():
-            raise ValueError("a row holds nothing but padding: drop empty texts before classifying")
+            raise ValueError("a row has only padding: drop empty texts before classifying")
         last = torch.where(real, torch.arange(length, device=real.device), -1).amax(-1).to(hidden_states.device)  # (B)
         logits = self.score(hidden_states[torch.arange(batch_size, device=last.device), last])  # (B, num_labels)
         loss = None
@@ -444,24 +446,24 @@ class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
         )
 
 
-# What is refused rather than computed wrongly. A graph cannot branch on values, so while tracing nothing is.
+# Checks that prevent silently wrong results. They are skipped while tracing, since a graph cannot branch on values.
 
 
 def refuse_short_mask(padding_mask: torch.Tensor | None, seen: int, length: int):
-    """Raises ValueError where a mask (B, S) does not cover the tokens in the cache and the new ones."""
+    """Raises ValueError if a padding mask (B, S) does not cover all cached and new tokens."""
     if padding_mask is None or is_tracing(padding_mask) or padding_mask.shape[1] >= int(seen) + length:
         return
     raise ValueError(
-        f"attention_mask covers {padding_mask.shape[1]} tokens, but the cache holds {int(seen)} and the input "
-        f"{length}: pass the mask of all {int(seen) + length}"
+        f"attention_mask covers {padding_mask.shape[1]} tokens, but the cache has {int(seen)} and the input {length}: "
+        f"pass a mask for all {int(seen) + length}"
     )
 
 
 def refuse_positions_past(context: int, position_ids: torch.Tensor):
-    """Raises ValueError where a position (B, T) has no embedding."""
+    """Raises ValueError if a position (B, T) is beyond the context length."""
     if (last := int(position_ids.max())) >= context:
         raise ValueError(
-            f"the sequence has {last + 1} tokens, but the context of this model ends at {context} "
+            f"the sequence has {last + 1} tokens, but the context length of this model is {context} "
             "(max_position_embeddings): shorten it"
         )
 
@@ -469,17 +471,17 @@ def refuse_positions_past(context: int, position_ids: torch.Tensor):
 def refuse_documents_that_mix(
     documents: torch.Tensor, mask: torch.Tensor | None, past_key_values: Cache | None, attention: str
 ):
-    """Raises ValueError where packed documents (B, T) could not be kept apart."""
+    """Raises ValueError if attention between packed documents (B, T) could not be prevented."""
     if past_key_values is not None:
         raise ValueError(
-            "position_ids restart, so these rows pack several documents, and one cache cannot hold them: "
-            "pass no past_key_values and use_cache=False"
+            "position_ids restart, so these rows are packed documents, which cannot be cached: set use_cache=False "
+            "and do not pass past_key_values"
         )
-    # Flash attention finds the documents by itself, from the positions of an unpadded batch of one row.
+    # Flash attention detects documents itself, but only in a batch of one row without padding.
     if "flash" in attention and not (len(documents) == 1 and (mask is None or mask.bool().all())):
         raise ValueError(
-            "flash attention keeps packed documents apart only in a batch of one row without padding: "
-            "flatten the rows into one, or use attn_implementation='sdpa' or 'flex_attention'"
+            "flash attention separates packed documents only in a batch of one row without padding: flatten the rows "
+            "into one, or use attn_implementation='sdpa' or 'flex_attention'"
         )
 
 

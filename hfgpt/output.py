@@ -1,4 +1,4 @@
-"""Where text goes that people read: consoles without markup, and pictures."""
+"""Output for people: consoles without markup, and text in plots."""
 
 import shutil
 import sys
@@ -44,7 +44,7 @@ class PlainConsole(Console):
 
 
 def stderr_console(quiet: bool = False) -> Console:
-    """The console of progress and notices: standard error, plain where it is not a terminal."""
+    """The console for progress and messages: stderr, plain if it is not a terminal."""
     return PlainConsole(file=sys.stderr, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
 
 
@@ -85,10 +85,10 @@ def render_pairs(pairs: Iterable[tuple[str, str]], width: int | None) -> str:
 
 
 def drawable(text: str, otherwise: str) -> str:
-    """A text for a picture: `otherwise` if matplotlib's font lacks one of its characters, as of Chinese or emoji."""
+    """A text for a plot; `otherwise` if matplotlib's font does not have all characters (Chinese, emoji)."""
     from matplotlib import font_manager
 
     known = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
     if any(ord(character) not in known for character in text):
         return otherwise
-    return text.replace("$", r"\$")  # which would begin a formula
+    return text.replace("$", r"\$")  # would start a formula

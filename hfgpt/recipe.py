@@ -1,8 +1,8 @@
 """Recipes: nested YAML <-> typed arguments, overrides, and errors that name the key and the line.
 
-jsonargparse checks and converts every value by the type of its dataclass field. It does not look at keys of sections
-that it does not know, nor at a section that is no mapping (`recipe_keys.py` does), nor at a null where none is
-allowed, and YAML takes the last of two equal keys: that is done here.
+jsonargparse checks and converts every value by the type of its dataclass field. It does not check for unknown sections
+and keys or sections that are not mappings (`recipe_keys.py` does), nor for null values that are not allowed or
+duplicate YAML keys (this file does).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from hfgpt.errors import InputError
 from hfgpt.recipe_keys import SECTIONS, check_overrides, find_unknown, section_keys, suggest
 from hfgpt.saving import check_model_path
 
-if TYPE_CHECKING:  # `section_types` imports them, and torch with them, once the keys are known to be right
+if TYPE_CHECKING:  # `section_types` imports them, and torch, after the keys have been checked
     from hfgpt.adapters import AdapterArguments
     from hfgpt.building import ModelArguments
     from hfgpt.data.classification import ClassificationDataArguments
@@ -37,10 +37,10 @@ if TYPE_CHECKING:  # `section_types` imports them, and torch with them, once the
     from hfgpt.tokenizer import TokenizerArguments
     from hfgpt.training.trainer import FirstPassArguments, HfGPTTrainingArguments
 
-# What these say is done only where a recipe has them.
+# Sections that have an effect only if the recipe contains them.
 OPTIONAL = ("pretraining", "adapters", "hub")
-MOST_KEYS = 10_000  # of a recipe, list items included
-# Types as the author of a recipe calls them.
+MOST_KEYS = 10_000  # per recipe, including list items
+# Names of types in error messages.
 TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -50,8 +50,8 @@ TYPES = {
     "dict": "a mapping like {a: b}",
     "NoneType": "null",
 }
-# Keys that may differ when a run is resumed: they change what is watched, not what is learned, or (the precision) are
-# compared as the machine resolved them.
+# Keys that may differ when a run is resumed: they do not affect what is learned, or (the precision) are compared as
+# resolved on the machine.
 RESUMABLE = (
     "evaluation.",
     "hub.",
@@ -76,10 +76,10 @@ class Recipe:
     """A run: its task and the arguments of every section.
 
     Args:
-        name: The file's name without its suffix.
+        name: File name without the suffix.
         task: `pretrain`, `classify` or `instruct`.
-        values: What the recipe and the overrides say, with our own sections complete: enough to repeat the run.
-        pretraining, adapters, hub: None where the recipe has no such section.
+        values: The values of recipe and overrides, and the defaults of hfgpt's sections: enough to repeat the run.
+        pretraining, adapters, hub: None if the recipe does not have the section.
     """
 
     name: str
@@ -96,13 +96,13 @@ class Recipe:
 
 
 def recipe_folder() -> Path:
-    """The recipes of the package: beside the modules in an installed wheel, at the root of a checkout."""
+    """The folder of the package's recipes: in the package if installed from a wheel, else at the repository root."""
     package = Path(__file__).parent
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes included in the package."""
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
@@ -117,13 +117,13 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     """Reads a recipe and applies overrides.
 
     Args:
-        name: A name from `recipes/`, or the path of a YAML file.
+        name: Name of a recipe in `recipes/`, or path of a YAML file.
         overrides: `--section.key value` or `--section.key=value`, as on the command line.
-        check_paths: Whether the files that `data.path` and `model.path` name must be there.
+        check_paths: Whether to check that `data.path` and `model.path` exist.
 
     Raises:
-        InputError: No such recipe, no YAML, an unknown key (with the nearest right one), a missing file or a wrong
-            type. All but the last are found before torch is imported.
+        InputError: Unknown recipe, invalid YAML, unknown key (with a suggestion), missing file, or wrong type. All but
+            the last are detected before torch is imported.
 
     Example:
 
@@ -170,7 +170,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
 
 
 def _parse(task: str, tree: dict[str, Any], overrides: list[str], where: Callable[[str], str]) -> Namespace:
-    """Converts every value to the type of its key; only what is wrong in the recipe itself is told with its line."""
+    """Converts every value to the type of its key; errors in the recipe file itself name the line."""
     parser, defaults = _build_parser(task)
     try:
         values = parser.parse_object(tree, defaults.clone(), defaults=False)
@@ -184,7 +184,7 @@ def _parse(task: str, tree: dict[str, Any], overrides: list[str], where: Callabl
 
 
 def _train_from_scratch(training: Namespace, tree: dict[str, Any], overrides: list[str]):
-    """Sets what suits weights drawn at random, but for the keys that are given, in the recipe or as an override."""
+    """Sets the defaults for training from scratch, except for keys set in the recipe or by an override."""
     from hfgpt.training.trainer import FROM_SCRATCH
 
     given = {*tree.get("training", {}), *(override.partition("=")[0] for override in overrides)}
@@ -194,9 +194,9 @@ def _train_from_scratch(training: Namespace, tree: dict[str, Any], overrides: li
 
 
 def _leave_out_unused(values: Namespace, defaults: Namespace, overrides: list[str], as_given: Callable[[str], str]):
-    """Leaves out the keys of a tokenizer to train where one is loaded, or refuses those that were given.
+    """If a tokenizer is loaded, removes the keys for training one; an error if they were set.
 
-    The keys of a recipe give way to an override that names the tokenizer, or the model that has one.
+    An override of the tokenizer or model path takes precedence over such keys in the recipe.
     """
     tokenizer = values.tokenizer
     if tokenizer.path is not None:
@@ -209,7 +209,7 @@ def _leave_out_unused(values: Namespace, defaults: Namespace, overrides: list[st
         key, value = f"tokenizer.{name}", tokenizer.pop(name)
         gives_way = _is_overridden(source, overrides) and not _is_overridden(key, overrides)
         if value != defaults[name] and not gives_way:
-            fault = f"{key} is {value!r}, but the tokenizer is that of {source}: leave out one of them"
+            fault = f"{key} is {value!r}, but the tokenizer is loaded from {source}: remove one of them"
             raise InputError(as_given(key) + fault)
 
 
@@ -218,15 +218,15 @@ def _is_overridden(key: str, overrides: list[str]) -> bool:
 
 
 def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict[str, Any]:
-    """The arguments of some sections from the command line alone, for commands without a recipe.
+    """The arguments of sections from the command line only, for commands without a recipe.
 
     Args:
         overrides: `--section.key value` or `--section.key=value`.
-        task: Whose sections.
-        sections: The sections they may name.
+        task: Name of the task.
+        sections: The allowed sections.
 
     Returns:
-        Section name -> its arguments.
+        Section name -> arguments.
 
     Raises:
         InputError: An unknown key or section, or a wrong type.
@@ -245,14 +245,14 @@ def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict
 
 
 def render_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads back to the same arguments."""
+    """The recipe as YAML, which `load_recipe` loads with the same arguments."""
     return yaml.safe_dump(recipe.values, sort_keys=False, allow_unicode=True)
 
 
 def first_difference(
     old: dict[str, Any], new: dict[str, Any], ignoring: Sequence[str] = ()
 ) -> tuple[str, Any, Any] | None:
-    """The first key, in dotted form, in which two recipes differ in what is learned, and its values; None: none."""
+    """The first dotted key that affects training and differs between two recipes, with both values; None if equal."""
     flat_old, flat_new = _flatten(old, new["task"]), _flatten(new, new["task"])
     for key in sorted(flat_old.keys() | flat_new.keys()):
         before, now = flat_old.get(key), flat_new.get(key)
@@ -268,43 +268,47 @@ def _find_recipe(name: str) -> Path:
     if name in recipe_names():
         return recipe_folder() / f"{name}.yaml"
     if path.is_dir():
-        raise InputError(f"recipe '{name}' is a folder: name a .yaml file in it")
+        raise InputError(f"recipe '{name}' is a folder: give a .yaml file in it")
     if path.suffix in (".yaml", ".yml"):
-        raise InputError(f"there is no recipe file '{name}'{nearest(name)}: check the path")
+        raise InputError(f"the recipe file '{name}' does not exist{nearest(name)}: check the path")
     raise InputError(f"there is no recipe or .yaml file '{name}'{suggest(name, recipe_names(), most=99)}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The recipe as nested dictionaries, and the line of each dotted key."""
+    """The recipe as nested dictionaries, and the line number of each dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
-        # Before anything else follows an alias: a few lines of them can stand for billions of keys.
+        # Before aliases are expanded: a few lines of them can expand to billions of keys.
         keys = list(itertools.islice(_find_keys(yaml.compose(text, Loader=yaml.SafeLoader)), MOST_KEYS + 1))
         if len(keys) > MOST_KEYS:
-            raise yaml.YAMLError(f"more than {MOST_KEYS:,} keys and list items, those behind each alias (*) included")
+            raise yaml.YAMLError(f"more than {MOST_KEYS:,} keys and list items, including those of each alias (*)")
         tree = yaml.safe_load(text)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise InputError(f"{path.name} is not UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
+        raise InputError(
+            f"{path.name} is not valid UTF-8: byte 0x{byte:02x} at offset {error.start}; convert it to UTF-8"
+        ) from error
     except RecursionError as error:
         raise InputError(f"{path.name} is nested too deeply, or has an alias (*) inside its own anchor (&)") from error
-    except (yaml.YAMLError, ValueError) as error:  # of an impossible date, or a number of 5,000 digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date, or a number of 5,000 digits
         mark = getattr(error, "problem_mark", None)
         place = f"{path.name}, line {mark.line + 1}" if mark else path.name
         fact = getattr(error, "problem", None) or " ".join(str(error).split())
         raise InputError(f"{place}: invalid YAML: {fact}") from error
     if not isinstance(tree, dict):
-        raise InputError(f"{path.name} has no recipe: it must begin with 'task: pretrain' and sections below it")
+        raise InputError(f"{path.name} is not a recipe: it must be a mapping with a task and sections")
     lines: dict[str, int] = {}
     for name, mark in keys:
         if name in lines:
-            raise InputError(f"{path.name}, line {mark.line + 1}: {name} is already in line {lines[name]}: drop one")
+            raise InputError(
+                f"{path.name}, line {mark.line + 1}: {name} is already set in line {lines[name]}: drop one"
+            )
         lines[name] = mark.line + 1
     return tree, lines
 
 
 def _find_keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, yaml.Mark]]:
-    """Every key in dotted form, and every item of a list by its number, and where it stands."""
+    """Every dotted key, and every list item by its index, with its position in the file."""
     items = node.value if isinstance(node, yaml.CollectionNode) else ()
     for number, item in enumerate(items):
         key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
@@ -314,7 +318,7 @@ def _find_keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _as_written(key: str, tree: dict[str, Any], overrides: list[str], default: Any = None) -> Any:
-    """The value of a key as the last override or else the recipe has it."""
+    """The raw value of a key, from the last override or else the recipe."""
     *sections, name = key.split(".")
     for section in sections:
         tree = tree.get(section, {})
@@ -328,7 +332,7 @@ def _as_written(key: str, tree: dict[str, Any], overrides: list[str], default: A
 
 
 def _check_paths(tree: dict[str, Any], overrides: list[str], recipe: str = ""):
-    """Refuses local data and models that do not exist; of one that the recipe names, the user may never have heard."""
+    """Checks that local data and models exist; if the path is from the recipe, the error says so."""
     for key, check in (("model.path", check_model_path), ("data.path", find_source)):
         path = _as_written(key, tree, overrides)
         if not isinstance(path, str) or not path:
@@ -339,17 +343,16 @@ def _check_paths(tree: dict[str, Any], overrides: list[str], recipe: str = ""):
         is_file = (looks_local(path) or path.startswith("runs/")) and not glob.has_magic(path)
         if is_file and not overridden and not Path(path).expanduser().exists():
             trains = key == "model.path" and Path(path).name in recipe_names()
-            remedy = f"train it first (hfgpt train {Path(path).name}), or name" if trains else "name"
+            remedy = f"train it first (hfgpt train {Path(path).name}), or set" if trains else "set"
             raise InputError(
-                f"the recipe {recipe} has {key} '{path}', which does not exist{nearest(path)}: {remedy} another with "
-                f"--{key}"
+                f"{key} '{path}' in the recipe {recipe} does not exist{nearest(path)}: {remedy} --{key} to another"
             )
         check(path)
 
 
 @functools.cache
 def _build_parser(task: str) -> tuple[ArgumentParser, Namespace]:
-    """The parser of a task's recipes, and its defaults, in which nothing may be changed: finding them takes 35 ms."""
+    """The parser for a task's recipes, and its defaults, which must not be modified: computing them takes 35 ms."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--task", type=str, default="pretrain")
     for section, kind in section_types(task).items():
@@ -358,7 +361,7 @@ def _build_parser(task: str) -> tuple[ArgumentParser, Namespace]:
 
 
 def _build(kind: type, values: Namespace) -> Any:
-    """The dataclass of a section, and those within it, from what the parser made of them."""
+    """The dataclass of a section, including nested ones, from parsed values."""
     hints = typing.get_type_hints(kind)
     built = {
         name: _build(hints[name], value)
@@ -370,7 +373,7 @@ def _build(kind: type, values: Namespace) -> Any:
 
 
 def _find_empty(section: str, content: dict[str, Any], kind: type) -> Iterator[str]:
-    """Keys without a value that need one, which jsonargparse does not look at."""
+    """Keys that need a value but have none, which jsonargparse does not check."""
     hints = typing.get_type_hints(kind)
     for name, value in content.items():
         if dataclasses.is_dataclass(hints[name]):
@@ -385,21 +388,21 @@ def _allows_none(hint: Any) -> bool:
 
 
 def _explain(error: ArgumentError) -> tuple[str, str]:
-    """The key that jsonargparse complains of, and its complaint in one line."""
+    """The key and a one-line message for a jsonargparse error."""
     if found := re.search(r'Parser key "([^"]+)":\s*(.*)', str(error), re.DOTALL):
         key, fact = found.groups()
-        # The value comes last; what lies between is one line for each type of a union.
+        # The value comes last, after one line per type of a union.
         expected = re.findall(r"Expected an? (<class '(\w+)'>|typing\.Literal(\[.*?\]))", fact)
         value = re.search(r"(?:Got value|Given value): (.*)", fact)
         if expected and value:
             names = [TYPES.get(name, name) if name else f"one of {choices[1:-1]}" for _, name, choices in expected]
             return key, f"{key} is {value.group(1).strip()!r}; it must be {' or '.join(dict.fromkeys(names))}"
         return key, f"{key}: {' '.join(fact.split())}"
-    return "", f"{' '.join(str(error).split())}; an override is --section.key value"
+    return "", f"{' '.join(str(error).split())}; overrides must have the form --section.key value"
 
 
 def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
-    """The key and one line: our messages begin with the key; transformers' hold it, or only the value."""
+    """The key and a one-line message: hfgpt's messages start with the key; transformers' contain it, or the value."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return re.match(r"[\w.]*", text)[0], text
@@ -413,7 +416,7 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
 
 
 def _resolved_values(values: Namespace, sections: dict[str, Any]) -> dict[str, Any]:
-    """Our own sections without their empty keys; of TrainingArguments' hundred `LEARNED` and what differs."""
+    """The values of all sections without empty keys; for `training`, those in `LEARNED` and non-default values."""
     from hfgpt.training.trainer import LEARNED
 
     resolved: dict[str, Any] = {"task": values.task}
@@ -422,8 +425,8 @@ def _resolved_values(values: Namespace, sections: dict[str, Any]) -> dict[str, A
         for key, value in vars(values[section]).items():
             if key == "initialization" and values.model.path is not None:
                 continue
-            learned = section == "training" and key in LEARNED  # written as this machine settles it: bf16
-            # A null is written where it differs from the default: `pad_token: null` is another tokenizer.
+            learned = section == "training" and key in LEARNED  # as resolved on this machine (bf16)
+            # Null is written only if it differs from the default: `pad_token: null` changes the tokenizer.
             if learned or value != defaults[key] or (value is not None and section != "training"):
                 kept[key] = _plain(getattr(arguments, key) if learned else value)
         resolved[section] = kept
@@ -433,11 +436,11 @@ def _resolved_values(values: Namespace, sections: dict[str, Any]) -> dict[str, A
 def _plain(value: Any) -> Any:
     if isinstance(value, Namespace):
         return {key: _plain(inner) for key, inner in vars(value).items() if inner is not None}
-    return getattr(value, "value", value)  # enumerations of transformers
+    return getattr(value, "value", value)  # transformers' enums
 
 
 def _flatten(values: dict[str, Any], task: str) -> dict[str, Any]:
-    """Every key in dotted form; one that is not written has its default."""
+    """All dotted keys with their values, or defaults if not set."""
     defaults, flat = vars(_build_parser(task)[1]), {"task": values["task"]}
     for section in values.keys() - {"task"}:
         written = (_plain(defaults[section]) if section in defaults else {}) | values[section]

@@ -1,7 +1,7 @@
-"""The keys of a recipe, and what is wrong with the keys that a user wrote, without importing torch.
+"""The keys of a recipe, and errors for unknown keys, without importing torch.
 
-Importing the dataclasses of the sections takes seconds, most of them for torch, so their fields are read from the
-source, with what the docstrings say of each. A typo is then reported at once, and `hfgpt keys` answers as quickly.
+Importing the dataclasses of the sections takes seconds, mostly for torch, so their fields and docstrings are read from
+the source code. Typos are thus reported immediately, and `hfgpt keys` is as fast.
 """
 
 import ast
@@ -16,7 +16,7 @@ from typing import Any
 
 from hfgpt.errors import InputError
 
-# Name of a key -> the keys within it, or None for one that holds a value.
+# Key -> nested keys, or None if it has a value.
 Keys = dict[str, dict | None]
 
 
@@ -77,11 +77,11 @@ SECTIONS: dict[str, dict[str, str]] = {
 TASK = Key(
     f"Literal{list(SECTIONS)}",
     "pretrain",
-    "What is trained: `pretrain`, a language model; `classify`, a classifier; or `instruct`, a model that follows "
-    "instructions.",
+    "What to train: `pretrain` (a language model), `classify` (a classifier) or `instruct` (a model that follows "
+    "instructions).",
     "hfgpt",
 )
-# What other libraries, and people, call these keys, where no similar spelling leads to them.
+# Other common names of keys that are too different for fuzzy matching.
 NICKNAMES = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -103,7 +103,7 @@ def section_keys(task: str, sections: Sequence[str] | None = None) -> dict[str, 
 
 
 def read_section(task: str, section: str) -> Section:
-    """What the source says of a section of a task."""
+    """The fields of a section, read from the source code."""
     return _read_class(*SECTIONS[task][section].rsplit(".", 1))
 
 
@@ -113,7 +113,7 @@ def _names(section: Section) -> Keys:
 
 @functools.cache
 def _read_class(module: str, name: str) -> Section:
-    """A dataclass with the fields of its bases; what says nothing of a field leaves it what its base says."""
+    """A dataclass with the fields of its bases; its docstring overrides those of the bases."""
     module, kind = _find_class(module, name)
     library = module.partition(".")[0]
     about, meanings = _read_docstring(kind)
@@ -157,7 +157,7 @@ def _find_class(module: str, name: str) -> tuple[str, ast.ClassDef]:
 
 
 def _read_docstring(kind: ast.ClassDef) -> tuple[list[str], dict[str, str]]:
-    """The paragraphs of a docstring, and what its `Args:` say of each name."""
+    """The paragraphs of a docstring, and the descriptions in its `Args:`."""
     about, meanings = [], {}
     for paragraph in (ast.get_docstring(kind) or "").split("\n\n"):
         heading, *entries = re.split(r"\n {4}(?=\w)", paragraph)
@@ -192,7 +192,7 @@ def _evaluate(node: ast.expr, module: str) -> Any:
 
 
 def find_unknown(tree: dict[str, Any], sections: dict[str, Keys | None]) -> Iterator[tuple[str, str]]:
-    """Keys and sections that do not exist, and values where keys should be: each with what is wrong with it."""
+    """Unknown sections and keys, and values where a section is expected, each with an error message."""
     for section, content in tree.items():
         if section not in sections:
             yield str(section), unknown_section(str(section), sections)
@@ -213,10 +213,10 @@ def _find_unknown_in(section: str, content: Any, keys: Keys) -> Iterator[tuple[s
 
 
 def check_overrides(overrides: Sequence[str], sections: dict[str, Keys | None]):
-    """Refuses `--section.key` on the command line where there is no such section or key.
+    """Checks that the sections and keys of `--section.key` overrides exist.
 
     Raises:
-        InputError: Names the nearest one that there is.
+        InputError: Unknown section or key, with a suggestion.
     """
     for override in overrides:
         if not override.startswith("--"):
@@ -231,7 +231,7 @@ def check_overrides(overrides: Sequence[str], sections: dict[str, Keys | None]):
             path = f"{path}.{names[0]}"
             keys = keys[names.pop(0)]
         if keys is not None:
-            raise InputError(f"--{path} is a section: name one of its keys, as in --{path}.key value")
+            raise InputError(f"--{path} is a section: set one of its keys, as in --{path}.key value")
 
 
 def unknown_section(section: str, sections: dict[str, Any]) -> str:
@@ -247,7 +247,7 @@ def unknown_key(name: str, section: str, keys: Keys) -> str:
 
 
 def suggest(name: str, names: Sequence[str], most: int = 11) -> str:
-    """The nearest of some names, as the end of a sentence, or all of them if they are few."""
+    """A suggestion to append to an error: the most similar name, or all names if there are few."""
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return (
         f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) <= most else ""

@@ -1,7 +1,7 @@
-"""What is written beside the weights: the files of a run folder, each a typed record, and who may read what of them.
+"""The JSON files saved with the weights as typed records, with rules for which entries are published.
 
-A record is read and written here only. What is not as hfgpt writes it is refused with the name of the file and of the
-entry; entries that this version does not know are left out.
+Records are read and written only here. Invalid content is an error that names the file and the entry; unknown entries
+are ignored.
 """
 
 import dataclasses
@@ -27,53 +27,53 @@ RECIPE_FILE, CARD_FILE, LOG_FILE, METRICS_FILE = "recipe.yaml", "README.md", "tr
 LABELS_FILE, ANSWERS_FILE, JUDGEMENTS_FILE = "labels.json", "answers.jsonl", "judgements.jsonl"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
 Number = float | int
-REMEDY = "take the one that was saved with the model, or move it away"
+REMEDY = "restore the original, or remove it"
 
 
 # Marks of entries, see `Annotated` below.
-PLACE = "place"  # names something on this machine, or a Hub id; of a place only the last part is published
-PRIVATE = "private"  # is not published
-END = "end"  # of the end of a run: a checkpoint does not share it with its run
-ADAPTER = "adapter"  # of an adapter's weights: the model that it is merged into does not share it
-REQUIRED = "required"  # in every file, whatever its default
+PLACE = "place"  # a local path or a Hub id; only the last part of a path is published
+PRIVATE = "private"  # not published
+END = "end"  # describes the end of a run, not its checkpoints
+ADAPTER = "adapter"  # describes an adapter's weights, not the merged model
+REQUIRED = "required"  # must be in every file, whatever its default
 
 
 class Record:
-    """A JSON object with typed entries; subclasses are dataclasses, and name the file that they are kept in."""
+    """A JSON object with typed entries; subclasses are dataclasses with the name of their file."""
 
     FILE: ClassVar[str]
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The record in a folder; None: there is none.
+        """The record in a folder; None if there is no file.
 
         Raises:
-            InputError: It is not JSON, or not as hfgpt writes it.
+            InputError: It is not valid JSON, or an entry is missing or invalid.
         """
         content = read_object(folder / cls.FILE)
         return None if content is None else cls.from_dict(content, folder / cls.FILE)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any], path: Path) -> Self:
-        """The record that a JSON object holds; `path` names it in errors."""
+        """The record in a JSON object; `path` is for error messages."""
         kinds, marks = typing.get_type_hints(cls), cls._marks()
         if lacking := sorted(name for name in marks if REQUIRED in marks[name] and name not in content):
-            raise InputError(f"'{path}' is not as hfgpt writes it, it lacks {', '.join(lacking)}: {REMEDY}")
+            raise InputError(f"'{path}' is incomplete, it does not have {', '.join(lacking)}: {REMEDY}")
         known = {name: _with_records(content[name], kinds[name], path) for name in marks if name in content}
         for name, value in known.items():
             try:
                 type_validator(name, value, kinds[name])
             except TypeError as error:
                 value = json.dumps(content[name])[:100]
-                raise InputError(f"'{path}' is not as hfgpt writes it: {name} is {value}; {REMEDY}") from error
+                raise InputError(f"'{path}' has an invalid value, {name} is {value}: {REMEDY}") from error
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries that are there, ready for JSON."""
+        """The entries that are not None, ready for JSON."""
         return {name: _plain(value) for name, value in vars(self).items() if value is not None}
 
     def publishable(self) -> dict[str, Any]:
-        """The entries for others to read: nothing private, and no place of this machine."""
+        """The entries to publish: nothing private, and no local paths."""
         kept = self.to_dict()
         for name, marks in self._marks().items():
             if PRIVATE in marks:
@@ -83,11 +83,11 @@ class Record:
         return kept
 
     def write(self, folder: Path):
-        """Writes the record into a folder, whole or not at all."""
+        """Writes the record into a folder, atomically."""
         write_json(folder / self.FILE, self.to_dict())
 
     def without(self, mark: str) -> Self:
-        """A copy without the entries that have a mark: `END` or `ADAPTER`."""
+        """A copy without the entries marked `END` or `ADAPTER`."""
         return dataclasses.replace(self, **{name: None for name, marks in self._marks().items() if mark in marks})
 
     @classmethod
@@ -97,7 +97,7 @@ class Record:
 
 
 def _with_records(value: Any, kind: Any, path: Path) -> Any:
-    """A value with the records that its type has inside it."""
+    """A value with nested records, according to its type."""
     if typing.get_origin(kind) is types.UnionType:
         kind = typing.get_args(kind)[0]
     if not isinstance(value, dict):
@@ -115,7 +115,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(kw_only=True)
 class Environment(Record):
-    """What something was made with, and when."""
+    """Software versions, platform and time."""
 
     hfgpt: str | None = None
     python: str | None = None
@@ -124,7 +124,7 @@ class Environment(Record):
     finished: Annotated[str | None, END] = None
 
     def stamp(self) -> Self:
-        """Fills in versions, platform and time as they are now; returns the record."""
+        """Sets versions, platform and time to their current values; returns the record."""
         self.hfgpt, self.python, self.platform = hfgpt.__version__, platform.python_version(), platform.platform()
         self.versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         self.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -133,7 +133,7 @@ class Environment(Record):
 
 @dataclass(kw_only=True)
 class TrainingRecord(Record):
-    """What a training took, planned and actual side by side: run.json of a first pass, and a part of a run's."""
+    """Planned and actual cost of a training: run.json of a first pass, and part of that of a run."""
 
     FILE: ClassVar[str] = "run.json"
 
@@ -146,7 +146,7 @@ class TrainingRecord(Record):
 
 @dataclass(kw_only=True)
 class Samples(Record):
-    """Texts that a model wrote, and how they were sampled."""
+    """Texts that a model generated, and the sampling settings."""
 
     texts: Annotated[list[str], REQUIRED]
     seed: int | None = None
@@ -157,9 +157,9 @@ class Samples(Record):
 
 @dataclass(kw_only=True)
 class RunRecord(TrainingRecord, Environment):
-    """run.json: what the weights of a run depend on, what their training took, and what the card shows.
+    """run.json: what the weights of a run depend on, the cost of training, and what the model card shows.
 
-    The first entries are known before training, and a resumed run is compared with them; publishing adds the last.
+    The first entries are written before training and compared when a run is resumed; publishing adds the last ones.
     """
 
     task: str | None = None
@@ -189,15 +189,15 @@ class RunRecord(TrainingRecord, Environment):
 
 @dataclass(kw_only=True)
 class MergeRecord(Environment):
-    """merge.json: how much merging an adapter into its base model changed.
+    """merge.json: numerical difference from merging an adapter into its base model.
 
     Args:
-        adapter, base_model: What was merged into what.
-        difference: The largest difference of logits in float32.
-        largest_logit: The largest magnitude of the unmerged model's.
-        tolerance: Largest difference allowed, as a part of `largest_logit` where that is above 1.
-        tokens: How many random tokens were compared.
-        weights_sha256: Of the merged model.
+        adapter, base_model: The adapter and the base model.
+        difference: Largest absolute difference of the logits in float32.
+        largest_logit: Largest absolute logit of the unmerged model.
+        tolerance: Largest allowed difference, relative to `largest_logit` if that is above 1.
+        tokens: Number of random tokens compared.
+        weights_sha256: SHA-256 of the merged model's weights.
     """
 
     FILE: ClassVar[str] = "merge.json"
@@ -217,18 +217,18 @@ class MergeRecord(Environment):
 
 @dataclass(kw_only=True)
 class ConversionRecord(Environment):
-    """conversion.json: where weights came from, and how far the logits of both models are apart.
+    """conversion.json: source of converted weights, and the differences between both models' logits.
 
     Args:
-        source: What was converted.
-        format: From or to which layout.
-        parameters, source_parameters: Of the result and of the source, tied ones once.
+        source: The converted model.
+        format: The source or target format.
+        parameters, source_parameters: Number of parameters of the result and of the source, tied ones counted once.
         differences: See `hfgpt.conversion.parity.Difference`.
-        greedy_equal: Whether both continue the same text with the same tokens; None for a classifier.
-        notes: What was filled, dropped, tied, cut or merged.
-        passed: Whether every difference is within its tolerance.
-        architecture: Of the result, for its card.
-        weights_sha256: Of the result.
+        greedy_equal: Whether greedy decoding gives the same tokens; None for a classifier.
+        notes: Weights that were filled, dropped, tied, cut or merged.
+        passed: Whether all differences are within their tolerances.
+        architecture: Architecture of the result, for its model card.
+        weights_sha256: SHA-256 of the result's weights.
     """
 
     FILE: ClassVar[str] = "conversion.json"
@@ -245,15 +245,15 @@ class ConversionRecord(Environment):
     weights_sha256: str | None = None
 
 
-# Records with the hash of the weights. A model made from a run may keep its run.json, so that is read last.
+# Records with a hash of the weights. A model derived from a run may still have its run.json, so that comes last.
 OF_WEIGHTS = (ConversionRecord, MergeRecord, RunRecord)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None: there is no file.
+    """The JSON object in a file; None if there is no file.
 
     Raises:
-        InputError: It is not JSON, or not an object.
+        InputError: It is not valid JSON, or not an object.
     """
     if not path.is_file():
         return None
@@ -262,49 +262,49 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as error:
         raise InputError(f"'{path}' cannot be read ({' '.join(str(error).split())[:200]}): {REMEDY}") from error
     if not isinstance(content, dict):
-        raise InputError(f"'{path}' is not as hfgpt writes it, it is not a JSON object: {REMEDY}")
+        raise InputError(f"'{path}' is not a JSON object: {REMEDY}")
     return content
 
 
 def read_metrics(folder: Path) -> dict[str, Number]:
-    """The content of metrics.json; empty where nothing was measured.
+    """The content of metrics.json; empty if there is no file.
 
     Raises:
-        InputError: It cannot be read, or has what is not a number.
+        InputError: It cannot be read, or has a value that is not a number.
     """
     metrics = read_object(folder / METRICS_FILE) or {}
     if wrong := [name for name, value in metrics.items() if not isinstance(value, int | float)]:
-        raise InputError(f"'{folder / METRICS_FILE}' is not as hfgpt writes it: {wrong[0]} is not a number; {REMEDY}")
+        raise InputError(f"'{folder / METRICS_FILE}' has an invalid value, {wrong[0]} is not a number: {REMEDY}")
     return metrics
 
 
 def write_metrics(folder: Path, metrics: dict[str, Number]):
-    """Writes metrics.json, whole or not at all."""
+    """Writes metrics.json, atomically."""
     write_json(folder / METRICS_FILE, metrics)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run began in a folder."""
+    """Whether a folder contains a run, finished or not."""
     return (folder / RECIPE_FILE).is_file()
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder came to its end: its card is written last."""
+    """Whether the run in a folder is finished: its model card is written last."""
     return is_run(folder) and (folder / CARD_FILE).is_file()
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is the resumable state of a run."""
+    """Whether a folder is a checkpoint of a run."""
     return (folder / "trainer_state.json").is_file()
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model or a source of data is named by its Hub id, and not by a place on this machine."""
+    """Whether the name of a model or dataset is a Hub id rather than a local path."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*|gpt2(-medium|-large|-xl)?", name)) and not Path(name).exists()
 
 
 def public_name(name: str) -> str:
-    """A Hub id or a generated source as it is; of a path on this machine, or a URL, the name of the file alone."""
+    """The name to publish: Hub ids and synthetic sources unchanged, only the file name of local paths and URLs."""
     if is_hub_id(name) or name.startswith("synthetic:"):
         return name
     return Path(urlsplit(name).path if "://" in name else name).name

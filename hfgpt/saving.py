@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever happens meanwhile, and their checksums."""
+"""Atomic writing of files and folders, and checksums."""
 
 import errno
 import hashlib
@@ -16,13 +16,12 @@ from typing import Any
 
 from hfgpt.errors import InputError
 
-# Empty while a folder is being filled; written last, so that a folder with checksums is complete. `sha256sum --check`
-# reads it.
+# Written last, and empty before, so that a folder with checksums is complete. `sha256sum --check` can read it.
 CHECKSUMS_FILE = "SHA256SUMS"
 
 
 def write_text(path: Path, text: str):
-    """Writes a file whole or not at all; a link becomes a file of its own, and what it named stays as it was."""
+    """Writes a file atomically; a symbolic link is replaced, and its target left unchanged."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -32,7 +31,7 @@ def write_text(path: Path, text: str):
 
 
 def write_json(path: Path, content: dict[str, Any]):
-    """Writes JSON whole or not at all."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -43,7 +42,7 @@ def hash_file(path: Path) -> str:
 
 
 def write_checksums(folder: Path):
-    """Writes the SHA-256 of every file in a folder and below it, which completes the folder."""
+    """Writes the SHA-256 of all files in a folder, recursively, which marks the folder as complete."""
     _share_weights(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
     lines = [f"{hash_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
@@ -51,14 +50,14 @@ def write_checksums(folder: Path):
 
 
 def read_checksums(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256, as `write_checksums` wrote them; empty if the folder has none."""
+    """File name -> SHA-256, see `write_checksums`; empty if the folder has none."""
     path = folder / CHECKSUMS_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
 
 
 def _share_weights(folder: Path):
-    """Gives the files of weights the permissions of any other file: safetensors makes them its owner's alone."""
+    """Gives weight files the default permissions: safetensors makes them readable only by their owner."""
     usual = folder / f".mode.{os.getpid()}.tmp"
     usual.touch()
     mode = usual.stat().st_mode
@@ -68,18 +67,18 @@ def _share_weights(folder: Path):
 
 
 def remove_leftovers(folder: Path):
-    """Removes what a killed process left half-written in a folder that only this process writes to."""
+    """Removes temporary files of a killed process from a folder that only this process writes to."""
     for path in [*folder.glob(".staging-*"), *folder.glob(".*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
 def staged_files(folder: Path, first: str | None = None) -> Iterator[Path]:
-    """A folder to write several files into that then appear in `folder` together, or not at all if writing fails.
+    """A temporary folder whose files are moved to `folder` when all are written; none are if writing fails.
 
     Args:
-        folder: Where they appear.
-        first: The file that comes first, by which a later process knows what a killed one was about to do.
+        folder: The target folder.
+        first: The file to move first, from which a later process can tell what a killed one was doing.
     """
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
     try:
@@ -92,23 +91,23 @@ def staged_files(folder: Path, first: str | None = None) -> Iterator[Path]:
 
 
 def check_free(out: Path) -> Path:
-    """The path of a folder that can be made, without `.` and `..`.
+    """The normalized path of a folder that can be created.
 
     Raises:
-        InputError: It exists, or cannot be written.
+        InputError: It exists, or is not writable.
     """
     out = Path(os.path.normpath(out))
     if os.path.lexists(out):
-        raise InputError(f"'{out}' exists: name a folder that does not")
+        raise InputError(f"'{out}' already exists: choose a new folder")
     check_writable(out)
     return out
 
 
 def check_model_path(path: str):
-    """Refuses what cannot be a model, before anything asks the Hub for it.
+    """Rejects paths that cannot be a model, before any request to the Hub.
 
     Raises:
-        InputError: A file, a folder without config.json, or a path that does not exist and is no Hub id.
+        InputError: A file, a folder without config.json, or a path that does not exist and is not a Hub id.
     """
     local = Path(path)
     if local.is_file():
@@ -116,10 +115,10 @@ def check_model_path(path: str):
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(
-                f"the folder '{path}' has no config.json: name the folder of a finished run or of a saved model"
+                f"the folder '{path}' has no config.json: give the folder of a finished run or of a saved model"
             )
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
-        raise InputError(f"the folder '{path}' does not exist, and it is not a Hub id either: check the path")
+        raise InputError(f"the folder '{path}' does not exist, and it is not a Hub id: check the path")
     elif "/" in path and local.parent.is_dir():
         raise InputError(
             f"the folder '{local.parent}' does not have '{local.name}': check the path; to load '{path}' from the "
@@ -128,31 +127,31 @@ def check_model_path(path: str):
 
 
 def check_writable(folder: Path):
-    """Refuses a folder that cannot be created or written to, before any work is spent on its content.
+    """Checks that a folder can be created and written to, before doing any work for it.
 
     Raises:
-        InputError: Something above it is a file, or its disk is full or read-only, or it belongs to somebody else.
+        InputError: A parent is a file, the disk is full or read-only, or permission is denied.
     """
     above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not above.is_dir():
         raise InputError(f"cannot create '{folder}': '{above}' is not a directory; choose another path")
     try:
-        with tempfile.TemporaryFile(dir=above) as file:  # has no name, and is gone at once
+        with tempfile.TemporaryFile(dir=above) as file:
             file.write(bytes(4096))
     except OSError as error:
-        # What the kernel says of /proc and its like.
+        # The error in /proc and similar file systems.
         fault = "no files can be created there" if error.errno == errno.ENOENT else error.strerror
         raise InputError(f"cannot write to '{folder}': {fault} ('{above}'); choose another path") from error
 
 
 def quote_path(path: str | Path) -> str:
-    """A path as it is pasted into a shell: quoted where it has to be, and never taken for an option."""
+    """A path for a shell command: quoted if needed, and never mistaken for an option."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 @contextmanager
 def appearing_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when all went well, and is gone when not."""
+    """A temporary folder that is renamed to `out` on success and removed on failure."""
     parent = next(folder for folder in out.absolute().parents if folder.is_dir())
     staging = parent / f".{out.name}-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
@@ -168,10 +167,10 @@ def appearing_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def explain_full_disk(folder: str | Path, following: str = "or choose another disk") -> Iterator[None]:
-    """Turns the full disk that safetensors and torch.save report in words of their own into one line with a remedy.
+    """Turns errors of safetensors, torch.save and tokenizers on a full disk into one line.
 
     Args:
-        folder: What is written.
+        folder: The folder that is written.
         following: What to do then, or instead.
 
     Raises:
@@ -180,8 +179,8 @@ def explain_full_disk(folder: str | Path, following: str = "or choose another di
     try:
         yield
     except OSError:
-        raise  # names the file itself
-    # tokenizers raises a bare Exception; whatever does not speak of a full disk goes on.
+        raise  # already names the file
+    # tokenizers raises a bare Exception; other errors are raised unchanged.
     except Exception as error:
         full = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos", "iostream error")
         if not any(sign in str(error) for sign in full):

@@ -401,8 +401,8 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("generate runs/tiny Once --seed -1", "Invalid value for '--seed'"),
         ("train tiny.yaml --resum", "there is no option '--resum'; did you mean '--resume'?"),
         ("plan tiny.yaml --jsno", "there is no option '--jsno'; did you mean '--json'?"),
-        ("train tiny.yaml extra", "unrecognized arguments: extra; an override is --section.key value"),
-        ("train tinny.yaml", "there is no recipe file 'tinny.yaml' (nearest: tiny.yaml): check the path"),
+        ("train tiny.yaml extra", "unrecognized arguments: extra; overrides must have the form --section.key value"),
+        ("train tinny.yaml", "the recipe file 'tinny.yaml' does not exist (nearest: tiny.yaml): check the path"),
         ("plan shakespere-char", "no recipe or .yaml file 'shakespere-char'; did you mean 'shakespeare-char'?"),
         ("inspect wrong.yaml", "wrong.yaml, line 2: there is no key 'hiden_size' in section 'model'; did you mean"),
         ("train tiny.yaml --data.pth x", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
@@ -448,11 +448,11 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("inspect tiny.yaml --rows -1", "--rows is -1; it must be at least 0"),
         (
             "train instruct",
-            "recipe instruct has model.path 'runs/demo', which does not exist: train it first (hfgpt train demo)",
+            "model.path 'runs/demo' in the recipe instruct does not exist: train it first (hfgpt train demo)",
         ),
         (
             "plan shakespeare-char",
-            "has data.path 'tinyshakespeare.txt', which does not exist: name another with --data",
+            "data.path 'tinyshakespeare.txt' in the recipe shakespeare-char does not exist: set --data",
         ),
         (
             "train tiny.yaml --training.output_dir stories.txt/new",
@@ -468,7 +468,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("generate stories.txt Once", "'stories.txt' is a file; a model is a folder with config.json and weights"),
         (
             "generate runs Once",
-            "the folder 'runs' has no config.json: name the folder of a finished run or of a saved model",
+            "the folder 'runs' has no config.json: give the folder of a finished run or of a saved model",
         ),
         ("generate damaged/weights Once", "cannot load a model from 'damaged/weights' ("),
         (
@@ -493,7 +493,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
             "import runs/tiny new",
             "'runs/tiny' is a model of type hfgpt; import converts models of type gpt2",
         ),
-        ("import none.pt runs", "'runs' exists: name a folder that does not"),
+        ("import none.pt runs", "'runs' already exists: choose a new folder"),
         ("import none.pt new --format onnx", "--format is 'onnx'; choose one of auto, gpt2, nanogpt, book"),
         ("export runs/tiny new --format gguf", "--format is 'gguf'; it must be gpt2"),
         (
@@ -503,12 +503,15 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("export runs/tiny new --merge-adapter", "'runs/tiny' is not an adapter: leave out --merge-adapter"),
         (f"{TRAIN} --model.num_attention_heads 3", "hidden_size 32 is not a multiple of num_attention_heads 3"),
         (f"{TRAIN} --model.vocab_size 5", "model.vocab_size is 5, but the tokenizer has ids up to "),
-        (f"{TRAIN} --model.vocab_size 500", "leave it out, or set model.pad_vocab_to_multiple_of to round it up"),
-        (f"{TRAIN} --model.hidden_act gleu", "model.hidden_act is 'gleu', which transformers lacks: try 'gelu'"),
+        (f"{TRAIN} --model.vocab_size 500", "unset it, or set model.pad_vocab_to_multiple_of to round it up"),
+        (
+            f"{TRAIN} --model.hidden_act gleu",
+            "model.hidden_act is 'gleu', which transformers does not have; did you mean 'gelu'?",
+        ),
         (f"{TRAIN} --model.attn_implementation flash", "model.attn_implementation is 'flash': "),
         (
             f"{TRAIN} --model.path runs/tiny",
-            "model.path brings its own architecture and weights: leave out model.hidden_size",
+            "model.path determines the architecture and weights: remove model.hidden_size",
         ),
         (
             f"{TRAIN} --training.max_steps -1 --training.num_train_epochs 0",
@@ -574,7 +577,7 @@ def test_a_disk_that_cannot_be_written(place, status, remedy, here, tmp_path, mo
 
 
 def test_messages_are_one_line_of_unicode(here):
-    assert refusal("train", "a\nb.yaml").startswith("there is no recipe file 'a b.yaml'")
+    assert refusal("train", "a\nb.yaml").startswith("the recipe file 'a b.yaml' does not exist")
     assert refusal("generate", "runs/tiny", os.fsdecode(b"caf\xe9")).startswith("'\\udce9' cannot be written in utf-8")
 
 

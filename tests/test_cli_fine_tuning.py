@@ -158,7 +158,9 @@ def test_a_tokenizer_larger_than_the_model_is_one_line(here, model):
     for command, *options in COMMANDS[model]:
         status, out, err = hfgpt(command, spoilt, *options, stdin="Hello\n")
         assert (status, out) == (2, "")
-        assert re.fullmatch(r"hfgpt: the tokenizer has 100000 tokens, but the model embeds only \d+: .*\n", err), err
+        assert re.fullmatch(
+            r"hfgpt: the tokenizer has 100000 tokens, but the model has only \d+ embeddings: .*\n", err
+        ), err
     shutil.rmtree(here / spoilt)
 
 
@@ -191,7 +193,7 @@ def test_inspect_and_plan():
         ("classify classes ''", "text 1 is empty: leave it out"),
         ("classify classes --file none.txt", "No such file or directory: none.txt; check the path"),
         ("classify answers hello", "'answers' is a language model, not a classifier: train one with task: classify"),
-        ("classify nowhere/at/all hello", "the folder 'nowhere/at/all' does not exist, and it is not a Hub id either"),
+        ("classify nowhere/at/all hello", "the folder 'nowhere/at/all' does not exist, and it is not a Hub id"),
         (
             "chat answers --max-new-tokens 128",
             "--max-new-tokens is 128, and the context of 128 tokens has to",
@@ -207,7 +209,7 @@ def test_inspect_and_plan():
             "merge answers out",
             "'answers' is not an adapter, here or on the Hub: name the folder of a run that trained one",
         ),
-        ("merge classes-lora answers", "'answers' exists: name a folder that does not"),
+        ("merge classes-lora answers", "'answers' already exists: choose a new folder"),
         (
             "evaluate classes --data.path other.jsonl",
             "data.path 'other.jsonl' has the label 'nonsense', which is not one",
@@ -229,7 +231,7 @@ def test_inspect_and_plan():
         ("evaluate answers --task instruct --data.path chats.json", "message 2 has the role 'user', expected"),
         (
             "train classes.yaml --data.path bad.json --training.output_dir new",
-            "data.text_column 'text' is not",
+            "data.text_column 'text' is not a column of",
         ),
         ("train classes.yaml --data.path other.jsonl --training.output_dir new", "has only one class, 'nonsense'"),
         ("train classes.yaml --data.stride 3", "there is no key 'stride' in section 'data'"),
@@ -240,7 +242,7 @@ def test_inspect_and_plan():
         ("train classes-lora.yaml --adapters.rank 3", "there is no key 'rank' in section 'adapters'"),
         ("train answers.yaml --evaluation.judge.base_url x", "evaluation.judge.base_url is 'x'; it must start with"),
         ("train answers.yaml --evaluation.judge.url x", "there is no key 'url' in section 'evaluation.judge'"),
-        ("train answers.yaml --evaluation.judge x", "--evaluation.judge is a section: name one of its keys, as in"),
+        ("train answers.yaml --evaluation.judge x", "--evaluation.judge is a section: set one of its keys, as in"),
         (
             "train answers.yaml --training.output_dir new --evaluation.judge.base_url http://127.0.0.1:9 "
             "--evaluation.judge.model m",

@@ -56,9 +56,9 @@ REFUSED = {
     "train r.yaml --model.path=r.yaml": (
         "'r.yaml' is a file; a model is a folder with config.json and weights, or a Hub id"
     ),
-    "generate ./r x": "the folder './r' does not exist, and it is not a Hub id either: check the path",
-    "merge ./r out": "the folder './r' does not exist, and it is not a Hub id either: check the path",
-    "evaluate folder": "the folder 'folder' has no config.json: name the folder of a finished run or of a saved model",
+    "generate ./r x": "the folder './r' does not exist, and it is not a Hub id: check the path",
+    "merge ./r out": "the folder './r' does not exist, and it is not a Hub id: check the path",
+    "evaluate folder": "the folder 'folder' has no config.json: give the folder of a finished run or of a saved model",
     "evaluate me/x --task classify --data.pth x": "there is no key 'pth' in section 'data'; did you mean 'path'?",
     "evaluate me/x --task instruct --data.path r.txt": ("data.path 'r.txt' does not exist: check the path"),
 }

@@ -100,9 +100,9 @@ def test_without_mask_and_pad_token_the_last_token_is_read(tiny_config):
 def test_a_row_of_nothing_but_padding_is_refused(model):
     ids, mask = pad(make_rows(9, 4), "right", 9)
     mask[1] = 0
-    with pytest.raises(ValueError, match="nothing but padding"):
+    with pytest.raises(ValueError, match="has only padding"):
         model(ids, attention_mask=mask)
-    with pytest.raises(ValueError, match="nothing but padding"):
+    with pytest.raises(ValueError, match="has only padding"):
         model(torch.full((1, 4), PAD))
 
 

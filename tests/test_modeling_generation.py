@@ -84,9 +84,9 @@ def test_a_mask_that_does_not_cover_the_cache_is_refused(model):
     ids = make_ids(2, 8)
     cache = model(ids).past_key_values
     for position_ids in (None, torch.arange(8, 11).unsqueeze(0)):
-        with pytest.raises(ValueError, match=r"covers 3 tokens.*cache holds 8 and the input 3.*all 11"):
+        with pytest.raises(ValueError, match=r"covers 3 tokens.*cache has 8 and the input 3.*all 11"):
             model(ids[:, :3], attention_mask=torch.ones(2, 3), position_ids=position_ids, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"covers 7 tokens.*cache holds 0 and the input 8"):
+    with pytest.raises(ValueError, match=r"covers 7 tokens.*cache has 0 and the input 8"):
         model(ids, attention_mask=torch.ones(2, 7))
     assert cache.get_seq_length() == 8
 
@@ -153,7 +153,7 @@ def test_generation_from_embeddings(model):
 
 # The context
 
-TOO_LONG = r"sequence has 33 tokens.*ends at 32 \(max_position_embeddings\)"
+TOO_LONG = r"sequence has 33 tokens.*context length of this model is 32 \(max_position_embeddings\)"
 
 
 @pytest.mark.parametrize("model_class", [HfGPTModel, HfGPTForCausalLM, HfGPTForSequenceClassification])

@@ -231,7 +231,7 @@ def test_packed_documents_with_a_cache_are_refused(model, packed):
     for cache in (DynamicCache(config=model.config), model(ids[:, :4]).past_key_values):
         length = cache.get_seq_length()
         for attention_mask in (None, torch.ones(2, length + 20)):
-            with pytest.raises(ValueError, match=r"pack several documents.*past_key_values.*use_cache=False"):
+            with pytest.raises(ValueError, match=r"packed documents.*use_cache=False.*past_key_values"):
                 model(ids, attention_mask=attention_mask, position_ids=positions, past_key_values=cache)
             assert cache.get_seq_length() == length
 
@@ -241,7 +241,7 @@ def test_flash_attention_refuses_what_it_would_mix(tiny_config, packed):
     _, ids, positions = packed
     model = HfGPTForCausalLM(tiny_config()).eval()
     model.config._attn_implementation = "flash_attention_2"
-    message = "flash attention keeps packed documents apart only in a batch of one row without padding"
+    message = "flash attention separates packed documents only in a batch of one row without padding"
     with pytest.raises(ValueError, match=message):
         model(ids, position_ids=positions)
     with pytest.raises(ValueError, match=message):

@@ -173,25 +173,25 @@ def test_a_new_model_is_small_unless_a_size_is_asked_for_by_name(given, sizes, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "gpt3"}, "model.preset is 'gpt3'; choose one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
+        ({"preset": "gpt3"}, "model.preset is 'gpt3'; it must be one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"),
         ({"num_attention_heads": 5}, "model: hidden_size 32 is not a multiple of num_attention_heads 5"),
         ({"hidden_size": 0}, "model: hidden_size is 0; it must be at least 1"),
-        ({"embd_pdrop": 1.0}, "model: embd_pdrop is 1.0; a dropout probability is in [0, 1)"),
-        ({"hidden_act": "gleu"}, "model.hidden_act is 'gleu', which transformers lacks: try 'gelu'"),
-        ({"initialization": "xavier"}, "model.initialization is 'xavier'; choose 'gpt2' or 'torch'"),
-        ({"pad_vocab_to_multiple_of": 0}, "model.pad_vocab_to_multiple_of is 0; the least is 1"),
+        ({"embd_pdrop": 1.0}, "model: embd_pdrop is 1.0; a dropout probability must be in [0, 1)"),
+        ({"hidden_act": "gleu"}, "model.hidden_act is 'gleu', which transformers does not have; did you mean 'gelu'?"),
+        ({"initialization": "xavier"}, "model.initialization is 'xavier'; it must be 'gpt2' or 'torch'"),
+        ({"pad_vocab_to_multiple_of": 0}, "model.pad_vocab_to_multiple_of is 0; it must be at least 1"),
         (
             {"vocab_size": 28},
-            "model.vocab_size is 28, but the tokenizer has ids up to 28: set it to 29, or leave it out",
+            "model.vocab_size is 28, but the tokenizer has ids up to 28: set it to 29, or unset it",
         ),
         (
             {"vocab_size": 30},
-            "model.vocab_size is 30, but the tokenizer has 29 tokens, and the extra ids would never be produced: "
-            "leave it out, or set model.pad_vocab_to_multiple_of to round it up for speed",
+            "model.vocab_size is 30, but the tokenizer has only 29 tokens, so the extra ids would never be produced: "
+            "unset it, or set model.pad_vocab_to_multiple_of to round it up for speed",
         ),
         (
             {"path": "nowhere", "qkv_bias": True},
-            "model.path brings its own architecture and weights: leave out model.hidden_size, "
+            "model.path determines the architecture and weights: remove model.hidden_size, "
             "model.num_hidden_layers, model.num_attention_heads, model.max_position_embeddings, model.qkv_bias",
         ),
     ],
@@ -217,7 +217,7 @@ def test_a_model_that_no_machine_can_hold_is_refused_before_it_is_built(tokenize
 def test_what_only_a_new_model_needs_is_refused_for_one_that_is_loaded(name, value):
     with pytest.raises(InputError) as error:
         ModelArguments(path="x", embd_pdrop=0.1, **{name: value})
-    assert str(error.value) == f"model.path brings its own architecture and weights: leave out model.{name}"
+    assert str(error.value) == f"model.path determines the architecture and weights: remove model.{name}"
 
 
 def test_an_attention_that_is_not_there_is_refused(tokenizer):
@@ -279,7 +279,7 @@ def test_a_model_to_go_on_from(saved, tokenizer):
     model = build_model(ModelArguments(path=str(saved)), tokenizer)
     assert_same_weights(model, build(tokenizer, seed=3))
     larger = train_tokenizer(["abcdefghijklmnopqrstuvwxyzäöü"], kind="char")
-    message = "the tokenizer has 32 tokens, but the model embeds only 29: use the model's own"
+    message = "the tokenizer has 32 tokens, but the model has only 29 embeddings: use its own tokenizer"
     assert refusal(build_model, ModelArguments(path=str(saved)), larger) == message
     assert refusal(check_vocabulary, model, larger) == message
     smaller = train_tokenizer(["abc"], kind="char")
@@ -377,20 +377,20 @@ def edit_weights(change):
         (edit_config(hidden_size=10**9, intermediate_size=1), "describes a model of at least 8,000,000,"),
         (edit("config.json", lambda data: b'{"a": ' * 2000 + b"1" + b"}" * 2000), "maximum recursion depth exceeded"),
         (lambda folder: (folder / WEIGHTS).unlink(), "no file named model.safetensors"),
-        (edit_weights(lambda weights: weights.pop("model.norm.bias")), "1 missing keys, first model.norm.bias"),
+        (edit_weights(lambda weights: weights.pop("model.norm.bias")), "1 missing keys, such as model.norm.bias"),
         (
             edit_weights(lambda weights: weights.update(more=torch.zeros(1))),
-            "do not fit its config.json: 1 unexpected keys, first more; take both from the same model",
+            "do not match its config.json: 1 unexpected keys, such as more; use both from the same model",
         ),
         (
             edit_weights(lambda weights: weights["model.norm.bias"].fill_(float("nan"))),
-            "are damaged: model.norm.bias holds NaN or infinity; take another copy",
+            "are damaged: model.norm.bias has NaN or infinite values; use another copy",
         ),
-        (edit_config(num_hidden_layers=3), "16 missing keys, first model.layers.2.input_layernorm.bias"),
-        (edit_config(num_hidden_layers=1), "16 unexpected keys, first model.layers.1.input_layernorm.bias"),
+        (edit_config(num_hidden_layers=3), "16 missing keys, such as model.layers.2.input_layernorm.bias"),
+        (edit_config(num_hidden_layers=1), "16 unexpected keys, such as model.layers.1.input_layernorm.bias"),
         (
             edit_config(max_position_embeddings=8),
-            "1 mismatched keys, first ('model.embed_positions.weight', torch.Size([16, 32]), torch.Size([8, 32]))",
+            "1 mismatched keys, such as ('model.embed_positions.weight', torch.Size([16, 32]), torch.Size([8, 32]))",
         ),
         (edit_config(num_attention_heads=5), "hidden_size 32 is not a multiple of num_attention_heads 5"),
         (edit_config(num_attention_heads="two"), "'num_attention_heads' expected int, got str"),
@@ -406,7 +406,7 @@ def test_a_damaged_model_is_refused(damage, fact, copy):
     message = refusal(load_model, str(copy))
     assert f"'{copy}'" in message
     assert fact in message
-    assert message.endswith(("save or copy it again", "take both from the same model", "take another copy"))
+    assert message.endswith(("save or copy it again", "use both from the same model", "use another copy"))
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_weights_that_want_to_run_code_are_refused_without_advice_to_run_it(kind
         content = nn.Linear(2, 2) if kind == "class" else {**weights, "more": {"nested": [Hostile(trap)]}}
         torch.save(content, name, _use_new_zipfile_serialization=kind != "legacy")
     message = refusal(load_model, str(copy))
-    fact = "it is a TorchScript program" if kind == "program" else "its pickle wants to run code or is damaged"
+    fact = "it is a TorchScript program" if kind == "program" else "its pickle contains code or is damaged"
     assert message.startswith(f"cannot load a model from '{copy}' ({fact}")
     assert "weights_only" not in message
     assert not trap.exists()
@@ -515,9 +515,7 @@ def test_a_tokenizer_with_a_wrong_length_is_refused(length, copy):
         copy
     )
     message = refusal(load_model_tokenizer, str(copy))
-    assert message.startswith(
-        f"the tokenizer of '{copy}' has model_max_length {length!r}, which is not a whole number"
-    )
+    assert message.startswith(f"the tokenizer of '{copy}' has model_max_length {length!r}, which is not a positive")
     assert "has model_max_length" in refusal(load_tokenizer, str(copy))
 
 
@@ -534,7 +532,7 @@ def test_ids_with_gaps_are_compared_by_the_largest(copy):
         return json.dumps(content).encode()
 
     edit("tokenizer.json", add)(copy)
-    said = "the tokenizer has 100 tokens, but the model embeds only 29: use the model's own"
+    said = "the tokenizer has 100 tokens, but the model has only 29 embeddings: use its own tokenizer"
     assert refusal(check_vocabulary, load_model(str(copy)), load_model_tokenizer(str(copy))) == said
 
 
@@ -542,14 +540,14 @@ def test_ids_with_gaps_are_compared_by_the_largest(copy):
 def test_architectures_that_are_no_names_are_refused(names, copy):
     edit_config(architectures=names)(copy)
     message = refusal(load_model_config, str(copy))
-    said = f"the config.json of '{copy}' has {names!r} for architectures, not names: take another copy"
+    said = f"the config.json of '{copy}' has the architectures {names!r}, not a list of names: use another copy"
     assert message == said or message.startswith("cannot load a configuration from")
 
 
 @pytest.mark.parametrize("labels", [{"0": ["a"], "1": "b"}, {"0": "a", "2": "b"}, {"0": "a", "1": None}])
 def test_labels_that_are_no_texts_or_have_gaps_are_refused(labels, copy):
     edit_config(architectures=["HfGPTForSequenceClassification"], id2label=labels)(copy)
-    said = f"the id2label in the config.json of '{copy}' does not give a text for each number from 0 on"
+    said = f"the id2label in the config.json of '{copy}' does not map ids from 0 without gaps to strings"
     assert refusal(load_model_config, str(copy)).startswith(said)
 
 
@@ -600,7 +598,7 @@ def test_code_of_a_repository_is_neither_run_nor_asked_for(load, files, refused,
         (copy / name).touch()
         edit(name, lambda data, changes=changes: json.dumps({**json.loads(data or b"{}"), **changes}).encode())(copy)
     if load in refused:
-        assert "needs Python code from its own repository, which hfgpt never runs" in refusal(load, str(copy))
+        assert "needs Python code from its repository, which hfgpt never runs" in refusal(load, str(copy))
     else:
         loaded = load(str(copy))
         assert type(loaded).__module__.startswith(("hfgpt.", "transformers."))
@@ -613,12 +611,12 @@ def test_code_of_a_repository_is_neither_run_nor_asked_for(load, files, refused,
 def test_a_tokenizer_that_is_none_is_refused(copy):
     edit("tokenizer_config.json", lambda data: b'{"tokenizer_class": "AutoModelForCausalLM"}')(copy)
     for load in (load_model_tokenizer, load_tokenizer):
-        assert "gives a HfGPTForCausalLM, not a tokenizer: correct its tokenizer_class" in refusal(load, str(copy))
+        assert "is a HfGPTForCausalLM, not a tokenizer: fix its tokenizer_class" in refusal(load, str(copy))
 
 
 def test_attention_from_the_hub_is_not_loaded(copy):
     edit_config(attn_implementation="me/kernel")(copy)
-    assert "names code on the Hub, attn_implementation 'me/kernel'" in refusal(load_model, str(copy))
+    assert "refers to code on the Hub, attn_implementation 'me/kernel'" in refusal(load_model, str(copy))
 
 
 # Paths
@@ -630,11 +628,11 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     (tmp_path / "file.txt").write_text("x")
     cases = {
         "file.txt": "'file.txt' is a file; a model is a folder with config.json and weights, or a Hub id",
-        "runs/empty": "the folder 'runs/empty' has no config.json: name the folder of a finished run or of a saved "
+        "runs/empty": "the folder 'runs/empty' has no config.json: give the folder of a finished run or of a saved "
         "model",
     }
     for path in ("/no/where", "./none", "../none", "a//b", "a/b/c", "a b", "org/na me"):
-        cases[path] = f"the folder '{path}' does not exist, and it is not a Hub id either: check the path"
+        cases[path] = f"the folder '{path}' does not exist, and it is not a Hub id: check the path"
     cases["runs/none"] = (
         "the folder 'runs' does not have 'none': check the path; to load 'runs/none' from the Hub, run this in a "
         "directory without a folder 'runs'"
@@ -681,7 +679,7 @@ def test_weights_that_no_longer_match_their_hash(record, saved, tmp_path, capsys
     changed[-2] ^= 1  # the lowest bits of a weight: all else would still load
     (folder / WEIGHTS).write_bytes(changed)
     said = f"the weights in '{folder}' have changed since they were saved: {WEIGHTS} has sha256 "
-    with pytest.raises(InputError, match=re.escape(said) + rf".* but {record} says {checksum[:12]}"):
+    with pytest.raises(InputError, match=re.escape(said) + rf".* but {record} has {checksum[:12]}"):
         load_model(str(folder))
     load_model(str(folder), changed_weights="warn")
     assert capsys.readouterr().err.startswith(f"hfgpt: warning: {said}")
@@ -696,6 +694,8 @@ def test_a_damaged_record_is_one_line(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "model")
     for content in ('{"weights', "[" * 99999, "3", "\x00"):
         (folder / "run.json").write_text(content)
-        with pytest.raises(InputError, match=r"run.json' (cannot be read|is not as hfgpt writes it)") as error:
+        with pytest.raises(
+            InputError, match=r"run.json' (cannot be read|is incomplete|has an invalid value|is not a JSON object)"
+        ) as error:
             load_model(str(folder))
         assert "\n" not in str(error.value)

@@ -262,23 +262,24 @@ LOADED = "model: {path: x}\ntokenizer: {kind: char}\n"
         (
             LOADED,
             [],
-            "r.yaml, line 2: tokenizer.kind is 'char', but the tokenizer is that of model.path: leave out one of them",
+            "r.yaml, line 2: tokenizer.kind is 'char', but the tokenizer is loaded from model.path: remove one of "
+            "them",
         ),
         (
             LOADED,
             ["--model.path", "y", "--tokenizer.vocab_size=9"],
-            "tokenizer.vocab_size is 9, but the tokenizer is that of model.path: leave out one of them",
+            "tokenizer.vocab_size is 9, but the tokenizer is loaded from model.path: remove one of them",
         ),
         (
             "tokenizer: {path: y, vocab_size: 9}\n",
             [],
-            "r.yaml, line 1: tokenizer.vocab_size is 9, but the tokenizer is that of tokenizer.path: leave out one of "
-            "them",
+            "r.yaml, line 1: tokenizer.vocab_size is 9, but the tokenizer is loaded from tokenizer.path: remove one "
+            "of them",
         ),
         (
             "model: {path: x}\n",
             ["--tokenizer.pad_token", "null"],
-            "tokenizer.pad_token is None, but the tokenizer is that of model.path: leave out one of them",
+            "tokenizer.pad_token is None, but the tokenizer is loaded from model.path: remove one of them",
         ),
     ],
 )
@@ -396,8 +397,8 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
             "data: {sample_by: row}",
             "line 1: data.sample_by is 'row'; it must be one of 'document', 'paragraph', 'line'",
         ),
-        ("data:\n  path: x\n\ndata:\n  path: y\n", "line 4: data is already in line 1: drop one"),
-        ("data:\n  path: x\n  name: z\n  path: y\n", "line 4: data.path is already in line 2: drop one"),
+        ("data:\n  path: x\n\ndata:\n  path: y\n", "line 4: data is already set in line 1: drop one"),
+        ("data:\n  path: x\n  name: z\n  path: y\n", "line 4: data.path is already set in line 2: drop one"),
         ("training:\n  eval_strategy: stpes\n", "line 2: training.eval_strategy is 'stpes'; did you mean 'steps'?"),
         ("training: {optim: adamw_torhc}", "line 1: training.optim is 'adamw_torhc'; did you mean 'adamw_torch'?"),
         ("data: [\n", "line 2: invalid YAML: expected the node content, but found '<stream end>'"),
@@ -412,11 +413,14 @@ def test_a_fault_names_the_line_the_key_and_a_remedy(text, message, write):
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "pretrain\n", "- task\n"])
 def test_a_file_without_a_recipe(text, write):
-    assert refusal(write(text)) == "r.yaml has no recipe: it must begin with 'task: pretrain' and sections below it"
+    assert refusal(write(text)) == "r.yaml is not a recipe: it must be a mapping with a task and sections"
 
 
 def test_a_file_that_is_no_text(write):
-    assert refusal(write(b"data:\n  path: caf\xe9\n")) == "r.yaml is not UTF-8: byte 0xe9 at offset 17"
+    assert (
+        refusal(write(b"data:\n  path: caf\xe9\n"))
+        == "r.yaml is not valid UTF-8: byte 0xe9 at offset 17; convert it to UTF-8"
+    )
     message = refusal(write(b"data:\n  path: \0\n"))
     assert message.startswith("r.yaml: invalid YAML: unacceptable character #x0000")
 
@@ -430,7 +434,7 @@ def test_a_file_that_is_no_text(write):
         *(
             (
                 f"l0: &l0 {start}\n" + "".join(f"l{i}: &l{i} {level(i - 1)}\n" for i in range(1, 30)),
-                ": invalid YAML: more than 10,000 keys and list items, those behind each alias (*) included",
+                ": invalid YAML: more than 10,000 keys and list items, including those of each alias (*)",
             )
             for start, level in (
                 ("[lol]", lambda i: f"[*l{i}, *l{i}]"),
@@ -512,15 +516,18 @@ def test_numbers_of_the_first_pass_are_named_as_its_own(write):
         (["--modle.path", "x"], "there is no section 'modle'; did you mean 'model'?"),
         (["--model.hiden_size=3"], "there is no key 'hiden_size' in section 'model'; did you mean 'hidden_size'?"),
         (["--data.path.x=3"], "there is no key 'path.x' in section 'data'; did you mean 'path'?"),
-        (["--data", "x"], "--data is a section: name one of its keys, as in --data.key value"),
+        (["--data", "x"], "--data is a section: set one of its keys, as in --data.key value"),
         (["--training.max_steps", "many"], "training.max_steps is 'many'; it must be a whole number"),
         (["--training.learning_rate", "null"], "training.learning_rate is 'None'; it must be a number"),
         (["--model.qkv_bias=maybe"], "model.qkv_bias is 'maybe'; it must be true or false or null"),
         (["--task", "x"], "task is 'x'; it must be one of pretrain, classify, instruct"),
         (["--training.eval_strategy=epohc"], "training.eval_strategy is 'epohc'; did you mean 'epoch'?"),
-        (["data.path=x"], "unrecognized arguments: data.path=x; an override is --section.key value"),
-        (["-x"], "unrecognized arguments: -x; an override is --section.key value"),
-        (["--data.path"], "argument --data.path: expected one argument; an override is --section.key value"),
+        (["data.path=x"], "unrecognized arguments: data.path=x; overrides must have the form --section.key value"),
+        (["-x"], "unrecognized arguments: -x; overrides must have the form --section.key value"),
+        (
+            ["--data.path"],
+            "argument --data.path: expected one argument; overrides must have the form --section.key value",
+        ),
     ],
 )
 def test_a_wrong_override_is_named_without_a_line(overrides, message, write):
@@ -535,9 +542,9 @@ def test_a_recipe_that_is_not_there(write, tmp_path):
         "there is no recipe or .yaml file 'shakespear-char'; did you mean 'shakespeare-char'?"
     )
     assert refusal("zzz") == f"there is no recipe or .yaml file 'zzz' (there are: {NAMES})"
-    assert refusal("rr.yaml") == "there is no recipe file 'rr.yaml' (nearest: r.yaml): check the path"
-    assert refusal("no/where.yaml") == "there is no recipe file 'no/where.yaml': check the path"
-    assert refusal("folder.yaml") == "recipe 'folder.yaml' is a folder: name a .yaml file in it"
+    assert refusal("rr.yaml") == "the recipe file 'rr.yaml' does not exist (nearest: r.yaml): check the path"
+    assert refusal("no/where.yaml") == "the recipe file 'no/where.yaml' does not exist: check the path"
+    assert refusal("folder.yaml") == "recipe 'folder.yaml' is a folder: give a .yaml file in it"
 
 
 def test_a_folder_does_not_hide_a_recipe_of_its_name(write, tmp_path):

@@ -61,21 +61,23 @@ def test_a_record_is_read_as_it_was_written(record, tmp_path):
         ({"actual": {"training_seconds": [1]}}, "actual is"),
         ({"first_pass": 5}, "first_pass is 5"),
         ({"first_pass": {"steps": "2"}}, 'steps is "2"'),
-        ({"samples": {}}, "lacks texts"),
+        ({"samples": {}}, "does not have texts"),
         ({"samples": {"texts": [None]}}, r"texts is \[null\]"),
         ({"versions": "1"}, 'versions is "1"'),
     ],
 )
 def test_an_entry_of_another_type_is_named(change, named, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RUN.to_dict() | change))
-    with pytest.raises(InputError, match=rf"run\.json' is not as hfgpt writes it.*{named}.*[:;] take the one"):
+    with pytest.raises(
+        InputError, match=rf"run\.json' (has an invalid value|is incomplete), .*{named}.*: restore the original"
+    ):
         RunRecord.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "5", "[" * 100_000, '"\ud800"'.encode("utf-8", "surrogatepass")])
 def test_what_is_not_a_json_object_is_refused(content, tmp_path):
     (tmp_path / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=r"run\.json' (cannot be read|is not as hfgpt writes it)"):
+    with pytest.raises(InputError, match=r"run\.json' (cannot be read|is not a JSON object)"):
         RunRecord.read(tmp_path)
 
 

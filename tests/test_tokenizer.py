@@ -172,8 +172,8 @@ def test_pieces_join_to_the_text_and_keep_words():
         ([], {}, "no text"),
         (["", ""], {}, "no text"),
         ("abc", {}, r"pass a list: \[text\]"),
-        (["abc"], {"kind": "words"}, "'words' is unknown; choose one of char, bpe, wordpiece, unigram"),
-        (["abc"], {"max_characters": 0}, "the least is 1"),
+        (["abc"], {"kind": "words"}, "tokenizer kind is 'words'; it must be one of char, bpe, wordpiece, unigram"),
+        (["abc"], {"max_characters": 0}, "it must be at least 1"),
         (["abc"], {"pad_token": "<|endoftext|>"}, "cannot be the padding token"),
         (["ok", "a\ud800b"], {}, "document 2 is not valid Unicode"),
         (["a\ud800b"], {"kind": "char"}, "not valid Unicode"),
@@ -364,7 +364,7 @@ def test_hub_ids(trained, monkeypatch):
     assert load_tokenizer("me/tiny") is trained["bpe"]
     with pytest.raises(InputError, match="only fast tokenizers"):
         load_tokenizer("me/slow")
-    with pytest.raises(InputError, match="'me/model' gives a int, not a tokenizer"):
+    with pytest.raises(InputError, match="'me/model' is a int, not a tokenizer"):
         load_tokenizer("me/model")
 
     def refuse(name, **options):

@@ -139,7 +139,7 @@ def test_a_tokenizer_with_more_tokens_than_the_weights(tmp_path):
 
     make_gpt2(vocab_size=10).save_pretrained(tmp_path / "gpt2")
     train_tokenizer(["more letters than ten"], "char").save_pretrained(tmp_path / "gpt2")
-    assert "tokens, but the model embeds only 10" in refusal(tmp_path / "gpt2", tmp_path, num_heads=None)
+    assert "tokens, but the model has only 10 embeddings" in refusal(tmp_path / "gpt2", tmp_path, num_heads=None)
 
 
 def test_sources_that_are_not_there(tiny_config, tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ def test_a_folder_that_exists_is_left_alone(tmp_path):
     torch.save(make_book_weights(), tmp_path / "model.pth")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert "exists: name a folder that does not" in refusal(tmp_path / "model.pth", tmp_path)
+    assert "already exists: choose a new folder" in refusal(tmp_path / "model.pth", tmp_path)
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 

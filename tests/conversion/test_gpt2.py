@@ -167,10 +167,10 @@ def test_nothing_is_left_at_random(tmp_path):
     weights = load_file(tmp_path / FILE)
     fewer = {name: tensor for name, tensor in weights.items() if "h.1.mlp.c_fc" not in name}
     save_file(fewer, tmp_path / FILE, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"2 missing weights, like model\.layers\.1\.mlp\.up_proj\.bias"):
+    with pytest.raises(ValueError, match=r"2 missing weights, such as model\.layers\.1\.mlp\.up_proj\.bias"):
         HfGPTForCausalLM.from_pretrained(tmp_path)
     save_file({**weights, "multiple_choice_head.w": torch.zeros(1)}, tmp_path / FILE, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 unexpected weights, like .*multiple_choice_head"):
+    with pytest.raises(ValueError, match=r"1 unexpected weights, such as .*multiple_choice_head"):
         HfGPTForCausalLM.from_pretrained(tmp_path)
 
 

@@ -261,17 +261,21 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        ("metrics.json", "{", r"metrics\.json' cannot be read .*: take the one"),
+        ("metrics.json", "{", r"metrics\.json' cannot be read .*: restore the original"),
         (
             "metrics.json",
             '{"eval_loss": null}',
-            r"metrics\.json' is not .*: eval_loss is not a number",
+            r"metrics\.json' has an invalid value, eval_loss is not a number",
         ),
         ("metrics.json", '{"eval_judge_scre": 1, "x": 9}', "metrics.json has x, which is not a metric"),
         ("recipe.yaml", "a: [", r"recipe\.yaml' cannot be read"),
         ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
-        ("data_report.json", "{}", r"data_report\.json' .* lacks dropped, rows_kept, rows_read, sha256, splits"),
-        ("conversion.json", "[]", r"conversion\.json' is not as hfgpt writes it"),
+        (
+            "data_report.json",
+            "{}",
+            r"data_report\.json' .* does not have dropped, rows_kept, rows_read, sha256, splits",
+        ),
+        ("conversion.json", "[]", r"conversion\.json' is not a JSON object"),
         (
             "conversion.json",
             '{"source": "x", "format": "book", "differences": [{}]}',
@@ -280,7 +284,7 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         (
             "recipe.yaml",
             "{task: pretrain, hub: 5}",
-            r"recipe\.yaml' is not as hfgpt writes it: hub is 5; take the one that was saved with the model",
+            r"recipe\.yaml' is not as hfgpt writes it: hub is 5; restore the original, or remove it",
         ),
         (
             "recipe.yaml",
@@ -310,7 +314,7 @@ def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
 def test_records_of_other_types_inside_are_one_line(hub, run, trusting, name, changes):
     edit_json(run / name, **changes)
     (key,) = changes
-    with pytest.raises(InputError, match=rf"'{run / name}' is not as hfgpt writes it: {key} is ") as error:
+    with pytest.raises(InputError, match=rf"'{run / name}' has an invalid value, {key} is ") as error:
         send(run, dry_run=True)
     assert "\n" not in str(error.value)
     assert error.value.__cause__ is not None
@@ -550,7 +554,7 @@ def evil_generate(files: dict[str, bytes], code: str) -> dict[str, bytes]:
             "'modeling_hfgpt.py' is not a Python file of this version of hfgpt: publish",
         ),
         (evil_map, "by the adapter", "'evil.py' is not a Python file of this version of hfgpt"),
-        (evil_reference, "by hub.base_model", r"'config.json' names code of others \(auto_map\)"),
+        (evil_reference, "by hub.base_model", r"'config.json' refers to third-party code \(auto_map\)"),
         (evil_generate, "by hub.base_model", "'custom_generate/generate.py' is not a Python file of this version"),
     ],
 )
@@ -603,7 +607,7 @@ def test_what_names_code_of_others_is_refused(hub, runs, tmp_path, planted, name
     edit_json(folder / name, **changes)
     key = "auto_map" if "task_specific_params" in changes else next(iter(changes))
     options = ["--hub.base_model", "me/text"] if adapter else []
-    with pytest.raises(InputError, match=rf"'{name}' names code of others \({key}\); remove them"):
+    with pytest.raises(InputError, match=rf"'{name}' refers to third-party code \({key}\): remove it"):
         send(folder, "me/x", *options, dry_run=True)
     assert hub.log == []
 

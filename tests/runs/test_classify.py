@@ -232,7 +232,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     theirs = pipeline("text-classification", model="merged")("red cup")[0]["label"]
     model, tokenizer, _ = load_classifier(find_model("adapter"))
     assert predict(model, tokenizer, ["red cup"])[0].label == theirs
-    with pytest.raises(InputError, match=r"merged' exists: name a folder that does not"):
+    with pytest.raises(InputError, match=r"merged' already exists: choose a new folder"):
         merge("adapter", here / "merged")
     with pytest.raises(InputError, match=r"'merged' is not an adapter"):
         merge("merged", here / "again")

@@ -178,7 +178,7 @@ def test_a_run_that_was_killed_while_it_began_starts_again_with_resume(moved, te
         ("recipe.yaml", b"task: [", "recipe.yaml, line 1: "),
         ("recipe.yaml", b"!!python/object/apply:os.system ['touch planted']", "recipe.yaml"),
         ("recipe.yaml", b"training: 5\n", "'training' is a section"),
-        ("recipe.yaml", b"\xff\xfe", "recipe.yaml is not UTF-8"),
+        ("recipe.yaml", b"\xff\xfe", "recipe.yaml is not valid UTF-8"),
         ("run.json", b'{"task": "pre', "run.json' cannot be read"),
         ("run.json", b"[1]", "run.json' is not as hfgpt writes it, it is not a JSON object"),
         ("training_log.jsonl", b"{\n", "training_log.jsonl' is damaged in line 1"),
