@@ -88,7 +88,7 @@ class HfGPTAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # -1 for the heads: with tensor parallelism, each process has only some of them.
+        # -1 for the heads: with tensor parallelism, each process has a subset of them.
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)

@@ -342,7 +342,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     tokens = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
     if tokens > rows:
         raise InputError(
-            f"the tokenizer has {tokens} tokens, but the model has only {rows} embeddings: use its own tokenizer"
+            f"the tokenizer has {tokens} tokens, but the model has only {rows} embeddings: use the model's tokenizer"
         )
 
 

@@ -160,7 +160,7 @@ def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_els
     ]
     kept = {name: torch.full_like(weight, 0.3) for name, weight in weights.items() if name not in missing}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"8 missing weights, like model\.embed_positions\.weight; take another"):
+    with pytest.raises(ValueError, match=r"8 missing weights, such as model\.embed_positions\.weight: use another"):
         HfGPTForCausalLM.from_pretrained(tmp_path)
     # Whoever asks what was missing gets the model all the same.
     model, info = HfGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
@@ -185,7 +185,7 @@ def test_head_on_a_base_model_starts_as_it_should(model_class, tiny_config, tmp_
     base = HfGPTModel(tiny_config(initializer_range=0.05, tie_word_embeddings=False, num_labels=9))
     base.save_pretrained(tmp_path)
     if model_class is HfGPTForCausalLM:  # a language model with a random head is nobody's wish
-        with pytest.raises(ValueError, match=r"1 missing weights, like lm_head\.weight"):
+        with pytest.raises(ValueError, match=r"1 missing weights, such as lm_head\.weight"):
             model_class.from_pretrained(tmp_path)
     loaded, _ = model_class.from_pretrained(tmp_path, output_loading_info=True)
     head = loaded.lm_head if model_class is HfGPTForCausalLM else loaded.score
@@ -209,7 +209,9 @@ def test_a_checkpoint_with_other_weights_is_refused_other_heads_aside(model_clas
     assert type(model_class.from_pretrained(tmp_path)) is model_class
     extra["model.layers.2.mlp.up_proj.bias"] = torch.zeros(128)
     save_file(extra, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"'{tmp_path}': 1 unexpected weights, like .*layers\.2\.mlp\.up_proj\.bias"):
+    with pytest.raises(
+        ValueError, match=rf"'{tmp_path}' has 1 unexpected weights, such as .*layers\.2\.mlp\.up_proj\.bias"
+    ):
         model_class.from_pretrained(tmp_path)
 
 

@@ -279,7 +279,7 @@ def test_a_model_to_go_on_from(saved, tokenizer):
     model = build_model(ModelArguments(path=str(saved)), tokenizer)
     assert_same_weights(model, build(tokenizer, seed=3))
     larger = train_tokenizer(["abcdefghijklmnopqrstuvwxyzäöü"], kind="char")
-    message = "the tokenizer has 32 tokens, but the model has only 29 embeddings: use its own tokenizer"
+    message = "the tokenizer has 32 tokens, but the model has only 29 embeddings: use the model's tokenizer"
     assert refusal(build_model, ModelArguments(path=str(saved)), larger) == message
     assert refusal(check_vocabulary, model, larger) == message
     smaller = train_tokenizer(["abc"], kind="char")
@@ -532,7 +532,7 @@ def test_ids_with_gaps_are_compared_by_the_largest(copy):
         return json.dumps(content).encode()
 
     edit("tokenizer.json", add)(copy)
-    said = "the tokenizer has 100 tokens, but the model has only 29 embeddings: use its own tokenizer"
+    said = "the tokenizer has 100 tokens, but the model has only 29 embeddings: use the model's tokenizer"
     assert refusal(check_vocabulary, load_model(str(copy)), load_model_tokenizer(str(copy))) == said
 
 

@@ -330,7 +330,7 @@ def test_a_log_that_is_nested_too_deeply_is_one_line(hub, run, trusting):
 def test_a_merge_explains_the_records_of_its_adapter(runs, tmp_path):
     adapter = shutil.copytree(runs / "adapter", tmp_path / "adapter")
     edit_json(adapter / "data_report.json", splits=["train"])
-    with pytest.raises(InputError, match=r"data_report\.json' is not as hfgpt writes it: splits is \["):
+    with pytest.raises(InputError, match=r"data_report\.json' has an invalid value, splits is \["):
         merge(str(adapter), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 

@@ -299,12 +299,12 @@ def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(state | {"added_tokens": []}))
     with pytest.raises(
-        InputError, match=r"the tokenizer is not that of 'finished/pretrained': .* use the model's own"
+        InputError, match=r"the tokenizer does not match that of 'finished/pretrained': .* use the model's own"
     ):
         run("refused", f"tokenizer.path={tmp_path / 'tokenizer'}", recipe="based")
     rows = [{"text": f"{label} {i}", "label": label} for label in "xyz" for i in range(9)]
     (tmp_path / "xyz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"'finished' has the classes blue, green, red, the data x, y, z"):
+    with pytest.raises(InputError, match=r"'finished' has the classes blue, green, red, but the data has x, y, z"):
         run("refused", "model.path=finished", f"data.path={tmp_path / 'xyz.jsonl'}", recipe="based")
     with pytest.raises(InputError, match=r"has the label 'x', which is not one of the model's classes"):
         evaluate("finished", ClassificationDataArguments(path=str(tmp_path / "xyz.jsonl")))

@@ -180,7 +180,7 @@ def test_a_run_that_was_killed_while_it_began_starts_again_with_resume(moved, te
         ("recipe.yaml", b"training: 5\n", "'training' is a section"),
         ("recipe.yaml", b"\xff\xfe", "recipe.yaml is not valid UTF-8"),
         ("run.json", b'{"task": "pre', "run.json' cannot be read"),
-        ("run.json", b"[1]", "run.json' is not as hfgpt writes it, it is not a JSON object"),
+        ("run.json", b"[1]", "run.json' is not a JSON object"),
         ("training_log.jsonl", b"{\n", "training_log.jsonl' is damaged in line 1"),
         ("tokenizer.json", b"{", "tokenizer"),
     ],
