@@ -17,6 +17,7 @@ from hfgpt.recipe import load_recipe
 from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
 
+TABLE_WIDTH = 72  # columns that the table at the end needs
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")
 
 
@@ -70,7 +71,8 @@ def run_demo(
         answer = Chat(model, tokenizer, SamplingArguments(greedy=True)).answer(question)
         console.print(f"{question}\n  -> {answer}", highlight=False, end="\n\n")
 
-    console.print(render_table(metrics, folders))
+    table = render_table(metrics, folders)
+    console.print(table if console.width >= TABLE_WIDTH else stack_cells(table))
     return metrics
 
 
@@ -92,6 +94,12 @@ def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str,
         plan, actual = (records[name].plan, records[name].actual) if name else (None, None)
         table.add_row(*cells, *([f"{plan['parameters']:,}", f"{actual['training_seconds']:.0f} s"] if name else []))
     return table
+
+
+def stack_cells(table: Table) -> str:
+    """A table for a narrow terminal: the cells of a row below its first one."""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return "\n".join("\n    ".join(str(cell).strip() for cell in row if cell) for row in rows)
 
 
 def _free_folder(parent: Path) -> Path:
