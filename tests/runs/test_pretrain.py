@@ -359,7 +359,7 @@ def test_a_base_of_another_architecture_is_refused_before_any_data_is_read(task,
     recipe = load_recipe(str(tmp_path / "r.yaml"), ["--training.output_dir", str(tmp_path / "run")])
     for start in (run, plan_recipe):
         with pytest.raises(
-            InputError, match=r"model.path '.*llama' is a model of type llama; only hfgpt and gpt2 can"
+            InputError, match=r"model.path '.*llama' is a model of type llama; only the types hfgpt and gpt2 can"
         ):
             start(recipe)
     assert not (tmp_path / "run").exists()
