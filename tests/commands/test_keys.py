@@ -98,10 +98,10 @@ def test_each_key_is_one_line_for_other_programs():
     lines = render_keys(list_keys(), None).splitlines()
     assert (
         "training.last_blocks  int or null; default: null  [classify, instruct]  "
-        "How many blocks `last_blocks` means; null: one."
+        "Number of blocks for `last_blocks`; null: one."
     ) in lines
     assert "training.eval_strategy  IntervalStrategy or str; default: 'no'  " in "\n".join(lines)
     assert "training.adam_epsilon  float; default: 1.0e-08  " in "\n".join(lines), "a number for YAML, too"
     assert sum(line.startswith("training.seed  ") for line in lines) == 1
     alone = render_keys(list_keys("pretraining.max_steps"), None)
-    assert alone == "pretraining.max_steps  int; default: 300  Optimizer steps."
+    assert alone == "pretraining.max_steps  int; default: 300  Number of optimizer steps."

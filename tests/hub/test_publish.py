@@ -114,7 +114,7 @@ def test_the_model_is_loaded_once_for_all_checks(hub, runs, tmp_path, monkeypatc
     )
     with nearby(tmp_path):
         _, shown = send(runs / name, dry_run=True)
-    assert "measured again on the " in shown
+    assert "re-evaluated on the " in shown
     assert "a fresh process without hfgpt loads the files" in shown
     assert loaded == [str(runs / name)]
 
@@ -607,7 +607,7 @@ def test_what_names_code_of_others_is_refused(hub, runs, tmp_path, planted, name
     edit_json(folder / name, **changes)
     key = "auto_map" if "task_specific_params" in changes else next(iter(changes))
     options = ["--hub.base_model", "me/text"] if adapter else []
-    with pytest.raises(InputError, match=rf"'{name}' refers to third-party code \({key}\): remove it"):
+    with pytest.raises(InputError, match=rf"'{name}' refers to third-party code \({key}\); remove them"):
         send(folder, "me/x", *options, dry_run=True)
     assert hub.log == []
 
@@ -667,7 +667,7 @@ def card_of(shown: str) -> str:
 def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
     _, shown = send(run / "checkpoint-2", dry_run=True)
     assert "re-evaluated on the whole validation split" in shown
-    assert "stays here  optimizer.pt: state to resume from" in shown
+    assert "not published  optimizer.pt: training state, for resuming" in shown
     card = card_of(shown)
     assert "This is a checkpoint, saved before the end of the run." in card
     assert "| optimizer steps | 2 |" in card

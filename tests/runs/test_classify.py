@@ -277,7 +277,7 @@ def test_an_adapter_on_a_first_pass_of_its_own_run(here):
         (["pretraining.max_steps=2", "model.num_attention_heads=3"], "model: "),
         (
             ["pretraining.max_steps=2", "pretraining.block_size=33"],
-            "pretraining.block_size is 33, but the context of the model",
+            "pretraining.block_size is 33, but the model's context length",
         ),
         (["pretraining.max_steps=2", "adapters.target_modules=[c_attn]"], "cannot be adapted"),
         (["evaluation.prompts=['x', ' ']"], "text 2 is empty: leave it out"),
