@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 
 ABANDONED_AFTER_SECONDS = 24 * 3600
+ENTRY = "[0-9a-f]" * 32  # pattern of the folder of a source
 BYTES_WITH_PROGRESS = 1 << 22  # takes seconds
 
 
@@ -104,8 +105,11 @@ def read_kept(read: Callable[[], datasets.Dataset]) -> datasets.Dataset | None:
 
 
 def remove_abandoned(cache: Path):
-    """Removes files that a killed process left; a running one would have written to them within a day."""
-    for path in [*cache.glob(".*"), *cache.glob("*/tmp*")]:
+    """Removes files that a killed process left; a running one would have written to them within a day.
+
+    Only in and for folders with the names that hfgpt gives: a user may choose any folder as the cache.
+    """
+    for path in [*cache.glob(f".{ENTRY}-*"), *cache.glob(f"{ENTRY}/tmp*")]:
         times = [item.stat().st_mtime for item in (path, *path.glob("*")) if item.exists()]
         if max(times, default=0) < time.time() - ABANDONED_AFTER_SECONDS:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

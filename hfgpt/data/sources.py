@@ -139,9 +139,9 @@ def shorten(documents: datasets.Dataset, sizes: SplitReport, characters: int) ->
         return documents
     rows = max(len(documents) * characters // sizes.characters, 1)
     first = documents.select(range(rows))
-    return (
-        first if rows > 1 else map_rows(first, _cut, {"text": Value("string")}, {"start": 0, "stop": characters}, "")
-    )
+    if rows > 1:
+        return first
+    return map_rows(first, _cut, {"text": Value("string")}, {"start": 0, "stop": characters}, "Cutting")
 
 
 def _check_arguments(arguments: DataArguments) -> None:

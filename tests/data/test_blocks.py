@@ -265,15 +265,22 @@ def test_an_interrupt_leaves_nothing_and_what_a_killed_run_left_goes_after_a_day
     with pytest.raises(KeyboardInterrupt):
         tokenize_documents(rows, char_tokenizer())
     assert kept_files(tmp_path) == []
-    for name, age in {"old": 25, "new": 23}.items():
-        (tmp_path / f".{name}").mkdir()
-        (tmp_path / f".{name}" / "train.arrow").write_bytes(b"1")
-        (tmp_path / "kept" / f"tmp{name}").write_bytes(b"1")
-        for path in (tmp_path / f".{name}" / "train.arrow", tmp_path / f".{name}", tmp_path / "kept" / f"tmp{name}"):
+    entry = "0123456789abcdef" * 2
+    others = [".git", "folder"]  # the cache may be any folder of the user's
+    for name, age in {f".{entry}-old": 25, f".{entry}-new": 23, entry: 99, **dict.fromkeys(others, 99)}.items():
+        (tmp_path / name).mkdir()
+        for file in ("train.arrow", "tmp1"):
+            (tmp_path / name / file).write_bytes(b"1")
+        for path in (*(tmp_path / name).iterdir(), tmp_path / name):
             os.utime(path, (time.time() - age * 3600,) * 2)
     remove_abandoned(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".new", "kept"]
-    assert [path.name for path in kept_files(tmp_path)] == ["tmpnew"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{entry}-new", ".git", entry, "folder", "kept"]
+    for name, left in {
+        entry: ["train.arrow"],
+        ".git": ["tmp1", "train.arrow"],
+        "folder": ["tmp1", "train.arrow"],
+    }.items():
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == left
 
 
 def test_what_the_tokenizer_lacks_is_said():
