@@ -226,7 +226,7 @@ def find_base_model(arguments: ModelArguments) -> SavedModel | None:
     """The trainable model at `model.path`; None if it is not set.
 
     Raises:
-        InputError: There is no model, it is an adapter, or its architecture is not supported.
+        InputError: The model does not exist, is an adapter, or has an unsupported architecture.
     """
     if arguments.path is None:
         return None

@@ -208,7 +208,7 @@ def describe_training(path: str, tokenizer: PreTrainedTokenizerBase) -> str | No
         tokenizer: Its own, with a chat template.
 
     Returns:
-        The line; None: there is no record.
+        The line; None: the model has no record of its run.
 
     Raises:
         InputError: The record is damaged.

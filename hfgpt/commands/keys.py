@@ -61,7 +61,7 @@ def list_keys(name: str | None = None, task: str | None = None) -> list[SectionE
         task: `pretrain`, `classify` or `instruct`; None: the keys of all tasks.
 
     Raises:
-        InputError: There is no such task, section or key; names the nearest one that there is.
+        InputError: Unknown task, section or key; the message suggests the closest match.
     """
     if task not in (None, *SECTIONS):
         raise InputError(f"--task is '{task}'{suggest(task, list(SECTIONS))}")

@@ -92,7 +92,7 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
         report: Updated in place.
 
     Raises:
-        InputError: The source cannot be read, there are no labels or only one class, or a class is missing from the
+        InputError: The source cannot be read, has no labels or only one class, or a class is missing from the
             training split or too small to split.
     """
     given = _read_splits(arguments, seed, report)

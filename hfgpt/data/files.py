@@ -51,7 +51,7 @@ def find_files(path: str) -> list[Path]:
         Files of one family (text, JSON, table or Parquet); empty if the path does not exist locally.
 
     Raises:
-        InputError: There are no supported files, or files of several families; or the URL cannot be read.
+        InputError: No file has a supported type, the files have several types, or the URL cannot be read.
     """
     if is_url(path):
         return _one_family(path, _download_files(path))

@@ -137,7 +137,7 @@ class DataReport(Record):
         notes = {
             "truncated": self.truncated,
             "duplicates (kept)": self.duplicated,
-            "rows with the same text as others (kept in the same split)": self.kept_together,
+            "rows whose text occurs more than once (all in one split)": self.kept_together,
             "test rows that are near-duplicates of a training row": self.near_duplicates,
             "validation or test rows also in train": self.leaked,
             "files not in any split": len(self.unused_files),

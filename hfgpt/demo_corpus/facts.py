@@ -19,7 +19,7 @@ def generate_rows(write: Callable, number: int, name: str, seed: int, split: str
     """Generate the rows that `write(rng, split)` returns, each of a generator of its own.
 
     Raises:
-        ValueError: `number`, which is called `name`, is negative, or there is no such split.
+        ValueError: `number`, which is called `name`, is negative, or the split is unknown.
     """
     if number < 0:
         raise ValueError(f"{name} is {number}; it must be 0 or more")

@@ -23,7 +23,7 @@ def generate_instructions(num_instructions: int, seed: int = 0, split: str = "tr
         An iterator over rows of `instruction`, `input` (which may be empty) and `output`, made while it is read.
 
     Raises:
-        ValueError: `num_instructions` is negative, or there is no such split.
+        ValueError: `num_instructions` is negative, or the split is unknown.
 
     Example:
         >>> next(generate_instructions(1))["instruction"].endswith(("?", "."))

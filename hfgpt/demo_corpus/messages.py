@@ -23,7 +23,7 @@ def generate_messages(num_messages: int, seed: int = 0, split: str = "train") ->
         An iterator over rows of `text` and `label`, made while it is read; about 120 bytes a text.
 
     Raises:
-        ValueError: `num_messages` is negative, or there is no such split.
+        ValueError: `num_messages` is negative, or the split is unknown.
 
     Example:
         >>> spam = [row["text"] for row in generate_messages(100) if row["label"] == "trick"]

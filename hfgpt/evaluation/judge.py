@@ -67,7 +67,7 @@ def check_judge(arguments: JudgeArguments):
     """Sends the judge a short request, to find out before training whether it is available.
 
     Raises:
-        InputError: There is no reply, or it is not a chat completion.
+        InputError: The endpoint does not reply, or its reply is not a chat completion.
     """
     try:
         _ask(arguments, "Reply with the word ready.", max_tokens=4)

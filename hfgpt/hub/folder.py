@@ -40,8 +40,8 @@ class FolderRecords:
 
     Args:
         folder: The folder.
-        recipe, metrics: recipe.yaml and metrics.json; empty if there is no such file.
-        run: run.json; without entries if there is no such file.
+        recipe, metrics: recipe.yaml and metrics.json; empty if the file does not exist.
+        run: run.json; without entries if the file does not exist.
         data, merge, conversion: data_report.json, merge.json and conversion.json; None if there is no such file.
         adapter: adapter_config.json; empty if the folder does not have an adapter.
         labels: Class id -> label of a classifier.

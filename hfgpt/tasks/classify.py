@@ -137,7 +137,9 @@ class Classification:
         return Measured(
             metrics,
             allowed_for_classes(tested, len(data.splits["validation"])),
-            keep=lambda folder: plot_confusion(tested, folder / "confusion.png", f"{recipe.name}, test split"),
+            keep=lambda folder: plot_confusion(
+                tested, folder / "confusion.png", f"{Path(recipe.training.output_dir).name}, test split"
+            ),
         )
 
     def sample(self, model: PreTrainedModel, data: ClassificationData, recipe: Recipe) -> dict[str, Any]:

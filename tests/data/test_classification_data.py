@@ -243,6 +243,14 @@ def test_a_table_without_a_header_line_is_refused_with_the_positions_of_its_colu
     assert str(error.value).endswith(f"; it seems to have no header line: give column indices from 0 ({positions})")
 
 
+def test_the_key_that_names_no_column_is_the_one_that_is_named(load, tmp_path):
+    (tmp_path / "a.tsv").write_text(SMS * 2)
+    with pytest.raises(
+        InputError, match=r"data.label_column 'class' is not a column of .*, which has: 'label', 'text'$"
+    ):
+        load(None, path=str(tmp_path / "a.tsv"), column_names=["label", "text"], label_column="class")
+
+
 def test_a_header_line_with_other_names_is_not_taken_for_a_row(load, tmp_path):
     (tmp_path / "a.tsv").write_text("Category\tMessage\n" + SMS * 2)
     with pytest.raises(InputError, match=r"which has: 'Category', 'Message'$"):
