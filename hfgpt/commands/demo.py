@@ -83,10 +83,10 @@ def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str,
     rows = [
         ("pre-training", f"loss on {stories['eval_tokens']:,} tokens of unseen stories",
          f"{stories['eval_loss']:.3f} nats", "demo"),
-        ("classification", f"accuracy on {messages['eval_rows']:,} notes of unseen things",
+        ("classification", f"accuracy on {messages['eval_rows']:,} unseen notes",
          f"{messages['eval_accuracy']:.1%}", "demo-messages"),
-        ("with LoRA", "  a regression on character n-grams", f"{messages['baseline_accuracy']:.1%}", None),
-        ("instructions", f"exactly right of {answers['eval_answers']:,} unseen ones",
+        ("with LoRA", "  baseline: regression on character n-grams", f"{messages['baseline_accuracy']:.1%}", None),
+        ("instructions", f"exact match on {answers['eval_answers']:,} unseen instructions",
          f"{answers['eval_exact_match']:.1%}", "demo-instructions"),
     ]  # fmt: skip
     table = Table("stage", "what was measured", "result", "trained weights", "time")
