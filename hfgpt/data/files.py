@@ -220,7 +220,9 @@ def _download_files(url: str) -> list[Path]:
         urls = [found for found in urls if family(Path(urlsplit(found).path))]
         contents = datasets.DownloadManager().download(urls)
     except FileNotFoundError as error:
-        raise InputError(f"data.path {without_secrets(url)!r} was not found: check the URL") from error
+        raise InputError(
+            f"data.path {without_secrets(url)!r} was not found, or its server does not answer: check the URL"
+        ) from error
     except ImportError as error:
         raise InputError(f"data.path {without_secrets(url)!r} needs another package ({error}): install it") from error
     # Servers, buckets and their libraries raise all kinds of errors, and only the user can fix them.

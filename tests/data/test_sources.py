@@ -556,7 +556,7 @@ def test_a_file_of_the_web_is_read_as_one_of_the_disk(load, tmp_path, web_server
     (tmp_path / "web" / "b.txt").write_bytes(b"abc\xff")
     for name, message in {
         "b.txt": "is not valid UTF-8: byte 0xff at offset 3",
-        "c.txt": "c.txt' was not found: check the URL",
+        "c.txt": "c.txt' was not found, or its server does not answer: check the URL",
         "d.py": "does not contain a file of a supported type",
     }.items():
         with pytest.raises(InputError, match=message) as error:
