@@ -1,7 +1,7 @@
 """The command line: parse, call one function, print.
 
-Nothing heavy is imported before a command runs, so that every `--help` answers at once. What a user can mend is one
-line on stderr and exit status 2; anything else is a bug and keeps its traceback.
+Nothing heavy is imported before a command runs, so that every `--help` answers at once. An error that the user can
+fix is one line on stderr and exit status 2; any other exception is a bug and keeps its traceback.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-# An unknown command or option, a wrong type. typer exports only its kinds, from click or from a copy of it.
+# An unknown command or option, or a wrong type. typer exports only its subclasses.
 UsageError = typer.BadParameter.__base__
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeName = Annotated[
@@ -38,13 +38,37 @@ RecipeName = Annotated[
 
 
 def _existing(model: str) -> str:
-    """Refuses a model that is not there, before torch is imported."""
+    """Checks that a local model exists, before torch is imported."""
     check_model_path(model)
     return model
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub model id.", callback=_existing)]
+OutputFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Output folder (must not exist).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Temperature = Annotated[
+    float, typer.Option(help="Sampling temperature: below 1 more predictable, above 1 more varied.")
+]
+TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables this.")]
+TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")]
+
+
+def _print_version(requested: bool):
+    if requested:
+        from hfgpt import __version__
+
+        print(f"hfgpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+):
+    """The options of `hfgpt` itself."""
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -71,14 +95,10 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Maximum number of new tokens (default: 100, or what fits in the context).")
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature: below 1 more predictable, above 1 more varied.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables this.")] = 50,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")
-    ] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")] = False,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    greedy: Greedy = False,
     num_samples: Annotated[int, typer.Option(help="Number of texts to generate.")] = 1,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same text.")
@@ -105,14 +125,10 @@ def chat(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Maximum number of tokens in an answer (default: a quarter of the context).")
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature: below 1 more predictable, above 1 more varied.")
-    ] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables this.")] = 50,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")
-    ] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")] = False,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    greedy: Greedy = False,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same answers.")
     ] = 0,
@@ -142,7 +158,7 @@ def classify(
     predictions = classify_texts(model, texts or [], file)
     if as_json:
         rows = [{"text": found.text, "label": found.label, "score": found.score} for found in predictions]
-        # On a terminal everything beyond ASCII is escaped: json leaves C1 and the marks of direction as they are.
+        # On a terminal, all but ASCII is escaped: json does not escape C1 controls and bidirectional marks.
         print(json.dumps({"predictions": rows}, ensure_ascii=sys.stdout.isatty()))
     else:
         for found in predictions:
@@ -167,18 +183,19 @@ def evaluate(
 
     if task not in (None, *SECTIONS):
         raise InputError(f"--task is '{task}'; it must be pretrain, classify or instruct")
+    saved, overrides = None, _overrides(context)
     if task is None:
         from hfgpt.models import find_model
 
-        task = "classify" if find_model(model).is_classifier else "pretrain"
-    overrides = _overrides(context)
+        saved = find_model(model)
+        task = "classify" if saved.is_classifier else "pretrain"
     sections = parse_sections(overrides, task, ["data", "evaluation"])
     from hfgpt.models import find_model
     from hfgpt.runs.evaluation import refuse_unused
     from hfgpt.tasks import TASKS
 
     refuse_unused(task, overrides, sections["data"])
-    metrics = TASKS[task].evaluate(find_model(model), **sections)
+    metrics = TASKS[task].evaluate(saved or find_model(model), **sections)
     if as_json:
         print(json.dumps(metrics))
     else:
@@ -194,7 +211,7 @@ def merge(
             metavar="ADAPTER", help="The folder of a run that trained an adapter, or a Hub id.", callback=_existing
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder (must not exist).")],
+    out: OutputFolder,
     tolerance: Annotated[
         float,
         typer.Option(help="Largest allowed difference of logits, relative to the largest logit if that is above 1."),
@@ -214,7 +231,7 @@ def import_weights(
             metavar="SOURCE", help="A GPT-2 model (Hub id or folder), or a checkpoint file of nanoGPT or the book."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder (must not exist).")],
+    out: OutputFolder,
     checkpoint_format: Annotated[
         str, typer.Option("--format", help="auto, gpt2, nanogpt or book; auto detects the format.")
     ] = "auto",
@@ -247,7 +264,7 @@ def import_weights(
 @app.command()
 def export(
     model: Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder (must not exist).")],
+    out: OutputFolder,
     export_format: Annotated[str, typer.Option("--format", help="Output format: gpt2.")] = "gpt2",
     merge_adapter: Annotated[
         bool,
@@ -374,7 +391,7 @@ def demo(
 
 
 for _command in app.registered_commands:
-    _command.short_help = _command.callback.__doc__  # which the list of commands would cut to one line
+    _command.short_help = _command.callback.__doc__  # else the list of commands truncates it to one line
 
 
 def main() -> NoReturn:
@@ -383,14 +400,14 @@ def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and so cleans up as that does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops, and cleans up, as Ctrl-C does
     try:
-        "".join(sys.argv).encode()  # bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes
-        # click breaks the lines of help at 50 columns or more, however narrow the terminal is, and at 80 at most.
+        "".join(sys.argv).encode()  # invalid UTF-8 arrives as lone surrogates, which tokenizers reject
+        # click by default breaks the lines of help at 50 to 80 columns, whatever the width of the terminal.
         width = max(min(shutil.get_terminal_size().columns, 100), 30) - 2
         words = sys.argv[1:] or ["--help"]
         if app(words, prog_name="hfgpt", standalone_mode=False, terminal_width=width) == 130:
-            raise KeyboardInterrupt  # typer has turned it into a status
+            raise KeyboardInterrupt  # typer turned it into a status
         sys.stdout.flush()
         sys.exit(0)
     except InputError as error:
@@ -400,17 +417,17 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         _stop("stopped")
     except BrokenPipeError:
-        sys.stdout = io.StringIO()  # the reader has gone, as with `| head`; Python would flush, and complain, again
+        sys.stdout = io.StringIO()  # closed by its reader, as with `| head`; Python would flush it again and fail
         sys.exit(1)
     except OSError as error:
         if error.errno is None:
             raise
         if error.filename is None:
-            sys.stdout = io.StringIO()  # it may be what cannot be written
+            sys.stdout = io.StringIO()  # this may be what cannot be written
         remedy = {
             errno.ENOSPC: "free some space, or choose a folder on another disk",
             errno.EACCES: "change its permissions, or choose another folder",
-            errno.EROFS: "choose a folder that can be written",
+            errno.EROFS: "choose a folder on a writable disk",
         }.get(error.errno, "check the path")
         _refuse(f"{error.strerror}: {error.filename or 'while writing'}; {remedy}")
     except UnicodeEncodeError as error:
@@ -418,7 +435,7 @@ def main() -> NoReturn:
         _refuse(f"{letters!r} cannot be written in {error.encoding}: use a terminal that is set to UTF-8")
     except UsageError as error:
         _refuse(_explain_usage(error))
-    # What a library in Rust meets and did not expect; the class cannot be imported.
+    # A panic in a Rust library; the class cannot be imported.
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
@@ -431,7 +448,7 @@ def _print(text: str):
 
 
 def _overrides(context: typer.Context) -> list[str]:
-    """What was left for the keys of the recipe; an option that is nearly one of the command's is told as such."""
+    """The overrides of recipe keys; a misspelled option of the command is reported as one."""
     options = [name for parameter in context.command.params for name in parameter.opts]
     for argument in context.args:
         nearest = difflib.get_close_matches(argument, options, n=1)
@@ -447,7 +464,7 @@ def _explain_usage(error: UsageError) -> str:
         names = [command.name or command.callback.__name__ for command in app.registered_commands]
         nearest = difflib.get_close_matches(words[1], names, n=1, cutoff=0.4)
         return f"there is no command '{words[1]}'; " + (
-            f"did you mean '{nearest[0]}'?" if nearest else f"there are: {', '.join(names)}"
+            f"did you mean '{nearest[0]}'?" if nearest else f"the commands are: {', '.join(names)}"
         )
     return f"{message}; see {error.ctx.command_path if error.ctx else 'hfgpt'} --help"
 
@@ -459,6 +476,6 @@ def _refuse(message: str) -> NoReturn:
 
 def _stop(message: str) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # if ending takes long, another one ends it at once
+        signal.signal(number, signal.SIG_DFL)  # if exiting takes long, a second signal ends it immediately
     print(f"hfgpt: {make_visible(message)}", file=sys.stderr)
-    sys.exit(130)  # as shells report an end by Ctrl-C
+    sys.exit(130)  # the status that shells report after Ctrl-C

@@ -390,8 +390,8 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
         if generation_config.max_length > context:
             new = generation_config.max_length - input_ids_length
             raise ValueError(
-                f"a prompt of {input_ids_length} tokens and {new} new tokens exceed the context of {context}: set "
-                f"max_new_tokens to at most {max(0, context - input_ids_length)}, or shorten the prompt"
+                f"prompt length {input_ids_length} plus max_new_tokens {new} exceeds the context length {context}: "
+                f"set max_new_tokens to at most {max(0, context - input_ids_length)}, or shorten the prompt"
             )
 
 

@@ -6,6 +6,7 @@ duplicate YAML keys (this file does).
 """
 
 import dataclasses
+import difflib
 import functools
 import glob
 import importlib
@@ -271,7 +272,9 @@ def _find_recipe(name: str) -> Path:
         raise InputError(f"recipe '{name}' is a folder: give a .yaml file in it")
     if path.suffix in (".yaml", ".yml"):
         raise InputError(f"the recipe file '{name}' does not exist{nearest(name)}: check the path")
-    raise InputError(f"there is no recipe or .yaml file '{name}'{suggest(name, recipe_names(), most=99)}")
+    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    remedy = f"did you mean '{near[0]}'?" if near else "hfgpt recipes lists the recipes"
+    raise InputError(f"there is no recipe or .yaml file '{name}'; {remedy}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

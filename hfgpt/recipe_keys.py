@@ -26,9 +26,9 @@ class Key:
 
     Args:
         type: The annotation, as in `int | None`.
-        default: What holds where a recipe does not give it.
-        meaning: What the docstring, or the field's `help`, says of it.
-        library: `hfgpt`, or `transformers` for a field that is used as it is there.
+        default: The default value.
+        meaning: Its description, from the docstring or the field's `help`.
+        library: `hfgpt`, or `transformers` for an unchanged field of `TrainingArguments`.
     """
 
     type: str
@@ -39,7 +39,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """A section, or a key with keys within it.
+    """A section, or a key with nested keys.
 
     Args:
         about: Paragraphs on the section as a whole.
@@ -146,7 +146,7 @@ def _parse_module(module: str) -> ast.Module:
 
 
 def _find_class(module: str, name: str) -> tuple[str, ast.ClassDef]:
-    """A class, and the module that defines it, in which the named one imports it."""
+    """A class and the module that defines it, following imports."""
     tree = _parse_module(module)
     kind = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
     if kind is not None:
@@ -179,12 +179,12 @@ def _read_value(node: ast.expr, module: str) -> tuple[Any, str]:
         default = _evaluate(options["default"], module)
     metadata = options.get("metadata", ast.Dict([], []))
     notes = {key.value: value for key, value in zip(metadata.keys, metadata.values, strict=True)}
-    # argparse, which transformers writes it for, reads %% as %.
+    # transformers writes it for argparse, which reads %% as %.
     return default, ast.literal_eval(notes["help"]).replace("%%", "%") if "help" in notes else ""
 
 
 def _evaluate(node: ast.expr, module: str) -> Any:
-    """A literal, or what the module last assigns to a name."""
+    """A literal, or the last value that the module assigns to a name."""
     if isinstance(node, ast.Name):
         assigned = (other for other in ast.walk(_parse_module(module)) if isinstance(other, ast.Assign))
         *_, node = (other.value for other in assigned if ast.unparse(other.targets[0]) == node.id)
@@ -234,13 +234,15 @@ def check_overrides(overrides: Sequence[str], sections: dict[str, Keys | None]):
             raise InputError(f"--{path} is a section: set one of its keys, as in --{path}.key value")
 
 
-def unknown_section(section: str, sections: dict[str, Any]) -> str:
-    """That there is no such section, and the nearest one that there is."""
-    return f"there is no section '{section}'{suggest(section, list(sections))}"
+def unknown_section(section: str, sections: dict[str, Keys | None]) -> str:
+    """The error for an unknown section, with the most similar one, or the section that has a key of this name."""
+    owners = [f"{owner}.{section}" for owner, keys in sections.items() if section in (keys or {})]
+    near = f"; did you mean the key '{owners[0]}'?" if owners else suggest(section, list(sections))
+    return f"there is no section '{section}'{near}"
 
 
 def unknown_key(name: str, section: str, keys: Keys) -> str:
-    """That a section has no such key, and the nearest one that it has."""
+    """The error for an unknown key, with the most similar one of the section."""
     nickname = NICKNAMES.get(name.lower())
     near = f"; did you mean '{nickname}'?" if nickname in keys else suggest(name, list(keys))
     return f"there is no key '{name}' in section '{section}'{near}"

@@ -115,7 +115,7 @@ def check_model_path(path: str):
     if local.is_dir():
         if not any((local / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(
-                f"the folder '{path}' has no config.json: give the folder of a finished run or of a saved model"
+                f"the folder '{path}' does not have a config.json: give the folder of a saved model or a finished run"
             )
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise InputError(f"the folder '{path}' does not exist, and it is not a Hub id: check the path")

@@ -1,4 +1,4 @@
-"""The command line: what works prints its result, what a user can mend is one line on stderr and exit status 2.
+"""The command line: commands print their result; an error that a user can fix is one line on stderr, with status 2.
 
 Commands run in this process (test_cli_processes.py has what needs another). Each has a Hub token in its environment,
 which must appear nowhere. All comparisons are exact.
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,7 +168,7 @@ def test_train_reports_on_stderr_and_leaves_a_model(here):
     shown = (here / "shown.txt").read_text()
     for line in (
         r"stories.txt: 1 row read, 1 kept",
-        r"steps: 20 of 256 tokens each; about \d+ s at [\d,]+ tokens/s",
+        r"training: 20 steps of 256 tokens on average; about \d+ s at [\d,]+ tokens/s",
         r"step 20/20  validation \d\.\d{3}  [\d,]+ tokens/s",
         r"sample: Once.*",
         r"saved to runs/tiny\. Next: hfgpt generate runs/tiny .*",
@@ -279,7 +280,7 @@ def test_plan(here):
     assert (people.status, people.err) == (0, "")
     rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in people.out.splitlines())
     assert rows["parameters"] == f"{plan['parameters']:,}"
-    assert rows["steps"] == "20 of 256 tokens each"
+    assert rows["steps"] == "20 of 256 tokens on average"
     assert rows["speed"].endswith(f" tokens/s on {plan['device']}")
 
 
@@ -392,8 +393,8 @@ TRAIN = "train tiny.yaml --training.output_dir new"
     ("arguments", "message"),
     [
         ("trian", "there is no command 'trian'; did you mean 'train'?"),
-        ("xyz", f"there is no command 'xyz'; there are: {', '.join(COMMANDS)}"),
-        ("--verbose", "No such option: --verbose; see hfgpt --help"),
+        ("xyz", f"there is no command 'xyz'; the commands are: {', '.join(COMMANDS)}"),
+        ("--quiet", "No such option: --quiet; see hfgpt --help"),
         ("train", "Missing argument 'RECIPE'; see hfgpt train --help"),
         ("generate runs/tiny Once upon", "Got unexpected extra argument(s) (upon); see hfgpt generate --help"),
         ("generate runs/tiny Once --topk 3", "No such option: --topk"),
@@ -415,6 +416,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("evaluate runs/tiny", "data.path is not set: give a Hub id, a file, a folder or synthetic:stories"),
         ("evaluate runs/tiny --task clasify", "--task is 'clasify'; it must be pretrain, classify or instruct"),
         ("evaluate runs/tiny --training.seed 1", "there is no section 'training' (there are: data, evaluation)"),
+        (f"{TRAIN} --max_steps 3", "there is no section 'max_steps'; did you mean the key 'training.max_steps'?"),
         (
             "evaluate runs/tiny --data.path stories.txt --data.block_size 33",
             "the model's context length is 32: lower it",
@@ -468,7 +470,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("generate stories.txt Once", "'stories.txt' is a file; a model is a folder with config.json and weights"),
         (
             "generate runs Once",
-            "the folder 'runs' has no config.json: give the folder of a finished run or of a saved model",
+            "the folder 'runs' does not have a config.json: give the folder of a saved model or a finished run",
         ),
         ("generate damaged/weights Once", "cannot load a model from 'damaged/weights' ("),
         (
@@ -558,7 +560,7 @@ def test_a_text_that_may_not_be_read(here, tmp_path):
     [
         ("hfgpt.runs.folder.write_text", errno.ENOSPC, "free some space, or choose a folder on another disk"),
         ("hfgpt.data.sources._write_texts", errno.ENOSPC, "free some space, or choose a folder on another disk"),
-        ("hfgpt.runs.folder.write_text", errno.EROFS, "choose a folder that can be written"),
+        ("hfgpt.runs.folder.write_text", errno.EROFS, "choose a folder on a writable disk"),
         ("hfgpt.runs.folder.write_text", errno.EACCES, "change its permissions, or choose another folder"),
         ("hfgpt.runs.folder.write_text", errno.EIO, "check the path"),
     ],
@@ -579,6 +581,10 @@ def test_a_disk_that_cannot_be_written(place, status, remedy, here, tmp_path, mo
 def test_messages_are_one_line_of_unicode(here):
     assert refusal("train", "a\nb.yaml").startswith("the recipe file 'a b.yaml' does not exist")
     assert refusal("generate", "runs/tiny", os.fsdecode(b"caf\xe9")).startswith("'\\udce9' cannot be written in utf-8")
+
+
+def test_the_version_is_that_of_the_package(here):
+    assert hfgpt("--version").out == f"hfgpt {metadata.version('hfgpt')}\n"
 
 
 def test_the_commands_and_their_options_are_these():

@@ -58,7 +58,8 @@ REFUSED = {
     ),
     "generate ./r x": "the folder './r' does not exist, and it is not a Hub id: check the path",
     "merge ./r out": "the folder './r' does not exist, and it is not a Hub id: check the path",
-    "evaluate folder": "the folder 'folder' has no config.json: give the folder of a finished run or of a saved model",
+    "evaluate folder": "the folder 'folder' does not have a config.json: give the folder of a saved model or a "
+    "finished run",
     "evaluate me/x --task classify --data.pth x": "there is no key 'pth' in section 'data'; did you mean 'path'?",
     "evaluate me/x --task instruct --data.path r.txt": ("data.path 'r.txt' does not exist: check the path"),
 }

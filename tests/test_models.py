@@ -628,8 +628,8 @@ def test_paths_that_are_no_model(tmp_path, monkeypatch):
     (tmp_path / "file.txt").write_text("x")
     cases = {
         "file.txt": "'file.txt' is a file; a model is a folder with config.json and weights, or a Hub id",
-        "runs/empty": "the folder 'runs/empty' has no config.json: give the folder of a finished run or of a saved "
-        "model",
+        "runs/empty": "the folder 'runs/empty' does not have a config.json: give the folder of a saved model or a "
+        "finished run",
     }
     for path in ("/no/where", "./none", "../none", "a//b", "a/b/c", "a b", "org/na me"):
         cases[path] = f"the folder '{path}' does not exist, and it is not a Hub id: check the path"

@@ -1,4 +1,4 @@
-"""Records are read as they were written, and refused by the name of the entry that is not as hfgpt writes it."""
+"""Records are read as they were written; an invalid entry is an error that names it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`hfgpt inspect`: what a recipe's data becomes, and which tokens are learned, in colour."""
+"""`hfgpt inspect`: how a recipe's data is prepared, and which tokens are learned."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ from hfgpt.tasks.instruct import InstructionData
 from hfgpt.tasks.pretrain import PretrainingData
 from hfgpt.tasks.task import Data
 
-LEARNED = ("green", "cyan")  # alternating, so that neighbouring tokens are distinct
+LEARNED = ("green", "cyan")  # alternating, so that adjacent tokens are distinct
 CONTEXT_ONLY = "dim"
 
 
@@ -29,10 +29,10 @@ def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
     Args:
         recipe: Its data is read and tokenized as for training.
         rows: Rows, or blocks, to show.
-        console: Where; None: standard output.
+        console: The console to print to; None: standard output.
 
     Raises:
-        InputError: As the run itself would; or `rows` is negative.
+        InputError: As in a run of the recipe; or `rows` is negative.
     """
     if rows < 0:
         raise InputError(f"--rows is {rows}; it must be at least 0")
@@ -45,7 +45,7 @@ def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
 
 @functools.singledispatch
 def show_rows(data: Data, rows: int) -> Iterator[Text]:
-    """The first rows of the training split, as the task reads them."""
+    """The first rows of the training split, in a form that depends on the task."""
     raise NotImplementedError(type(data).__name__)
 
 
@@ -63,9 +63,7 @@ def show_blocks(data: PretrainingData, rows: int) -> Iterator[Text]:
 @show_rows.register
 def show_texts(data: ClassificationData, rows: int) -> Iterator[Text]:
     """The first texts of the training split of a classifier, with their labels and as tokens."""
-    yield Text.assemble(
-        "\ntokens, in alternating colors: ", ("one ", LEARNED[0]), ("after ", LEARNED[1]), ("another", LEARNED[0])
-    )
+    yield Text.assemble("\nThe colors of the tokens alternate: ", *_alternating())
     encoded = data.splits["train"]
     for index in range(min(rows, len(encoded))):
         label = make_visible(data.labels[encoded[index]["labels"]])
@@ -78,7 +76,7 @@ def show_texts(data: ClassificationData, rows: int) -> Iterator[Text]:
 
 @show_rows.register
 def show_conversations(data: InstructionData, rows: int) -> Iterator[Text]:
-    """The first rows of the training split of instructions, what is learned apart from what is read."""
+    """The first rows of the training split of instructions; tokens in « » are context only."""
     for test, train in data.report.near_duplicate_examples[:rows]:
         yield Text(make_visible(f"\nin test:  {test}\nin train: {train}"))
     yield _legend()
@@ -90,13 +88,13 @@ def show_conversations(data: InstructionData, rows: int) -> Iterator[Text]:
 
 
 def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A row as text: each token that some position learns in colour, the others dim and in « ».
+    """A row as text: tokens with a loss in alternating colors, the others dim and in « ».
 
     Args:
         input_ids: T inputs.
-        shift_labels: T targets, -100 where nothing is learned. T + 1 tokens are shown, unless the last target is
-            ignored, which is then no part of the row; the first token is never a target.
-        tokenizer: What made them.
+        shift_labels: T targets, -100 where ignored. T + 1 tokens are shown, or T if the last target is ignored, since
+            it is then not part of the row; the first token is never a target.
+        tokenizer: The tokenizer of the row.
     """
     pairs = zip([*input_ids, shift_labels[-1]], [IGNORED, *shift_labels], strict=True)
     tokens = [(token, target != IGNORED) for token, target in pairs if token != IGNORED]
@@ -112,10 +110,9 @@ def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokeniz
 
 def _legend() -> Text:
     return Text.assemble(
-        "\nlearned tokens, in alternating colors: ",
-        ("one ", LEARNED[0]),
-        ("after ", LEARNED[1]),
-        ("another", LEARNED[0]),
-        "; context only: ",
-        ("«like this»", CONTEXT_ONLY),
+        "\nTokens in ", ("« »", CONTEXT_ONLY), " are context only; all others are learned: ", *_alternating()
     )
+
+
+def _alternating() -> list[tuple[str, str]]:
+    return [("one ", LEARNED[0]), ("after ", LEARNED[1]), ("another", LEARNED[0])]

@@ -13,8 +13,8 @@ from hfgpt.output import wrap_text
 from hfgpt.recipe_keys import SECTIONS, TASK, Key, Section, read_section, suggest, unknown_key, unknown_section
 
 TRANSFORMERS = (
-    "The other keys are fields of transformers' TrainingArguments, in the words of transformers "
-    "(https://huggingface.co/docs/transformers/main_classes/trainer):"
+    "The other keys are unchanged fields of transformers' TrainingArguments "
+    "(https://huggingface.co/docs/transformers/main_classes/trainer)"
 )
 
 
@@ -85,21 +85,26 @@ def list_keys(name: str | None = None, task: str | None = None) -> list[SectionE
 
 
 def render_keys(entries: Sequence[SectionEntry], width: int | None) -> str:
-    """The keys for people.
+    """The keys as text.
 
     Args:
-        entries: What `list_keys` found.
-        width: Columns to break lines at; None: each key is one line, for `grep`.
+        entries: The result of `list_keys`.
+        width: Columns to break lines at, with unchanged fields of `TrainingArguments` by name only if there are
+            several sections; None: each key is one line, for `grep`.
     """
     blocks = []
     for entry in entries:
         if entry.about:
             title = entry.section + ("" if set(entry.tasks) == set(SECTIONS) else f"  [{', '.join(entry.tasks)}]")
             blocks.append("\n".join([title, *(wrap_text(paragraph, width, 4) for paragraph in entry.about)]))
-        for number, key in enumerate(entry.keys):
-            if entry.about and key.library != "hfgpt" and entry.keys[number - 1].library == "hfgpt":
-                blocks.append(wrap_text(TRANSFORMERS, width))
-            blocks.append(_render_key(key, entry.tasks, width))
+        own = [key for key in entry.keys if key.library == "hfgpt" or not entry.about]
+        blocks += [_render_key(key, entry.tasks, width) for key in own]
+        others = entry.keys[len(own) :]
+        if others and width is not None and len(entries) > 1:
+            names = ", ".join(key.key.removeprefix(f"{entry.section}.") for key in others)
+            blocks.append(wrap_text(f"{TRANSFORMERS}; hfgpt keys {entry.section} describes them: {names}", width))
+        elif others:
+            blocks += [wrap_text(TRANSFORMERS, width), *(_render_key(key, entry.tasks, width) for key in others)]
     return ("\n" if width is None else "\n\n").join(blocks)
 
 
@@ -115,13 +120,20 @@ def _read_entry(section: str, tasks: Sequence[str]) -> SectionEntry:
     having = [task for task in tasks if section in ("task", *SECTIONS[task])]
     for task in having:
         read = TASK if section == "task" else read_section(task, section)
-        about += [text for text in getattr(read, "about", []) if text not in about]
+        paragraphs = map(_without_name, getattr(read, "about", []))
+        about += [text for text in paragraphs if text and text not in about]
         for name, key in _flatten(section, read):
             entry = keys.setdefault((name, repr(key)), KeyEntry(name, **vars(key), tasks=[]))
             entry.tasks.append(task)
     names = [name for name, _ in keys]
     found = sorted(keys.values(), key=lambda entry: (entry.library != "hfgpt", names.index(entry.key)))
     return SectionEntry(section, having, about, found)
+
+
+def _without_name(paragraph: str) -> str:
+    """A paragraph on a section, below whose name it is shown."""
+    text = re.sub(r"^The recipe's section `\w+`[:,.]? ?", "", paragraph)
+    return text[:1].upper() + text[1:]
 
 
 def _flatten(name: str, key: Key | Section) -> Iterator[tuple[str, Key]]:

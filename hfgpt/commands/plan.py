@@ -1,11 +1,10 @@
 """`hfgpt plan`: what a recipe will cost, before anything is spent."""
 
-from hfgpt.data.report import counted
 from hfgpt.output import output_width, render_pairs
 from hfgpt.recipe import Recipe
-from hfgpt.runs.first_pass import build_blocks, plan_first_pass
+from hfgpt.runs.first_pass import prepare_first_pass
 from hfgpt.tasks import TASKS
-from hfgpt.training.estimate import Estimate, plan_run
+from hfgpt.training.estimate import Estimate, describe_steps, plan_run
 
 SECONDS = 2.0  # of the probe
 CHARACTERS = 1 << 23  # of a text, from which the number of its tokens is estimated
@@ -24,8 +23,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
     if recipe.training.max_steps <= 0:
         estimate.share = data.share
     if recipe.pretraining:
-        blocks = build_blocks(recipe, data)
-        estimate.first_pass = plan_first_pass(recipe, blocks, data.tokenizer, SECONDS)
+        estimate.first_pass = prepare_first_pass(recipe, data, SECONDS).estimate
     return estimate
 
 
@@ -41,7 +39,7 @@ def render_plan(estimate: Estimate) -> str:
         ("memory: activations", f"{estimate.activations_bytes / mib:,.1f} MiB"),
         ("memory: libraries and data", f"{estimate.process_bytes / mib:,.1f} MiB (this process now)"),
         ("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB"),
-        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens each{estimated}"),
+        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens on average{estimated}"),
         ("tokens", f"{estimate.tokens:,}"),
         ("FLOPs per token", f"{estimate.flops_per_token:.3g}, forward and backward"),
         ("FLOPs", f"{estimate.flops:.3g}"),
@@ -51,8 +49,10 @@ def render_plan(estimate: Estimate) -> str:
     if not estimate.process_bytes:  # an accelerator
         rows[5:7] = [("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB on the device, excluding its context")]
     if first := estimate.first_pass:
-        steps = f"{counted(first.steps, 'steps')} of {first.tokens_per_step:,} tokens each"
-        rows.insert(-6, ("first pass", f"{steps}, {_duration(first.seconds)}, {first.memory_bytes / mib:,.1f} MiB"))
+        memory = f"{first.memory_bytes / mib:,.1f} MiB"
+        rows.insert(-6, ("first pass", f"{describe_steps(first)}, {_duration(first.seconds)}, {memory}"))
+        total = _duration(first.seconds + estimate.seconds)
+        rows[-1] = ("time", f"{_duration(estimate.seconds)}, {total} with the first pass; not including evaluation")
     return render_pairs(rows, output_width())
 
 

@@ -149,7 +149,9 @@ class DataReport(Record):
             # Only the texts of pre-training are documents; labelled texts and conversations are rows.
             rows = "documents" if split.characters and not labels else "rows"
             counts = {rows: counts.pop("documents"), **counts}
+            tail = counts.pop("tail_tokens")
             sizes = [counted(size, what.replace("_", " ")) for what, size in counts.items() if size]
+            sizes += [f"{counted(tail, 'tokens')} left over (dropped)"] if tail else []
             sizes += [f"{size:,} {label}" for label, size in labels if size]
             lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")
         lines += [f"  warning: {warning}" for warning in self.warnings]

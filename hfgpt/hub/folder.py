@@ -119,7 +119,7 @@ def explained_records(folder: Path) -> Iterator[None]:
         folder: Their folder.
 
     Raises:
-        InputError: Instead of whatever error they cause.
+        InputError: In place of any error that they cause.
     """
     try:
         yield
@@ -137,8 +137,8 @@ def explained_records(folder: Path) -> Iterator[None]:
     ) as error:
         fact = " ".join(str(error).split())[:200]
         raise InputError(
-            f"the records in '{folder}' (run.json, recipe.yaml, ...) are not as hfgpt writes them "
-            f"({type(error).__name__}: {fact}): restore those that were saved with the model, or move them away"
+            f"the records in '{folder}' (run.json, recipe.yaml, ...) are damaged or were edited "
+            f"({type(error).__name__}: {fact}): restore those that were saved with the model, or delete them"
         ) from error
 
 
@@ -146,7 +146,7 @@ def read_records(folder: Path) -> FolderRecords:
     """Reads the records in a model's folder; for a checkpoint, also those of its run.
 
     Raises:
-        InputError: A file cannot be read, or is not as hfgpt writes it.
+        InputError: A file cannot be read, or has invalid content.
     """
     with explained_records(folder):
         return _collect(folder)
@@ -178,10 +178,10 @@ def _collect(folder: Path) -> FolderRecords:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Reads the recipe that a run has written; empty if there is none.
+    """Reads the recipe that a run saved; empty if there is none.
 
     Raises:
-        InputError: It cannot be read, or is not a task and its sections.
+        InputError: It cannot be read, or has no task or an invalid section.
     """
     if not path.is_file():
         return {}
@@ -190,10 +190,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"'{path}' cannot be read ({' '.join(str(error).split())[:200]}): {REMEDY}") from error
     if not isinstance(content, dict) or "task" not in content:
-        raise InputError(f"'{path}' is not as hfgpt writes it, it has no task: {REMEDY}")
+        raise InputError(f"'{path}' has no task: {REMEDY}")
     for name, section in content.items():
         if name != "task" and not isinstance(section, dict):
-            raise InputError(f"'{path}' is not as hfgpt writes it: {name} is {section!r}; {REMEDY}")
+            raise InputError(f"'{path}' has an invalid section: {name} is {section!r}; {REMEDY}")
     return content
 
 

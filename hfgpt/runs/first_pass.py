@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
 from datasets import Dataset
 from rich.console import Console
@@ -9,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hfgpt.building import DROPOUTS, ModelArguments, build_model, find_base_model
 from hfgpt.data.blocks import BlockDataset
-from hfgpt.data.report import counted
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe
@@ -19,34 +20,65 @@ from hfgpt.saving import CHECKSUMS_FILE, remove_leftovers, write_checksums
 from hfgpt.tasks.preparation import context_length
 from hfgpt.tasks.task import Data
 from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
-from hfgpt.training.estimate import Estimate, plan_run
+from hfgpt.training.estimate import Estimate, describe_steps, plan_run
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 
-def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTokenizerBase, console: Console):
-    """Trains a language model on the texts of a classifier, unless an interrupted run has already finished it.
+@dataclass
+class FirstPass:
+    """A first pass that is ready to run.
 
     Args:
-        recipe: Its sections `pretraining`, `model` and `training`.
-        blocks: See `build_blocks`.
+        model: The model to train, with weights initialized from the seed.
+        arguments: The arguments of its trainer.
+        blocks: The texts of the training split as blocks of one token stream.
+        estimate: The plan.
+    """
+
+    model: PreTrainedModel
+    arguments: HfGPTTrainingArguments
+    blocks: BlockDataset
+    estimate: Estimate
+
+    def describe(self) -> str:
+        """Text and cost in one line."""
+        return (
+            f"first pass (section pretraining): language modelling on {len(self.blocks.stream):,} tokens of training "
+            f"text; {describe_steps(self.estimate)}, about {self.estimate.seconds:,.0f} s"
+        )
+
+
+def prepare_first_pass(recipe: Recipe, data: Data, seconds: float) -> FirstPass:
+    """Builds the model and the blocks of a first pass, and plans it with a benchmark of `seconds`.
+
+    Raises:
+        InputError: There is too little text for a block, or a block is longer than the context length.
+    """
+    blocks, model = build_blocks(recipe, data), build_language_model(recipe, data.tokenizer)
+    arguments = build_arguments(recipe)
+    return FirstPass(model, arguments, blocks, plan_run(model, arguments, blocks.block_size, len(blocks), seconds))
+
+
+def is_first_pass_finished(recipe: Recipe) -> bool:
+    """Whether an interrupted run has already finished its first pass."""
+    return (first_pass_folder(recipe) / CHECKSUMS_FILE).is_file()
+
+
+def run_first_pass(first: FirstPass, tokenizer: PreTrainedTokenizerBase, console: Console):
+    """Trains a language model on the texts of a classifier.
+
+    Args:
+        first: The first pass.
         tokenizer: The run's tokenizer.
         console: Shows progress.
 
     Raises:
         Interrupted: Ctrl-C; the run can be resumed.
     """
-    folder = first_pass_folder(recipe)
-    if (folder / CHECKSUMS_FILE).is_file():
-        return
-    model, arguments = build_language_model(recipe, tokenizer), build_arguments(recipe)
-    estimate = plan_run(model, arguments, blocks.block_size, len(blocks), seconds=0.5)
-    console.print(
-        f"first pass: language modelling on {len(blocks.stream):,} tokens of training text; "
-        f"{counted(estimate.steps, 'steps')} of {estimate.tokens_per_step:,} tokens each, "
-        f"about {estimate.seconds:,.0f} s",
-        highlight=False,
+    folder, estimate = Path(first.arguments.output_dir), first.estimate
+    trainer = HfGPTTrainer(
+        model=first.model, args=first.arguments, train_dataset=first.blocks, processing_class=tokenizer
     )
-    trainer = HfGPTTrainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer)
     training = run_training(trainer, estimate, choose_checkpoint(folder, console), console)
     if trainer.is_world_process_zero():
         remove_leftovers(folder)
@@ -58,14 +90,6 @@ def run_first_pass(recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTo
         for checkpoint in list_checkpoints(folder):  # no longer needed
             shutil.rmtree(checkpoint)
     trainer.accelerator.wait_for_everyone()
-
-
-def plan_first_pass(
-    recipe: Recipe, blocks: BlockDataset, tokenizer: PreTrainedTokenizerBase, seconds: float
-) -> Estimate:
-    """The estimated cost of the first pass."""
-    model = build_language_model(recipe, tokenizer)
-    return plan_run(model, build_arguments(recipe), blocks.block_size, len(blocks), seconds)
 
 
 def after_first_pass(recipe: Recipe, data: Data) -> tuple[Recipe, Data]:
@@ -83,15 +107,7 @@ def build_language_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def build_blocks(recipe: Recipe, data: Data) -> BlockDataset:
-    """The texts of the training split as blocks of one token stream.
-
-    Args:
-        recipe: Its sections `pretraining` and `model`.
-        data: The run's data.
-
-    Raises:
-        InputError: There is too little text for a block, or a block is longer than the context length.
-    """
+    """The texts of the training split as blocks of one token stream."""
     context = context_length(recipe, data.base)
     length = recipe.pretraining.block_size or context
     if length > context:

@@ -10,14 +10,17 @@ from transformers import PreTrainedModel
 from hfgpt.adapters import trainable_parameters
 from hfgpt.data.report import counted
 from hfgpt.recipe import Recipe
+from hfgpt.runs.first_pass import FirstPass
 from hfgpt.runs.training import Training
 from hfgpt.saving import quote_path
 from hfgpt.tasks.task import Data, Task
-from hfgpt.training.estimate import Estimate
+from hfgpt.training.estimate import Estimate, describe_steps
 from hfgpt.training.hardware import describe_device
 
 
-def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate: Estimate, is_new: bool) -> str:
+def describe_start(
+    recipe: Recipe, data: Data, model: PreTrainedModel, estimate: Estimate, first: FirstPass | None, is_new: bool
+) -> str:
     """The lines printed before training: data report, model, device, attention kernel, optimizer, steps.
 
     Args:
@@ -25,6 +28,7 @@ def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate:
         data: Its data.
         model: The model to train.
         estimate: The plan.
+        first: The first pass, if there is one to run.
         is_new: Whether the run starts at step 0.
     """
     arguments = recipe.training
@@ -42,8 +46,9 @@ def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate:
         f"trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
         f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
-        f"steps: {estimate.steps:,} of {estimate.tokens_per_step:,} tokens each; about {estimate.seconds:,.0f} s at "
-        f"{estimate.tokens_per_second:,.0f} tokens/s",
+        *([first.describe()] if first else []),
+        f"{'second pass' if recipe.pretraining else 'training'}: {describe_steps(estimate)}; about "
+        f"{estimate.seconds:,.0f} s at {estimate.tokens_per_second:,.0f} tokens/s",
     ]
     if is_new and recipe.model.path is None and data.labels is None:  # random weights
         size = model.config.vocab_size
@@ -51,19 +56,15 @@ def describe_start(recipe: Recipe, data: Data, model: PreTrainedModel, estimate:
     return "\n".join(lines)
 
 
-def describe_end(folder: Path, task: Task, metrics: dict[str, Any], samples: Sequence[str], training: Training) -> str:
-    """The lines printed at the end of a run.
-
-    Args:
-        folder: The run folder.
-        task: Its task.
-        metrics: Final metrics.
-        samples: Sample outputs.
-        training: Provides actual and planned time.
-    """
+def describe_end(task: Task, metrics: dict[str, Any], samples: Sequence[str], training: Training) -> str:
+    """The lines printed at the end of a run: metrics, actual and planned time, sample outputs."""
     lines = [
         f"{task.describe(metrics)}; {training.seconds:.0f} s of training (planned {training.estimate.seconds:.0f})",
         *(f"sample: {text}" for text in samples),
-        f"saved to {folder}. Next: {task.following(quote_path(folder))}",
     ]
     return "\n".join(lines)
+
+
+def describe_next(folder: Path, task: Task) -> str:
+    """The last line of a run: where it is, and the command to try it."""
+    return f"saved to {folder}. Next: {task.following(quote_path(folder))}"

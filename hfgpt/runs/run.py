@@ -1,5 +1,6 @@
 """A run: from a recipe to a folder with a model, in seven steps that are the same for every task."""
 
+import contextlib
 import re
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedModel, TrainerCallback
 
-from hfgpt.errors import InputError
+from hfgpt.errors import InputError, Interrupted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import write_card
 from hfgpt.hub.folder import read_records
@@ -19,14 +20,15 @@ from hfgpt.models import find_model
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.records import write_metrics
-from hfgpt.runs.first_pass import after_first_pass, build_blocks, run_first_pass
+from hfgpt.runs.first_pass import after_first_pass, is_first_pass_finished, prepare_first_pass, run_first_pass
 from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
-from hfgpt.runs.messages import describe_end, describe_start
+from hfgpt.runs.messages import describe_end, describe_next, describe_start
 from hfgpt.runs.record import describe_run
 from hfgpt.runs.training import Training, run_training, save_run
 from hfgpt.tasks import TASKS
 from hfgpt.tasks.task import Data, Measured
 from hfgpt.training.callbacks import log_result, plot_loss
+from hfgpt.training.checkpoints import list_checkpoints
 from hfgpt.training.estimate import plan_run
 from hfgpt.training.trainer import HfGPTTrainer
 
@@ -51,7 +53,7 @@ def run(
     Raises:
         InputError: There is an error in the recipe, the data or the run folder; or the judge failed at the end, with
             everything else saved.
-        Interrupted: Ctrl-C; the run can be resumed.
+        Interrupted: Ctrl-C; the message tells how to resume the run.
     """
     is_main = recipe.training.process_index == 0
     console = console or stderr_console(quiet=not is_main)
@@ -73,18 +75,20 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
 
     # 3. The model.
     model = task.build(recipe, data)
-    first_blocks = build_blocks(recipe, data) if recipe.pretraining else None
 
-    # 4. The plan.
+    # 4. The plan, with that of a first pass of language modelling if the recipe has one.
     estimate = plan_run(model, arguments, data.row_length, data.train_rows, seconds=0.5)
-    console.print(describe_start(recipe, data, model, estimate, is_new=checkpoint is None), highlight=False)
+    has_first_pass = recipe.pretraining and not is_first_pass_finished(recipe)
+    first = prepare_first_pass(recipe, data, seconds=0.5) if has_first_pass else None
+    console.print(describe_start(recipe, data, model, estimate, first, is_new=checkpoint is None), highlight=False)
 
-    # 5. Train, after a first pass of language modelling if the recipe has one.
+    # 5. Train: the first pass, and then the run itself, from its weights.
     PartialState().wait_for_everyone()  # all processes have checked the folder
     if is_main:
         begin_run(recipe, data, checkpoint)
-    if first_blocks is not None:
-        run_first_pass(recipe, first_blocks, data.tokenizer, console)
+    if first:
+        run_first_pass(first, data.tokenizer, console)
+    if recipe.pretraining:
         recipe, data = after_first_pass(recipe, data)
         model = task.build(recipe, data)
     trainer = build_trainer(recipe, model, data)
@@ -94,16 +98,19 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     save_run(trainer, folder)
     if not is_main:
         return {}
-    saved = find_model(str(folder)).load().to(arguments.device)
-    measured = task.measure(saved, data, recipe, console)
-    samples = task.sample(saved, data, recipe)
+    console.print(f"evaluating the saved weights on the {task.measured_split} split")
+    with resumable_evaluation(folder):
+        saved = find_model(str(folder)).load().to(arguments.device)
+        measured = task.measure(saved, data, recipe, console)
+        samples = task.sample(saved, data, recipe)
 
     # 7. Write the records; the model card is last and marks the run as finished.
     write_results(recipe, training, data, measured)
     describe_run(recipe, training, data, samples, started).write(folder)
     metrics = judge(measured, folder)
     write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place.of_folder(folder))
-    console.print(describe_end(folder, task, metrics, samples["texts"], training), highlight=False)
+    console.print(describe_end(task, metrics, samples["texts"], training), highlight=False)
+    console.print(describe_next(folder, task), soft_wrap=True)  # unbroken, so that the command can be copied
     return metrics
 
 
@@ -117,6 +124,16 @@ def build_trainer(recipe: Recipe, model: PreTrainedModel, data: Data) -> HfGPTTr
         processing_class=data.tokenizer,
         **TASKS[recipe.task].trainer_arguments(recipe, data),
     )
+
+
+@contextlib.contextmanager
+def resumable_evaluation(folder: Path):
+    """Turns Ctrl-C during the final evaluation into an `Interrupted` that tells how to finish the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        resume = ": rerun the command with --resume to finish" if list_checkpoints(folder) else ""
+        raise Interrupted(f"stopped during the evaluation; the weights are saved in {folder}{resume}") from None
 
 
 def write_results(recipe: Recipe, training: Training, data: Data, measured: Measured):

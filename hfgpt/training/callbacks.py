@@ -90,6 +90,9 @@ class LogCallback(TrainerCallback):
         kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
         _write_log(args.output_dir, kept)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log |= state.global_step >= state.max_steps  # also if logging_steps does not divide them
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             append_log(args.output_dir, {"step": state.global_step, "epoch": state.epoch, **logs})
@@ -204,6 +207,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
             axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
     axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
     axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})", title=drawable(Path(output_dir).name, "loss"))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.data.report import counted
 from hfgpt.errors import InputError
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import describe_device, process_memory_bytes
@@ -192,6 +193,11 @@ def _unchanged_random_state():
 def _synchronize(device: torch.device):
     if device.type != "cpu":
         torch.accelerator.synchronize()
+
+
+def describe_steps(estimate: Estimate) -> str:
+    """The number of steps and their size, as in `500 steps of 2,048 tokens on average`."""
+    return f"{counted(estimate.steps, 'steps')} of {estimate.tokens_per_step:,} tokens on average"
 
 
 def plan_run(

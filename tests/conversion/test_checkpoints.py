@@ -148,7 +148,7 @@ def test_sources_that_are_not_there(tiny_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal("none.pt", tmp_path) == "there is no file 'none.pt': check the path"
     (tmp_path / "empty").mkdir()
-    assert "has no config.json" in refusal("./empty", tmp_path)
+    assert "does not have a config.json" in refusal("./empty", tmp_path)
     (tmp_path / "a.txt").write_text("text")
     assert "has the suffix '.txt': taken are .pt, .pth" in refusal("a.txt", tmp_path)
     HfGPTForCausalLM(tiny_config()).save_pretrained(tmp_path / "ours")

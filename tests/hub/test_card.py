@@ -113,9 +113,9 @@ def test_times_of_a_resumed_run_are_of_its_last_part():
 @pytest.mark.parametrize(
     ("name", "count", "said"),
     [
-        ("eval_tokens", 12, "With only 12 tokens, these figures say little."),
-        ("eval_tokens", 999, "With only 999 tokens, these figures say little."),
-        ("eval_rows", 99, "With only 99 rows, these figures say little."),
+        ("eval_tokens", 12, "With only 12 tokens, these figures are not reliable."),
+        ("eval_tokens", 999, "With only 999 tokens, these figures are not reliable."),
+        ("eval_rows", 99, "With only 99 rows, these figures are not reliable."),
         ("eval_tokens", 1000, ""),
         ("eval_rows", 100, ""),
     ],

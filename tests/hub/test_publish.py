@@ -269,7 +269,7 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         ),
         ("metrics.json", '{"eval_judge_scre": 1, "x": 9}', "metrics.json has x, which is not a metric"),
         ("recipe.yaml", "a: [", r"recipe\.yaml' cannot be read"),
-        ("recipe.yaml", "", r"recipe\.yaml' is not as hfgpt writes it"),
+        ("recipe.yaml", "", r"recipe\.yaml' has no task"),
         (
             "data_report.json",
             "{}",
@@ -284,12 +284,12 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         (
             "recipe.yaml",
             "{task: pretrain, hub: 5}",
-            r"recipe\.yaml' is not as hfgpt writes it: hub is 5; restore the original, or remove it",
+            r"recipe\.yaml' has an invalid section: hub is 5; restore the original, or remove it",
         ),
         (
             "recipe.yaml",
             "{task: pretrain, hub: {license: mit}, data: 5}",
-            r"recipe\.yaml' is not .*: data is 5",
+            r"recipe\.yaml' has an invalid section: data is 5",
         ),
         ("trainer_state.json", "{}", r"\(KeyError: 'global_step'\): restore those that were saved with the model"),
         ("labels.json", '{"id2label": ["a"]}', r"the records in .* \(AttributeError: 'list' object has no"),
@@ -323,7 +323,7 @@ def test_records_of_other_types_inside_are_one_line(hub, run, trusting, name, ch
 def test_a_log_that_is_nested_too_deeply_is_one_line(hub, run, trusting):
     with open(run / "training_log.jsonl", "a") as log:
         log.write("[" * 100_000 + "\n")
-    with pytest.raises(InputError, match=rf"the records in '{run}' .* are not as hfgpt writes them"):
+    with pytest.raises(InputError, match=rf"the records in '{run}' .* are damaged or were edited"):
         send(run, dry_run=True)
 
 

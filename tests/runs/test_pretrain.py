@@ -312,7 +312,7 @@ def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finis
     warning += "add data, or raise data.validation_fraction if hfgpt makes the split"
     assert f"  warning: {warning}\n" in run.shown
     assert read_json(run.folder / "data_report.json")["warnings"] == [warning]
-    said = "these figures say little"
+    said = "these figures are not reliable"
     assert f"With only {tokens} tokens, {said}." in (run.folder / "README.md").read_text(encoding="utf-8")
     assert "warning" not in finished.shown
     assert said not in (finished.folder / "README.md").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from hfgpt.models import find_model
 from hfgpt.records import RunRecord
 from hfgpt.runs.folder import check_same_sources, describe_sources
 from hfgpt.saving import hash_file, write_checksums
+from hfgpt.tasks.pretrain import Pretraining
 from hfgpt.tasks.task import Data
 from hfgpt.training import checkpoints
 from hfgpt.training.checkpoints import list_checkpoints, step_of
@@ -312,6 +313,27 @@ def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path,
     assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
     assert run.metrics == whole.metrics
     assert json.loads((run.folder / "run.json").read_text())["resumed_from_step"] == 5
+
+
+def test_a_run_stopped_during_its_evaluation_says_how_to_finish_it(train, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    whole = train(tmp_path / "whole", "training.max_steps=5")
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "measure", interrupt)
+        with pytest.raises(Interrupted) as stopped:
+            train(tmp_path / "run", "training.max_steps=5")
+    assert str(stopped.value) == (
+        f"stopped during the evaluation; the weights are saved in {tmp_path / 'run'}: rerun the command with "
+        "--resume to finish"
+    )
+    run = train(tmp_path / "run", "training.max_steps=5", resume=True)
+    assert run.metrics == whole.metrics
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretraining, "measure", interrupt)
+        with pytest.raises(Interrupted, match=r"are saved in \S*run$"):
+            train(tmp_path / "none" / "run", "training.max_steps=5", "training.save_strategy='no'")
 
 
 def test_a_run_without_its_record_is_not_resumed(stopped, text, train):

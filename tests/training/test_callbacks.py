@@ -68,6 +68,13 @@ def test_log_has_one_object_a_logging_step(tmp_path):
     assert read_log(str(tmp_path)) == expected
 
 
+def test_the_last_step_is_logged_whatever_the_logging_steps():
+    for step in (1, 2, 3):
+        control = TrainerControl()
+        LogCallback().on_step_end(None, state_at(step, max_steps=3), control)
+        assert control.should_log is (step == 3)
+
+
 @pytest.mark.parametrize(
     "line",
     [
