@@ -409,11 +409,13 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return re.match(r"[\w.]*", text)[0], text
-    found = re.match(r"'?(.*?)'? is not a valid \w+, please select one of (.*)", text)
-    if key := found and next((key for key, value in vars(arguments).items() if value == found[1]), None):
-        choices = re.findall("'(.*?)'", found[2])
-        remedy = suggest(found[1], choices) or f"; it must be one of {', '.join(choices)}"
-        return f"training.{key}", f"training.{key} is '{found[1]}'{remedy}"
+    found = re.match(r"(.*?) is not a valid \w+, please select one of (.*)", text)
+    given = (found[1], found[1].strip("'")) if found else ()
+    for wrong, (key, value) in itertools.product(given, vars(arguments).items()):
+        if value == wrong:
+            choices = re.findall("'(.*?)'", found[2])
+            remedy = suggest(wrong, choices) or f"; it must be one of {', '.join(choices)}"
+            return f"training.{key}", f"training.{key} is {wrong!r}{remedy}"
     key = next((f".{word}" for word in re.findall(r"\w*[_\d]\w*", text) if word in vars(arguments)), "")
     return f"training{key}", f"training{key}: {text}"
 

@@ -389,6 +389,10 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
         ("data: {document_boundaries: 1}\n", "line 1: data.document_boundaries is '1'; it must be true or false"),
         ("training:\n  learning_rate: 1.0.0\n", "line 2: training.learning_rate is '1.0.0'; it must be a number"),
         ("training:\n  save_strategy: no\n", "line 2: training.save_strategy is 'False'; it must be text in quotes"),
+        (
+            "training:\n  save_strategy: \"'no'\"\n",
+            "line 2: training.save_strategy is \"'no'\"; did you mean 'no'?",
+        ),
         ("data:\n  name: 1.0\n", "line 2: data.name is '1.0'; it must be text in quotes or null"),
         ("evaluation:\n  prompts: One\n", "line 2: evaluation.prompts is 'One'; it must be a list like [a, b]"),
         ("evaluation:\n  prompts: [One, 2]\n", "line 2: evaluation.prompts is '2'; it must be text in quotes"),

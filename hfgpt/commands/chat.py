@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from hfgpt.data.templates import TEMPLATES, check_chat_template, encode_chat
 from hfgpt.errors import InputError
@@ -79,7 +79,7 @@ class Chat:
                 f"--max-new-tokens is {self.max_new_tokens}, and the context of "
                 f"{self.model.config.max_position_embeddings} tokens has to hold the question, too: ask for fewer"
             )
-        set_seed(self.sampling.seed)
+        torch.manual_seed(self.sampling.seed)
 
     @property
     def max_new_tokens(self) -> int:

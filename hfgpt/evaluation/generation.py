@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from hfgpt.data.report import counted
 from hfgpt.errors import InputError, make_visible
@@ -152,7 +152,7 @@ def generate_texts(
             "top_k": arguments.top_k,
             "top_p": arguments.top_p,
         }
-    set_seed(arguments.seed)
+    torch.manual_seed(arguments.seed)
     prompt_ids = torch.tensor([ids], device=model.device)
     generated = generate_ids(
         model,

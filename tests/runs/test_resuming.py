@@ -330,10 +330,6 @@ def test_a_run_stopped_during_its_evaluation_says_how_to_finish_it(train, tmp_pa
     )
     run = train(tmp_path / "run", "training.max_steps=5", resume=True)
     assert run.metrics == whole.metrics
-    with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "measure", interrupt)
-        with pytest.raises(Interrupted, match=r"are saved in \S*run$"):
-            train(tmp_path / "none" / "run", "training.max_steps=5", "training.save_strategy='no'")
 
 
 def test_a_run_without_its_record_is_not_resumed(stopped, text, train):
