@@ -46,24 +46,24 @@ class ModelArguments:
     Args:
         path: Folder or Hub id of a base model; None: train from scratch.
         revision: Branch, tag or commit of the Hub id.
-        preset: GPT-2's sizes by name: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below change it.
+        preset: GPT-2 size: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`; the fields below override it.
         initialization: `gpt2` (N(0, initializer_range), residual projections scaled) or `torch` (PyTorch's defaults,
-            as in the book; a tied head's are the embedding's too).
+            as in the book; tied embeddings use those of the head).
         attn_implementation: `sdpa`, `eager`, `flex_attention` or `flash_attention_2`; None lets transformers choose.
-        load_in_4bit: Holds the weights of `path` in 4 bits (QLoRA's NF4, by bitsandbytes), to train adapters on them.
-        vocab_size: Rows of the token embedding; None: as many as the tokenizer has tokens.
-        pad_vocab_to_multiple_of: Rounds the embedding's rows up for speed (64 on GPUs); rows past the tokenizer's are
-            never learned and never generated.
+        load_in_4bit: Load the weights of `path` in 4-bit (QLoRA's NF4, with bitsandbytes), to train adapters on them.
+        vocab_size: Number of token embeddings; None: one per token of the tokenizer.
+        pad_vocab_to_multiple_of: Round the number of token embeddings up for speed (64 on GPUs); the extra ids are
+            never used and never generated.
         hidden_size: Width of the residual stream; None: 128.
-        num_hidden_layers: Transformer blocks; None: 4.
-        num_attention_heads: Heads of each attention; divides `hidden_size`. None: one for every 64 of `hidden_size`
+        num_hidden_layers: Number of transformer blocks; None: 4.
+        num_attention_heads: Attention heads per block; divides `hidden_size`. None: one for every 64 of `hidden_size`
             (every 32 below 256).
         intermediate_size: Width inside the MLP; None: four times `hidden_size`.
         max_position_embeddings: The context length, in tokens; None: 256.
         hidden_act: Activation of the MLP, a name of `transformers.activations.ACT2FN`; None: `gelu_pytorch_tanh`.
         layer_norm_eps: Epsilon of the LayerNorms; None: 1e-5.
-        initializer_range: Standard deviation of the initial weights (residual projections: over sqrt(2 * layers));
-            None: 0.02.
+        initializer_range: Standard deviation of the initial weights (residual projections: divided by
+            sqrt(2 * layers)); None: 0.02.
         tie_word_embeddings: Whether the output head is the token embedding (GPT-2) or has its own weights (the book);
             None: true.
         qkv_bias: Whether the query, key and value projections have biases; None: true.

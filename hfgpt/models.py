@@ -350,8 +350,8 @@ def check_weights_match(path: str, revision: str | None, config: PreTrainedConfi
     """Checks the weight files before `from_pretrained` builds the model.
 
     Raises:
-        InputError: A weight map leads out of the model's folder, a file is damaged, or the files are too small for the
-            model that the configuration describes.
+        InputError: A weight map refers to files outside its folder, a file is damaged, or the files are too small for
+            the model that the configuration describes.
     """
     with explained("a model", path):
         files = find_weight_files(path, revision, config)
@@ -484,7 +484,7 @@ def fact_of(error: Exception) -> str:
     """The message of an error in one line."""
     if isinstance(error, StrictDataclassError):  # only its last line is about the value
         return str(error).splitlines()[-1].strip().removeprefix("ValueError: ").removeprefix("TypeError: ")
-    if "weights_only" in str(error):  # torch suggests to run it anyway
+    if "weights_only" in str(error):  # torch suggests loading it anyway
         return (
             "its pickle contains code or is damaged and is not loaded; use safetensors files, which cannot have code"
         )

@@ -333,14 +333,14 @@ def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
     assert (result.status, result.err) == (0, "")
     findings = json.loads(result.out)
     assert result.out == json.dumps(findings) + "\n"
-    assert findings["hub_login"] == "a token is stored"
+    assert findings["hub_login"] == "token found"
     assert findings["torch"] == torch.__version__
     people = hfgpt("doctor")
     assert (people.status, people.err) == (0, "")
     rows = dict(line.split(maxsplit=1) for line in people.out.splitlines())
     assert {name: str(value) for name, value in findings.items()} == {k: v.strip() for k, v in rows.items()}
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/no/where")
-    assert json.loads(hfgpt("doctor", "--json", HF_TOKEN="").out)["hub_login"] == "none: hf auth login"
+    assert json.loads(hfgpt("doctor", "--json", HF_TOKEN="").out)["hub_login"] == "no token: run hf auth login"
 
 
 def test_doctor_ends_where_the_cache_is_a_relative_path_that_is_not_there(here, monkeypatch):
@@ -486,17 +486,17 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' has '@', which the tokenizer cannot"),
         ("generate runs/tiny Once --temperature 0", "temperature is 0.0; it must be above 0"),
         ("generate runs/tiny Once --num-samples 2 --greedy", "greedy generates one text, not 2: unset greedy or"),
-        ("import none.pt new", "there is no file 'none.pt': check the path"),
+        ("import none.pt new", "'none.pt' does not exist: check the path"),
         (
             "import stories.txt new",
-            "'stories.txt' has the suffix '.txt': taken are .pt, .pth, .bin, .ckpt",
+            "'stories.txt': unsupported file type '.txt' (supported: .pt, .pth, .bin, .ckpt",
         ),
         (
             "import runs/tiny new",
-            "'runs/tiny' is a model of type hfgpt; import converts models of type gpt2",
+            "'runs/tiny' is a model of type hfgpt; only models of type gpt2",
         ),
         ("import none.pt runs", "'runs' already exists: choose a new folder"),
-        ("import none.pt new --format onnx", "--format is 'onnx'; choose one of auto, gpt2, nanogpt, book"),
+        ("import none.pt new --format onnx", "--format is 'onnx'; it must be one of auto, gpt2, nanogpt, book"),
         ("export runs/tiny new --format gguf", "--format is 'gguf'; it must be gpt2"),
         (
             "export runs/none new",

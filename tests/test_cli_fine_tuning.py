@@ -122,7 +122,7 @@ def test_evaluate_finds_out_what_the_model_is():
 def test_merge_says_what_it_changed(here):
     status, out, err = hfgpt("merge", "classes-lora", "merged")
     assert (status, out) == (0, "")
-    assert re.match(r"largest difference of logits \S+ over 256 random tokens, where the largest logit is", err)
+    assert re.match(r"largest logit difference \S+ on 256 random tokens \(largest logit ", err)
     assert json.loads((here / "merged" / "merge.json").read_text())["difference"] <= 1e-5
     assert hfgpt("classify", "merged", "hello")[0] == 0
 
@@ -196,7 +196,7 @@ def test_inspect_and_plan():
         ("classify nowhere/at/all hello", "the folder 'nowhere/at/all' does not exist, and it is not a Hub id"),
         (
             "chat answers --max-new-tokens 128",
-            "--max-new-tokens is 128, and the context of 128 tokens has to",
+            "--max-new-tokens is 128, which leaves no room for a question in the context of 128: lower",
         ),
         ("merge classes-lora out --tolerance -1", "--tolerance is -1.0; it must be at least 0"),
         ("merge classes-lora notes.jsonl/out", "cannot create 'notes.jsonl/out': "),
@@ -207,7 +207,7 @@ def test_inspect_and_plan():
         ("chat classes", "is a classifier, not a language model"),
         (
             "merge answers out",
-            "'answers' is not an adapter, here or on the Hub: name the folder of a run that trained one",
+            "'answers' is not an adapter, locally or on the Hub: pass the run folder of an adapter",
         ),
         ("merge classes-lora answers", "'answers' already exists: choose a new folder"),
         (

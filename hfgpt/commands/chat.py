@@ -1,4 +1,4 @@
-"""`hfgpt chat`: a conversation with a model in the terminal, within its context."""
+"""`hfgpt chat`: an interactive conversation with a model, limited to its context."""
 
 import signal
 import sys
@@ -25,10 +25,10 @@ HELP = (
 
 
 class RecordingStreamer:
-    """Passes the tokens of an answer on, and keeps them: of one that is stopped, `generate` returns nothing.
+    """Forwards and records the tokens of an answer: if it is interrupted, `generate` returns nothing.
 
     Args:
-        streamer: Receives all that `generate` gives, the prompt first.
+        streamer: Receives everything from `generate`, first the prompt.
     """
 
     def __init__(self, streamer: TextStreamer):
@@ -49,14 +49,14 @@ class RecordingStreamer:
 
 @dataclass
 class Chat:
-    """A conversation that never outgrows the model's context: its oldest turns are forgotten first.
+    """A conversation that never exceeds the model's context: its oldest turns are dropped first.
 
     Args:
         model: A causal language model.
-        tokenizer: Its own, with a chat template and an end of text.
-        sampling: How to choose each token; `max_new_tokens` of an answer, None: a quarter of the context.
-        messages: What was said so far, without the system message.
-        system: How to behave; None: nothing is said of it.
+        tokenizer: Its tokenizer, with a chat template and an end-of-text token.
+        sampling: Sampling settings; `max_new_tokens` is per answer, None: a quarter of the context.
+        messages: The messages so far, without the system prompt.
+        system: System prompt; None: no system message.
     """
 
     model: PreTrainedModel
@@ -68,16 +68,16 @@ class Chat:
     def __post_init__(self):
         if not self.tokenizer.chat_template:
             raise InputError(
-                "the model's tokenizer has no chat template, so it was not trained to chat: train it with task: "
+                "the tokenizer has no chat template, so the model was not trained to chat: train it with task: "
                 "instruct, or use hfgpt generate"
             )
         if self.tokenizer.eos_token_id is None:
-            raise InputError("the model's tokenizer has no end-of-text token, so an answer could not end")
+            raise InputError("the tokenizer has no end-of-text token, so answers would never end: use another model")
         check_chat_template(self.tokenizer)
         if self.max_new_tokens >= self.model.config.max_position_embeddings:
             raise InputError(
-                f"--max-new-tokens is {self.max_new_tokens}, and the context of "
-                f"{self.model.config.max_position_embeddings} tokens has to hold the question, too: ask for fewer"
+                f"--max-new-tokens is {self.max_new_tokens}, which leaves no room for a question in the context of "
+                f"{self.model.config.max_position_embeddings}: lower it"
             )
         torch.manual_seed(self.sampling.seed)
 
@@ -86,29 +86,29 @@ class Chat:
         return self.sampling.max_new_tokens or max(self.model.config.max_position_embeddings // 4, 1)
 
     def reset(self):
-        """Forgets all but the system message."""
+        """Clears the history; the system prompt is kept."""
         self.messages.clear()
 
     def answer(self, text: str, streamer: TextStreamer | None = None) -> str:
-        """Says something to the model.
+        """Sends a message to the model.
 
-        An answer that Ctrl-C stops is part of the conversation as far as it was streamed: the model then knows what
-        the user has read, and can be asked to continue. A question whose answer had not begun is not part of it.
+        An answer interrupted with Ctrl-C is kept as far as it was streamed, so that the user can ask the model to
+        continue. A message whose answer had not started is not kept.
 
         Args:
-            text: What is said.
-            streamer: Receives the tokens of the answer as they come.
+            text: The message.
+            streamer: Receives the tokens of the answer as they are generated.
 
         Returns:
             The answer.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C stopped the answer; what the streamer held back of it has then been shown.
-            InputError: The text holds a special token, or alone, with room for an answer, exceeds the context; it is
-                then not part of the conversation.
+            KeyboardInterrupt: Ctrl-C interrupted the answer; text buffered by the streamer has been printed.
+            InputError: The message contains a special token, or leaves no room for an answer even without history; it
+                is not kept.
         """
         if special := [token for token in self.tokenizer.all_special_tokens if token in text]:
-            raise InputError(f"the text holds {special[0]}, which ends or pads texts: leave it out")
+            raise InputError(f"the message contains the special token {special[0]}: remove it")
         question = {"role": "user", "content": text}
         ids = self._fit([*self.messages, question])
         prompt = torch.tensor([ids], device=self.model.device)
@@ -139,12 +139,12 @@ class Chat:
     def _remember(self, question: dict[str, str], ids: torch.Tensor | list[int]) -> str:
         """Adds a question and its answer to the conversation; returns the answer."""
         answer = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        # An empty answer is no turn: the template would have nothing to end.
+        # An empty answer is not kept: the template would have no text to end.
         self.messages += [question, {"role": "assistant", "content": answer}] if answer else []
         return answer
 
     def _fit(self, messages: list[dict[str, str]]) -> list[int]:
-        """The ids of as many of the last messages as leave room for an answer; forgets the others."""
+        """The token ids of the latest messages that leave room for an answer; drops the older ones."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         room = self.model.config.max_position_embeddings - self.max_new_tokens
         while True:
@@ -154,20 +154,20 @@ class Chat:
                 return ids
             if len(messages) == 1:
                 raise InputError(
-                    f"the message has {len(ids)} tokens with its template, but the context has room for {room} before "
-                    f"an answer of {self.max_new_tokens}: shorten it, or lower --max-new-tokens"
+                    f"the message has {len(ids)} tokens with its template, but the context only has room for {room} "
+                    f"and an answer of {self.max_new_tokens}: shorten it, or lower --max-new-tokens"
                 )
             messages = messages[2:]
 
 
 def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, lines: Iterator[str] | None = None):
-    """Talks with a model until the input ends. On a terminal, Ctrl-C stops an answer only.
+    """Chats with a model until the input ends. On a terminal, Ctrl-C only interrupts the current answer.
 
     Args:
         path: A folder or Hub id.
-        sampling: How to choose each token.
+        sampling: Sampling settings.
         system: System prompt.
-        lines: What is said; None: asked for on the terminal, or read from standard input.
+        lines: The user's messages; None: read from the terminal or standard input.
 
     Raises:
         InputError: There is no model, or it was not trained to chat.
@@ -176,7 +176,7 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
     chat = Chat(model, tokenizer, sampling, system=system)
     console, interactive = stderr_console(), lines is None and sys.stdin.isatty()
     if interactive:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else it would stop an answer, as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # otherwise it would only stop an answer, as Ctrl-C does
         console.print("\n".join(filter(None, [describe_training(path, tokenizer), HELP])), style="dim")
     for line in lines if lines is not None else _ask(console if interactive else None):
         text = line.strip()
@@ -193,7 +193,7 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
         elif text:
             try:
                 chat.answer(text, TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-            except InputError as error:  # the conversation goes on
+            except InputError as error:  # the conversation continues
                 console.print(f"hfgpt: {error}")
             except KeyboardInterrupt:
                 if not interactive:
@@ -201,14 +201,14 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
 
 
 def describe_training(path: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a model was trained on, in one line, from the record of its run.
+    """Describes in one line what a model was trained on, according to the record of its run.
 
     Args:
         path: A folder or Hub id.
-        tokenizer: Its own, with a chat template.
+        tokenizer: Its tokenizer, with a chat template.
 
     Returns:
-        The line; None: the model has no record of its run.
+        The line; None if the model has no record of its run.
 
     Raises:
         InputError: The record is damaged.
@@ -219,25 +219,25 @@ def describe_training(path: str, tokenizer: PreTrainedTokenizerBase) -> str | No
         return None
     data = public_name(run.data_source)
     if run.task != "instruct":
-        return f"trained on {data}, but not to answer instructions"
+        return f"trained on {data}, but not on instructions"
     template = next(
         (f" with the template {name}" for name in TEMPLATES if TEMPLATES[name] == tokenizer.chat_template), ""
     )
-    return f"trained on {data}{template}; it answers in the manner of its training data"
+    return f"trained on {data}{template}; answers follow the style of the training data"
 
 
 def _ask(console: Console | None, read: Callable[[str], str] = input) -> Iterator[str]:
-    """The lines of a user, or, without a console, of standard input."""
+    """The lines typed by a user or, without a console, those of standard input."""
     interrupted = False
     while True:
         try:
-            if interrupted:  # another Ctrl-C meanwhile is as good as this one
+            if interrupted:  # here, so that another Ctrl-C meanwhile is handled too
                 console.print(f"\n{QUIT}", style="dim")
                 interrupted = False
             yield read("> " if console else "")
         except EOFError:
             if console:
-                console.print()  # the shell's prompt gets a line of its own
+                console.print()  # so that the shell's prompt starts on a new line
             return
         except KeyboardInterrupt:
             if not console:

@@ -1,4 +1,4 @@
-"""Stage 6, loading weights: others' checkpoints in, native GPT-2 out, each with proof that it computes the same."""
+"""Stage 6, converting weights: imports third-party checkpoints, exports native GPT-2, and compares the logits."""
 
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,19 @@ PARITY_TOKENS = 64
 def import_checkpoint(
     source: str, out: Path, arguments: ImportArguments | None = None, console: Console | None = None
 ) -> Parity:
-    """Turns a checkpoint of GPT-2, nanoGPT or the book into a folder that every Auto class loads.
+    """Converts a checkpoint of GPT-2, nanoGPT or the book to a folder that every Auto class loads.
 
     Args:
         source: GPT-2's Hub id or folder, OpenAI's TensorFlow folder, a folder with nanoGPT's `ckpt.pt`, or a file.
-        out: The folder to make.
-        arguments: What the checkpoint does not say.
-        console: Where to report; None: standard error.
+        out: Output folder (must not exist).
+        arguments: Settings that are missing from the checkpoint.
+        console: Where to print the report; None: standard error.
 
     Returns:
-        The parity report, which is also in `out/conversion.json`.
+        The parity report, also saved as `out/conversion.json`.
 
     Raises:
-        InputError: The source cannot be read or is no such model, `out` exists, or the result computes something else.
+        InputError: The source cannot be read or is another kind of model, `out` exists, or the logits differ.
     """
     arguments = arguments or ImportArguments()
     out = check_free(out)
@@ -62,13 +62,13 @@ def import_checkpoint(
     rows = parity_rows(opened.config, tokenizer)
     greedy_tokens = count_greedy_tokens(opened.config)
     expected = record(opened.reference, rows, greedy_tokens)
-    opened.reference = None  # before ours is loaded: one copy of the weights at a time
+    opened.reference = None  # before the result is loaded: one copy of the weights at a time
     with appearing_folder(out) as staging:
         model = opened.load()
         if tokenizer is None:
-            opened.notes.append("no tokenizer: none lies beside the weights, and none was named (--tokenizer)")
+            opened.notes.append("no tokenizer: none found next to the weights, and --tokenizer not set")
         else:
-            place = public_name(arguments.tokenizer) if arguments.tokenizer else "beside the weights"
+            place = public_name(arguments.tokenizer) if arguments.tokenizer else "next to the weights"
             opened.notes.append(f"tokenizer: {len(tokenizer):,} tokens, {place}")
             check_vocabulary(model, tokenizer)
             tokenizer.model_max_length = model.config.max_position_embeddings
@@ -89,20 +89,19 @@ def import_checkpoint(
 
 
 def export_model(model_path: str, out: Path, merge_adapter: bool = False, console: Console | None = None) -> Parity:
-    """Writes a model as the GPT-2 that transformers and every GPT-2 tool load without our code.
+    """Exports a model as a native GPT-2, which transformers and other GPT-2 tools load without hfgpt.
 
     Args:
-        model_path: A folder or Hub id of a model of ours.
-        out: The folder to make.
+        model_path: Folder or Hub id of an hfgpt model.
+        out: Output folder (must not exist).
         merge_adapter: Whether `model_path` is a PEFT adapter, to be merged into its base model.
-        console: Where to report; None: standard error.
+        console: Where to print the report; None: standard error.
 
     Returns:
-        The parity report, which is also in `out/conversion.json`.
+        The parity report, also saved as `out/conversion.json`.
 
     Raises:
-        InputError: There is no model of ours, GPT-2 cannot express it, `out` exists, or the result computes something
-            else.
+        InputError: There is no hfgpt model, GPT-2 cannot represent it, `out` exists, or the logits differ.
     """
     out = check_free(out)
     model, tokenizer = _load_to_export(model_path, merge_adapter)
@@ -114,7 +113,7 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
     config, parameters, architecture = model.config, model.num_parameters(), describe_architecture(model)
     generation_config = model.generation_config if model.can_generate() else None
     weights = dict(model.state_dict())
-    del model  # the weights are taken out of the dictionary one by one: one copy of them at a time
+    del model  # the weights are removed from the dictionary one by one: one copy at a time
     native = build_native_on_meta(config)
     weights, filled = gpt2.gpt2_weights(weights, native)
     notes = (
@@ -139,14 +138,14 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
 
 
 def open_source(source: str, arguments: ImportArguments) -> tuple[Source, PreTrainedTokenizerBase | None]:
-    """Prepares the conversion of whatever a user named, and finds its tokenizer.
+    """Prepares a checkpoint for conversion, and finds its tokenizer.
 
     Args:
-        source: As `import_checkpoint` takes it.
-        arguments: What the checkpoint does not say.
+        source: See `import_checkpoint`.
+        arguments: Settings that are missing from the checkpoint.
 
     Raises:
-        InputError: There is no checkpoint, or none that can be converted.
+        InputError: There is no checkpoint, or it cannot be converted.
     """
     path = Path(source)
     file = path / "ckpt.pt" if (path / "ckpt.pt").is_file() else path  # nanoGPT's folder
@@ -165,34 +164,34 @@ def open_source(source: str, arguments: ImportArguments) -> tuple[Source, PreTra
         special = {name: getattr(tokenizer, name) for name in names}
     opened = open_weights(checkpoint, arguments, None if tokenizer is None else len(tokenizer), special)
     if opened.format == "gpt2" and file.is_file() and (file.parent / "config.json").is_file():
-        raise InputError(f"beside '{file}' lies its config.json: name the folder '{file.parent}', which has all of it")
+        raise InputError(f"'{file}' has its config.json next to it: import the folder '{file.parent}' instead")
     return opened, tokenizer
 
 
 def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source, PreTrainedTokenizerBase | None]:
-    """A GPT-2 in transformers' own format, from a folder or the Hub."""
+    """Prepares a GPT-2 in transformers' format, from a folder or the Hub."""
     if Path(source).suffix in SUFFIXES and not Path(source).exists():
-        raise InputError(f"there is no file '{source}': check the path")
+        raise InputError(f"'{source}' does not exist: check the path")
     saved = find_model(source, arguments.revision)
     config = saved.config
     if config.model_type != "gpt2":
         raise InputError(
-            f"'{source}' is a model of type {config.model_type}; import converts models of type gpt2, and files of "
-            "nanoGPT and the book"
+            f"'{source}' is a model of type {config.model_type}; only models of type gpt2, and checkpoint files of "
+            "nanoGPT and the book, can be imported"
         )
     if arguments.format not in ("auto", "gpt2"):
         raise InputError(f"'{source}' is in the format gpt2, not {arguments.format}: leave out --format")
     for name in ("num_heads", "vocab_size", "lora_scale", "hidden_act"):
         if getattr(arguments, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} is not needed: the config.json of '{source}' has it")
+            raise InputError(f"--{name.replace('_', '-')} is already in the config.json of '{source}': leave it out")
     check_weights_match(source, arguments.revision, config)
 
     def load() -> PreTrainedModel:
-        # Refuses what does not fit, so that a GPT-2 which is silently random cannot be the measure.
+        # Strict, so that a GPT-2 with silently random weights is never the reference.
         return saved.load(dtype="auto")
 
     with explained("a model", source), quiet_bars(Path(source).is_dir()):
-        # What does not fit is refused, and named, when ours is loaded.
+        # Mismatched weights are reported when the result is loaded.
         settings = {"revision": arguments.revision or "main", "dtype": "auto", "ignore_mismatched_sizes": True}
         native = native_class(config).from_pretrained(source, **settings).eval()
     tokenizer = find_tokenizer(Path(source), arguments)
@@ -202,10 +201,10 @@ def _open_transformers(source: str, arguments: ImportArguments) -> tuple[Source,
 def find_tokenizer(
     source: Path, arguments: ImportArguments, checkpoint: Checkpoint | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the user named, or the one beside the weights, as it is; None if there is none.
+    """The tokenizer that the user named, or the one next to the weights, unchanged; None if there is none.
 
     Raises:
-        InputError: It is there and cannot be read.
+        InputError: It cannot be read.
     """
     if arguments.tokenizer is not None:
         if arguments.tokenizer.endswith(".pkl"):
@@ -214,7 +213,7 @@ def find_tokenizer(
     if checkpoint is not None and checkpoint.model_args and (meta := nanogpt.find_meta(source, checkpoint.settings)):
         return build_char_tokenizer(nanogpt.read_meta(meta))
     names = ("tokenizer.json", *GPT2_FILES)
-    if not source.exists():  # on the Hub, where the model's configuration has just been found
+    if not source.exists():  # on the Hub, where the configuration was just found
         settings = {"revision": arguments.revision or "main", "_raise_exceptions_for_missing_entries": False}
         if not any(cached_file(str(source), name, **settings) for name in names):
             return None
@@ -226,12 +225,12 @@ def find_tokenizer(
 
 
 def count_greedy_tokens(config: PreTrainedConfig) -> int | None:
-    """How many tokens to continue a row of the context's length by; None for a classifier."""
+    """Number of tokens to generate for the comparison; None for a classifier."""
     return None if is_classifier(config) else min(GREEDY_TOKENS, config.max_position_embeddings - 1)
 
 
 def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch.Tensor]:
-    """Rows of token ids to compare models on: random ones, and (with a tokenizer) those of a story, each (B, T)."""
+    """Token ids (B, T) to compare models on: random ones and, with a tokenizer, those of a story."""
     size, length = config.vocab_size, min(PARITY_TOKENS, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     rows = {"random": torch.randint(size, (2, length), generator=generator)}
@@ -239,12 +238,12 @@ def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
         text = next(generate_stories(1))
         try:
             ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids[:length]
-        except Exception:  # the Rust library's bare one, of a character table that lacks a letter of the story
+        except Exception:  # the Rust library's, if a character table lacks a letter of the story
             known = tokenizer.get_vocab()
             ids = [known[letter] for letter in text if letter in known][:length]
         if len(ids) > 1 and max(ids) < size:
             rows["story"] = torch.tensor([ids])
-    if (padding := config.pad_token_id) is not None:  # a classifier reads the last token that is none
+    if (padding := config.pad_token_id) is not None:  # a classifier uses the last token that is not padding
         rows = {name: ids.where(ids != padding, (padding + 1) % size) for name, ids in rows.items()}
     return rows
 
@@ -259,18 +258,18 @@ def _load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedMo
         )
     if saved.config.model_type not in TRAINABLE_TYPES:
         raise InputError(
-            f"'{model_path}' is a model of type {saved.config.model_type}; only hfgpt models are exported"
+            f"'{model_path}' is a model of type {saved.config.model_type}; only hfgpt and gpt2 can be exported"
         )
     model = saved.load(dtype=torch.float32 if saved.base else "auto")
     if saved.base:
         model = merge_adapter(model, model_path)
-        model.config.architectures = [type(model).__name__]  # a language model's, where its base was one
+        model.config.architectures = [type(model).__name__]  # so far the base model's
     tokenizer = find_tokenizer(Path(model_path), ImportArguments())
     return model, tokenizer
 
 
 def _save_gpt2_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path):
-    """Saves a tokenizer, a byte-level one also as the two files that older GPT-2 tools read."""
+    """Saves a tokenizer; a byte-level one also as the two files that older GPT-2 tools read."""
     if tokenizer is None:
         return
     tokenizer.save_pretrained(folder)
@@ -279,10 +278,10 @@ def _save_gpt2_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path
 
 
 def _finish(report: Parity, staging: Path, out: Path, architecture: dict[str, Any], console: Console | None):
-    """Tells what came of a conversion, and writes it and a card beside the weights if they are right."""
+    """Prints the report of a conversion and, if it passed, saves it and a model card with the weights."""
     (console or stderr_console()).print(report.render(), highlight=False, markup=False)
     if not report.passed:
-        raise InputError("the converted model computes something else than its source, so nothing was written")
+        raise InputError("the converted model does not match its source, so nothing was written")
     made = {"architecture": architecture, "weights_sha256": hash_weights(staging)}
     ConversionRecord(**report.to_dict(), **made).stamp().write(staging)
     records = read_records(staging)

@@ -1,4 +1,4 @@
-"""`hfgpt doctor`: what this machine has, and what hfgpt will make of it."""
+"""`hfgpt doctor`: versions and hardware of this machine, and the resulting defaults of hfgpt."""
 
 import importlib.metadata
 import importlib.util
@@ -19,10 +19,10 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "pe
 
 
 def examine() -> dict[str, Any]:
-    """Looks at versions, device, kernels, disk and login; asks nothing of the network.
+    """Collects versions, device, kernels, disk space and login, without using the network.
 
     Returns:
-        Finding -> what was found, plain values.
+        Name -> finding, as plain values.
     """
     device = find_device()
     bf16 = has_native_bf16(device)
@@ -34,19 +34,19 @@ def examine() -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         "device": describe_device(device),
         "threads": torch.get_num_threads(),
-        "precision": "bfloat16 (mixed)" if bf16 else "float32: bfloat16 would be emulated here",
+        "precision": "bfloat16 (mixed)" if bf16 else "float32 (bfloat16 would be emulated)",
         "attention": "sdpa, eager, flex_attention" + (", flash_attention_2" if flash else ""),
         "optimizers": "fused AdamW; Muon in " + ("bfloat16" if bf16 else "float32"),
         "cache": cache,
         "cache_free_gib": round(shutil.disk_usage(_existing(cache)).free / 1024**3, 1),
         "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co"),
         "hub_offline": bool(constants.HF_HUB_OFFLINE),
-        "hub_login": "a token is stored" if get_token() else "none: hf auth login",
+        "hub_login": "token found" if get_token() else "no token: run hf auth login",
     }
 
 
 def render_examination(findings: dict[str, Any]) -> str:
-    """The findings for people."""
+    """The findings as text."""
     return render_pairs(((name, str(value)) for name, value in findings.items()), output_width())
 
 
@@ -58,7 +58,7 @@ def _version(name: str) -> str:
 
 
 def _existing(path: str) -> str:
-    path = os.path.abspath(path)  # a relative one has an end: the parent of "hf" is ""
+    path = os.path.abspath(path)  # the parent of a relative path ends up as "", which never exists
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return path

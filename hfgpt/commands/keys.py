@@ -1,4 +1,4 @@
-"""`hfgpt keys`: every key of a recipe, with its type, its default and its meaning; needs no torch."""
+"""`hfgpt keys`: every key of a recipe with its type, default and meaning; does not need torch."""
 
 import ast
 import re
@@ -23,9 +23,9 @@ class KeyEntry:
     """A key of a recipe.
 
     Args:
-        key: In dotted form.
-        type, default, meaning, library: As of `hfgpt.recipe_keys.Key`.
-        tasks: The tasks whose recipes have exactly this key.
+        key: Dotted name.
+        type, default, meaning, library: See `hfgpt.recipe_keys.Key`.
+        tasks: Tasks whose recipes have this key in exactly this form.
     """
 
     key: str
@@ -42,9 +42,9 @@ class SectionEntry:
 
     Args:
         section: Its name.
-        tasks: The tasks whose recipes have it.
-        about: Paragraphs on the section as a whole.
-        keys: hfgpt's own come first.
+        tasks: Tasks whose recipes have it.
+        about: Paragraphs about the section as a whole.
+        keys: Its keys, hfgpt's own first.
     """
 
     section: str
@@ -54,10 +54,10 @@ class SectionEntry:
 
 
 def list_keys(name: str | None = None, task: str | None = None) -> list[SectionEntry]:
-    """The keys of recipes; one that differs between tasks is listed once for each form.
+    """Lists the keys of recipes; a key that differs between tasks is listed once per form.
 
     Args:
-        name: A section, or a key in dotted form; None: all of them.
+        name: A section, or the dotted name of a key; None: all keys.
         task: `pretrain`, `classify` or `instruct`; None: the keys of all tasks.
 
     Raises:
@@ -109,7 +109,7 @@ def render_keys(entries: Sequence[SectionEntry], width: int | None) -> str:
 
 
 def describe_type(annotation: str) -> str:
-    """A type in words: `int or null` of `int | None`, `a, b or null` of `Literal['a', 'b'] | None`."""
+    """A type in words: `int or null` for `int | None`, `a, b or null` for `Literal['a', 'b'] | None`."""
     words = list(_alternatives(ast.parse(annotation, mode="eval").body))
     return " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
@@ -148,14 +148,14 @@ def _render_key(entry: KeyEntry, tasks: Sequence[str], width: int | None) -> str
     head = f"{entry.key}  {describe_type(entry.type)}; default: {_in_yaml(entry.default)}"
     if entry.tasks != tasks:
         head += f"  [{', '.join(entry.tasks)}]"
-    meaning = re.sub(r"\bNone\b", "null", entry.meaning)  # as a recipe writes it
+    meaning = re.sub(r"\bNone\b", "null", entry.meaning)  # as in YAML
     if width is None:
         return f"{head}  {meaning}"
     return f"{wrap_text(head, width, 0, 4)}\n{wrap_text(meaning, width, 4)}"
 
 
 def _in_yaml(value: Any) -> str:
-    """A default as a recipe would have it."""
+    """A default as written in a recipe."""
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 

@@ -1,4 +1,4 @@
-"""`hfgpt merge`: an adapter and its base model become one ordinary model, proven the same."""
+"""`hfgpt merge`: merges an adapter into its base model, and compares the logits."""
 
 import shutil
 from pathlib import Path
@@ -24,26 +24,25 @@ TOLERANCE = 1e-5
 
 @torch.no_grad()
 def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console | None = None) -> MergeRecord:
-    """Merges an adapter into its base model, in float32, and compares the logits with those of the two apart.
+    """Merges an adapter into its base model in float32, and compares the logits before and after.
 
     Args:
         path: The adapter's folder or Hub id.
-        out: The folder to make.
-        tolerance: Largest difference of logits, as a part of the largest logit where that is above 1.
-        console: Where to report; None: standard error.
+        out: Output folder (must not exist).
+        tolerance: Largest allowed difference of the logits, relative to the largest logit if that is above 1.
+        console: Where to print the report; None: standard error.
 
     Raises:
-        InputError: There is no adapter or no base model, they do not fit, or the merged model computes something else;
-            nothing is then written.
+        InputError: There is no adapter or no base model, they do not match, or the logits differ; nothing is written.
     """
     console = console or stderr_console()
     saved = find_model(path)
     if saved.base is None:
-        raise InputError(f"'{path}' is not an adapter, here or on the Hub: name the folder of a run that trained one")
+        raise InputError(f"'{path}' is not an adapter, locally or on the Hub: pass the run folder of an adapter")
     kind = saved.config.model_type
     if kind not in TRAINABLE_TYPES:
         raise InputError(
-            f"'{path}' is the adapter of a model of type {kind}; only those of hfgpt and gpt2 can be merged"
+            f"'{path}' is an adapter for a model of type {kind}; only those for hfgpt and gpt2 can be merged"
         )
     if not tolerance >= 0:
         raise InputError(f"--tolerance is {tolerance}; it must be at least 0")
@@ -64,14 +63,14 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
         tokens=rows.numel(),
     ).stamp()
     console.print(
-        f"largest difference of logits {report.difference:.1e} over {report.tokens} random tokens, where the largest "
-        f"logit is {report.largest_logit:.2f}; allowed {report.limit:.1e}",
+        f"largest logit difference {report.difference:.1e} on {report.tokens} random tokens (largest logit "
+        f"{report.largest_logit:.2f}, tolerance {report.limit:.1e})",
         highlight=False,
     )
-    if not report.difference <= report.limit:  # NaN is refused, too
+    if not report.difference <= report.limit:  # also rejects NaN
         raise InputError(
-            f"the merged model's logits differ by {report.difference:.1e}, more than the {report.limit:.1e} allowed, "
-            "so nothing was written: use the adapter unmerged, or allow more with --tolerance"
+            f"the merged model's logits differ by {report.difference:.1e}, more than the tolerance of "
+            f"{report.limit:.1e}, so nothing was written: use the adapter without merging it, or raise --tolerance"
         )
     with appearing_folder(out) as staging, quiet_bars():
         merged.save_pretrained(staging)
@@ -93,7 +92,7 @@ def _write_card(adapter: Path, merged: PreTrainedModel, staging: Path, out: Path
 
 
 def _keep_records(adapter: Path, staging: Path):
-    """Takes over how the adapter was trained. What was measured is of other weights, and stays with it."""
+    """Copies the records of the adapter's training, but not its metrics, which are of other weights."""
     run_folder = adapter.parent if is_checkpoint(adapter) else adapter
     if not is_run(run_folder):
         return
@@ -103,7 +102,7 @@ def _keep_records(adapter: Path, staging: Path):
 
 
 def _rows(config) -> torch.Tensor:
-    """Random token ids (2, T) without padding, the same every time."""
+    """Random token ids (2, T) without padding, from a fixed seed."""
     length = min(256, config.max_position_embeddings)
     size, padding = config.vocab_size, config.pad_token_id
     rows = torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0))

@@ -1,1 +1,1 @@
-"""Weights in and out: the layouts of GPT-2, nanoGPT and the book, each a table of names."""
+"""Import and export of weights: the layouts of GPT-2, nanoGPT and the book, each a table of names."""

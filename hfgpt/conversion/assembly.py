@@ -1,4 +1,4 @@
-"""Weights under our names -> a whole model: its architecture from their shapes, and what had to be filled or cut."""
+"""Assembles a model from weights under hfgpt's names: infers the architecture, fills or trims weights if needed."""
 
 import re
 from collections.abc import Mapping
@@ -16,27 +16,27 @@ from hfgpt.conversion.layouts import Layout
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
 
-# GPT-2's vocabulary, whose last token is its end of text, and what nanoGPT rounds it up to.
+# GPT-2's vocabulary size, whose last token is the end-of-text token, and the size to which nanoGPT pads it.
 GPT2_TOKENS, PADDED_GPT2_TOKENS = 50257, 50304
-# Vocabularies are rounded up to a multiple of this at most.
+# Vocabularies are padded to a multiple of this at most.
 MOST_PADDING = 128
 
 
 @dataclass
 class Parts:
-    """What a model is assembled from.
+    """The parts from which a model is assembled.
 
     Args:
-        weights: Our names -> tensors, which may still be views of a file.
-        layout: Of the source.
-        num_heads: Attention heads; None if the file does not say.
-        hidden_act: The activation of the source's MLP.
-        dropout: Of the source; None leaves the default.
-        tokens: Ids that mean something; rows of the embedding past them are cut. None keeps all.
-        tokens_named: Whether the user named them; a tokenizer that merely lies there explains only padding.
+        weights: hfgpt's names -> tensors, which may be views of a file.
+        layout: Layout of the source.
+        num_heads: Number of attention heads; None: unknown.
+        hidden_act: Activation of the source's MLP.
+        dropout: Dropout of the source; None: the default.
+        tokens: Vocabulary size; further rows of the embedding are cut. None: keep all.
+        tokens_named: Whether the user chose it; otherwise, only padding may be cut.
         special: `bos_token_id`, `eos_token_id`, `pad_token_id`.
-        notes: What was done, for the report.
-        recomputed: Whether weights were computed anew, and so rounded, and not only moved.
+        notes: Lines for the report.
+        recomputed: Whether weights were recomputed, and therefore rounded, instead of only rearranged.
     """
 
     weights: dict[str, torch.Tensor]
@@ -52,27 +52,27 @@ class Parts:
 
 
 def complete_weights(parts: Parts) -> HfGPTConfig:
-    """Finds the architecture, and turns the weights into exactly those it has.
+    """Infers the architecture, and makes the weights exactly those of the model.
 
     Args:
-        parts: Its `weights` and `notes` are changed in place.
+        parts: `weights` and `notes` are changed in place.
 
     Raises:
-        InputError: A weight is missing, or shapes do not belong together; names them.
+        InputError: A weight is missing, or shapes are inconsistent; names them.
     """
     weights = parts.weights
     for name in ("model.embed_tokens.weight", "model.embed_positions.weight", "model.layers.0.mlp.up_proj.weight"):
         if name not in weights or weights[name].ndim != 2:
-            raise InputError(f"the checkpoint has no matrix for {name}: it is not the whole of a GPT")
+            raise InputError(f"the checkpoint has no matrix for {name}: save all weights of the model")
     labels = _take_classifier(parts)
     _cut_vocabulary(parts)
     embedding, head = weights["model.embed_tokens.weight"], weights.get("lm_head.weight")
     tied = labels is not None or head is None or (head.shape == embedding.shape and torch.equal(head, embedding))
     if tied and weights.pop("lm_head.weight", None) is not None:
-        parts.notes.append("tied: the output head is equal to the token embedding")
+        parts.notes.append("tied: the output head equals the token embedding")
     numbers = {int(match[1]) for name in weights if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     if numbers != set(range(len(numbers))):
-        raise InputError(f"the blocks of the checkpoint are not numbered from 0 without a gap: {sorted(numbers)[:9]}")
+        raise InputError(f"the blocks of the checkpoint are not numbered from 0 without gaps: {sorted(numbers)[:9]}")
     arguments = {
         "vocab_size": embedding.shape[0],
         "hidden_size": embedding.shape[1],
@@ -93,24 +93,24 @@ def complete_weights(parts: Parts) -> HfGPTConfig:
     try:
         config = HfGPTConfig(**arguments)
     except (StrictDataclassError, ValueError) as error:
-        raise InputError(f"the checkpoint's architecture cannot be: {str(error).splitlines()[-1].strip()}") from error
+        raise InputError(f"the checkpoint's architecture is invalid: {str(error).splitlines()[-1].strip()}") from error
     config.architectures = ["HfGPTForCausalLM" if labels is None else "HfGPTForSequenceClassification"]
     _fit(parts, build_on_meta(config))
     return config
 
 
 def build_on_meta(config: HfGPTConfig) -> PreTrainedModel:
-    """The model that a configuration names, without memory for its weights."""
+    """Builds the model for a configuration on the meta device."""
     with torch.device("meta"):
         return (HfGPTForSequenceClassification if is_classifier(config) else HfGPTForCausalLM)(config)
 
 
 def build_native_on_meta(config: HfGPTConfig, **changes) -> PreTrainedModel:
-    """transformers' own GPT-2 that computes the same, without memory for its weights.
+    """Builds the equivalent GPT-2 of transformers on the meta device.
 
     Args:
-        config: Of our model.
-        changes: Of the native configuration.
+        config: Configuration of the hfgpt model.
+        changes: Changes to the GPT-2 configuration.
     """
     native_config = gpt2_config(config)
     native_config.update(changes)
@@ -123,9 +123,9 @@ def native_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def load_whole(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """Puts weights into a model on the meta device; none may be missing or left over, a tied head aside.
+    """Loads weights strictly into a model on the meta device; only a tied head may be missing.
 
-    The tensors become the model's, without a copy.
+    The tensors are not copied.
     """
     tied = model._tied_weights_keys if model.config.tie_word_embeddings else None
     weights = {**weights, **{name: weights[source] for name, source in (tied or {}).items()}}
@@ -136,37 +136,37 @@ def load_whole(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> P
 
 def _check_heads(num_heads: int | None, width: int) -> int:
     known = next((size["num_attention_heads"] for size in PRESETS.values() if size["hidden_size"] == width), None)
-    hint = f" (GPT-2 has {known} at this width)" if known else ""
+    hint = f" (GPT-2 uses {known} at this width)" if known else ""
     if num_heads is None:
-        raise InputError(f"the file does not say how many heads share its width of {width}: pass --num-heads{hint}")
+        raise InputError(f"number of attention heads unknown (width {width}): pass --num-heads{hint}")
     if num_heads < 1 or width % num_heads:
-        raise InputError(f"{num_heads} heads cannot share a width of {width}: pass --num-heads that divide it{hint}")
+        raise InputError(f"{num_heads} attention heads do not divide width {width}: pass another --num-heads{hint}")
     return num_heads
 
 
 def _take_classifier(parts: Parts) -> int | None:
-    """Makes an output head with other rows than the vocabulary the classifier that it is; returns its labels."""
+    """Turns an output head of another size than the vocabulary into a classifier; returns the number of labels."""
     weights = parts.weights
     bias = weights.pop("lm_head.bias", None)
     head = weights.get("lm_head.weight")
     rows, width = weights["model.embed_tokens.weight"].shape
-    # A language model's head has a row for each token; a classifier of the book's takes its place, and its name.
+    # A language model's head has one row per token; the book's classifiers replace it under the same name.
     if parts.layout.may_classify and head is not None and head.shape[:1] != (rows,):
         weights["score.weight"] = weights.pop("lm_head.weight")
     score = weights.get("score.weight")
     if bias is not None and score is None:
-        raise InputError("the output head over the vocabulary has a bias, which this model does not support")
+        raise InputError("the language model head has a bias, which hfgpt models do not support")
     if score is None:
         return None
     weights.pop("lm_head.weight", None)
     norm_bias = weights.get("model.norm.bias", torch.empty(0))
     shapes = [tuple(tensor.shape) for tensor in (score, *([] if bias is None else [bias, norm_bias]))]
     if shapes not in ([(len(score), width)], [(len(score), width), (len(score),), (width,)]):
-        raise InputError(f"the shapes of the classifier, its bias and the final norm do not belong together: {shapes}")
+        raise InputError(f"inconsistent shapes of the classifier, its bias and the final norm: {shapes}")
     if bias is not None:
         weights["model.norm.bias"] = fold_head_bias(weights["model.norm.bias"], score, bias)
         parts.recomputed = True
-        parts.notes.append("folded: the classifier's bias into that of the final norm, which gives the same logits")
+        parts.notes.append("folded: the classifier's bias into the bias of the final norm (same logits)")
     return score.shape[0]
 
 
@@ -179,23 +179,26 @@ def _cut_vocabulary(parts: Parts):
     if parts.tokens in (None, rows):
         return
     if parts.tokens > rows:
-        raise InputError(f"{parts.tokens} tokens are wanted, but the checkpoint embeds {rows}: name its own tokenizer")
+        raise InputError(
+            f"the vocabulary has {parts.tokens} tokens, but the checkpoint has only {rows} embeddings: use its own "
+            "tokenizer"
+        )
     if not parts.tokens_named and rows - parts.tokens >= MOST_PADDING:
         raise InputError(
-            f"the tokenizer next to the weights has {parts.tokens} tokens, but they embed {rows}: name the right one "
-            "with --tokenizer, or how many to keep with --vocab-size"
+            f"the tokenizer next to the weights has {parts.tokens} tokens, but the checkpoint has {rows} embeddings: "
+            "pass the right --tokenizer, or the number of embeddings to keep with --vocab-size"
         )
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in parts.weights:
             parts.weights[name] = parts.weights[name][: parts.tokens]
-    parts.notes.append(f"cut: rows {parts.tokens} to {rows - 1} of the token embedding, which no token has")
+    parts.notes.append(f"cut: rows {parts.tokens} to {rows - 1} of the token embedding, which have no token")
 
 
 def _fit(parts: Parts, model: PreTrainedModel):
-    """Fills missing biases with zeros; refuses what is missing otherwise, left over, or of another shape."""
+    """Fills missing biases with zeros; rejects other missing, unexpected and mismatched weights."""
     weights, wanted = parts.weights, dict(model.named_parameters())
     dtype = weights["model.embed_tokens.weight"].dtype
-    # A model without biases lacks those of every block; one that lacks a single one is damaged.
+    # A model without biases lacks them in every block; if only one block lacks a bias, the checkpoint is damaged.
     kinds = {re.sub(r"\d+", "*", name) for name in weights}
     norms_have = "model.layers.*.input_layernorm.bias" in kinds
     filled = [
@@ -218,7 +221,7 @@ def _fit(parts: Parts, model: PreTrainedModel):
             raise InputError(f"the checkpoint {kind} {sorted(names)[0]} ({len(names)} in all): save the whole model")
     for name, parameter in wanted.items():
         if weights[name].shape != parameter.shape:
-            shapes = f"{tuple(weights[name].shape)}, and the others need {tuple(parameter.shape)}"
-            raise InputError(f"the shapes of the checkpoint do not belong together: {name} has {shapes}")
+            shapes = f"{tuple(weights[name].shape)}, but the other weights need {tuple(parameter.shape)}"
+            raise InputError(f"inconsistent shapes in the checkpoint: {name} has {shapes}")
         if not weights[name].is_floating_point():
             raise InputError(f"{name} is stored as {weights[name].dtype}: save the model in float32")

@@ -1,4 +1,4 @@
-"""The layout of the book's model: its own LayerNorm, query, key and value apart, an output head of its own.
+"""The layout of the book's model: custom LayerNorm, separate query, key and value matrices, untied output head.
 
 Source: Raschka, *Build a Large Language Model (From Scratch)*, chapters 3 to 6 and appendix E.
 """
@@ -21,7 +21,7 @@ LAYOUT = Layout(
         "trf_blocks.*.att.W_key": ("model.layers.*.self_attn.k_proj",),
         "trf_blocks.*.att.W_value": ("model.layers.*.self_attn.v_proj",),
         "trf_blocks.*.att.out_proj": ("model.layers.*.self_attn.o_proj",),
-        "trf_blocks.*.att.qkv": QKV,  # this and the next in the faster variant, whose norms are PyTorch's
+        "trf_blocks.*.att.qkv": QKV,  # this and the next: the faster variant, with PyTorch's LayerNorm
         "trf_blocks.*.att.proj": ("model.layers.*.self_attn.o_proj",),
         "trf_blocks.*.norm2": ("model.layers.*.post_attention_layernorm",),
         "trf_blocks.*.ff.layers.0": ("model.layers.*.mlp.up_proj",),
@@ -37,18 +37,17 @@ LAYOUT = Layout(
 
 
 def merge_lora(weights: Mapping[str, torch.Tensor], scale: float | None) -> tuple[dict[str, torch.Tensor], int]:
-    """Adds the low-rank updates of appendix E to the matrices they belong to.
+    """Merges the LoRA updates of appendix E into their matrices.
 
     Args:
-        weights: A state dict, in which a layer with an update has `.linear.weight`, `.lora.A` (in, r) and
-            `.lora.B` (r, out).
-        scale: What its code multiplies the update by: `alpha` in the printed book, `alpha / rank` in later versions.
+        weights: A state dict, in which a LoRA layer has `.linear.weight`, `.lora.A` (in, r) and `.lora.B` (r, out).
+        scale: Factor of the updates: `alpha` in the printed book's code, `alpha / rank` in later versions.
 
     Returns:
-        The weights of an ordinary model, and how many matrices were merged.
+        The weights of an ordinary model, and the number of merged matrices.
 
     Raises:
-        InputError: There are updates and no scale, or a part of one is missing or of another shape.
+        InputError: There are updates but no scale, or a part of one is missing or has the wrong shape.
     """
     names = sorted({key.rsplit(".lora.", 1)[0] for key in weights if ".lora." in key})
     if not names:
@@ -57,26 +56,26 @@ def merge_lora(weights: Mapping[str, torch.Tensor], scale: float | None) -> tupl
     for name in names:
         parts = [weights.get(f"{name}.{part}") for part in ("linear.weight", "lora.A", "lora.B")]
         if any(part is None or part.ndim != 2 for part in parts):
-            raise InputError(f"the LoRA layer {name} is not whole: it needs linear.weight, lora.A and lora.B")
+            raise InputError(f"the LoRA layer {name} is incomplete: it needs linear.weight, lora.A and lora.B")
         matrix, down, up = parts
         if scale is None:
             raise InputError(
-                f"the file has {len(names)} LoRA layers of rank {len(up)} and does not say their scale: pass "
-                "--lora-scale, alpha by the printed book's code, alpha / rank by later versions of it"
+                f"scale of the {len(names)} LoRA layers of rank {len(up)} unknown: pass --lora-scale (alpha in the "
+                "printed book's code, alpha / rank in later versions)"
             )
         if (up.shape[1], down.shape[0]) != tuple(matrix.shape) or down.shape[1] != up.shape[0]:
-            raise InputError(f"the LoRA layer {name} has shapes {[tuple(part.shape) for part in parts]}")
-        # In double precision: the sum is then rounded once, to single precision at least.
+            raise InputError(f"the LoRA layer {name} has inconsistent shapes {[tuple(part.shape) for part in parts]}")
+        # In double precision, so that the sum is rounded only once, to float32 or wider.
         total = matrix.double() + scale * (down.double() @ up.double()).T
         merged[f"{name}.weight"] = total.to(torch.promote_types(matrix.dtype, torch.float32))
     return merged, len(names)
 
 
 def fold_head_bias(norm_bias: torch.Tensor, head: torch.Tensor, head_bias: torch.Tensor) -> torch.Tensor:
-    """The bias of the final norm that makes a head without a bias compute what this one does.
+    """The final norm's bias with which a head without a bias computes the same logits.
 
-    The classifier of chapter 6 has a bias, ours, as GPT-2's, has none: head @ (norm_bias + d) is head @ norm_bias +
-    head_bias for the shortest such d.
+    The classifier of chapter 6 has a bias, those of hfgpt and GPT-2 do not: head @ (norm_bias + d) equals
+    head @ norm_bias + head_bias for the smallest such d.
 
     Args:
         norm_bias: (C).
@@ -84,10 +83,10 @@ def fold_head_bias(norm_bias: torch.Tensor, head: torch.Tensor, head_bias: torch
         head_bias: (labels).
 
     Raises:
-        InputError: The rows of the head depend on each other, so that there is no such bias.
+        InputError: There is no such bias, because the rows of the head are linearly dependent.
     """
     head, head_bias = head.double(), head_bias.double()
     shift = torch.linalg.lstsq(head, head_bias[:, None], driver="gelsd").solution[:, 0]
     if not torch.allclose(head @ shift, head_bias, rtol=0, atol=1e-9 * (1 + head_bias.abs().max().item())):
-        raise InputError("the classifier has a bias that no final norm can take over: its rows are not independent")
+        raise InputError("the classifier's bias cannot be folded into the final norm: its rows are linearly dependent")
     return (norm_bias.double() + shift).to(torch.promote_types(norm_bias.dtype, torch.float32))

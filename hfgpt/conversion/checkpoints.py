@@ -1,4 +1,4 @@
-"""Reading checkpoint files that others wrote: only tensors and plain values, never code."""
+"""Reads third-party checkpoint files: only tensors and plain values, never code."""
 
 import json
 import pickle
@@ -23,18 +23,18 @@ from transformers.utils import (
 from hfgpt.errors import InputError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-# Where a state dict is inside what was saved: nanoGPT's, the book's, and other trainers' names.
+# Keys of the state dict in a saved dictionary: those of nanoGPT, the book, and other trainers.
 WRAPPED_AS = ("model", "model_state_dict", "state_dict")
 
 
 @dataclass
 class Checkpoint:
-    """What a file holds.
+    """The content of a checkpoint file.
 
     Args:
-        weights: Name -> tensor, mapped from the file where its format allows, so not yet in memory.
-        model_args: The arguments of nanoGPT's model; empty elsewhere.
-        settings: The settings of nanoGPT's training; empty elsewhere.
+        weights: Name -> tensor, memory-mapped if the file format allows it.
+        model_args: nanoGPT's model arguments; empty for other formats.
+        settings: nanoGPT's training settings; empty for other formats.
     """
 
     weights: dict[str, torch.Tensor]
@@ -46,26 +46,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Reads a `.pt`, `.pth`, `.bin`, `.ckpt` or `.safetensors` file.
 
     Raises:
-        InputError: The file is damaged, wants to run code, or holds something other than a state dict of finite,
-            dense, floating-point weights.
+        InputError: The file is damaged, contains code, or is not a state dict of finite, dense tensors.
     """
     if path.suffix not in SUFFIXES:
-        raise InputError(f"'{path}' has the suffix '{path.suffix}': taken are {', '.join(SUFFIXES)}")
+        raise InputError(f"'{path}': unsupported file type '{path.suffix}' (supported: {', '.join(SUFFIXES)})")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"wants to run {wanted[1]}" if wanted else "is not a plain state dict"
-        raise InputError(f"'{path}' {what}, so it is not read: save model.state_dict() alone") from error
-    # A damaged file raises whatever its bytes happen to spell.
+        what = f"contains code ({wanted[1]})" if wanted else "is not a plain state dict"
+        raise InputError(f"'{path}' {what} and is not loaded: save only model.state_dict()") from error
+    # A damaged file can raise any exception.
     except Exception as error:
         said = " ".join(str(error).split()).split(". ")[0]
         reason = said if " " in said else type(error).__name__
-        if "weights_only" in said:  # of a tar file, as before torch 0.4; torch's advice is to run it
-            reason = "a format that is read by running it"
-        raise InputError(f"'{path}' is damaged or no checkpoint ({reason}): copy or save it again") from error
+        if "weights_only" in said:  # for a tar file (before torch 0.4); torch suggests loading it anyway
+            reason = "an old format that can contain code"
+        raise InputError(f"'{path}' is damaged or not a checkpoint ({reason}): copy or save it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"'{path}' holds a {type(content).__name__}, not a state dict: save model.state_dict()")
+        raise InputError(f"'{path}' contains a {type(content).__name__}, not a state dict: save model.state_dict()")
     wrapped = next((content[name] for name in WRAPPED_AS if isinstance(content.get(name), dict)), content)
     check_weights(path, wrapped)
     plain = {name: content.get(name) for name in ("model_args", "config")}
@@ -74,14 +73,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_archive(path: Path):
-    """Checks the contents of a file that torch.save wrote, which torch maps into memory without looking.
+    """Checks the content of a file written by `torch.save`, which torch maps into memory without checking.
 
-    Reads the file once, at about a second per gigabyte. The format before torch 1.6 is not an archive and has no
+    Reads the file once, in about a second per gigabyte. The format before torch 1.6 is not an archive and has no
     checksums.
 
     Raises:
-        ValueError: A checksum is wrong, the tensors are compressed, or it is a program. A damaged archive raises what
-            zipfile makes of it.
+        ValueError: A checksum does not match, the tensors are compressed, or it is a TorchScript program. A damaged
+            archive raises errors of zipfile.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -91,16 +90,16 @@ def check_archive(path: Path):
             raise ValueError("it is a TorchScript program")
         tensors = [entry for entry in entries if "/data/" in entry.filename]
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in tensors):
-            raise ValueError("its tensors are compressed")  # torch would map the compressed bytes as numbers
-        # With torch.serialization.set_crc32_options(False) all are 0.
+            raise ValueError("its tensors are compressed")  # torch would use the compressed bytes as numbers
+        # With torch.serialization.set_crc32_options(False), all checksums are 0.
         if any(entry.CRC for entry in entries) and (damaged := archive.testzip()):
-            raise ValueError(f"the checksum of {damaged} in it is wrong")
+            raise ValueError(f"checksum mismatch in {damaged}")
 
 
 def _load_pickle(path: Path) -> Any:
     check_archive(path)
     with warnings.catch_warnings():
-        # What its reader does not understand in another version of pickle is refused.
+        # Redundant: anything the unpickler does not support raises an error.
         warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -111,13 +110,13 @@ def _load_pickle(path: Path) -> Any:
 
 
 def check_weights(path: Path, weights: dict[Any, Any]):
-    """Refuses what is no state dict of finite, dense tensors.
+    """Checks that the weights are a state dict of finite, dense tensors.
 
     Raises:
-        InputError: Names the first thing that is not.
+        InputError: Names the first invalid entry.
     """
     if not weights:
-        raise InputError(f"'{path}' holds no weights: save model.state_dict()")
+        raise InputError(f"'{path}' contains no weights: save model.state_dict()")
     for name, tensor in weights.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
@@ -125,20 +124,20 @@ def check_weights(path: Path, weights: dict[Any, Any]):
                 f"'{path}' is not a state dict: {name!r} is a {kind}, not a tensor; save model.state_dict()"
             )
         dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta or tensor.is_complex())
-        # A file of a few bytes can claim a tensor of any size, all its elements one number.
+        # A file of a few bytes can declare a tensor of any size whose elements share one number.
         if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"'{path}': {name} is not a dense tensor of real numbers: save the model in float32")
         if tensor.is_floating_point() and tensor.element_size() < 2:
             raise InputError(f"'{path}': {name} is stored as {tensor.dtype}: save the model in float32")
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(f"'{path}': {name} holds NaN or infinity: take an earlier checkpoint")
+            raise InputError(f"'{path}': {name} has NaN or infinite values: use an earlier checkpoint")
 
 
 def find_weight_files(path: str, revision: str | None, config: PreTrainedConfig) -> list[Path]:
-    """The files of the weights in `from_pretrained`'s order of preference, fetched if need be; empty: there are none.
+    """The weight files in `from_pretrained`'s order of preference, downloaded if needed; empty if there are none.
 
     Raises:
-        InputError: A weight map names something other than files next to it.
+        InputError: A weight map refers to files outside its folder.
     """
 
     def find(name: str) -> str | None:
@@ -150,10 +149,10 @@ def find_weight_files(path: str, revision: str | None, config: PreTrainedConfig)
     if first is None or not first.endswith(".index.json"):
         return [Path(first)] if first else []
     shards = sorted(set(json.loads(Path(first).read_text(encoding="utf-8"))["weight_map"].values()))
-    # transformers joins each name to the folder, whatever it is.
+    # transformers joins each name to the folder unchecked.
     if outside := next((shard for shard in shards if re.search(r"[/\\]|^\.", shard)), None):
         raise InputError(
-            f"the weight map of '{path}' leads out of it, to '{outside}': get the model from where it was published"
+            f"the weight map of '{path}' refers to a file outside its folder, '{outside}': download the model again"
         )
     return [Path(file) for file in map(find, shards) if file]
 
@@ -164,7 +163,7 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 
 
 def count_least_parameters(config: PreTrainedConfig) -> int:
-    """A lower bound of the parameters that a GPT-2 or a model of ours has: those of its embeddings and matrices."""
+    """A lower bound of the number of parameters of a GPT-2 or hfgpt model: those of its embeddings and matrices."""
     width = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     blocks = config.num_hidden_layers * (4 * width * width + 2 * width * inner)

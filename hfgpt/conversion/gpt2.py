@@ -18,7 +18,7 @@ QKV = tuple(f"model.layers.*.self_attn.{letter}_proj" for letter in "qkv")
 MODULES = {
     "wte": ("model.embed_tokens",),
     "wpe": ("model.embed_positions",),
-    "ln_f": ("model.norm",),  # before the blocks': read backwards, `norm.` must not be found in `input_layernorm.`
+    "ln_f": ("model.norm",),  # before the blocks: in the reverse direction, `norm.` must not match `input_layernorm.`
     "h.*.ln_1": ("model.layers.*.input_layernorm",),
     "h.*.attn.c_attn": QKV,
     "h.*.attn.c_proj": ("model.layers.*.self_attn.o_proj",),
@@ -32,10 +32,10 @@ LAYOUT = Layout("gpt2", MODULES, "gelu_new", transposed=True, ignored=r"\.attn\.
 
 
 def register_loading():
-    """Teaches `from_pretrained` of our classes to read GPT-2 checkpoints, by transformers' declarative conversion."""
+    """Registers the conversion mapping with which `from_pretrained` of hfgpt's classes loads GPT-2 checkpoints."""
     mapping = [WeightRenaming(r"(?<!\w)h\.", "layers.")]
     for theirs, ours in MODULES.items():
-        # transformers puts the prefix of the base model before these names where it is needed.
+        # transformers adds the base model prefix to these names where needed.
         theirs, *ours = [name.removeprefix("model.").split("*.")[-1] for name in (theirs, *ours)]
         for parameter in ("weight", "bias") if theirs != ours[0] else ():
             targets = [f"{name}.{parameter}" for name in ours]
@@ -54,10 +54,10 @@ def register_loading():
 
 
 def gpt2_config(config: HfGPTConfig) -> GPT2Config:
-    """The configuration of the native GPT-2 that computes what a model of ours computes.
+    """The configuration of the native GPT-2 that is equivalent to an hfgpt model.
 
     Args:
-        config: Of our model.
+        config: Configuration of the hfgpt model.
     """
     fields = ("vocab_size", "initializer_range", "embd_pdrop", "resid_pdrop", "attn_pdrop", "use_cache")
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype")
@@ -78,27 +78,27 @@ def gpt2_config(config: HfGPTConfig) -> GPT2Config:
 def gpt2_weights(
     weights: dict[str, torch.Tensor], native: PreTrainedModel
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The weights of a model of ours as transformers' GPT-2 classes name and store them.
+    """Converts the weights of an hfgpt model to the names and layout of transformers' GPT-2 classes.
 
     Args:
-        weights: The model's state dict; emptied, so that no second copy is held.
-        native: The GPT-2 that they are for; may be on the meta device.
+        weights: The model's state dict; emptied, to avoid a second copy in memory.
+        native: The target GPT-2; may be on the meta device.
 
     Returns:
-        The weights, and which of ours were filled with zeros because the model has no such bias.
+        The weights, and the names of biases that were filled with zeros because the hfgpt model does not have them.
 
     Raises:
-        InputError: A weight is quantized, or belongs to something that GPT-2 has not, such as an adapter.
+        InputError: A weight is quantized, or has no counterpart in GPT-2, such as an adapter's.
     """
     if native.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or type(tensor) is not torch.Tensor:
             raise InputError(
-                f"{name} is quantized ({tensor.dtype}), as no GPT-2 is: export the model it was made from"
+                f"{name} is quantized ({tensor.dtype}), which GPT-2 does not support: export the original model"
             )
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
-    # Memory is taken when it is written to, so there is one copy of the weights at a time.
+    # Memory is allocated only when it is written to, so there is one copy of the weights at a time.
     theirs = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in native.named_parameters()}
     filled = []
     for name, place in LAYOUT.view(strip_wrappers(theirs)).items():
@@ -108,5 +108,5 @@ def gpt2_weights(
             place.zero_()
             filled.append(name)
     if weights:
-        raise InputError(f"GPT-2 has no place for {min(weights)} ({len(weights)} such weights): merge or remove them")
+        raise InputError(f"GPT-2 has no weight like {min(weights)} ({len(weights)} in all): merge or remove them")
     return theirs, filled

@@ -1,4 +1,4 @@
-"""OpenAI's original GPT-2 release: a TensorFlow checkpoint folder, read into transformers' names for GPT-2.
+"""OpenAI's original GPT-2 release: a TensorFlow checkpoint folder, read with transformers' names.
 
 Source: openai/gpt-2, download_model.py and src/model.py.
 """
@@ -13,7 +13,7 @@ import torch
 
 from hfgpt.errors import InputError
 
-# Their variable, `model/` removed -> GPT-2's name in transformers.
+# TensorFlow variable, without `model/` -> GPT-2's name in transformers.
 SCOPES = (
     (r"^h(\d+)/", r"h.\1/"),
     ("/[wg]$", "/weight"),
@@ -23,17 +23,17 @@ SCOPES = (
 
 
 def is_tensorflow_folder(folder: Path) -> bool:
-    """Whether a folder holds such a checkpoint."""
+    """Whether a folder contains such a checkpoint."""
     return (folder / "hparams.json").is_file() and any(folder.glob("*.index"))
 
 
 def read_tensorflow(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights under transformers' names, and the model's `hparams.json`.
+    """Reads the weights, under transformers' names, and the `hparams.json`.
 
     Raises:
         InputError: TensorFlow is not installed, or the files are damaged.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it reports the GPUs it does not find
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # otherwise, it logs that there is no GPU
     try:
         from tensorflow.train import latest_checkpoint, load_checkpoint
     except ImportError as error:
@@ -43,17 +43,17 @@ def read_tensorflow(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     try:
         hparams = json.loads((folder / "hparams.json").read_text(encoding="utf-8"))
         if not isinstance(hparams, dict):
-            raise ValueError("hparams.json holds no settings")
+            raise ValueError("hparams.json is not a JSON object")
         reader = load_checkpoint(latest_checkpoint(str(folder)) or str(next(folder.glob("*.index")).with_suffix("")))
         weights = {}
         for variable in sorted(reader.get_variable_to_shape_map()):
             name = variable.removeprefix("model/")
             for pattern, replacement in SCOPES:
                 name = re.sub(pattern, replacement, name)
-            # Their one-dimensional convolutions have a leading axis of one.
+            # Their 1D convolutions have a leading axis of size 1.
             tensor = torch.from_numpy(reader.get_tensor(variable))
             weights[name.replace("/", ".")] = tensor.squeeze(0) if tensor.ndim == 3 else tensor
-    # TensorFlow's errors have no common class below Exception.
+    # TensorFlow's errors have no common base class other than Exception.
     except Exception as error:
         raise InputError(f"the TensorFlow checkpoint in '{folder}' cannot be read ({error}): copy it again") from error
     return weights, hparams

@@ -1,7 +1,7 @@
-"""Whether two models compute the same: on random and on real tokens, in single and in double precision.
+"""Compares the logits of two models: on random and real tokens, in single and double precision.
 
-In float32 two right implementations differ by roundings; in float64 those vanish, and what is left is a mistake. One
-model is recorded after the other, so that both are never in memory.
+In float32, two correct implementations differ by rounding errors; in float64 these vanish, and what remains is a bug.
+The models run one after the other, so that only one is in memory at a time.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# Of the largest logit, or of 1 if that is smaller.
+# Relative to the largest logit, or to 1 if all logits are smaller.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
-# In either precision, where weights of the result were rounded: merged or folded ones.
+# In both precisions, if weights of the result were rounded (by merging or folding).
 ROUNDED_TOLERANCE = 1e-5
 
-# (B, T) token ids and a precision -> logits, (B, T, V) of a language model or (B, labels) of a classifier.
+# Token ids (B, T) and a precision -> logits: (B, T, V) for a language model, (B, labels) for a classifier.
 ComputeLogits = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 
 
 @dataclass
 class Recording:
-    """What a model computes on some rows of tokens.
+    """The outputs of a model for some rows of tokens.
 
     Args:
         logits: (name of the rows, precision) -> logits.
-        continuation: Greedy tokens after the first row; None for a classifier.
+        continuation: Greedy continuation of the last row; None for a classifier.
     """
 
     logits: dict[tuple[str, torch.dtype], torch.Tensor]
@@ -37,7 +37,7 @@ class Recording:
 
 @dataclass
 class Difference:
-    """How far two models' logits are apart on some rows: at most, in all, and relative to the largest logit."""
+    """Largest difference of two models' logits on some rows, absolute and relative to the largest logit."""
 
     rows: str
     dtype: str
@@ -47,7 +47,7 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        return self.relative <= self.tolerance  # and not for NaN
+        return self.relative <= self.tolerance  # False for NaN
 
 
 @dataclass
@@ -55,13 +55,13 @@ class Parity:
     """The parity report of a conversion.
 
     Args:
-        source: What was converted.
-        format: From or to which layout.
-        parameters: Parameters of our model, tied ones once.
-        source_parameters: Of the source, counted alike.
-        differences: Of the logits, on each kind of rows in each precision.
-        greedy_equal: Whether both continue the same text with the same tokens; None for a classifier.
-        notes: What was filled, dropped, tied, cut or merged.
+        source: The converted model.
+        format: The source or target format.
+        parameters: Number of parameters of the result, tied ones counted once.
+        source_parameters: Number of parameters of the source, tied ones counted once.
+        differences: Differences of the logits, for each kind of rows and precision.
+        greedy_equal: Whether greedy decoding gives the same tokens; None for a classifier.
+        notes: Weights that were filled, dropped, tied, cut or merged.
     """
 
     source: str
@@ -80,28 +80,29 @@ class Parity:
         return {**asdict(self), "passed": self.passed}
 
     def render(self) -> str:
-        """The lines that `hfgpt import` and `export` end with."""
-        lines = [f"{self.source} ({self.format}): {self.source_parameters:,} parameters, here {self.parameters:,}"]
+        """The report as printed by `hfgpt import` and `hfgpt export`."""
+        counts = f"{self.source_parameters:,} parameters, converted: {self.parameters:,}"
+        lines = [f"{self.source} ({self.format}): {counts}"]
         lines += [f"  {note}" for note in self.notes]
         lines += [
-            f"  {row.rows} tokens, {row.dtype}: largest difference of logits {row.absolute:.2e}, relative "
-            f"{row.relative:.2e} (at most {row.tolerance:g})"
+            f"  {row.rows} tokens, {row.dtype}: largest logit difference {row.absolute:.2e}, relative "
+            f"{row.relative:.2e} (tolerance {row.tolerance:g})"
             for row in self.differences
         ]
         if self.greedy_equal is not None:
-            lines.append(f"  greedy continuation: {'the same' if self.greedy_equal else 'different'}")
+            lines.append(f"  greedy continuation: {'identical' if self.greedy_equal else 'different'}")
         return "\n".join([*lines, f"parity: {'passed' if self.passed else 'FAILED'}"])
 
 
 @torch.no_grad()
 def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens: int | None) -> Recording:
-    """Runs a model over rows of tokens.
+    """Runs a model on rows of tokens.
 
     Args:
         compute: The model.
         rows: Name -> (B, T) token ids.
-        greedy_tokens: How many tokens at the end of the last row to replace, one by one, with the likeliest; None for
-            a classifier.
+        greedy_tokens: Number of tokens at the end of the last row to replace by greedy decoding; None for a
+            classifier.
     """
     logits = {(name, dtype): compute(ids, dtype) for name, ids in rows.items() for dtype in TOLERANCES}
     if greedy_tokens is None:
@@ -115,12 +116,12 @@ def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens:
 
 
 def compare(reference: Recording, ours: Recording, recomputed: bool = False) -> tuple[list[Difference], bool | None]:
-    """The differences of two recordings of the same rows, and whether their continuations are the same.
+    """The differences of two recordings of the same rows, and whether their greedy continuations are the same.
 
     Args:
-        reference: Of the source.
-        ours: Of the result.
-        recomputed: Whether weights of the result were computed anew, and so rounded.
+        reference: Recording of the source.
+        ours: Recording of the result.
+        recomputed: Whether weights of the result were recomputed, and therefore rounded.
     """
     differences = []
     for (rows, dtype), expected in reference.logits.items():
@@ -137,11 +138,11 @@ def compare(reference: Recording, ours: Recording, recomputed: bool = False) -> 
 
 
 def compute_with(model: PreTrainedModel) -> ComputeLogits:
-    """The logits of a transformers model, in any precision without a second copy of its weights."""
+    """A function for the logits of a transformers model, in any precision without a second copy of its weights."""
 
     def compute(input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         with _layers_in(model, dtype):
-            # Row by row: GPT-2's classifier takes several only with a padding token.
+            # Row by row: GPT-2's classifier supports batches only with a padding token.
             parts = [input_ids] if model.can_generate() else input_ids.split(1)
             return torch.cat([model(input_ids=part, use_cache=False).logits for part in parts])
 
@@ -150,7 +151,7 @@ def compute_with(model: PreTrainedModel) -> ComputeLogits:
 
 @contextmanager
 def _layers_in(model: nn.Module, dtype: torch.dtype):
-    """Converts each layer when it is called, and gives it back its own weights afterwards."""
+    """Casts the weights of each layer when it is called, and restores them afterwards."""
     kept = {}
 
     def convert(module, *_):

@@ -1,7 +1,7 @@
-"""The book's model, written out over its own names, so that a conversion has something to be compared with.
+"""Reference implementation of the book's model with its own weight names, to compare conversions with.
 
-It computes logits from the tensors of a checkpoint as they were read, and shares no table with the conversion: an
-exchanged or a transposed weight there is a difference here. GPT-2 and nanoGPT are compared with transformers' GPT-2.
+It computes logits directly from the tensors of a checkpoint and shares no code with the conversion, so that swapped or
+transposed weights show up as a difference. GPT-2 and nanoGPT are compared with transformers' GPT-2.
 
 Shapes: B rows, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
@@ -22,13 +22,13 @@ def book_logits(
     input_ids: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Logits (B, T, V) of the book's model, from the names of its state dict.
+    """Logits (B, T, V) of the book's model, from its state dict.
 
     Source: Raschka, *Build a Large Language Model (From Scratch)*, chapters 3 to 5 and appendix E.
     """
 
     def get(name: str) -> torch.Tensor | None:
-        # Converted when it is asked for, so that no second copy of all is held.
+        # Cast on demand, to avoid a second copy of all weights.
         return weights[name].to(dtype) if name in weights else None
 
     def project(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -58,12 +58,12 @@ def book_logits(
         inner = project(f"{block}.ff.layers.0", norm(f"{block}.norm2", hidden))
         hidden = hidden + project(f"{block}.ff.layers.2", ACT2FN[config.hidden_act](inner))
     normed = norm("final_norm", hidden)
-    if get("out_head.weight") is None and get("out_head.linear.weight") is None:  # tied, and saved once
+    if get("out_head.weight") is None and get("out_head.linear.weight") is None:  # tied and saved once
         return linear(normed, get("tok_emb.weight"))
     return project("out_head", normed)
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Causal attention over H heads: (B, T, C) each in, (B, T, C) out."""
+    """Causal attention with H heads; inputs and output are (B, T, C)."""
     heads = [part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value)]  # (B, H, T, D)
     return scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(-2)

@@ -1,4 +1,4 @@
-"""A checkpoint's tensors -> a model of ours, and a function that computes what the checkpoint computes."""
+"""Prepares a checkpoint for conversion: the resulting hfgpt model, and a function for the original logits."""
 
 import functools
 import math
@@ -19,21 +19,21 @@ from hfgpt.conversion.reference import book_logits
 from hfgpt.errors import InputError
 
 LAYOUTS = {layout.name: layout for layout in (gpt2.LAYOUT, nanogpt.LAYOUT, book.LAYOUT)}
-LARGE = 100_000_000  # parameters; what is smaller is there at once, and needs no progress bar
+LARGE = 100_000_000  # parameters; smaller models do not need a progress bar
 
 
 @dataclass
 class ImportArguments:
-    """What `hfgpt import` cannot find in the checkpoint, or is to do otherwise.
+    """Settings of `hfgpt import` that are missing from the checkpoint, or differ from it.
 
     Args:
-        format: `gpt2`, `nanogpt`, `book`, or `auto` to find it from the keys.
-        num_heads: Attention heads, where the file does not say.
-        tokenizer: What `load_tokenizer` takes, or nanoGPT's meta.pkl; None looks beside the weights.
-        vocab_size: Rows of the embedding to keep; None keeps those that have a token.
-        lora_scale: By which the book's code multiplies its LoRA updates.
-        hidden_act: The activation, where it is not the format's usual one.
-        revision: Branch, tag or commit of a Hub id.
+        format: `gpt2`, `nanogpt`, `book`, or `auto` to detect it from the keys.
+        num_heads: Number of attention heads, if the file does not have it.
+        tokenizer: Tokenizer (see `load_tokenizer`), or nanoGPT's meta.pkl; None: look next to the weights.
+        vocab_size: Number of embedding rows to keep; None: those that have a token.
+        lora_scale: Factor of the LoRA updates in the book's code.
+        hidden_act: Activation, if it is not the format's default.
+        revision: Branch, tag or commit on the Hub.
     """
 
     format: str = "auto"
@@ -46,25 +46,25 @@ class ImportArguments:
 
     def __post_init__(self):
         if self.format not in ("auto", *LAYOUTS):
-            raise InputError(f"--format is '{self.format}'; choose one of auto, {', '.join(LAYOUTS)}")
+            raise InputError(f"--format is '{self.format}'; it must be one of auto, {', '.join(LAYOUTS)}")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise InputError(f"--vocab-size is {self.vocab_size}; it must be at least 1")
         if self.lora_scale is not None and not math.isfinite(self.lora_scale):
-            raise InputError(f"--lora-scale is {self.lora_scale}; it must be a number")
+            raise InputError(f"--lora-scale is {self.lora_scale}; it must be finite")
 
 
 @dataclass
 class Source:
-    """A checkpoint that is ready to be converted.
+    """A checkpoint that is ready for conversion.
 
     Args:
-        format: The layout of its weights.
-        config: Of the model it becomes, or a GPT-2's own.
-        parameters: Of the source, tied ones once.
-        reference: Computes the logits of the source, by its own code or by one written over its own names.
-        load: Gives the model it becomes.
-        notes: What was filled, dropped, tied, cut or merged.
-        recomputed: Whether weights were computed anew, and so rounded, and not only moved.
+        format: Layout of its weights.
+        config: Configuration of the resulting model; for a GPT-2 in transformers' format, that of the source.
+        parameters: Number of parameters of the source, tied ones counted once.
+        reference: Computes the logits of the source, with transformers' GPT-2 or the reference implementation.
+        load: Returns the resulting model.
+        notes: Weights that were filled, dropped, tied, cut or merged.
+        recomputed: Whether weights were recomputed, and therefore rounded, instead of only rearranged.
     """
 
     format: str
@@ -82,13 +82,13 @@ def open_weights(
     """Prepares the conversion of a state dict.
 
     Args:
-        checkpoint: The file's content.
-        arguments: What the user said.
+        checkpoint: The content of the file.
+        arguments: The user's settings.
         tokens: Size of the tokenizer's vocabulary; None if there is no tokenizer.
         special: The tokenizer's `bos_token_id`, `eos_token_id` and `pad_token_id`.
 
     Raises:
-        InputError: The weights are another model's, not whole, or do not fit the tokenizer.
+        InputError: The weights are of another kind of model, incomplete, or do not fit the tokenizer.
     """
     weights = strip_wrappers(checkpoint.weights)
     layout = choose_layout(weights, arguments.format)
@@ -97,7 +97,7 @@ def open_weights(
         raise InputError("the checkpoint has no LoRA layers: leave out --lora-scale")
     known_heads = nanogpt.num_heads_of(checkpoint.model_args)
     if known_heads is not None and arguments.num_heads not in (None, known_heads):
-        raise InputError(f"--num-heads is {arguments.num_heads}, but the file says {known_heads}: leave it out")
+        raise InputError(f"--num-heads is {arguments.num_heads}, but the checkpoint has {known_heads}: leave it out")
     dropped = [key for key in merged if not layout.find(key)]
     parts = Parts(
         layout.view(merged),
@@ -115,9 +115,9 @@ def open_weights(
         parts.recomputed = True
         parts.notes.append(f"merged: {adapted} LoRA layers, scaled by {arguments.lora_scale:g}")
     if dropped:
-        parts.notes.append(f"dropped: {len(dropped)} buffers that hold no weights, such as {dropped[0]}")
+        parts.notes.append(f"dropped: {len(dropped)} buffers that are not weights, such as {dropped[0]}")
     parts.notes.append(
-        f"assumed, as the file does not say: activation {parts.hidden_act} (--hidden-act), epsilon of the norms 1e-5"
+        f"assumed, since not in the file: activation {parts.hidden_act} (--hidden-act), LayerNorm epsilon 1e-5"
     )
     config = complete_weights(parts)
     if head is not None and config.tie_word_embeddings and "score.weight" not in parts.weights:
@@ -130,24 +130,24 @@ def open_weights(
 
 def _copy_into_model(config: HfGPTConfig, parts: Parts) -> PreTrainedModel:
     model = build_on_meta(config)
-    # The widest precision of the file; what was computed anew is kept in single precision at least.
+    # The widest dtype in the file; recomputed weights are kept in float32 or wider.
     dtypes = {tensor.dtype for tensor in parts.weights.values()} | ({torch.float32} if parts.recomputed else set())
     dtype = functools.reduce(torch.promote_types, dtypes)
     is_small = model.num_parameters() < LARGE
     tensors = track(parts.weights.items(), "copying weights", disable=is_small, transient=True)
-    # Copies, one at a time: the tensors so far are views of the file, several of one of its tensors.
+    # Copied one at a time: until here, the tensors are views of the file, some of the same tensor.
     copied = {name: tensor.to(dtype).clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
     return load_whole(model, copied)
 
 
 def choose_layout(weights: Mapping[str, torch.Tensor], name: str) -> Layout:
-    """The layout that the user named, or that the keys and shapes show.
+    """The layout that the user named, or the one that matches the keys and shapes.
 
     Raises:
-        InputError: The keys do not fit it; names some of them.
+        InputError: The keys do not match it; names some of them.
     """
     without_lora = [key.replace(".linear.", ".") for key in weights if ".lora." not in key]
-    # From the last one, as GPT-2 has all the names of nanoGPT; which way its matrices lie tells.
+    # In reverse order, since GPT-2 has all names of nanoGPT; the orientation of the matrices distinguishes them.
     nearest = min(reversed(LAYOUTS.values()), key=lambda layout: len(layout.misfits(without_lora)))
     layout = LAYOUTS.get(name, nearest)
     if name == "auto" and layout is nanogpt.LAYOUT:
@@ -161,7 +161,7 @@ def choose_layout(weights: Mapping[str, torch.Tensor], name: str) -> Layout:
 def _reference(
     layout: Layout, weights: Mapping[str, torch.Tensor], config: HfGPTConfig, lora_scale: float | None
 ) -> ComputeLogits:
-    """What the checkpoint computes: (B, T, V) for the tokens that are kept, (B, labels) for a classifier."""
+    """A function for the checkpoint's logits: (B, T, V) for the tokens that are kept, (B, labels) for a classifier."""
     classifies = is_classifier(config)
     if layout is not book.LAYOUT:
         compute = compute_with(_native_gpt2(layout, weights, config))
@@ -176,13 +176,13 @@ def _reference(
 
 
 def _native_gpt2(layout: Layout, weights: Mapping[str, torch.Tensor], config: HfGPTConfig) -> PreTrainedModel:
-    """transformers' own GPT-2 over the tensors as they were read, of GPT-2 itself or of nanoGPT."""
+    """transformers' GPT-2 with the unconverted tensors of a GPT-2 or nanoGPT checkpoint."""
     native = build_native_on_meta(config, vocab_size=len(weights["wte.weight"]))
     theirs = {}
     for name, parameter in native.named_parameters():
         tensor = weights.get(WRAPPERS.sub("", name))
         if tensor is None:
-            tensor = torch.zeros(parameter.shape)  # a bias that nanoGPT does without
+            tensor = torch.zeros(parameter.shape)  # a bias that this nanoGPT model does not have
         elif layout is nanogpt.LAYOUT and ".c_" in name and name.endswith("weight"):
             tensor = tensor.T  # plain linear layers
         theirs[name] = tensor

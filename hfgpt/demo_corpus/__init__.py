@@ -1,13 +1,13 @@
-"""The corpus of the demo: stories, messages and instructions of one little village, generated from a seed.
+"""The demo corpus: stories, messages and instructions about a small village, generated from a seed.
 
 world.py         the village, read from world.toml, and its grammar
 stories.py       plots.toml -> stories
 facts.py         which facts belong to which split
 messages.py      messages.toml -> short notes with a label
-instructions.py  instructions.toml -> instructions with their only right answer
+instructions.py  instructions.toml -> instructions, each with its only correct answer
 
-All text is our own, and in the TOML files; the Python only draws from them. Randomness is `random.Random(text)` and
-its `random()` alone, because Python promises that sequence across versions and platforms.
+All text is original and in the TOML files; the Python code only samples from them. The only source of randomness is
+`random.Random(text).random()`, because Python guarantees its sequence across versions and platforms.
 """
 
 from hfgpt.demo_corpus.instructions import generate_instructions

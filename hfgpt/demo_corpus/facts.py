@@ -1,8 +1,8 @@
-"""Facts and their splits: what keeps the rows of a test split apart from all training rows.
+"""Facts and their splits: no row of the test split shares a fact with a training row.
 
-Every message and instruction is made of facts, words that belong together in it, such as (kite, red). A hash of the
-fact, not of the seed, says whether it belongs to train, validation or test. So a row of the test split holds no fact
-that any training row of any seed holds, while all of its words and phrases occur there.
+Every message and instruction is built from facts: words that occur together in it, such as (kite, red). A hash of the
+fact, independent of the seed, assigns it to train, validation or test. A row of the test split therefore has no fact
+of any training row of any seed, while all of its words and phrases occur in training rows.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ from functools import cache
 
 from hfgpt.demo_corpus.world import pick
 
-SPLITS = ("train",) * 8 + ("validation", "test")  # of each ten facts
+SPLITS = ("train",) * 8 + ("validation", "test")  # per ten facts
 
 
 def generate_rows(write: Callable, number: int, name: str, seed: int, split: str) -> Iterator[dict[str, str]]:
-    """Generate the rows that `write(rng, split)` returns, each of a generator of its own.
+    """Generate the rows that `write(rng, split)` returns, each with its own random generator.
 
     Raises:
-        ValueError: `number`, which is called `name`, is negative, or the split is unknown.
+        ValueError: `number` (the argument `name` of the caller) is negative, or the split is unknown.
     """
     if number < 0:
         raise ValueError(f"{name} is {number}; it must be 0 or more")
@@ -29,7 +29,7 @@ def generate_rows(write: Callable, number: int, name: str, seed: int, split: str
 
 
 def draw_facts(rng: random.Random, split: str, count: int, *columns: Sequence) -> list[tuple]:
-    """Return facts of the split, nothing twice in them; each has one of every column, a word or a row of the world."""
+    """Draw facts of the split without repeated items; each has one item, a word or a world row, from every column."""
     facts, names = [], []
     while len(facts) < count:
         fact = tuple([pick(rng, column) for column in columns])

@@ -1,4 +1,4 @@
-"""Instructions about the village, whose answers follow from the input and from what the stories tell of it."""
+"""Instructions about the village, whose answers follow from the input and from facts in the stories."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -9,18 +9,18 @@ from hfgpt.demo_corpus.world import Thing, load_world, person_words, pick, read_
 
 
 def generate_instructions(num_instructions: int, seed: int = 0, split: str = "train") -> Iterator[dict[str, str]]:
-    """Generate instructions about the village with their only right answer, of eight words at most.
+    """Generate instructions about the village, each with its only correct answer of at most eight words.
 
-    Row `i` depends on `seed`, `split` and `i` alone: fewer rows are a prefix of more, on every platform. No fact of
-    a row is found in a row of another split, whatever the seed.
+    Row `i` depends only on `seed`, `split` and `i`: fewer rows are a prefix of more, on every platform. No fact of a
+    row occurs in a row of another split, for any seed.
 
     Args:
-        num_instructions: how many rows.
-        seed: another seed gives other rows of the same kinds.
+        num_instructions: Number of rows.
+        seed: Random seed; different seeds give different rows of the same kinds.
         split: `train`, `validation` or `test`.
 
     Returns:
-        An iterator over rows of `instruction`, `input` (which may be empty) and `output`, made while it is read.
+        A lazy iterator over rows of `instruction`, `input` (which may be empty) and `output`.
 
     Raises:
         ValueError: `num_instructions` is negative, or the split is unknown.
@@ -54,7 +54,7 @@ def _list_single_things() -> list[Thing]:
 
 @cache
 def _list_signs() -> dict[str, list[str]]:
-    """Return for each feeling how it shows, as sentences about a child by its name."""
+    """Return for each feeling the sentences that show it, with a placeholder for the child's name."""
     signs = {}
     for feeling, texts in load_world().feelings.items():
         if told := [text.replace("{He}", "{name}") for text in texts if text.startswith("{He}")]:

@@ -1,4 +1,4 @@
-"""Messages of the village: short notes with a label; the task is to tell what kind of note it is."""
+"""Messages from the village: short notes with a label; the task is to classify the kind of note."""
 
 import random
 import re
@@ -9,18 +9,18 @@ from hfgpt.demo_corpus.world import load_world, person_words, pick, pick_two, re
 
 
 def generate_messages(num_messages: int, seed: int = 0, split: str = "train") -> Iterator[dict[str, str]]:
-    """Generate short notes of the villagers, each with its label: `invitation`, `lost`, `thanks` or `trick`.
+    """Generate short notes from the villagers, each with its label: `invitation`, `lost`, `thanks` or `trick`.
 
-    Row `i` depends on `seed`, `split` and `i` alone: fewer rows are a prefix of more, on every platform. The thing,
-    the colour and the place of a message are never together in a message of another split, whatever the seed.
+    Row `i` depends only on `seed`, `split` and `i`: fewer rows are a prefix of more, on every platform. The thing, the
+    colour and the place of a message never occur together in a message of another split, for any seed.
 
     Args:
-        num_messages: how many messages.
-        seed: another seed gives other messages of the same kinds.
+        num_messages: Number of messages.
+        seed: Random seed; different seeds give different messages of the same kinds.
         split: `train`, `validation` or `test`.
 
     Returns:
-        An iterator over rows of `text` and `label`, made while it is read; about 120 bytes a text.
+        A lazy iterator over rows of `text` and `label`; about 120 bytes per text.
 
     Raises:
         ValueError: `num_messages` is negative, or the split is unknown.
@@ -45,5 +45,5 @@ def _write_message(rng: random.Random, split: str) -> dict[str, str]:
 
 
 def _vary(rng: random.Random, text: str) -> str:
-    """Return the text with one choice made of each `[a|b]`."""
+    """Return the text with one alternative of each `[a|b]`."""
     return re.sub(r"\[(.*?)\]", lambda choices: pick(rng, choices[1].split("|")), text)

@@ -1,4 +1,4 @@
-"""Short stories of the village, told by the plots of plots.toml."""
+"""Short stories about the village, generated from the plots in plots.toml."""
 
 import random
 import re
@@ -21,22 +21,22 @@ from hfgpt.demo_corpus.world import (
 
 
 class Plot(NamedTuple):
-    beats: list[list[tuple]]  # of a beat its lines, of a line its choices; fixed text is one choice
+    beats: list[list[tuple]]  # lines per beat, choices per part of a line; fixed text is a single choice
     weathers: list[Weather]
     places: list[Place]
 
 
 def generate_stories(num_stories: int, seed: int = 0) -> Iterator[str]:
-    """Generate short stories of the village, each a paragraph of about 150 words without line breaks.
+    """Generate short stories about the village, each a paragraph of about 150 words without line breaks.
 
-    Story `i` depends on `seed` and `i` alone: fewer stories are a prefix of more, on every platform.
+    Story `i` depends only on `seed` and `i`: fewer stories are a prefix of more, on every platform.
 
     Args:
-        num_stories: how many stories.
-        seed: another seed gives other stories of the same world.
+        num_stories: Number of stories.
+        seed: Random seed; different seeds give different stories about the same world.
 
     Returns:
-        An iterator over the stories, made while it is read; about 770 bytes a story.
+        A lazy iterator over the stories; about 770 bytes per story.
 
     Raises:
         ValueError: `num_stories` is negative.
@@ -53,7 +53,7 @@ def _tell_story(rng: random.Random) -> str:
     plot = pick(rng, load_plots())
     cast = _choose_cast(rng, plot)
     lines = ("".join(pick(rng, choices) for choices in pick(rng, beat)) for beat in plot.beats)
-    # Twice, because words of the cast hold pronouns of it.
+    # Twice, because words of the cast contain placeholders for its pronouns.
     return " ".join(lines).format_map(cast).format_map(cast)
 
 
@@ -85,7 +85,7 @@ def _parse_beats(text: str, shared: dict[str, str]) -> list[list[tuple]]:
 
 
 def _choose_cast(rng: random.Random, plot: Plot) -> dict[str, str]:
-    """Return every word that a plot can ask for, drawn from the world for one story."""
+    """Return all words that a plot can use, drawn from the world for one story."""
     world = load_world()
     child, friend = pick_two(rng, world.children)
     place, home = pick_two(rng, plot.places)

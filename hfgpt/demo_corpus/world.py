@@ -1,4 +1,4 @@
-"""The village: its people, animals, places and things, and the words in which a text speaks of them."""
+"""The village: its people, animals, places and things, and their grammatical forms."""
 
 import random
 import tomllib
@@ -101,7 +101,7 @@ def load_world() -> World:
 
 
 def _read_row(kind: type[NamedTuple], name: str, fields: dict[str, Any]) -> NamedTuple:
-    # Tuples for lists, so that rows can be keys of caches.
+    # Lists become tuples, so that rows are hashable for caches.
     return kind(name, **{field: tuple(value) if isinstance(value, list) else value for field, value in fields.items()})
 
 
@@ -116,13 +116,13 @@ def pick_two(rng: random.Random, items: Sequence[Item]) -> tuple[Item, Item]:
 
 
 def with_article(noun: str) -> str:
-    """Return the noun behind `a` or `an`; right for the words of this world, which has no "hour" or "unicorn"."""
+    """Return the noun with `a` or `an`; correct for the words of this world, which has no "hour" or "unicorn"."""
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
 @cache
 def person_words(person: Person, key: str = "") -> dict[str, str]:
-    """Return the words of a person, `key` behind each name: `{he2}` is the subject pronoun of the second one."""
+    """Return the words for a person, with `key` appended to each name: `{he2}` is the second one's "he" or "she"."""
     he, him, his = PRONOUNS[person.pronoun]
     words = {"name": person.name, "kind": person.kind, "he": he, "him": him, "his": his}
     words |= {"He": he.capitalize(), "His": his.capitalize()}

@@ -144,7 +144,7 @@ def test_a_chat_begins_with_what_the_model_was_trained_on(saved, terminal, capsy
     run_chat(saved, GREEDY)
     said, help_line = capsys.readouterr().err.splitlines()
     assert said == (
-        "trained on synthetic:instructions with the template alpaca; it answers in the manner of its training data"
+        "trained on synthetic:instructions with the template alpaca; answers follow the style of the training data"
     )
     assert help_line.endswith("; Ctrl-C stops an answer; /exit or Ctrl-D quits")
     run_chat(saved, GREEDY, lines=iter(()))
@@ -163,9 +163,9 @@ def test_what_is_said_of_a_model_comes_from_the_record_of_its_run(saved, tmp_pat
     tokenizer.chat_template += " "
     for folder in (tmp_path, tmp_path / "checkpoint-5"):
         said = describe_training(str(folder), tokenizer)
-        assert said == "trained on rows.json; it answers in the manner of its training data", "a template of others"
+        assert said == "trained on rows.json; answers follow the style of the training data", "a template of others"
     RunRecord(task="pretrain", data_source="me/texts").write(tmp_path)
-    assert describe_training(str(tmp_path), tokenizer) == "trained on me/texts, but not to answer instructions"
+    assert describe_training(str(tmp_path), tokenizer) == "trained on me/texts, but not on instructions"
 
 
 # Takes the terminal as its own, so that the keys become signals, and presses Ctrl-C in the middle of each answer.

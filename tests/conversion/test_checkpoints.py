@@ -54,15 +54,15 @@ def changed(change):
     [
         ({"x": 1}, "is not a state dict: 'x' is a int, not a tensor; save model.state_dict()"),
         ({"model": {0: torch.ones(1)}}, "is not a state dict: 0 is a Tensor"),
-        ({}, "holds no weights"),
-        ([torch.ones(1)], "holds a list, not a state dict"),
-        (torch.nn.Linear(2, 2), "wants to run torch.nn.modules.linear.Linear, so it is not read"),
+        ({}, "contains no weights"),
+        ([torch.ones(1)], "contains a list, not a state dict"),
+        (torch.nn.Linear(2, 2), "contains code (torch.nn.modules.linear.Linear) and is not loaded"),
         (changed(lambda w: w.pop("final_norm.scale")), "the checkpoint lacks the weight model.norm.weight (1 in all)"),
         (changed(lambda w: w.pop("tok_emb.weight")), "has no matrix for model.embed_tokens.weight"),
-        (changed(lambda w: w.update({"more.weight": torch.ones(1)})), "1 of 34 keys do not fit it (more.weight)"),
-        (changed(lambda w: w["pos_emb.weight"].fill_(torch.nan)), "pos_emb.weight holds NaN or infinity"),
-        (changed(lambda w: w.update({"final_norm.scale": torch.ones(47)})), "model.norm.weight has (47,), and the"),
-        (changed(lambda w: w.update({"out_head.weight": torch.ones(VOCAB, 47)})), "lm_head.weight has (90, 47), and"),
+        (changed(lambda w: w.update({"more.weight": torch.ones(1)})), "1 of 34 keys do not match it (more.weight)"),
+        (changed(lambda w: w["pos_emb.weight"].fill_(torch.nan)), "pos_emb.weight has NaN or infinite values"),
+        (changed(lambda w: w.update({"final_norm.scale": torch.ones(47)})), "model.norm.weight has (47,), but the"),
+        (changed(lambda w: w.update({"out_head.weight": torch.ones(VOCAB, 47)})), "lm_head.weight has (90, 47), but"),
         (
             changed(lambda w: w.update({"final_norm.scale": torch.ones(48).to_sparse()})),
             "is not a dense tensor",
@@ -71,11 +71,11 @@ def changed(change):
         (changed(lambda w: w.update({"_orig_mod.tok_emb.weight": torch.ones(1)})), "some weights twice"),
         (
             changed(lambda w: w.update({"out_head.bias": torch.ones(VOCAB)})),
-            "head over the vocabulary has a bias",
+            "the language model head has a bias",
         ),
         (
             {"model.layers.0.self_attn.q_proj.weight": torch.ones(2, 2), "model.norm.weight": torch.ones(2)},
-            "2 of 2 keys do not fit it (model.layers.0.self_attn.q_proj.weight, model.norm.weight)",
+            "2 of 2 keys do not match it (model.layers.0.self_attn.q_proj.weight, model.norm.weight)",
         ),
     ],
 )
@@ -88,7 +88,7 @@ def test_what_is_no_checkpoint_of_a_gpt(content, message, tmp_path):
 def test_code_in_a_pickle_is_named_and_not_run(name, tmp_path):
     trap = tmp_path / "trap"
     torch.save({"model": {"wte.weight": Hostile(trap)}}, tmp_path / name)
-    assert "wants to run posix.mkdir, so it is not read" in refusal(tmp_path / name, tmp_path)
+    assert "contains code (posix.mkdir) and is not loaded" in refusal(tmp_path / name, tmp_path)
     (tmp_path / name).write_bytes(pickle.dumps(Hostile(trap)))
     assert f"'{tmp_path / name}'" in refusal(tmp_path / name, tmp_path)
     assert not trap.exists()
@@ -120,11 +120,11 @@ def test_a_table_of_characters_that_is_none(content, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_heads": None}, "does not say how many heads share its width of 48: pass --num-heads"),
-        ({"num_heads": 5}, "5 heads cannot share a width of 48"),
-        ({"num_heads": -2}, "-2 heads cannot share a width of 48"),
+        ({"num_heads": None}, "number of attention heads unknown (width 48): pass --num-heads"),
+        ({"num_heads": 5}, "5 attention heads do not divide width 48"),
+        ({"num_heads": -2}, "-2 attention heads do not divide width 48"),
         ({"format": "nanogpt"}, "these are not the weights of a nanogpt model"),
-        ({"vocab_size": VOCAB + 1}, "91 tokens are wanted, but the checkpoint embeds 90"),
+        ({"vocab_size": VOCAB + 1}, "the vocabulary has 91 tokens, but the checkpoint has only 90"),
         ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),
         ({"hidden_act": "gleu"}, "hidden_act is 'gleu'"),
     ],
@@ -146,16 +146,16 @@ def test_sources_that_are_not_there(tiny_config, tmp_path, monkeypatch):
     from hfgpt import HfGPTForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    assert refusal("none.pt", tmp_path) == "there is no file 'none.pt': check the path"
+    assert refusal("none.pt", tmp_path) == "'none.pt' does not exist: check the path"
     (tmp_path / "empty").mkdir()
     assert "does not have a config.json" in refusal("./empty", tmp_path)
     (tmp_path / "a.txt").write_text("text")
-    assert "has the suffix '.txt': taken are .pt, .pth" in refusal("a.txt", tmp_path)
+    assert "unsupported file type '.txt' (supported: .pt, .pth" in refusal("a.txt", tmp_path)
     HfGPTForCausalLM(tiny_config()).save_pretrained(tmp_path / "ours")
-    assert "is a model of type hfgpt; import converts models of type gpt2" in refusal("ours", tmp_path)
+    assert "is a model of type hfgpt; only models of type gpt2" in refusal("ours", tmp_path)
     make_gpt2().save_pretrained(tmp_path / "gpt2")
     assert "in the format gpt2, not book" in refusal("gpt2", tmp_path, format="book")
-    assert "--num-heads is not needed" in refusal("gpt2", tmp_path)
+    assert "--num-heads is already in the config.json" in refusal("gpt2", tmp_path)
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path):
@@ -188,9 +188,7 @@ def test_a_flipped_bit_in_a_weight_is_found_by_its_checksum(tmp_path):
     start = content.index(weights["tok_emb.weight"].numpy().tobytes())
     for place in range(start, start + 20):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(
-            InputError, match=r"\(the checksum of model/data/\d+ in it is wrong\): copy or save it again"
-        ):
+        with pytest.raises(InputError, match=r"\(checksum mismatch in model/data/\d+\): copy or save it again"):
             read_checkpoint(path)
     refused = 0
     for _ in range(40):
@@ -226,7 +224,7 @@ def test_formats_that_hold_programs_are_not_read(tmp_path):
         for name in ("storages", "tensors", "pickle"):
             archive.addfile(tarfile.TarInfo(name))
     message = refusal(tmp_path / "model.pt", tmp_path)
-    assert "(a format that is read by running it)" in message
+    assert "(an old format that can contain code)" in message
     assert "weights_only" not in message
 
 

@@ -168,7 +168,7 @@ def test_nanogpts_padded_vocabulary_is_cut_or_kept(tmp_path, ids):
     size = len(tokenizer)
     assert 50 < size < VOCAB + 6
     report = convert(tmp_path, tmp_path / "cut", tokenizer=str(tmp_path / "tokenizer"))
-    assert f"cut: rows {size} to {VOCAB + 5} of the token embedding, which no token has" in report.notes
+    assert f"cut: rows {size} to {VOCAB + 5} of the token embedding, which have no token" in report.notes
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     ids = ids % size
     with torch.no_grad():
@@ -257,7 +257,7 @@ def convert_body(weights, tmp_path):
 def test_the_books_lora_is_merged(ids, tmp_path):
     weights = add_lora(make_book_weights())
     torch.save(weights, tmp_path / "lora.pth")
-    with pytest.raises(InputError, match="13 LoRA layers of rank 3 and does not say their scale: pass --lora-scale"):
+    with pytest.raises(InputError, match="scale of the 13 LoRA layers of rank 3 unknown: pass --lora-scale"):
         convert(tmp_path / "lora.pth", tmp_path / "out", num_heads=HEADS)
     report = convert(tmp_path / "lora.pth", tmp_path / "out", num_heads=HEADS, lora_scale=0.5)
     assert "merged: 13 LoRA layers, scaled by 0.5" in report.notes
@@ -318,7 +318,7 @@ def test_an_exchange_of_weights_is_noticed_and_nothing_is_written(layout, pair, 
     for module, names in wrong.items():
         monkeypatch.setitem(layout.modules, module, names)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError, match="computes something else than its source, so nothing was written"):
+    with pytest.raises(InputError, match="does not match its source, so nothing was written"):
         convert(tmp_path / "model.pt", tmp_path / "out", num_heads=HEADS)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -356,7 +356,7 @@ def test_an_adapter_is_merged_when_asked(tiny_config, ids, tmp_path):
     ("change", "message"),
     [
         (lambda weights: weights.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "is quantized"),
-        (lambda weights: weights.update({"model.extra.weight": torch.ones(1)}), "no place for model.extra.weight"),
+        (lambda weights: weights.update({"model.extra.weight": torch.ones(1)}), "no weight like model.extra.weight"),
     ],
 )
 def test_what_gpt2_cannot_hold_is_refused(change, message, tiny_config):

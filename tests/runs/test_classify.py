@@ -236,7 +236,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
         merge("adapter", here / "merged")
     with pytest.raises(InputError, match=r"'merged' is not an adapter"):
         merge("merged", here / "again")
-    with pytest.raises(InputError, match=r"so nothing was written: use the adapter unmerged"):
+    with pytest.raises(InputError, match=r"so nothing was written: use the adapter without merging it"):
         merge("adapter", here / "again", tolerance=0.0)
     assert not (here / "again").exists()
     with pytest.raises(InputError, match=r"model.path 'adapter' is an adapter: merge it first"):

@@ -247,7 +247,7 @@ def chat(here, finished):
 def test_a_chat_answers_and_remembers(chat):
     assert chat.answer("Say 7") == "yes"
     chat.answer("Say 8")
-    with pytest.raises(InputError, match=r"the text holds <.endoftext.>, which ends or pads texts: leave it out"):
+    with pytest.raises(InputError, match=r"the message contains the special token <.endoftext.>: remove it"):
         chat.answer("Say <|endoftext|> 9")
     assert [message["content"] for message in chat.messages[:3]] == ["Say 7", "yes", "Say 8"]
     chat.reset()
@@ -274,7 +274,7 @@ def test_a_chat_stays_within_the_context(chat):
     kept = list(chat.messages)
     with pytest.raises(
         InputError,
-        match=r"has \d+ tokens with its template, but the context has room for 88 before an answer of 8",
+        match=r"has \d+ tokens with its template, but the context only has room for 88 and an answer of 8",
     ):
         chat.answer("long " * 100)
     assert chat.messages == kept
@@ -303,7 +303,7 @@ def test_a_model_that_was_not_trained_to_chat(here, finished, tmp_path):
     tokenizer = load_model_tokenizer("finished")
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"has no chat template, so it was not trained to chat"):
+    with pytest.raises(InputError, match=r"has no chat template, so the model was not trained to chat"):
         run_chat(str(tmp_path), SamplingArguments(), lines=iter(()))
 
 

@@ -368,7 +368,7 @@ def test_a_base_of_another_architecture_is_refused_before_any_data_is_read(task,
 def test_an_adapter_on_another_architecture_is_not_merged(tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     LoraConfig(base_model_name_or_path=str(tmp_path / "llama")).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match=r"adapter' is the adapter of a model of type llama; only those of hfgpt"):
+    with pytest.raises(InputError, match=r"adapter' is an adapter for a model of type llama; only those for hfgpt"):
         merge(str(tmp_path / "adapter"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
