@@ -171,6 +171,8 @@ class RunRecord(TrainingRecord, Environment):
     tokenizer_vocab_size: int | None = None
     precision: str | None = None
     processes: int | None = None
+    rows_per_step: int | None = None
+    rows_per_batch: int | None = None
     base_model: Annotated[str | None, PLACE] = None
     base_weights_sha256: str | None = None
     architecture: dict[str, Any] | None = None

@@ -122,6 +122,7 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         output_dir=str(first_pass_folder(recipe)),
         max_steps=arguments.max_steps,
         per_device_train_batch_size=arguments.per_device_train_batch_size,
+        global_batch_size=arguments.per_device_train_batch_size,
         learning_rate=arguments.learning_rate,
         muon_learning_rate=arguments.muon_learning_rate,
         muon_momentum=arguments.muon_momentum,

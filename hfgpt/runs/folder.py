@@ -126,12 +126,31 @@ def check_run_folder(recipe: Recipe, resume: bool, console: Console | None = Non
         raise InputError(f"{key} is {now}, but was {before} when the run in '{folder}' started{remedy}")
     if finished and not longer:
         raise InputError(f"the run in '{folder}' is finished: there is nothing to resume; {_advise_longer(recipe)}")
+    keep_steps(recipe.training, folder)
     checkpoint = choose_checkpoint(folder, console)
     if checkpoint is None:
         if finished:
             raise InputError(f"'{folder}' has no checkpoint to continue from; {_advise_longer(recipe)}")
         console.print(f"'{folder}' has no checkpoint yet: starting at step 0", highlight=False, markup=False)
     return checkpoint
+
+
+def keep_steps(arguments: HfGPTTrainingArguments, folder: Path):
+    """Divides the rows of each step of a resumed run into the same batches, on this number of processes.
+
+    Raises:
+        InputError: There are more processes than batches.
+    """
+    before = RunRecord.read(folder)
+    if not before or not before.rows_per_step:
+        return
+    batches = -(-before.rows_per_step // before.rows_per_batch)
+    if arguments.world_size > batches:
+        raise InputError(
+            f"there are {arguments.world_size} processes, but each step of the run in '{folder}' has {batches} batches "
+            f"of at most {before.rows_per_batch} rows: use at most {batches} processes"
+        )
+    arguments.divide_steps(before.rows_per_step, before.rows_per_batch)
 
 
 def _is_longer(old: HfGPTTrainingArguments, new: HfGPTTrainingArguments) -> bool:
@@ -173,7 +192,7 @@ def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None):
         checkpoint: The checkpoint to resume from.
 
     Raises:
-        InputError: Data, tokenizer, base model, precision or number of processes of a resumed run have changed.
+        InputError: Data, tokenizer, base model or precision of a resumed run have changed.
     """
     folder = Path(recipe.training.output_dir)
     sources = describe_sources(recipe, data)
@@ -223,10 +242,10 @@ def check_same_sources(folder: Path, before: RunRecord, now: RunRecord):
             f"the run in '{folder}' started in {before.precision}, but would continue in {now.precision}: pass "
             f"{flag.get(before.precision, '--training.bf16 false')}, {anew}"
         )
-    if "processes" in changed:
+    if "processes" in changed and before.rows_per_step is None:
         raise InputError(
             f"the number of processes is {now.processes}, but was {before.processes} when the run in '{folder}' "
-            f"started: use the same number, {anew}"
+            f"started with an earlier version: use the same number, {anew}"
         )
 
 
@@ -243,6 +262,8 @@ def describe_sources(recipe: Recipe, data: Data) -> RunRecord:
         tokenizer_vocab_size=len(data.tokenizer),
         precision="bfloat16, mixed" if arguments.bf16 else "float16, mixed" if arguments.fp16 else "float32",
         processes=arguments.world_size,
+        rows_per_step=arguments.rows_per_step,
+        rows_per_batch=arguments.per_device_train_batch_size,
     )
     return record_base(record, data.base) if data.base else record
 

@@ -172,8 +172,7 @@ def load_texts(
 
 def rows_of_steps(arguments: HfGPTTrainingArguments) -> int:
     """Rows that the steps of a run take."""
-    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return arguments.max_steps * rows
+    return arguments.max_steps * arguments.rows_per_step
 
 
 def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> TokenStream:

@@ -99,9 +99,8 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
     muon = hidden_matrix_names(model) if arguments.muon_learning_rate is not None else set()
     # AdamW keeps two float32 averages per weight, Muon one.
     optimizer_bytes = sum(size * (4 if name in muon else 8) for name, size in trainable.items())
-    batch = arguments.per_device_train_batch_size * arguments.world_size
-    batches = blocks // batch if arguments.dataloader_drop_last else -(-blocks // batch)
-    steps_per_epoch = max(-(-batches // arguments.gradient_accumulation_steps), 1)
+    left_out = blocks % arguments.per_device_train_batch_size if arguments.dataloader_drop_last else 0
+    steps_per_epoch = max(-(-(blocks - left_out) // arguments.rows_per_step), 1)
     steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
     if arguments.max_steps > 0:
         steps = arguments.max_steps
@@ -111,7 +110,7 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
         gradients_bytes=4 * parameters,
         optimizer_bytes=optimizer_bytes,
         activations_bytes=_activations_bytes(model.config, arguments, block_size),
-        tokens_per_step=round(min(batches * batch, blocks) * block_size / steps_per_epoch),
+        tokens_per_step=round((blocks - left_out) * block_size / steps_per_epoch),
         steps=steps,
         flops_per_token=training_flops_per_token(model.config, block_size),
     )

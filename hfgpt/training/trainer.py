@@ -16,26 +16,32 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, has_length
 
 from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.data.blocks import IGNORED
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.models import fact_of, find_device, quiet_bars, save_labels
 from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_checksums, write_checksums
+from hfgpt.training.batches import EpochCallback, RowOrder, StepBatches, StepLoader, StepRows, count_rounds, draw_seed
 from hfgpt.training.checkpoints import find_last_checkpoint, remove_old_checkpoints, step_of
 from hfgpt.training.flops import training_flops_per_token
+from hfgpt.training.gradients import PairwiseSums
 from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
 
 # The arguments that affect the result of training. The recipe.yaml of a run contains all of them, so that it keeps its
 # meaning if a default changes, here or in transformers.
 LEARNED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size", "num_train_epochs"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "auto_find_batch_size"),
+    "num_train_epochs",
     *("max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
     *("decay_all_parameters", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "muon_learning_rate", "muon_momentum", "max_grad_norm", "label_smoothing_factor"),
@@ -48,7 +54,7 @@ LIMITS = (
         "at least 1",
         lambda value: value >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
-        "block_size",
+        "global_batch_size block_size",
     ),
     ("above 0", lambda value: 0 < value < math.inf, "num_train_epochs logging_steps eval_steps save_steps"),
     (
@@ -100,6 +106,9 @@ class HfGPTTrainingArguments(TrainingArguments):
         num_train_epochs: Number of epochs, unless `max_steps` is set. From scratch: 10.
         warmup_steps: Number of warmup steps, or, below 1, their fraction of all steps. From scratch: 0.05.
         bf16: bfloat16 mixed precision; None: only if the hardware supports it natively, never if it is emulated.
+        global_batch_size: Rows per optimizer step, in all processes. The rows are divided into batches of at most
+            `per_device_train_batch_size`, and these among the processes, so that a run on another number of processes
+            takes the same steps. None: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes.
         muon_learning_rate: If set, train the matrices in the blocks with Muon at this learning rate, and the rest with
             AdamW at `learning_rate`; both use the same schedule.
         muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
@@ -109,6 +118,7 @@ class HfGPTTrainingArguments(TrainingArguments):
     """
 
     bf16: bool | None = None
+    global_batch_size: int | None = None
     muon_learning_rate: float | None = None
     muon_momentum: float = 0.95
     decay_all_parameters: bool = False
@@ -142,6 +152,33 @@ class HfGPTTrainingArguments(TrainingArguments):
         # TrainingArguments rejects bf16 on a CPU unless use_cpu is set.
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
+        self._set_global_batch()
+
+    def _set_global_batch(self):
+        rows, processes = self.global_batch_size, self.world_size
+        if rows is None:
+            rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
+        elif self.gradient_accumulation_steps != 1:
+            raise InputError(
+                f"training.gradient_accumulation_steps is {self.gradient_accumulation_steps}, but follows from "
+                "training.global_batch_size: remove one of them"
+            )
+        elif rows < processes:
+            raise InputError(
+                f"training.global_batch_size is {rows}, but there are {processes} processes: raise it to at least "
+                f"{processes}, or use fewer processes"
+            )
+        self.divide_steps(rows, min(self.per_device_train_batch_size, -(-rows // processes)))
+
+    def divide_steps(self, rows_per_step: int, batch_size: int):
+        """Sets the batch size, and the number of batches that each process takes per optimizer step.
+
+        Args:
+            rows_per_step: Rows per optimizer step, in all processes.
+            batch_size: Most rows in a batch.
+        """
+        self.rows_per_step, self.per_device_train_batch_size = rows_per_step, batch_size
+        self.gradient_accumulation_steps = count_rounds(rows_per_step, batch_size, self.world_size)
 
 
 @dataclass
@@ -181,7 +218,7 @@ class FirstPassArguments:
 
     Args:
         max_steps: Number of optimizer steps.
-        per_device_train_batch_size: Blocks per batch.
+        per_device_train_batch_size: Blocks per optimizer step, in all processes.
         block_size: Tokens predicted per block; None: the model's context length.
         learning_rate: Learning rate of AdamW.
         muon_learning_rate: Learning rate of Muon for the matrices in the blocks; None: AdamW for all parameters.
@@ -224,7 +261,7 @@ class HfGPTTrainer(Trainer):
                 f"this process sees {self.args.n_gpu} GPUs: use accelerate launch, or select one GPU with "
                 "CUDA_VISIBLE_DEVICES"
             )
-        self.measure = measure
+        self.measure, self.sums = measure, None
         if self.args.muon_learning_rate is not None:
             self.optimizer_cls_and_kwargs = (
                 MuonFactory,
@@ -240,11 +277,61 @@ class HfGPTTrainer(Trainer):
                 },
             )
 
-    def get_train_dataloader(self):
-        """Workers ignore signals, which schedulers send to all processes of a job: the run must save first."""
-        loader = super().get_train_dataloader()
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's batches depend on the number of processes, and on the random state at the start of an epoch.
+
+        Workers ignore signals, which schedulers send to all processes of a job: the run must save first.
+        """
+        loader = self._step_loader() if self._has_step_batches() else super().get_train_dataloader()
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
         return loader
+
+    def _has_step_batches(self) -> bool:
+        """Whether the rows of a step can be computed: not of a stream, nor if the batch size varies."""
+        varies = self.args.auto_find_batch_size or self.args.train_sampling_strategy == "batch_rebalance"
+        return has_length(self.train_dataset) and not varies
+
+    def _step_loader(self) -> StepLoader:
+        args, rows, collate = self.args, self.train_dataset, self.data_collator
+        if isinstance(rows, datasets.Dataset):
+            rows = self._remove_unused_columns(rows, description="Training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="Training")
+        groups = args.train_sampling_strategy == "group_by_length"
+        order = RowOrder(
+            len(rows),
+            args.seed if args.data_seed is None else args.data_seed,
+            args.train_sampling_strategy,
+            self._row_lengths() if groups else None,
+            args.rows_per_step,
+        )
+        batches = StepBatches(
+            order,
+            args.per_device_train_batch_size,
+            args.rows_per_step,
+            args.world_size,
+            args.process_index,
+            args.dataloader_drop_last,
+        )
+        self.remove_callback(EpochCallback)
+        self.add_callback(EpochCallback(batches.steps))
+        return StepLoader(
+            StepRows(rows),
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+        )
+
+    def _row_lengths(self) -> list[int]:
+        rows, column = self.train_dataset, self.args.length_column_name
+        if isinstance(rows, datasets.Dataset) and column in rows.column_names:
+            return list(rows[column])
+        return [len(row["input_ids"]) for row in rows]
 
     def get_decay_parameter_names(self, model) -> list[str]:
         if self.args.decay_all_parameters:
@@ -261,8 +348,20 @@ class HfGPTTrainer(Trainer):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        first = self.args.process_index * len(batches)
+        self._indices = iter(range(first, first + len(batches)))  # of the batches in the step that begins
+        return batches, items
+
+    def training_step(self, model, *args, **kwargs):
+        """Trainer's dropout and sums of gradients depend on the number of processes."""
+        torch.manual_seed(draw_seed(self.args.seed, self.state.global_step, next(self._indices)))
+        if self.sums is None and self.args.device.type == "cpu":
+            self.sums = PairwiseSums(model)
+        loss = super().training_step(model, *args, **kwargs)
+        if self.sums:
+            self.sums.add(is_last=self.accelerator.sync_gradients)
         # Reading the value is free on a CPU; on an accelerator it would synchronize every step, so `log` checks it.
         if loss.device.type == "cpu":
             self._refuse_non_finite(loss.item(), f"at step {self.state.global_step + 1}")
@@ -317,6 +416,8 @@ class HfGPTTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> float:
         """Trainer iterates over all parameters at every micro-batch, and ignores attention and the output head."""
         config = getattr(self.model, "config", None)
+        if "labels" in inputs and not (inputs["labels"] != IGNORED).any():  # a row for a process without a batch
+            return 0
         if not isinstance(config, HfGPTConfig):
             return super().floating_point_ops(inputs)
         return inputs["input_ids"].numel() * training_flops_per_token(config, inputs["input_ids"].shape[-1])
