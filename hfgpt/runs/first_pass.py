@@ -137,7 +137,7 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         max_grad_norm=recipe.training.max_grad_norm,
         logging_steps=recipe.training.logging_steps,
         save_strategy="no",
-        gradient_checkpointing=recipe.training.gradient_checkpointing or None,  # False is also a warning since 5.23
+        gradient_checkpointing=recipe.training.gradient_checkpointing or None,  # False also warns since 5.23
         seed=recipe.training.seed,
         use_cpu=recipe.training.use_cpu,
         bf16=recipe.training.bf16,

@@ -58,7 +58,7 @@ def hold_folder(folder: Path, main_process: bool = True) -> Iterator[None]:
     finally:
         for path in made:
             with suppress(OSError):
-                path.rmdir()  # only an empty one
+                path.rmdir()  # only succeeds if empty
         _HELD.discard(descriptor)
         os.close(descriptor)
 
