@@ -501,7 +501,7 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch)
 def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         send(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"has no config\.json"):
+    with pytest.raises(InputError, match=r"does not have a config\.json"):
         send(tmp_path)
     with pytest.raises(InputError, match="which its users do not have: publish it and pass"):
         send(runs / "adapter")
