@@ -1,10 +1,10 @@
-# make demo   set up, then the tour on generated text
-# make test   set up, then the tests
-# make clean  remove what these made
+# make demo   install, then run the demo on generated text
+# make test   install, then run the tests
+# make clean  remove the virtual environment and all runs
 
 PYTHON ?= python3
 VENV := .venv
-# The book's own model, which the importer is tested against, without TensorFlow, JupyterLab and the old NumPy it asks for.
+# The book's model, for tests of the importer; without its dependencies TensorFlow, JupyterLab and an old NumPy.
 BOOK := llms-from-scratch==1.0.19
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/installed
@@ -14,7 +14,7 @@ TESTABLE := $(VENV)/testable
 demo: $(INSTALLED)
 	$(VENV)/bin/hfgpt demo
 
-# Tests run in two processes of one thread each: the models are too small to share a thread's work.
+# Tests run in two processes of one thread each: the models are too small to benefit from more threads.
 test: $(TESTABLE)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 

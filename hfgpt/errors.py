@@ -21,4 +21,4 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C stopped a run after saving a checkpoint; the message tells how to resume."""
+    """Ctrl-C stopped a run after saving a checkpoint or the weights; the message tells how to resume."""

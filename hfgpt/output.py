@@ -1,4 +1,4 @@
-"""Output for people: consoles without markup, and text in plots."""
+"""Output for the terminal: consoles without markup, wrapped text; and text in plots."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ from hfgpt.errors import make_visible
 class PlainConsole(Console):
     """Prints strings as they are, without rich's markup, with control characters made visible.
 
-    Where an indented line is too long for the console, what follows is indented further.
+    If an indented line is wrapped, its continuation lines are indented further.
     """
 
     def __init__(self, **settings):
@@ -49,18 +49,18 @@ def stderr_console(quiet: bool = False) -> Console:
 
 
 def output_width() -> int | None:
-    """Columns of the terminal that standard output goes to; None: it goes elsewhere, where lines are not broken."""
+    """Width of the terminal in columns; None: standard output is not a terminal, so lines are not wrapped."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def wrap_text(text: str, width: int | None, indent: int = 0, hanging: int | None = None) -> str:
-    """A paragraph, broken between words only.
+    """A paragraph, wrapped between words only.
 
     Args:
         text: One paragraph.
-        width: Columns; None: no line is broken.
-        indent: Blanks before the first line.
-        hanging: Blanks before the others; None: `indent`.
+        width: Columns; None: the text is not wrapped.
+        indent: Spaces before the first line.
+        hanging: Spaces before the other lines; None: `indent`.
     """
     first, others = " " * indent, " " * (indent if hanging is None else hanging)
     if width is None:
@@ -75,7 +75,7 @@ def render_pairs(pairs: Iterable[tuple[str, str]], width: int | None) -> str:
 
     Args:
         pairs: Names and values.
-        width: Columns to break lines at; None: no lines are broken.
+        width: Columns to wrap lines at; None: lines are not wrapped.
     """
     pairs = list(pairs)
     column = max(len(name) for name, _ in pairs) + 2

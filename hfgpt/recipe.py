@@ -43,7 +43,7 @@ OPTIONAL = ("pretraining", "adapters", "hub")
 MOST_KEYS = 10_000  # per recipe, including list items
 # Names of types in error messages.
 TYPES = {
-    "int": "a whole number",
+    "int": "an integer",
     "float": "a number",
     "bool": "true or false",
     "str": "text in quotes",
@@ -304,7 +304,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     for name, mark in keys:
         if name in lines:
             raise InputError(
-                f"{path.name}, line {mark.line + 1}: {name} is already set in line {lines[name]}: drop one"
+                f"{path.name}, line {mark.line + 1}: {name} is already set in line {lines[name]}: remove one"
             )
         lines[name] = mark.line + 1
     return tree, lines

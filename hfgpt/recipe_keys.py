@@ -252,5 +252,5 @@ def suggest(name: str, names: Sequence[str], most: int = 11) -> str:
     """A suggestion to append to an error: the most similar name, or all names if there are few."""
     found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return (
-        f"; did you mean '{found[0]}'?" if found else f" (there are: {', '.join(names)})" if len(names) <= most else ""
+        f"; did you mean '{found[0]}'?" if found else f" (available: {', '.join(names)})" if len(names) <= most else ""
     )

@@ -35,7 +35,7 @@ PLACE = "place"  # a local path or a Hub id; only the last part of a path is pub
 PRIVATE = "private"  # not published
 END = "end"  # describes the end of a run, not its checkpoints
 ADAPTER = "adapter"  # describes an adapter's weights, not the merged model
-REQUIRED = "required"  # must be in every file, whatever its default
+REQUIRED = "required"  # must be in every file, even if it has a default
 
 
 class Record:

@@ -171,7 +171,7 @@ def explain_full_disk(folder: str | Path, following: str = "or choose another di
 
     Args:
         folder: The folder that is written.
-        following: What to do then, or instead.
+        following: What to do next, or instead.
 
     Raises:
         InputError: The disk is full.

@@ -407,7 +407,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("plan shakespere-char", "no recipe or .yaml file 'shakespere-char'; did you mean 'shakespeare-char'?"),
         ("inspect wrong.yaml", "wrong.yaml, line 2: there is no key 'hiden_size' in section 'model'; did you mean"),
         ("train tiny.yaml --data.pth x", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
-        ("train tiny.yaml --training.max_steps few", "training.max_steps is 'few'; it must be a whole number"),
+        ("train tiny.yaml --training.max_steps few", "training.max_steps is 'few'; it must be an integer"),
         ("train tiny.yaml", "'runs/tiny' already contains a finished run: choose another --training.output_dir"),
         ("train tiny.yaml --training.output_dir damaged", "'damaged' already contains other files (no-json, ...)"),
         ("train tiny.yaml --training.output_dir tiny.yaml", "'tiny.yaml' is a file: choose another path"),
@@ -415,7 +415,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         (f"{TRAIN} --resume", "there is no run to resume in 'new': leave out --resume to start one"),
         ("evaluate runs/tiny", "data.path is not set: give a Hub id, a file, a folder or synthetic:stories"),
         ("evaluate runs/tiny --task clasify", "--task is 'clasify'; it must be pretrain, classify or instruct"),
-        ("evaluate runs/tiny --training.seed 1", "there is no section 'training' (there are: data, evaluation)"),
+        ("evaluate runs/tiny --training.seed 1", "there is no section 'training' (available: data, evaluation)"),
         (f"{TRAIN} --max_steps 3", "there is no section 'max_steps'; did you mean the key 'training.max_steps'?"),
         (
             "evaluate runs/tiny --data.path stories.txt --data.block_size 33",
@@ -431,11 +431,11 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.train_split dev",
-            "--data.train_split has no effect on evaluate: data.path 'stories.txt' does not have several splits",
+            "--data.train_split has no effect on evaluate: data.path 'stories.txt' does not have multiple splits",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.revision main",
-            "--data.revision has no effect on evaluate: data.path 'stories.txt' is not a Hub data set; leave it out",
+            "--data.revision has no effect on evaluate: data.path 'stories.txt' is not a Hub dataset; leave it out",
         ),
         (
             "evaluate runs/tiny --data.path stories.txt --data.text_column words",

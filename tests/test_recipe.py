@@ -87,7 +87,7 @@ def test_the_header_names_the_purpose_the_command_and_the_hardware(path):
     header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))[0]
     assert re.match(r"# [A-Z].{30}", header), "the first line says what the recipe is for"
     assert re.search(r"^# Hardware: .", header, re.MULTILINE)
-    assert "see recipes/README.md" in header or "Not yet run to its end" in header
+    assert "see recipes/README.md" in header or "Not yet run to completion" in header
     # What follows two blanks explains the command.
     commands = re.findall(r"^#   (?:accelerate .*?-m )?(hfgpt .*?)(?:  .*)?$", header, re.MULTILINE)
     assert commands
@@ -202,9 +202,9 @@ def test_sections_without_a_recipe():
     sections = parse_sections(["--data.path", "x", "--evaluation.stride=4"], "pretrain", ["data", "evaluation"])
     assert sections == {"data": PRETRAIN["data"](path="x"), "evaluation": PRETRAIN["evaluation"](stride=4)}
     for override, message in (
-        ("--training.seed=1", "there is no section 'training' (there are: data, evaluation)"),
+        ("--training.seed=1", "there is no section 'training' (available: data, evaluation)"),
         ("--data.pth=1", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
-        ("--data.stride=x", "data.stride is 'x'; it must be a whole number or null"),
+        ("--data.stride=x", "data.stride is 'x'; it must be an integer or null"),
     ):
         with pytest.raises(InputError) as error:
             parse_sections([override], "pretrain", ["data", "evaluation"])
@@ -370,7 +370,7 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
     ("text", "message"),
     [
         ("modle:\n  path: x\n", "line 1: there is no section 'modle'; did you mean 'model'?"),
-        ("task: pretrain\n\nxyz: 1\n", f"line 3: there is no section 'xyz' (there are: task, {', '.join(PRETRAIN)})"),
+        ("task: pretrain\n\nxyz: 1\n", f"line 3: there is no section 'xyz' (available: task, {', '.join(PRETRAIN)})"),
         ("max_steps: 3\n", "line 1: there is no section 'max_steps'; did you mean the key 'training.max_steps'?"),
         ("data:\n  path: x\n  strid: 1", "line 3: there is no key 'strid' in section 'data'; did you mean 'stride'?"),
         ("data: {path: x,\n 1: 2}\n", "line 2: there is no key '1' in section 'data'"),
@@ -384,8 +384,8 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
         ("data:\n  path: x\n  validation_fraction:\n", "line 3: data.validation_fraction cannot be empty"),
         ("training: {seed: null}\n", "line 1: training.seed cannot be empty"),
         ("data:\n  <<: {text_column: null}\n", "line 1: data.text_column cannot be empty"),
-        ("model:\n  hidden_size: wide\n", "line 2: model.hidden_size is 'wide'; it must be a whole number or null"),
-        ("data: {stride: 1.5}\n", "line 1: data.stride is '1.5'; it must be a whole number or null"),
+        ("model:\n  hidden_size: wide\n", "line 2: model.hidden_size is 'wide'; it must be an integer or null"),
+        ("data: {stride: 1.5}\n", "line 1: data.stride is '1.5'; it must be an integer or null"),
         ("data: {document_boundaries: 1}\n", "line 1: data.document_boundaries is '1'; it must be true or false"),
         ("training:\n  learning_rate: 1.0.0\n", "line 2: training.learning_rate is '1.0.0'; it must be a number"),
         ("training:\n  save_strategy: no\n", "line 2: training.save_strategy is 'False'; it must be text in quotes"),
@@ -400,8 +400,8 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
             "data: {sample_by: row}",
             "line 1: data.sample_by is 'row'; it must be one of 'document', 'paragraph', 'line'",
         ),
-        ("data:\n  path: x\n\ndata:\n  path: y\n", "line 4: data is already set in line 1: drop one"),
-        ("data:\n  path: x\n  name: z\n  path: y\n", "line 4: data.path is already set in line 2: drop one"),
+        ("data:\n  path: x\n\ndata:\n  path: y\n", "line 4: data is already set in line 1: remove one"),
+        ("data:\n  path: x\n  name: z\n  path: y\n", "line 4: data.path is already set in line 2: remove one"),
         ("training:\n  eval_strategy: stpes\n", "line 2: training.eval_strategy is 'stpes'; did you mean 'steps'?"),
         ("training: {optim: adamw_torhc}", "line 1: training.optim is 'adamw_torhc'; did you mean 'adamw_torch'?"),
         ("data: [\n", "line 2: invalid YAML: expected the node content, but found '<stream end>'"),
@@ -520,7 +520,7 @@ def test_numbers_of_the_first_pass_are_named_as_its_own(write):
         (["--model.hiden_size=3"], "there is no key 'hiden_size' in section 'model'; did you mean 'hidden_size'?"),
         (["--data.path.x=3"], "there is no key 'path.x' in section 'data'; did you mean 'path'?"),
         (["--data", "x"], "--data is a section: set one of its keys, as in --data.key value"),
-        (["--training.max_steps", "many"], "training.max_steps is 'many'; it must be a whole number"),
+        (["--training.max_steps", "many"], "training.max_steps is 'many'; it must be an integer"),
         (["--training.learning_rate", "null"], "training.learning_rate is 'None'; it must be a number"),
         (["--model.qkv_bias=maybe"], "model.qkv_bias is 'maybe'; it must be true or false or null"),
         (["--task", "x"], "task is 'x'; it must be one of pretrain, classify, instruct"),

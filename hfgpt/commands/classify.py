@@ -1,4 +1,4 @@
-"""`hfgpt classify`: texts from the command line, a file or standard input, and the class of each."""
+"""`hfgpt classify`: predicts the class of texts from the command line, a file or standard input."""
 
 import sys
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ def classify(path: str, texts: Sequence[str], file: Path | None) -> list[Predict
 
     Args:
         path: A folder or Hub id.
-        texts: Of the command line; without any, and without a file, standard input is read unless it is a terminal.
-        file: Has a text per line; `-` is standard input.
+        texts: Texts from the command line; without these and a file, standard input is read unless it is a terminal.
+        file: A file with one text per line; `-` is standard input.
 
     Raises:
         InputError: There is no classifier or no text, or a text is empty.
@@ -28,10 +28,10 @@ def classify(path: str, texts: Sequence[str], file: Path | None) -> list[Predict
 
 
 def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
-    """Texts of the command line, then the lines of a file; `-` is standard input.
+    """The texts from the command line, then the lines of a file; `-` is standard input.
 
     Raises:
-        InputError: There is none, one is empty, or the file cannot be read.
+        InputError: There is no text, a text is empty, or the file is not UTF-8.
     """
     named = [(f"text {number}", text) for number, text in enumerate(texts, start=1)]
     if file is not None:
@@ -40,7 +40,7 @@ def read_texts(texts: Sequence[str], file: Path | None) -> list[str]:
         try:
             lines = content.decode().replace("\r\n", "\n").rstrip("\n").split("\n") if content.strip() else []
         except UnicodeDecodeError as error:
-            raise InputError(f"{place} is not UTF-8 at byte {error.start}: convert it") from error
+            raise InputError(f"{place} is not valid UTF-8 at byte {error.start}: convert it to UTF-8") from error
         named += [(f"{place}, line {number}", line) for number, line in enumerate(lines, start=1)]
     if not named:
         raise InputError("no text to classify: pass texts, or a file with one text per line (--file)")

@@ -1,4 +1,4 @@
-"""The tour: every stage on text that hfgpt generates itself, offline, with a table of what was measured at the end."""
+"""`hfgpt demo`: all stages on generated text, without network access, and a table of the results."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ def run_demo(
     overrides: Mapping[str, Sequence[str]] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Trains the recipe `demo`, tells stories with the model, and teaches it two trades.
+    """Trains the recipe `demo`, generates stories with the model, and fine-tunes it on two tasks.
 
     Args:
-        output_dir: The run folder of the story-teller, with those of the others in it; None: the first free of
-            `runs/demo`, `runs/demo-2`, ...
+        output_dir: Run folder of the pre-trained model, with those of the fine-tuned models in it; None: the first of
+            `runs/demo`, `runs/demo-2`, ... that does not exist.
         overrides: Recipe -> `--section.key value` as on the command line, for `demo`, `demo-messages` and
             `demo-instructions`.
         console: Where to show the stories and the table; None: standard output.
@@ -39,7 +39,7 @@ def run_demo(
         The content of the three `metrics.json`, by recipe.
 
     Raises:
-        InputError: The folder holds another run.
+        InputError: The folder contains another run.
     """
     console, progress, overrides = console or PlainConsole(), stderr_console(), overrides or {}
     folder = output_dir or _free_folder(Path("runs"))
@@ -52,19 +52,19 @@ def run_demo(
     progress.rule("1  Train a small GPT on generated stories")
     metrics = {"demo": run(recipe("demo"), console=progress)}
 
-    progress.rule("2  Load it as any transformers model, and let it write")
+    progress.rule("2  Load it like any transformers model and generate text")
     model, tokenizer = find_model(str(folder)).load_with_tokenizer()
     for seed, prompt in enumerate(PROMPTS):
         arguments = SamplingArguments(max_new_tokens=200, temperature=0.6, seed=seed)
         console.print(generate_texts(model, tokenizer, prompt, arguments)[0], highlight=False, end="\n\n")
 
-    progress.rule("3  Teach it, with LoRA, to tell what kind of note a villager has left")
+    progress.rule("3  Fine-tune it with LoRA to classify notes")
     metrics["demo-messages"] = run(recipe("demo-messages"), console=progress)
     model, tokenizer, _ = load_classifier(find_model(str(folders["demo-messages"])))
     for found in predict(model, tokenizer, recipe("demo-messages").evaluation.prompts):
         console.print(f"{found.text}\n  -> {found.label} ({found.score:.3f})", highlight=False, end="\n\n")
 
-    progress.rule("4  Teach it, with all its weights, to follow instructions")
+    progress.rule("4  Fine-tune all its weights to follow instructions")
     metrics["demo-instructions"] = run(recipe("demo-instructions"), console=progress)
     model, tokenizer = find_model(str(folders["demo-instructions"])).load_with_tokenizer()
     for question in recipe("demo-instructions").evaluation.prompts:
@@ -77,7 +77,7 @@ def run_demo(
 
 
 def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> Table:
-    """What was measured at each stage, and how long its training took."""
+    """The metrics and the training time of each stage."""
     records = {name: RunRecord.read(path) for name, path in folders.items()}
     stories, messages, answers = (metrics[name] for name in folders)
     rows = [
@@ -89,7 +89,7 @@ def render_table(metrics: Mapping[str, Mapping[str, Any]], folders: Mapping[str,
         ("instructions", f"exact match on {answers['eval_answers']:,} unseen instructions",
          f"{answers['eval_exact_match']:.1%}", "demo-instructions"),
     ]  # fmt: skip
-    table = Table("stage", "what was measured", "result", "trained weights", "time")
+    table = Table("stage", "metric", "result", "trained weights", "time")
     for *cells, name in rows:
         plan, actual = (records[name].plan, records[name].actual) if name else (None, None)
         table.add_row(*cells, *([f"{plan['parameters']:,}", f"{actual['training_seconds']:.0f} s"] if name else []))

@@ -28,7 +28,7 @@ def inspect_recipe(recipe: Recipe, rows: int, console: Console | None = None):
 
     Args:
         recipe: Its data is read and tokenized as for training.
-        rows: Rows, or blocks, to show.
+        rows: Number of rows, or blocks, to show.
         console: The console to print to; None: standard output.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`hfgpt plan`: what a recipe will cost, before anything is spent."""
+"""`hfgpt plan`: estimates the cost of a recipe before it runs."""
 
 from hfgpt.output import output_width, render_pairs
 from hfgpt.recipe import Recipe
@@ -6,12 +6,12 @@ from hfgpt.runs.first_pass import prepare_first_pass
 from hfgpt.tasks import TASKS
 from hfgpt.training.estimate import Estimate, describe_steps, plan_run
 
-SECONDS = 2.0  # of the probe
-CHARACTERS = 1 << 23  # of a text, from which the number of its tokens is estimated
+SECONDS = 2.0  # of the benchmark
+CHARACTERS = 1 << 23  # of text to tokenize; the total number of tokens is estimated from these
 
 
 def plan_recipe(recipe: Recipe) -> Estimate:
-    """Reads the data, tokenizes enough of it, builds the model, and probes this machine for two seconds.
+    """Reads the data, tokenizes enough of it, builds the model, and benchmarks this machine for two seconds.
 
     Raises:
         InputError: As the run itself would.
@@ -28,7 +28,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
 
 
 def render_plan(estimate: Estimate) -> str:
-    """The estimate for people."""
+    """The estimate as text for the terminal."""
     mib = 1024**2
     estimated = "" if estimate.share == 1 else f", estimated from {estimate.share:.2%} of the text"
     rows = [

@@ -48,7 +48,7 @@ class PublishArguments:
         revision: A branch; None: main.
         create_pr: Whether to open a pull request.
         commit_message: None: one that names the folder.
-        measure: Whether to measure the weights again; not needed right after a run.
+        measure: Whether to re-evaluate the weights; not needed right after a run.
     """
 
     format: str = "hfgpt"
@@ -77,7 +77,7 @@ class Branch:
     Args:
         folder: The folder of exactly these files.
         place: Where users will load them from.
-        hashes: Name -> SHA-256 of the files as they were checked.
+        hashes: Name -> SHA-256 of the checked files.
     """
 
     folder: Path
@@ -105,7 +105,7 @@ def publish(
         model: The folder of a run, a checkpoint, an adapter, a merged or an imported model.
         repo_id: `user/name`.
         arguments: The options.
-        overrides: Such as `--hub.license mit`; keys of `data` and `evaluation` say what to measure on.
+        overrides: Such as `--hub.license mit`; those of `data` and `evaluation` set what to evaluate on.
         console: Where to report; None: standard error.
 
     Returns:
@@ -126,7 +126,7 @@ def publish(
         records, hub, contents, (model, tokenizer) = check_folder(folder, arguments, overrides, passed)
         branches = plan_branches(Path(temporary), repo_id, arguments, hub)
 
-        # 5. Measure these weights for the card.
+        # 5. Evaluate these weights for the card.
         if arguments.measure:
             passed(measure_again(model, records, overrides, console))
         expected = compute_expected(model, tokenizer, records)
@@ -172,9 +172,9 @@ def check_folder(
         check_base(records.adapter["base_model_name_or_path"], hub)
     passed(f"'{folder}' is an hfgpt {'adapter' if records.adapter else 'model'}")
 
-    # 2. The measured weights.
+    # 2. The weights that were evaluated.
     records, loaded = check_weights(folder, records)
-    passed("its weights load and are finite" + (", and are the measured ones" if records.metrics else ""))
+    passed("its weights load and are finite" + (", and are the evaluated ones" if records.metrics else ""))
 
     # 3. Only known file types.
     contents = sort_contents(folder)
@@ -197,7 +197,9 @@ def open_folder(folder: Path) -> FolderRecords:
     model = find_model(str(folder))
     kind = model.config.model_type  # of the base, for an adapter
     if kind != "hfgpt" and not (model.adapter and kind == "gpt2"):
-        remedy = "publish the model it was exported from with --format gpt2" if kind == "gpt2" else "pass one of hfgpt"
+        remedy = (
+            "publish the model it was exported from with --format gpt2" if kind == "gpt2" else "pass an hfgpt model"
+        )
         raise InputError(f"'{folder}' contains a model of type {kind}, not hfgpt: {remedy}")
     return read_records(folder)
 
@@ -221,7 +223,7 @@ def read_hub_arguments(records: FolderRecords, overrides: Sequence[str]) -> HubA
 
 
 def check_base(base: str, hub: HubArguments):
-    """Refuses an adapter whose base model is only a local folder, unless `hub` names it on the Hub."""
+    """Rejects an adapter whose base model is only a local folder, unless `hub` names it on the Hub."""
     if hub.base_model is None and not is_hub_id(base):
         raise InputError(
             f"the adapter's base model '{base}' is a local folder, which its users do not have: publish it and pass "
@@ -287,14 +289,14 @@ def make_branch(
         branch: Its `hashes` are set.
         names: The files in the folder to publish.
         records: The records of the folder.
-        hub: Facts for the card.
+        hub: Details for the card.
         passed: Called with a description of each check that has passed.
         expected: What the model in the folder computes.
         base: The base model of an adapter, see `pin_base`.
 
     Raises:
         InputError: The model cannot be exported to GPT-2, the card is invalid or contains a secret, or a process
-            without hfgpt computes something else.
+            without hfgpt computes different results.
     """
     native, folder = branch.place.native, records.folder
     if native:
@@ -315,26 +317,26 @@ def make_branch(
 
 
 def refuse_secrets(folder: Path, names: Sequence[str]):
-    """Refuses files with what looks like a token, a key or a password."""
+    """Rejects files that contain what looks like a token, a key or a password."""
     if secrets := find_secrets(folder, names):
         raise InputError(f"{'; '.join(secrets)}; remove it, and revoke it if it was ever published")
 
 
 def check_weights(folder: Path, records: FolderRecords) -> tuple[FolderRecords, Loaded]:
-    """Loads the model and compares weights and tokenizer with the hashes recorded when it was measured.
+    """Loads the model and compares weights and tokenizer with the hashes recorded when it was evaluated.
 
     Returns:
         The records with `run.architecture`, and the model with its tokenizer.
 
     Raises:
-        InputError: The weights are incomplete, not finite or not the measured ones, or the tokenizer is not the run's.
+        InputError: The weights are incomplete, not finite or not the evaluated ones, or the tokenizer has changed.
     """
     saved = find_model(str(folder))
     model = saved.load()
     run = dataclasses.replace(records.run, weights_sha256=hash_weights(folder))
     tokenizer = saved.load_tokenizer() if records.has_tokenizer or run.tokenizer_sha256 else None
     if run.tokenizer_sha256 and tokenizer_hash(tokenizer) != run.tokenizer_sha256:
-        raise InputError(f"the tokenizer in '{folder}' is not the one of the run: restore that one")
+        raise InputError(f"the tokenizer in '{folder}' is not the one used in the run: restore the original")
     run.architecture = describe_architecture(model)
     return dataclasses.replace(records, run=run), (model, tokenizer)
 
@@ -373,14 +375,14 @@ def describe_loading(branches: Sequence[Branch]) -> str:
 
 
 def show_missing(contents: Contents, records: FolderRecords, hub: HubArguments, console: Console):
-    """Prints which files are not published and why, and what the card lacks."""
+    """Prints which files are not published and why, and what the card is missing."""
     lines = [f"  {'not published':>15}  {name}: {reason}" for name, reason in contents.staying.items()]
     if hub.license is None:
         lines.append(
             "the card has no license, and without one nobody may use the model: set one, such as --hub.license mit"
         )
     if not records.metrics:
-        lines.append("the card has no evaluation: pass data to measure on with --data.path")
+        lines.append("the card has no evaluation results: set --data.path to evaluate the model")
     for line in lines:
         console.print(line, highlight=False, markup=False)
 

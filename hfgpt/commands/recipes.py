@@ -1,4 +1,4 @@
-"""`hfgpt recipes`: the recipes that ship with the package, as the first lines of each describe it."""
+"""`hfgpt recipes`: lists the recipes of the package with their purpose and command."""
 
 import re
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from hfgpt.recipe import recipe_folder, recipe_names
 
 @dataclass
 class RecipeSummary:
-    """What the comment at the top of a recipe says.
+    """A summary of a recipe, from the comment at its top.
 
     Args:
-        name: As `hfgpt train` takes it.
-        purpose: Its first line.
-        command: The first command in it.
-        file: The recipe itself.
+        name: Name of the recipe, for `hfgpt train`.
+        purpose: First line of the comment.
+        command: First command in the comment.
+        file: Path of the recipe.
     """
 
     name: str
@@ -27,7 +27,7 @@ class RecipeSummary:
 
 
 def list_recipes() -> list[RecipeSummary]:
-    """The recipes of the package by name."""
+    """The recipes of the package, sorted by name."""
     return [summarize_recipe(recipe_folder() / f"{name}.yaml") for name in recipe_names()]
 
 
@@ -35,8 +35,8 @@ def summarize_recipe(file: Path) -> RecipeSummary:
     """Reads the comment at the top of a recipe.
 
     Args:
-        file: Begins with a line that gives the purpose; an indented line of the comment is a command, with remarks
-            after two blanks.
+        file: A recipe. Its first line is the purpose; an indented line of the comment is a command, with an optional
+            explanation after two spaces.
     """
     first, *lines = file.read_text(encoding="utf-8").splitlines()
     command = next(found[1] for line in lines if (found := re.match(r"#   (\S+(?: \S+)*)", line)))
@@ -44,11 +44,11 @@ def summarize_recipe(file: Path) -> RecipeSummary:
 
 
 def render_recipes(recipes: Sequence[RecipeSummary], width: int | None) -> str:
-    """The recipes for people; a command stays on one line, so that it can be copied.
+    """The recipes as text for the terminal; commands are not wrapped, so that they can be copied.
 
     Args:
         recipes: At least one.
-        width: Columns to break lines at; None: no lines are broken.
+        width: Columns to wrap lines at; None: lines are not wrapped.
     """
     entries = [f"{found.name}\n{wrap_text(found.purpose, width, 4)}\n    {found.command}\n" for found in recipes]
     return "\n".join([*entries, f"The files are in {recipes[0].file.parent}"])

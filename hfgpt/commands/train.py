@@ -1,4 +1,4 @@
-"""`hfgpt train`: a run, and its publication where the recipe asks for it."""
+"""`hfgpt train`: trains a recipe, and publishes the result if the recipe sets `hub.repo_id`."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from hfgpt.training.callbacks import append_log
 
 
 def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Runs a recipe, and publishes what its section `hub` says.
+    """Runs a recipe, and publishes the result if the recipe sets `hub.repo_id`.
 
-    Args, returns and raises as `hfgpt.runs.run.run`; besides:
+    Args, returns and raises as `hfgpt.runs.run.run`; in addition:
 
     Raises:
-        InputError: The run could not be published, or is finished and did not arrive on the Hub.
+        InputError: The run cannot be published, or it is finished but an upload failed.
     """
     hub, is_main = recipe.hub, recipe.training.process_index == 0
     if hub is None or hub.repo_id is None:
@@ -42,22 +42,22 @@ def train(recipe: Recipe, resume: bool = False, console: Console | None = None) 
 
 
 def check_publication(recipe: Recipe):
-    """Refuses a run that is to be published and could not be, before hours of training rather than after.
+    """Checks before training that the run can be published.
 
     Raises:
-        InputError: Nobody is logged in, or its adapter would be of use on this machine alone.
+        InputError: There is no valid Hub token, or the base model of the adapter is only a local folder.
     """
     if recipe.adapters is not None:
-        # Without a path, its base is the first pass of this very run.
+        # Without a path, the base model is the first pass of this run.
         check_base(recipe.model.path or str(Path(recipe.training.output_dir).resolve()), recipe.hub)
     check_login(recipe.hub.repo_id)
 
 
 def publish_run(recipe: Recipe, pushes: CheckpointPushes | None, console: Console):
-    """Publishes a finished run, once the pushes of its checkpoints have come to their end.
+    """Publishes a finished run, after waiting for the uploads of its checkpoints.
 
     Raises:
-        InputError: Something did not arrive; the run itself is finished.
+        InputError: An upload failed; the run itself is finished.
     """
     hub, folder = recipe.hub, Path(recipe.training.output_dir)
     failed = []
@@ -65,7 +65,7 @@ def publish_run(recipe: Recipe, pushes: CheckpointPushes | None, console: Consol
         append_log(folder, {"step": step, "hub_error": reason})
         failed.append(f"checkpoint {step}: {reason}")
     try:
-        # What was measured a moment ago need not be measured again.
+        # The weights have just been evaluated.
         code = publish(str(folder), hub.repo_id, PublishArguments(private=hub.private, measure=False), (), console)
         console.print(code, highlight=False, markup=False)
     except InputError as error:

@@ -99,7 +99,7 @@ class BlockDataset(torch.utils.data.Dataset):
 
     @property
     def predicted_tokens(self) -> int:
-        """Targets that are not ignored, over all blocks; one in two blocks counts twice (once with `keep_tail`)."""
+        """Targets that are not ignored, over all blocks; those in two blocks count twice (once with `keep_tail`)."""
         total = len(self.stream) - 1 if self.keep_tail else self.num_blocks * self.block_size
         if not self.document_boundaries:
             return total

@@ -107,7 +107,7 @@ def read_kept(read: Callable[[], datasets.Dataset]) -> datasets.Dataset | None:
 def remove_abandoned(cache: Path):
     """Removes files that a killed process left; a running one would have written to them within a day.
 
-    Only in and for folders with the names that hfgpt gives: a user may choose any folder as the cache.
+    Matches only hfgpt's own names, since the user may choose any folder as the cache.
     """
     for path in [*cache.glob(f".{ENTRY}-*"), *cache.glob(f"{ENTRY}/tmp*")]:
         times = [item.stat().st_mtime for item in (path, *path.glob("*")) if item.exists()]

@@ -28,7 +28,7 @@ class ClassificationDataArguments(SourceArguments):
     """The recipe's section `data` for classification, in addition to the source of the rows.
 
     Args:
-        test_split: Split to test on, or the word that marks the test files of a folder. None: `test` if the source
+        test_split: Split to test on, or the word in the names of a folder's test files. None: `test` if the source
             has one, else `test_fraction` of the training split.
         validation_fraction: Fraction of the rows held out for validation if the source has no validation split.
         test_fraction: Fraction of the rows held out for testing if the source has no test split.

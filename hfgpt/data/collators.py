@@ -13,7 +13,7 @@ IGNORED = -100
 
 @dataclass
 class PaddingCollator:
-    """Pads rows on the right to the longest in the batch; the attention mask marks the padding, whatever its id.
+    """Pads rows on the right to the longest in the batch; the attention mask, not the id, marks padding.
 
     A row has `input_ids` and may have `labels` (one per token, or one for the row), `shift_labels` and `position_ids`;
     other columns are dropped. Only the labels decide which tokens are learned: the padding token may be the

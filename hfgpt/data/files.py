@@ -207,7 +207,7 @@ def _download_files(url: str) -> list[Path]:
     import fsspec
 
     if urlsplit(url).username:
-        raise InputError(f"data.path {without_secrets(url)!r} contains a user name: sign in by other means")
+        raise InputError(f"data.path {without_secrets(url)!r} contains a user name: remove it, and log in another way")
     try:
         system, place = fsspec.url_to_fs(url)
         if glob.has_magic(place.partition("?")[0]):

@@ -43,7 +43,7 @@ class InstructionDataArguments(SourceArguments):
     `messages`, a list of {role, content}.
 
     Args:
-        test_split: Split to test on, or the word that marks the test files of a folder. None: `test` if the source
+        test_split: Split to test on, or the word in the names of a folder's test files. None: `test` if the source
             has one, else `test_fraction` of the training split.
         validation_fraction: Fraction of the rows held out for validation if the source has no validation split.
         test_fraction: Fraction of the rows held out for testing if the source has no test split.
@@ -325,7 +325,7 @@ def _encode(
     """A row, or the reason to drop it."""
     special = set(tokenizer.all_special_tokens)
     if any(token in message["content"] for message in conversation for token in special):
-        return {}, "special token in the text"  # would be read as that token
+        return {}, "special token in the text"  # would be encoded as that token
     encoded = encode_chat(tokenizer, conversation, return_assistant_tokens_mask=True)
     ids, learned = encoded["input_ids"], encoded["assistant_masks"]
     if len(ids) - 1 > max_length:

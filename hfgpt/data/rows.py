@@ -285,7 +285,7 @@ def _read_all(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
         if missing and family(file) == "table" and (found := find_columns(file)):
             names = reading.column_names or ()
             unnamed = [key for key in missing if reading.columns[key] not in names]
-            if len(names) == len(first) and 0 < len(unnamed) < len(missing):  # the names fit, but for a key
+            if len(names) == len(first) and 0 < len(unnamed) < len(missing):  # the names fit, except for one key
                 raise wrong_column(unnamed[0], reading.columns[unnamed[0]], file, names)
             if len(names) != len(first) or not set(asked) <= set(names):
                 places = " ".join(f"--data.{key} {found[key]}" for key in reading.columns if key in found)

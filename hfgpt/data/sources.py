@@ -197,7 +197,7 @@ def _load_tables(source: Source, column: str, cache: Path) -> tuple[dict[str, da
             with appearing_folder(place) as folder:
                 _keep(source, column, folder)
         except OSError:
-            if not (place / SOURCE_FILE).is_file():  # else another process has written it
+            if not (place / SOURCE_FILE).is_file():  # otherwise another process has written it
                 raise
         kept = _open_kept(place)
     written, sha256 = kept

@@ -11,7 +11,7 @@ from hfgpt.errors import InputError
 
 @dataclass
 class HubArguments:
-    """The recipe's section `hub`: where to publish a run, and facts for its model card that a run cannot know.
+    """The recipe's section `hub`: where to publish a run, and details for its model card that are not recorded.
 
     Args:
         repo_id: `user/name`; None: the run is not published.
@@ -53,7 +53,7 @@ def check_repo_id(name: str, repo_id: str, owned: bool = True):
     """Checks a repository id.
 
     Args:
-        name: What the message calls it.
+        name: Name of the argument in the error message.
         repo_id: Such as `user/name`.
         owned: Whether it must have a namespace.
 

@@ -26,7 +26,7 @@ from hfgpt.hub.usage import Place
 
 
 class CheckpointPushes(TrainerCallback):
-    """Uploads each checkpoint in its own commit; when they come faster than the uploads, only the newest waits.
+    """Uploads each checkpoint in its own commit; if the uploads are slower than training, only the newest one waits.
 
     Args:
         hub: Where to publish.
@@ -35,7 +35,7 @@ class CheckpointPushes(TrainerCallback):
 
     def __init__(self, hub: HubArguments, console: Console):
         self.hub, self.console = hub, console
-        self.failures: dict[int, str] = {}  # step -> why
+        self.failures: dict[int, str] = {}  # step -> reason
         self.copies = tempfile.TemporaryDirectory(prefix="hfgpt-push-", ignore_cleanup_errors=True)  # removed at exit
         # One slot: a newer checkpoint replaces one that is still waiting.
         self.waiting: queue.Queue[tuple[int, Path] | None] = queue.Queue(maxsize=1)
@@ -70,7 +70,7 @@ class CheckpointPushes(TrainerCallback):
         self.waiting.put(None)
 
     def finish(self) -> dict[int, str]:
-        """Waits for the current upload, after `stop`; returns step -> why its upload failed."""
+        """Waits for the current upload, after `stop`; returns step -> reason why its upload failed."""
         self.thread.join()
         return self.failures
 
@@ -89,7 +89,7 @@ class CheckpointPushes(TrainerCallback):
 
     def _push(self, step: int, folder: Path):
         names = files_in(folder)
-        disable_progress_bars()  # they would break training's
+        disable_progress_bars()  # they would interfere with that of training
         try:
             if secrets := find_secrets(folder, names):
                 raise InputError("; ".join(secrets))

@@ -83,7 +83,7 @@ class Card:
 
     Args:
         records: The records in the model's folder.
-        hub: Facts that a run cannot know.
+        hub: Details that are not recorded.
         place: Where users load the model from.
     """
 
@@ -174,9 +174,9 @@ def card_folder() -> Path:
 
 
 def describe_architecture(model: PreTrainedModel) -> dict[str, Any]:
-    """The entry `architecture` of run.json, for the card; of an adapter, its base model's."""
+    """The entry `architecture` of run.json, for the card; for an adapter, that of its base model."""
     network = base_of(model)
-    with torch.device("meta"):  # built anew, since the model may carry an adapter
+    with torch.device("meta"):  # a new instance, since the model may have an adapter
         parameters = type(network)(network.config).num_parameters()
     return {"parameters": parameters} | {name: getattr(network.config, name) for name in ARCHITECTURE}
 

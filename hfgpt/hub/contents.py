@@ -93,7 +93,7 @@ def find_secrets(folder: Path, names: Iterable[str]) -> list[str]:
         names: Their names, relative to the folder.
 
     Returns:
-        A description of each find, without the secret itself.
+        A description of each match, without the secret itself.
     """
     own = [value.encode() for value in (get_token(), *map(os.environ.get, TOKEN_VARIABLES)) if value]
     found = []
@@ -115,10 +115,10 @@ def find_secrets(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def _find_fault(path: Path) -> str | None:
-    """Why a file or folder cannot be published; None: it can, or it is known to stay."""
+    """Why a file or folder cannot be published; None: it can, or it is known and skipped."""
     name = path.name
     if path.is_symlink() and not path.resolve().is_relative_to(path.parent.resolve()):
-        return "is a symbolic link to a place outside the folder"
+        return "is a symbolic link that points outside the folder"
     if name in STAYING or (STATE.fullmatch(name) and is_checkpoint(path.parent)):
         return None
     if name.startswith("."):

@@ -61,7 +61,7 @@ class FolderRecords:
 
     @property
     def task(self) -> str | None:
-        """`pretrain`, `classify` or `instruct`; None: it is not recorded what a language model was trained for."""
+        """`pretrain`, `classify` or `instruct`; None: unknown, for a language model without a recipe."""
         return self.recipe.get("task") or ("classify" if self.labels else None)
 
     @property
@@ -82,7 +82,7 @@ class FolderRecords:
 
     @property
     def base(self) -> str | None:
-        """The base model as it was named, a folder or a Hub id; None: there is none."""
+        """The base model as given, a folder or a Hub id; None: there is none."""
         return (
             self.adapter.get("base_model_name_or_path")
             or (self.merge and self.merge.base_model)
@@ -107,7 +107,7 @@ class FolderRecords:
 
     @property
     def is_exported(self) -> bool:
-        """Whether the weights were exported from the measured ones."""
+        """Whether the weights were exported from the evaluated ones."""
         return bool(self.conversion) and self.conversion.format.startswith("to ")
 
 
@@ -119,7 +119,7 @@ def explained_records(folder: Path) -> Iterator[None]:
         folder: Their folder.
 
     Raises:
-        InputError: In place of any error that they cause.
+        InputError: Instead of any error that they cause.
     """
     try:
         yield
@@ -138,7 +138,7 @@ def explained_records(folder: Path) -> Iterator[None]:
         fact = " ".join(str(error).split())[:200]
         raise InputError(
             f"the records in '{folder}' (run.json, recipe.yaml, ...) are damaged or were edited "
-            f"({type(error).__name__}: {fact}): restore those that were saved with the model, or delete them"
+            f"({type(error).__name__}: {fact}): restore the ones saved with the model, or delete them"
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Loads a model in a Python process without hfgpt, as users will who do not have it.
+"""Loads a model in a Python process without hfgpt, as for users who have not installed it.
 
-Never imported: `hfgpt.hub.stranger` runs it as a script with one argument, a JSON file that says what to load and what
-to compute, and reads the answer from the files named there.
+Never imported: `hfgpt.hub.stranger` runs it as a script with one argument, a JSON file with what to load and compute,
+and reads the results from the files named in it.
 """
 
 import importlib.abc
@@ -10,7 +10,7 @@ import sys
 
 
 class NotInstalled(importlib.abc.MetaPathFinder):
-    """Makes `import hfgpt` fail, wherever it is installed."""
+    """Makes `import hfgpt` fail, even if it is installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "hfgpt":

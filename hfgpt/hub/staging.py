@@ -17,7 +17,7 @@ from hfgpt.hub.usage import Place
 from hfgpt.records import LOG_FILE, RECIPE_FILE, write_metrics
 from hfgpt.saving import write_json, write_text
 
-# Keys of the section hub that describe the model; the others say where its owner publishes it.
+# Keys of the section hub that describe the model; the others describe where it is published.
 DESCRIBING = ("license", "author", "url", "language", "base_model", "base_revision", "data_license", "energy_kwh")
 # Files of hfgpt's layout, which a native GPT-2 must not have.
 NOT_NATIVE = re.compile(r".*\.safetensors(\.index\.json)?|.*_hfgpt\.py|adapter_config\.json|labels\.json")
@@ -32,7 +32,7 @@ def stage(folder: Path, staging: Path, names: Sequence[str], records: FolderReco
         staging: The folder to make.
         names: The files in `folder` to publish, see `hfgpt.hub.contents.sort_contents`.
         records: The model's records, with the metrics to publish.
-        hub: Facts for the card, and the public base model of an adapter.
+        hub: Details for the card, and the public base model of an adapter.
         place: Where users will load the model from.
     """
     staging.mkdir()
@@ -74,7 +74,7 @@ def _stage_records(staging: Path, records: FolderRecords, hub: HubArguments, pla
         described = {name: getattr(hub, name) for name in DESCRIBING if getattr(hub, name) is not None}
         text = yaml.safe_dump({**recipe, "hub": described}, sort_keys=False, allow_unicode=True)
         write_text(staging / RECIPE_FILE, text)
-    if (staging / LOG_FILE).is_file():  # failed uploads stay out of the published log
+    if (staging / LOG_FILE).is_file():  # failed uploads are left out of the published log
         lines = (staging / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(staging / LOG_FILE, "".join(line for line in lines if "hub_error" not in json.loads(line)))
     # Not the records of the copy, where a local base model could look like a Hub id.

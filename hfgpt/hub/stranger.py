@@ -1,4 +1,4 @@
-"""Checks that files load without hfgpt and compute what was measured here.
+"""Checks that files load without hfgpt and compute the same results.
 
 hfgpt computes logits in this process; a fresh Python process without hfgpt then loads the files to be published and
 must get the same logits, bit for bit, and the same greedy continuation.
@@ -99,7 +99,7 @@ def compute_expected(
 
 
 def compute_native(folder: Path, expected: Expected) -> Expected:
-    """As `compute_expected`, for the native GPT-2 in a folder; its tokenizer must give the ids of the original's."""
+    """As `compute_expected`, for the native GPT-2 in a folder; its tokenizer must produce the original ids."""
     records = read_records(folder)
     auto_class = AutoModelForSequenceClassification if records.task == "classify" else AutoModelForCausalLM
     with quiet_bars():
@@ -117,7 +117,7 @@ def check_as_stranger(folder: Path, expected: Expected, native: bool = False, ba
         base: The base model of an adapter, as users will load it, see `hfgpt.hub.staging.stage_base`.
 
     Raises:
-        InputError: The files do not load, compute something else, or contain code that is not hfgpt's.
+        InputError: The files do not load, compute different results, or contain code that is not hfgpt's.
     """
     for place in filter(None, (folder, base)):
         if fault := find_foreign_code(place, files_in(place)):
@@ -181,7 +181,7 @@ def _ask(job: dict[str, Any], place: Path) -> tuple[dict[str, Any], torch.Tensor
     environment = {
         **{name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)},
         "HOME": str(place),
-        "PYTHONUSERBASE": site.getuserbase(),  # which Python would otherwise look for below HOME
+        "PYTHONUSERBASE": site.getuserbase(),  # which Python would otherwise look for in HOME
         "HF_HOME": str(place / "home"),
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(place / "modules"),

@@ -46,7 +46,7 @@ WEIGHTS_FILE = "model.safetensors"
 EMPTY = (".gitattributes", "README.md", "LICENSE")
 # Seconds before each retry, after the client's own retries of most requests, which take half a minute.
 WAITS = (2, 10)
-# Files that hfgpt publishes: those of an earlier publication that a new one does not have are deleted.
+# Files that hfgpt publishes; old ones that are not part of a new upload are deleted.
 OURS = re.compile(
     r"[^/]*\.safetensors(\.index\.json)?|pytorch_model[^/]*|(adapter_)?config\.json|generation_config\.json|"
     r"[^/]*_hfgpt\.py|tokenizer[^/]*|vocab\.json|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\.jinja|labels\.json|"
@@ -78,7 +78,7 @@ class Target:
 
 
 def upload(folder: Path, names: list[str], target: Target) -> CommitInfo:
-    """Uploads files in one commit, which also deletes files of an earlier publication.
+    """Uploads files in one commit, which also deletes stale files of earlier uploads.
 
     Args:
         folder: The folder of the files.
@@ -138,7 +138,7 @@ def fetch_base(repo_id: str, revision: str | None = None) -> tuple[str, Path, li
         weights = [name for name in present if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
         wanted += weights or [name for name in present if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
         if "config.json" not in wanted:
-            raise InputError(f"'{repo_id}' is not a model (it has no config.json): name the adapter's base model")
+            raise InputError(f"'{repo_id}' is not a model (it has no config.json): give the adapter's base model")
         fetched = [Path(hf_hub_download(repo_id, name, revision=info.sha)) for name in wanted]
         folder = fetched[0].parent
         if fault := find_foreign_code(folder, [*code, *wanted]):
@@ -174,7 +174,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return f"cannot reach '{repo_id}', since HF_HUB_OFFLINE is set: unset it"
     if status == 403:
-        return f"no permission to write to '{repo_id}': use a token with write access, or a repository of your own"
+        return f"no permission to write to '{repo_id}': use a token with write access, or your own repository"
     if status == 404:
         return f"'{repo_id}' or its branch does not exist, or you have no access to it: check the name and the login"
     if status in (409, 412):
@@ -186,7 +186,7 @@ def explain(error: BaseException, repo_id: str) -> str:
     if _is_local(last):
         return f"cannot read or write a local file ({fact}): fix this and publish again"
     what = "the Hub returned an error" if status else "cannot reach the Hub"
-    return f"{what} ({fact}): publish again later; files that have arrived are not uploaded again"
+    return f"{what} ({fact}): publish again later; files already uploaded are not sent again"
 
 
 def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float] | None = None) -> T:
@@ -249,7 +249,7 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
     """Creates the repository and the branch if they do not exist; returns the branch's head and its files.
 
     Raises:
-        InputError: The repository exists with another visibility, or has a model that is not hfgpt's.
+        InputError: The repository exists with a different visibility, or has a model that is not hfgpt's.
     """
     repo_id, revision = target.repo_id, target.revision
     try:
@@ -272,7 +272,7 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
     foreign = [name for name in present if name not in EMPTY]
     if foreign and not _is_ours(repo_id, info.sha, present):
         raise InputError(
-            f"'{repo_id}' contains {foreign[0]} but no model of hfgpt's, and would be overwritten: choose another "
+            f"'{repo_id}' contains {foreign[0]} but not an hfgpt model, and would be overwritten: choose another "
             "repository"
         )
     return info.sha, present

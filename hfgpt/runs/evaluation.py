@@ -36,9 +36,9 @@ def _unused_by(data: SourceArguments) -> dict[str, str]:
     unused, source = {}, f"data.path {data.path!r}"
     generated, files = data.path.startswith("synthetic:"), find_files(data.path)
     if generated or files:
-        unused |= dict.fromkeys(("data.name", "data.revision"), f"{source} is not a Hub data set")
+        unused |= dict.fromkeys(("data.name", "data.revision"), f"{source} is not a Hub dataset")
     if generated or len(files) == 1:
-        unused["data.train_split"] = f"{source} does not have several splits"
+        unused["data.train_split"] = f"{source} does not have multiple splits"
     if files and family(files[0]) == "text":
         unused["data.text_column"] = f"{source} is text without columns"
     else:

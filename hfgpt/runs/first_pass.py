@@ -118,11 +118,17 @@ def build_blocks(recipe: Recipe, data: Data) -> BlockDataset:
 def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
     """Trainer's arguments for the first pass: its section, with the hardware and optimizer settings of `training`."""
     arguments = recipe.pretraining
+    rows, batches = arguments.per_device_train_batch_size, recipe.training.batches_per_step
+    if rows < recipe.training.world_size:
+        raise InputError(
+            f"pretraining.per_device_train_batch_size is {rows}, but there are {recipe.training.world_size} processes: "
+            "raise it, or use fewer processes"
+        )
     return HfGPTTrainingArguments(
         output_dir=str(first_pass_folder(recipe)),
         max_steps=arguments.max_steps,
-        per_device_train_batch_size=arguments.per_device_train_batch_size,
-        global_batch_size=arguments.per_device_train_batch_size,
+        per_device_train_batch_size=-(-rows // batches),
+        global_batch_size=rows,
         learning_rate=arguments.learning_rate,
         muon_learning_rate=arguments.muon_learning_rate,
         muon_momentum=arguments.muon_momentum,
@@ -138,7 +144,7 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         max_grad_norm=recipe.training.max_grad_norm,
         logging_steps=recipe.training.logging_steps,
         save_strategy="no",
-        gradient_checkpointing=recipe.training.gradient_checkpointing or None,  # False is also a warning since 5.23
+        gradient_checkpointing=recipe.training.gradient_checkpointing or None,  # False also warns since 5.23
         seed=recipe.training.seed,
         use_cpu=recipe.training.use_cpu,
         bf16=recipe.training.bf16,

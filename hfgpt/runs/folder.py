@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hfgpt.data.report import counted
 from hfgpt.errors import InputError
 from hfgpt.models import SavedModel
 from hfgpt.output import stderr_console
@@ -58,7 +59,7 @@ def hold_folder(folder: Path, main_process: bool = True) -> Iterator[None]:
     finally:
         for path in made:
             with suppress(OSError):
-                path.rmdir()  # only an empty one
+                path.rmdir()  # only succeeds if empty
         _HELD.discard(descriptor)
         os.close(descriptor)
 
@@ -147,8 +148,8 @@ def keep_steps(arguments: HfGPTTrainingArguments, folder: Path):
     batches = -(-before.rows_per_step // before.rows_per_batch)
     if arguments.world_size > batches:
         raise InputError(
-            f"there are {arguments.world_size} processes, but each step of the run in '{folder}' has {batches} batches "
-            f"of at most {before.rows_per_batch} rows: use at most {batches} processes"
+            f"there are {arguments.world_size} processes, but a step of the run in '{folder}' has only "
+            f"{counted(batches, 'batches')} of {before.rows_per_batch} rows: use at most {batches}"
         )
     arguments.divide_steps(before.rows_per_step, before.rows_per_batch)
 

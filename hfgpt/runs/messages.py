@@ -66,5 +66,5 @@ def describe_end(task: Task, metrics: dict[str, Any], samples: Sequence[str], tr
 
 
 def describe_next(folder: Path, task: Task) -> str:
-    """The last line of a run: where it is, and the command to try it."""
+    """The last line of a run: where it is saved, and the command to try it."""
     return f"saved to {folder}. Next: {task.following(quote_path(folder))}"

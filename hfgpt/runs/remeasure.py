@@ -39,7 +39,7 @@ def measure_again(model: PreTrainedModel, records: FolderRecords, overrides: Seq
     Raises:
         InputError: The data or the metrics do not match those of the run.
     """
-    now = datetime.datetime.now(datetime.UTC).date().isoformat()  # publishing twice a day changes nothing
+    now = datetime.datetime.now(datetime.UTC).date().isoformat()  # so that publishing twice on one day changes nothing
     if not records.recipe:
         return _measure_what_is_named(records, overrides, now, console)
     with explained_records(records.folder):
@@ -69,7 +69,7 @@ def _find_rows(records: FolderRecords, overrides: Sequence[str]) -> Recipe | Non
     ]
     if others := [option for option in options if option not in OF_THIS_MACHINE]:
         raise InputError(
-            f"{others[0]} would evaluate other rows than the run held out: leave it out; only --data.path, the "
+            f"{others[0]} would evaluate rows that the run did not hold out: leave it out; only --data.path, the "
             "current location of the data, can be set"
         )
     # Evaluation does not need the bfloat16 or the reporting integration of the run.

@@ -65,7 +65,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     started, arguments, task = time.perf_counter(), recipe.training, TASKS[recipe.task]
     folder, is_main = Path(arguments.output_dir), arguments.process_index == 0
 
-    # 1. The run folder: free, or with the run to resume. Also check what the end of the run will need.
+    # 1. The run folder: free, or with the run to resume. Also check what will be needed at the end of the run.
     checkpoint = check_run_folder(recipe, resume, console)
     task.check(recipe)
 
@@ -110,7 +110,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     metrics = judge(measured, folder)
     write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place.of_folder(folder))
     console.print(describe_end(task, metrics, samples["texts"], training), highlight=False)
-    console.print(describe_next(folder, task), soft_wrap=True)  # unbroken, so that the command can be copied
+    console.print(describe_next(folder, task), soft_wrap=True)  # not wrapped, so that the command can be copied
     return metrics
 
 

@@ -131,7 +131,7 @@ class Instructions:
         evaluation: AnswerEvaluationArguments,
         console: Console | None = None,
     ) -> dict[str, Any]:
-        """See `Task`; also saves the answers in `evaluation.answers`, and has them judged, if the section says so."""
+        """See `Task`; also saves the answers in `evaluation.answers` and has them judged, if these keys are set."""
         console = console or stderr_console()
         if evaluation.judge.base_url:
             if not evaluation.answers:
@@ -194,7 +194,7 @@ def measure_answers(
     """Generates greedy answers to the last question of each conversation and scores them.
 
     Args:
-        before: Other metrics, placed before these.
+        before: Other metrics, placed first in the result.
     """
     chosen = conversations[: evaluation.max_answers]
     with console.status(f"generating {counted(len(chosen), 'answers')}"):

@@ -153,16 +153,16 @@ class Pretraining:
 def load_texts(
     recipe: Recipe, report: DataReport, characters: int | None
 ) -> tuple[Mapping[str, Dataset], float | None]:
-    """The texts of both splits, or about so many characters of each, which are enough to plan.
+    """The texts of both splits, or about `characters` characters of each, enough for a plan.
 
     Returns:
-        The texts, and the fraction of the training text; None if more was left unread than is known.
+        The texts, and the fraction of the training text that was read; None if its total size is unknown.
     """
     if not characters:
         return load_documents(recipe.data, recipe.training.seed, report), 1.0
     arguments, has_steps = recipe.data, recipe.training.max_steps > 0
     if has_steps and (arguments.max_documents or DOCUMENTS) >= DOCUMENTS:
-        # The run's length is known, so all of a large data set need not be read or downloaded.
+        # The length of the run is known, so a large dataset need not be read or downloaded completely.
         arguments = dataclasses.replace(arguments, max_documents=DOCUMENTS)
     documents = load_documents(arguments, recipe.training.seed, report)
     sizes = report.split("train")
@@ -171,7 +171,7 @@ def load_texts(
 
 
 def rows_of_steps(arguments: HfGPTTrainingArguments) -> int:
-    """Rows that the steps of a run take."""
+    """Training rows used by `max_steps` steps."""
     return arguments.max_steps * arguments.rows_per_step
 
 

@@ -22,7 +22,7 @@ from hfgpt.saving import write_text
 
 # Name in the log -> label and style of its curve in loss.png.
 CURVES = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
-WIDE = 100  # columns of a terminal that has room for all of the progress in one line
+WIDE = 100  # columns that the progress bar and all values need on one line
 
 
 class ProgressCallback(TrainerCallback):
@@ -39,7 +39,7 @@ class ProgressCallback(TrainerCallback):
         steps, status, left = MofNCompleteColumn(), "{task.fields[status]}", TimeRemainingColumn()
         if console.width >= WIDE:
             columns = ["training", BarColumn(), steps, status, TimeElapsedColumn(), "left", left]
-        else:  # the figures take a second line rather than being cut
+        else:  # the values go on a second line instead of being cut off
             columns = [BarColumn(10), steps, TextColumn(status, table_column=Column()), left]
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.loss = self.eval_loss = ""
@@ -203,7 +203,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             last = f"{label}: {points[-1][1]:.3f}"
-            style = "o-" if len(points) == 1 and style == "-" else style  # a line of one point is invisible
+            style = "o-" if len(points) == 1 and style == "-" else style  # a line through one point is invisible
             axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
     axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
     axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})", title=drawable(Path(output_dir).name, "loss"))

@@ -1,4 +1,4 @@
-"""Estimated cost of a run: memory by arithmetic, time by a short benchmark on this machine.
+"""Estimated cost of a run: memory is computed, time is measured by a short benchmark on this machine.
 
 Sources: Rajbhandari et al., "ZeRO" (2020), section 3.1, for the bytes of weights, gradients and optimizer state;
 Korthikanti et al., "Reducing Activation Recomputation" (2022), section 4, for the activations of a block.
@@ -86,7 +86,7 @@ class Estimate:
 
 
 def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int) -> Estimate:
-    """The cost of a run by arithmetic only, without a benchmark.
+    """The computed cost of a run, without a benchmark.
 
     Args:
         model: The model to train; may be on the meta device.

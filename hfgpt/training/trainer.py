@@ -170,6 +170,11 @@ class HfGPTTrainingArguments(TrainingArguments):
             )
         self.divide_steps(rows, min(self.per_device_train_batch_size, -(-rows // processes)))
 
+    @property
+    def batches_per_step(self) -> int:
+        """Number of batches of an optimizer step, in all processes."""
+        return -(-self.rows_per_step // self.per_device_train_batch_size)
+
     def divide_steps(self, rows_per_step: int, batch_size: int):
         """Sets the batch size, and the number of batches that each process takes per optimizer step.
 

@@ -54,14 +54,14 @@ def test_one_key_and_the_keys_within_it():
     ("name", "task", "message"),
     [
         ("modle", None, "there is no section 'modle'; did you mean 'model'?"),
-        ("xyz", None, "there is no section 'xyz' (there are: task, tokenizer, model, data, pretraining, adapters, "),
+        ("xyz", None, "there is no section 'xyz' (available: task, tokenizer, model, data, pretraining, adapters, "),
         ("data.pth", None, "there is no key 'pth' in section 'data'; did you mean 'path'?"),
         ("training.lr", "classify", "there is no key 'lr' in section 'training'; did you mean 'learning_rate'?"),
         ("evaluation.judge.modle", None, "no key 'judge.modle' in section 'evaluation'; did you mean 'judge.model'?"),
         ("data.stride", "classify", "there is no key 'stride' in section 'data'"),
         ("pretraining", "instruct", "recipes of task instruct have no section 'pretraining': use --task classify"),
         ("data", "clasify", "--task is 'clasify'; did you mean 'classify'?"),
-        (None, "x", "--task is 'x' (there are: pretrain, classify, instruct)"),
+        (None, "x", "--task is 'x' (available: pretrain, classify, instruct)"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_the_nearest_name(name, task, message):

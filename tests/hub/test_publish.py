@@ -291,7 +291,7 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
             "{task: pretrain, hub: {license: mit}, data: 5}",
             r"recipe\.yaml' has an invalid section: data is 5",
         ),
-        ("trainer_state.json", "{}", r"\(KeyError: 'global_step'\): restore those that were saved with the model"),
+        ("trainer_state.json", "{}", r"\(KeyError: 'global_step'\): restore the ones saved with the model"),
         ("labels.json", '{"id2label": ["a"]}', r"the records in .* \(AttributeError: 'list' object has no"),
     ],
 )
@@ -341,7 +341,7 @@ def test_another_tokenizer_is_refused(hub, run):
     first, second = [token for token in vocabulary if len(token) == 1][:2]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (run / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match="is not the one of the run"):
+    with pytest.raises(InputError, match="is not the one used in the run"):
         send(run)
 
 
@@ -385,14 +385,14 @@ def test_a_model_of_another_kind_is_not_written_over(hub, run, trusting):
     repository = hub.create("me/llama", private=True)
     hub.blobs["x"] = b'{"model_type": "llama"}'
     repository.commits[repository.branches["main"]]["config.json"] = (False, "x")
-    with pytest.raises(InputError, match=r"'me/llama' contains config\.json but no model of hfgpt's"):
+    with pytest.raises(InputError, match=r"'me/llama' contains config\.json but not an hfgpt model"):
         send(run, "me/llama", measure=False)
     assert hub.files("me/llama").keys() == {"config.json"}
     # Nor an adapter or a pipeline, which have no such file.
     for name in ("adapter_model.safetensors", "unet/model.safetensors"):
         repository = hub.create("me/other", private=True)
         repository.commits[repository.branches["main"]] = {name: (False, "x"), "README.md": (False, "x")}
-        with pytest.raises(InputError, match="but no model of hfgpt's"):
+        with pytest.raises(InputError, match="but not an hfgpt model"):
             send(run, "me/other", measure=False)
 
 
@@ -436,7 +436,7 @@ def write(name: str, content: bytes):
         (write("__pycache__/a.pyc", b"x"), "'__pycache__' is a folder"),
         (
             lambda run: (run / "link.txt").symlink_to("/etc/hostname"),
-            "'link.txt' is a symbolic link to a place outside",
+            "'link.txt' is a symbolic link that points outside",
         ),
         (plant_nan, "have changed since they were saved"),
         (edit_weight, "have changed since they were saved"),
@@ -501,7 +501,7 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch)
 def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         send(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"has no config\.json"):
+    with pytest.raises(InputError, match=r"does not have a config\.json"):
         send(tmp_path)
     with pytest.raises(InputError, match="which its users do not have: publish it and pass"):
         send(runs / "adapter")
@@ -707,7 +707,7 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
     assert "Converted from `gpt2` (gpt2); the logits differ from the original's by at most " in card
     assert str(tmp_path) not in card
     _, shown = send(tmp_path / "ours", dry_run=True)
-    assert "the card has no evaluation: pass data to measure on with --data.path" in shown
+    assert "the card has no evaluation results: set --data.path to evaluate the model" in shown
     assert "the card has no license" in shown
     (tmp_path / "text.txt").write_text("a b c " * 40)
     _, shown = send(tmp_path / "ours", "me/ours", "--data.path", str(tmp_path / "text.txt"), dry_run=True)

@@ -342,7 +342,7 @@ def test_texts_to_classify(tmp_path):
     with pytest.raises(InputError, match="no text to classify"):
         read_texts([], None)
     (tmp_path / "texts").write_bytes(b"caf\xe9")
-    with pytest.raises(InputError, match="is not UTF-8 at byte 3: convert it"):
+    with pytest.raises(InputError, match="is not valid UTF-8 at byte 3: convert it to UTF-8"):
         read_texts([], tmp_path / "texts")
 
 
