@@ -118,16 +118,16 @@ def build_blocks(recipe: Recipe, data: Data) -> BlockDataset:
 def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
     """Trainer's arguments for the first pass: its section, with the hardware and optimizer settings of `training`."""
     arguments = recipe.pretraining
-    rows, batches = arguments.per_device_train_batch_size, recipe.training.batches_per_step
-    if rows < recipe.training.world_size:
+    rows, processes = arguments.per_device_train_batch_size, recipe.training.world_size
+    if rows < processes:
         raise InputError(
-            f"pretraining.per_device_train_batch_size is {rows}, but there are {recipe.training.world_size} processes: "
-            "raise it, or use fewer processes"
+            f"pretraining.per_device_train_batch_size is {rows}, but there are {processes} processes: raise it, or use "
+            "fewer processes"
         )
     return HfGPTTrainingArguments(
         output_dir=str(first_pass_folder(recipe)),
         max_steps=arguments.max_steps,
-        per_device_train_batch_size=-(-rows // batches),
+        per_device_train_batch_size=-(-rows // recipe.training.batches_per_step),
         global_batch_size=rows,
         learning_rate=arguments.learning_rate,
         muon_learning_rate=arguments.muon_learning_rate,
