@@ -121,8 +121,8 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
     rows, processes = arguments.per_device_train_batch_size, recipe.training.world_size
     if rows < processes:
         raise InputError(
-            f"pretraining.per_device_train_batch_size is {rows}, but there are {processes} processes: raise it, or use "
-            "fewer processes"
+            f"pretraining.per_device_train_batch_size is {rows}, but there are {processes} processes: raise it, or "
+            "use fewer processes"
         )
     return HfGPTTrainingArguments(
         output_dir=str(first_pass_folder(recipe)),
