@@ -4,6 +4,7 @@ Every stage adds to one `DataReport`; a run writes it to `data_report.json`, and
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
@@ -15,8 +16,8 @@ FEWEST = {"tokens": 1000, "rows": 100}
 
 
 def counted(count: int, plural: str) -> str:
-    """`3 rows`, but `1 row`."""
-    return f"{count:,} {plural.removesuffix('s') if count == 1 else plural}"
+    """`3 rows`, but `1 row` (and `1 batch`, `1 process`)."""
+    return f"{count:,} {re.sub('(?<=ch|ss)es$|s$', '', plural) if count == 1 else plural}"
 
 
 @dataclass

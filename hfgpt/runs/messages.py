@@ -44,7 +44,8 @@ def describe_start(
         f"{counted(model.config.num_hidden_layers, 'layers')}, {counted(model.config.num_attention_heads, 'heads')}, "
         f"hidden size {model.config.hidden_size}",
         f"trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
-        f"device: {describe_device(arguments.device)}; {precision}; attention {model.config._attn_implementation}",
+        f"device: {describe_device(arguments.device)}; {counted(arguments.world_size, 'processes')}; {precision}; "
+        f"attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
         *([first.describe()] if first else []),
         f"{'second pass' if recipe.pretraining else 'training'}: {describe_steps(estimate)}; about "

@@ -59,8 +59,8 @@ def run_training(
     """
     if checkpoint:
         console.print(
-            f"resuming from {checkpoint.name}: step {step_of(checkpoint):,} of {estimate.steps:,}, with the same data "
-            "order and random state",
+            f"resuming from {checkpoint.name}: step {step_of(checkpoint):,} of {estimate.steps:,} (token "
+            f"{step_of(checkpoint) * estimate.tokens_per_step:,} of {estimate.tokens:,}); same data order and dropout",
             highlight=False,
         )
     progress = ProgressCallback(estimate.tokens_per_step, console)
