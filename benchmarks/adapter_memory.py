@@ -1,11 +1,11 @@
-"""Peak memory of training GPT-2 small's shape: all weights, and LoRA of rank 16 on all linear layers.
+"""Peak memory of training a model of GPT-2 small's size: full fine-tuning, and LoRA of rank 16 on all linear layers.
 
     python benchmarks/adapter_memory.py
 
-Each in a process of its own, three steps of AdamW on random tokens through Trainer, a quarter of an hour in all.
-On a CPU the peak is the process's, the libraries' own 0.4 GB among it. It is given twice, as it is and with an
-allocator that gives freed memory back, which is what the training needs: glibc keeps blocks below 32 MB once it has
-seen such freed, and adapters make many that live shortly.
+Each case runs in its own process: three AdamW steps on random tokens through Trainer, about 15 minutes in total.
+On a CPU the peak is that of the process, including 0.4 GB for the libraries. It is reported twice, with the default
+allocator and with one that returns freed memory to the system, which shows what training needs: glibc keeps blocks
+below 32 MB once it has seen such blocks freed, and adapters allocate many short-lived ones.
 """
 
 import os
@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 
-SHAPES = ((1, 256), (4, 256), (1, 1024))  # rows, tokens a row
+SHAPES = ((1, 256), (4, 256), (1, 1024))  # rows, tokens per row
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}
 
 
 def train(kind: str, rows: int, length: int) -> int:
-    """Bytes at the peak of training `all` weights or an `adapter`."""
+    """Peak memory in bytes when training `all` weights or an `adapter`."""
     import torch
     from transformers import AutoModelForCausalLM, set_seed
 

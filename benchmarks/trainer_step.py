@@ -1,10 +1,10 @@
-"""Trainer's step against the same step in a bare loop, for the model of the recipe shakespeare-char.
+"""Time of a Trainer step relative to the same step in a bare loop, for the model of the recipe shakespeare-char.
 
     python benchmarks/trainer_step.py
 
-Both train the same model with the same optimizer, schedule and clipping on the same blocks, in turn, several times
-over; what is printed is the median of the ratios, since machines drift. A step lasts from the end of one to the end of
-the next.
+Both train the same model with the same optimizer, schedule and clipping on the same blocks, alternating
+several times; the median of the ratios is printed, since machine speed drifts. A step is timed from the end of one
+step to the end of the next.
 """
 
 import itertools
@@ -28,7 +28,7 @@ STEPS, ROUNDS = 60, 7
 
 
 class Clock(TrainerCallback):
-    """Notes when each step ends."""
+    """Records when each step ends."""
 
     def __init__(self):
         self.ends = []
@@ -82,7 +82,7 @@ def main():
         pairs = [(trainer_step(recipe, data), bare_step(recipe, data)) for _ in range(ROUNDS)]
     trainer, bare = (statistics.median(times) * 1000 for times in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"Trainer {trainer:.1f} ms a step, bare loop {bare:.1f} ms; ratio {ratio:.3f}, median of {ROUNDS} pairs")
+    print(f"Trainer {trainer:.1f} ms per step, bare loop {bare:.1f} ms; ratio {ratio:.3f}, median of {ROUNDS} pairs")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures shared by several test files."""
 
 import json
 import os
@@ -9,14 +9,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from hub_server import Hub
 
-# No test asks the real Hub: huggingface_hub reads this when it is first imported, which is after this file.
+# No test contacts the real Hub: huggingface_hub reads this when it is first imported, which is after this file.
 HUB = Hub()
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1"}
 
 
 @pytest.fixture
 def hub():
-    """The Hub that every test sees, empty."""
+    """The local Hub that all tests use, emptied."""
     HUB.reset()
     yield HUB
     HUB.reset()
@@ -24,7 +24,7 @@ def hub():
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    """The command line sets some for the rest of its process, which here is pytest's."""
+    """The command line sets handlers for the rest of its process, which here is the pytest process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -35,8 +35,8 @@ def keep_signal_handlers():
 def tiny_config():
     """Builds configurations of models that run in a millisecond.
 
-    No dropout, so that results can be compared. Weights ten times GPT-2's: with its 0.02 the attention of so narrow a
-    model is all but uniform, and a wrong mask or position would hardly show.
+    No dropout, so that results can be compared. Weights ten times GPT-2's: with its 0.02 the attention of such a
+    narrow model is almost uniform, and a wrong mask or position would hardly show.
     """
 
     def build(**overrides):
@@ -61,7 +61,7 @@ def tiny_config():
 
 
 class Judge(HTTPServer):
-    """A chat endpoint that replies with what `reply` makes of a prompt: a text, or a status to fail with."""
+    """A chat endpoint that replies with what `reply` returns for a prompt: a text, or a status to fail with."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,8 +1,8 @@
-"""A small Hugging Face Hub on 127.0.0.1, for models: it keeps what it got and fails on demand.
+"""A small Hugging Face Hub for models on 127.0.0.1: it stores what it receives and fails on demand.
 
-It speaks as much of the protocol as huggingface_hub uses to create repositories and branches, to commit with LFS
-uploads, and to download. A fault is a rule: a pattern of "METHOD path", how many matching requests it lets pass first,
-how many it then spoils, and how.
+It implements the parts of the protocol that huggingface_hub uses to create repositories and branches, to commit with
+LFS uploads, and to download. A fault is a rule: a pattern of "METHOD path", how many matching requests to let pass
+first, how many to disturb after that, and how.
 """
 
 import base64
@@ -20,13 +20,13 @@ LFS_SUFFIXES = (".safetensors", ".png")
 
 @dataclass
 class Fault:
-    """Spoils `times` requests that match, after `skip` of them.
+    """Disturbs `times` matching requests, after the first `skip`.
 
     Args:
-        pattern: Of what to spoil.
-        act: A status to answer with; `cut`, `slow`, `deaf` (it is done, and nobody answers); or a function to call.
-        skip, times: How many to let pass first, and how many to spoil.
-        late: Whether the function is called when the request has been done, and not instead.
+        pattern: Which requests to disturb.
+        act: A status to return; `cut`, `slow`, `deaf` (handled, but no response is sent); or a function to call.
+        skip, times: How many requests to let pass first, and how many to disturb.
+        late: Whether the function is called after the request has been handled instead of before.
     """
 
     pattern: str
@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass
 class Repository:
-    """Commits by their sha, each path -> (is LFS, sha256); branches by name."""
+    """Commits by SHA, each path -> (is LFS, sha256); branches by name."""
 
     private: bool
     commits: dict[str, dict[str, tuple[bool, str]]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def git_oid(data: bytes) -> str:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server; `log` has every request, `repositories` and `blobs` what it got."""
+    """The server; `log` has every request, `repositories` and `blobs` what was uploaded."""
 
     daemon_threads = True
 
@@ -73,7 +73,7 @@ class Hub(ThreadingHTTPServer):
 
     def create(self, repo_id: str, private: bool, files: dict[str, bytes] | None = None) -> Repository:
         repository = self.repositories[repo_id] = Repository(private)
-        # Of its content, too: clients keep what they have seen of a commit.
+        # The SHA depends on the content, too: clients cache what they have seen of a commit.
         sha = hashlib.sha1(repo_id.encode() + repr(sorted((files or {}).items())).encode()).hexdigest()
         repository.commits[sha], repository.branches["main"] = {}, sha
         for path, content in (files or {}).items():
@@ -83,7 +83,7 @@ class Hub(ThreadingHTTPServer):
         return repository
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """Path -> content of a branch."""
+        """Path -> content on a branch."""
         repository = self.repositories[repo_id]
         files = repository.commits[repository.branches[revision]]
         return {path: self.blobs[oid] for path, (_, oid) in files.items()}
@@ -100,12 +100,12 @@ class Hub(ThreadingHTTPServer):
         return None
 
     def handle_error(self, request, client_address):
-        """A client that goes away is part of the tests."""
+        """Ignores errors: clients that disconnect are part of the tests."""
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # which holds back each body until the headers before it are acknowledged
+    disable_nagle_algorithm = True  # Nagle's algorithm holds back each body until the headers are acknowledged
     server: Hub
 
     def log_message(self, *args):
@@ -147,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
             return None
         body = self.read_body() if self.command in ("POST", "PUT") else b""
         if act == "slow":
-            threading.Event().wait(0.5)  # unlike time.sleep, which tests may make short
+            threading.Event().wait(0.5)  # unlike time.sleep, which tests may replace
         elif act == "deaf" or (fault and fault.late):
             self.reply = lambda *args, **kwargs: (fault.late and act(), self.connection.shutdown(2))
             self.close_connection = True

@@ -1,4 +1,4 @@
-"""What a process that is to be killed does: a module of its own, so that it imports nothing else."""
+"""The upload run by processes that are killed: a separate module, so that they import nothing else."""
 
 from pathlib import Path
 

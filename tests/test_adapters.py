@@ -1,4 +1,4 @@
-"""Adapters: PEFT finds what to adapt, trains nothing else, and every way to load one gives the same logits."""
+"""Adapters: PEFT finds the target modules, trains nothing else, and all ways to load one give the same logits."""
 
 import hashlib
 import json
@@ -32,8 +32,8 @@ def logits_of(model):
         return model.eval()(IDS, use_cache=False).logits
 
 
-def disturb(model, scale=0.1):
-    """Gives the adapter something to do, as training would."""
+def perturb(model, scale=0.1):
+    """Adds random values to the trainable weights, as training would change them."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -51,7 +51,7 @@ def base(tiny_config, tmp_path):
 
 @pytest.fixture
 def adapter(base, tmp_path):
-    model = disturb(attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM"))
+    model = perturb(attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -59,7 +59,7 @@ def adapter(base, tmp_path):
 # Targets
 
 
-def test_every_method_of_peft_knows_what_to_adapt(tiny_config):
+def test_every_peft_method_finds_its_target_modules(tiny_config):
     names = {name.rpartition(".")[2] for name, _ in HfGPTForCausalLM(tiny_config()).named_modules()}
     tables = {name: table for name, table in vars(constants).items() if name.endswith("_MODULES_MAPPING")}
     assert len(tables) > 30
@@ -74,7 +74,7 @@ def test_peft_needs_no_target_modules(tiny_config):
     assert adapted == {"q_proj", "v_proj"}
 
 
-def test_rank_16_of_gpt2_small_trains_so_many_parameters():
+def test_rank_16_on_gpt2_small_trains_the_expected_number_of_parameters():
     with torch.device("meta"):
         model = HfGPTForCausalLM(hfgpt.HfGPTConfig.from_preset("gpt2"))
         adapted = attach_adapter(model, AdapterArguments(r=16), "CAUSAL_LM")
@@ -117,22 +117,22 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("arguments", VARIANTS, ids=lambda a: "-".join(f"{k}={v}" for k, v in a.items()) or "plain")
-def test_a_fresh_adapter_changes_nothing_and_a_merged_one_is_the_same(base, tmp_path, arguments):
-    """1e-6 and 1e-5: sums of float32 in another order."""
+def test_a_fresh_adapter_changes_nothing_and_merging_keeps_the_logits(base, tmp_path, arguments):
+    """1e-6 and 1e-5: float32 sums in another order."""
     plain = logits_of(load_model(str(base)))
     adapted = attach_adapter(load_model(str(base)), AdapterArguments(**{"r": 4, **arguments}), "CAUSAL_LM")
-    # The orthogonal halves of one multiply to nothing but for rounding.
+    # The product of the orthogonal factors is zero except for rounding.
     assert torch.allclose(logits_of(adapted), plain, atol=1e-5 if "orthogonal" in arguments.values() else 1e-6)
-    disturb(adapted)
-    apart = logits_of(adapted)
-    assert (apart - plain).abs().max() > 1e-3
+    perturb(adapted)
+    expected = logits_of(adapted)
+    assert (expected - plain).abs().max() > 1e-3
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = load_model(str(tmp_path / "adapter"))
-    assert torch.equal(logits_of(loaded), apart)
-    assert torch.allclose(logits_of(merge_adapter(loaded, "adapter")), apart, atol=1e-5)
+    assert torch.equal(logits_of(loaded), expected)
+    assert torch.allclose(logits_of(merge_adapter(loaded, "adapter")), expected, atol=1e-5)
 
 
-def test_only_the_adapter_moves(base):
+def test_only_the_adapter_is_trained(base):
     model = attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM").train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, weight_decay=0.1)
@@ -145,14 +145,16 @@ def test_only_the_adapter_moves(base):
     assert len(moved) == 2 * 2 * 6
 
 
-def test_a_base_in_4_bits_is_trained_on_after_an_evaluation(tiny_config, tmp_path, monkeypatch):
-    """The kernel that bitsandbytes uses in eval mode, where a CPU has bfloat16 units, has no gradient."""
+def test_a_4_bit_base_model_can_be_trained_after_an_evaluation(tiny_config, tmp_path, monkeypatch):
+    """The kernel that bitsandbytes uses in eval mode on CPUs with bfloat16 units has no gradient."""
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True, raising=False)  # 0.48 has no kernel
+    monkeypatch.setattr(
+        "bitsandbytes.nn.modules.has_avx512bf16", lambda: True, raising=False
+    )  # version 0.48 has no such kernel
     HfGPTForCausalLM(tiny_config(hidden_size=64, pad_token_id=0)).save_pretrained(tmp_path)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     base = load_model(str(tmp_path), quantization_config=quantization)
-    model = disturb(attach_adapter(base, AdapterArguments(r=4), "CAUSAL_LM"))
+    model = perturb(attach_adapter(base, AdapterArguments(r=4), "CAUSAL_LM"))
 
     def train() -> dict[str, torch.Tensor]:
         model.train().zero_grad()
@@ -181,7 +183,7 @@ def test_every_way_to_load_an_adapter_gives_the_same_logits(base, adapter):
     assert find_model(str(adapter)).config.model_type == "hfgpt"
 
 
-def test_an_adapter_for_another_base(base, adapter, tiny_config, tmp_path):
+def test_an_adapter_for_another_base_model(base, adapter, tiny_config, tmp_path):
     torch.manual_seed(0)
     HfGPTForCausalLM(tiny_config(hidden_size=64)).save_pretrained(tmp_path / "wide")
     with pytest.raises(
@@ -198,17 +200,17 @@ def test_an_adapter_for_another_base(base, adapter, tiny_config, tmp_path):
         put_adapter_on(load_model(str(tmp_path / "long")), str(tmp_path / "queries"))
 
 
-def test_a_base_that_was_trained_again(base, adapter):
+def test_a_base_model_that_was_retrained(base, adapter):
     record = {"base_weights_sha256": hash_file(base / "model.safetensors")}
     (adapter / "run.json").write_text(json.dumps(record))
     load_model(str(adapter))
-    disturb(model := load_model(str(base))).save_pretrained(base)
+    perturb(model := load_model(str(base))).save_pretrained(base)
     assert model.training is False
     with pytest.raises(InputError, match=r"was trained on different weights than those now in .*base'"):
         load_model(str(adapter))
 
 
-def test_the_hash_of_a_base_is_of_all_its_weights(base, adapter):
+def test_the_hash_of_a_base_model_covers_all_its_weights(base, adapter):
     whole = find_model(str(base)).hash()
     assert whole == hash_file(base / "model.safetensors")
     model = load_model(str(base))
@@ -224,12 +226,12 @@ def test_the_hash_of_a_base_is_of_all_its_weights(base, adapter):
     assert sharded == hashlib.sha256(lines.encode()).hexdigest()
     (adapter / "run.json").write_text(json.dumps({"base_weights_sha256": sharded}))
     load_model(str(adapter))
-    disturb(model).save_pretrained(base, max_shard_size="20KB")
+    perturb(model).save_pretrained(base, max_shard_size="20KB")
     with pytest.raises(InputError, match=r"was trained on different weights than those now in .*base'"):
         load_model(str(adapter))
 
 
-def test_a_damaged_adapter_and_a_base_that_is_gone(base, adapter, tmp_path):
+def test_a_damaged_adapter_and_a_missing_base_model(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "cut")
     (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"x" * 10)
     with pytest.raises(InputError, match=r"the adapter '.*cut' cannot be loaded onto its base model"):
@@ -245,7 +247,7 @@ def test_a_damaged_adapter_and_a_base_that_is_gone(base, adapter, tmp_path):
 
 @pytest.mark.parametrize("name", ["base_model_name_or_path", "revision", "task_type"])
 @pytest.mark.parametrize("value", [5, ["a"], {"a": 1}])
-def test_an_adapter_of_wrong_types_is_refused(adapter, name, value):
+def test_an_adapter_config_with_wrong_types_is_refused(adapter, name, value):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {name: value}))
     with pytest.raises(
@@ -254,7 +256,7 @@ def test_an_adapter_of_wrong_types_is_refused(adapter, name, value):
         load_model(str(adapter))
 
 
-def test_an_adapter_in_a_pickle_is_not_read(base, adapter, tmp_path):
+def test_an_adapter_in_a_pickle_is_not_loaded(base, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "old")
     (tmp_path / "old" / "adapter_model.safetensors").unlink()
     torch.save(torch.nn.Linear(2, 2), tmp_path / "old" / "adapter_model.bin")
@@ -262,7 +264,7 @@ def test_an_adapter_in_a_pickle_is_not_read(base, adapter, tmp_path):
         load_model(str(tmp_path / "old"))
 
 
-def test_an_adapter_with_nan(base, tmp_path):
+def test_an_adapter_with_nan_is_refused(base, tmp_path):
     model = attach_adapter(load_model(str(base)), AdapterArguments(r=4), "CAUSAL_LM")
     with torch.no_grad():
         next(parameter for parameter in model.parameters() if parameter.requires_grad).fill_(torch.nan)
@@ -271,7 +273,7 @@ def test_an_adapter_with_nan(base, tmp_path):
         load_model(str(tmp_path / "nan"))
 
 
-def test_an_adapter_that_has_a_package_imported_is_refused(adapter):
+def test_an_adapter_that_would_import_a_package_is_refused(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     changes = {"megatron_config": {"a": 1}, "megatron_core": "megatron.planted"}
     (adapter / "adapter_config.json").write_text(json.dumps(config | changes))
@@ -279,22 +281,22 @@ def test_an_adapter_that_has_a_package_imported_is_refused(adapter):
         load_model(str(adapter))
 
 
-# Heads, ties and vocabularies
+# Heads, tied weights and vocabularies
 
 
-def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
+def test_a_classifier_adapter_includes_its_head_and_labels(base, tmp_path):
     labels = ["ham", "maybe", "spam"]
     classifier = load_model(str(base), auto_class=AutoModelForSequenceClassification, new_head=labels)
-    adapted = disturb(attach_adapter(classifier, AdapterArguments(r=4), "SEQ_CLS"))
+    adapted = perturb(attach_adapter(classifier, AdapterArguments(r=4), "SEQ_CLS"))
     head = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad and "score" in name}
     assert len(head) == 1
     with torch.no_grad():
         next(p for n, p in adapted.named_parameters() if "score.modules_to_save" in n).mul_(3)
-    apart = logits_of(adapted)
+    expected = logits_of(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     assert find_model(str(tmp_path / "adapter")).is_classifier
     loaded = load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
-    assert torch.equal(logits_of(loaded), apart)
+    assert torch.equal(logits_of(loaded), expected)
     assert loaded.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, "PEFT saves the head without names"
     save_labels(labels, tmp_path / "adapter")
     loaded = load_model(str(tmp_path / "adapter"), auto_class=AutoModelForSequenceClassification)
@@ -316,13 +318,13 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = load_model(str(tmp_path / "merged"), auto_class=AutoModelForSequenceClassification)
     assert type(again) is HfGPTForSequenceClassification
-    assert torch.allclose(logits_of(again), apart, atol=1e-5)
+    assert torch.allclose(logits_of(again), expected, atol=1e-5)
     assert list(again.config.id2label.values()) == labels
-    # As the card says it to users of PEFT and transformers alone.
+    # As the card shows it to users of PEFT and transformers alone.
     names = dict(enumerate(labels))
     for auto_class in (AutoPeftModelForSequenceClassification, AutoModelForSequenceClassification):
         loaded = auto_class.from_pretrained(tmp_path / "adapter", id2label=names)
-        assert torch.equal(logits_of(loaded), apart)
+        assert torch.equal(logits_of(loaded), expected)
         assert loaded.config.id2label == names
     with pytest.raises(InputError, match="is an adapter for a classifier, not for a language model"):
         load_model(str(tmp_path / "adapter"))
@@ -330,30 +332,30 @@ def test_a_classifiers_adapter_brings_its_head_and_its_labels(base, tmp_path):
 
 def test_tied_embeddings_stay_tied(base, tmp_path):
     arguments = AdapterArguments(r=4, modules_to_save=["embed_tokens"])
-    model = disturb(attach_adapter(load_model(str(base)), arguments, "CAUSAL_LM"))
+    model = perturb(attach_adapter(load_model(str(base)), arguments, "CAUSAL_LM"))
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(0.1)
-    apart = logits_of(model)
+    expected = logits_of(model)
     model.save_pretrained(tmp_path / "adapter")
     loaded = load_model(str(tmp_path / "adapter"))
-    assert torch.allclose(logits_of(loaded), apart, atol=1e-6)
+    assert torch.allclose(logits_of(loaded), expected, atol=1e-6)
     merged = merge_adapter(loaded, "adapter")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert torch.allclose(logits_of(merged), apart, atol=1e-5)
+    assert torch.allclose(logits_of(merged), expected, atol=1e-5)
 
 
-def test_new_tokens_survive(base, tmp_path):
+def test_new_tokens_are_kept(base, tmp_path):
     model = load_model(str(base))
     model.resize_token_embeddings(70)
     model.save_pretrained(tmp_path / "resized")
     model = load_model(str(tmp_path / "resized"))
     adapted = attach_adapter(model, AdapterArguments(r=4, trainable_token_indices=[66, 67]), "CAUSAL_LM")
-    disturb(adapted)
-    apart = logits_of(adapted)
+    perturb(adapted)
+    expected = logits_of(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 70_000
     loaded = load_model(str(tmp_path / "adapter"))
-    assert torch.allclose(logits_of(loaded), apart, atol=1e-6)
+    assert torch.allclose(logits_of(loaded), expected, atol=1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.allclose(logits_of(merge_adapter(loaded, "adapter")), apart, atol=1e-5)
+        assert torch.allclose(logits_of(merge_adapter(loaded, "adapter")), expected, atol=1e-5)

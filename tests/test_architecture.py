@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source: who may import whom, and how long things may be."""
+"""Architecture rules, checked in the source: allowed imports, and limits on length."""
 
 import ast
 import graphlib
@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hfgpt"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# A file imports only from layers below its own, or from files of its own folder.
+# A file imports only from lower layers, or from files in its own folder.
 LAYERS = [
     {"", "configuration_hfgpt", "errors", "demo_corpus"},  # "" is hfgpt/__init__.py
     {"modeling_hfgpt", "saving", "recipe_keys", "foreign_code"},
@@ -37,7 +37,7 @@ def module_of(path: Path) -> str:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, wherever in it; `from hfgpt import x` is hfgpt.x where that is a module."""
+    """Every module that a file imports, anywhere in it; `from hfgpt import x` is hfgpt.x if that is a module."""
     modules = {module_of(file) for file in FILES}
     package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
     found = set()
@@ -54,14 +54,14 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     """`data` of hfgpt.data.blocks, and "" of hfgpt itself."""
     return module.partition(".")[2].partition(".")[0]
 
 
 def layer_of(module: str) -> int:
-    layers = [number for number, rooms in enumerate(LAYERS) if room_of(module) in rooms]
-    assert layers, f"{module} is in no layer: give it one in LAYERS"
+    layers = [number for number, rooms in enumerate(LAYERS) if package_of(module) in rooms]
+    assert layers, f"{module} is in no layer: add it to LAYERS"
     return layers[0]
 
 
@@ -70,7 +70,7 @@ def functions_of(path: Path) -> list[ast.FunctionDef]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-def test_there_is_something_to_read():
+def test_the_source_files_and_their_imports_are_found():
     assert len(FILES) >= 30
     assert sum(len(imports_of(path)) for path in FILES) > 200
     assert sum(len(functions_of(path)) for path in FILES) > 200
@@ -85,55 +85,55 @@ def test_there_is_something_to_read():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_down(path):
+def test_imports_go_to_lower_layers(path):
     module = module_of(path)
     for imported in sorted(imports_of(path)):
         if imported.partition(".")[0] != "hfgpt" or module == "hfgpt":
             continue
-        siblings = room_of(imported) == room_of(module) and (PACKAGE / room_of(module)).is_dir()
+        siblings = package_of(imported) == package_of(module) and (PACKAGE / package_of(module)).is_dir()
         allowed = siblings or layer_of(imported) < layer_of(module)
         assert allowed, f"{module} (layer {layer_of(module)}) imports {imported} (layer {layer_of(imported)})"
 
 
-def test_no_files_import_each_other_in_a_circle():
+def test_there_are_no_import_cycles():
     modules = {module_of(path): path for path in FILES}
     graph = {module: (imports_of(path) & modules.keys()) - {module} for module, path in modules.items()}
-    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises a CycleError that names the files
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises a CycleError that lists the files
     assert order.index("hfgpt.errors") < order.index("hfgpt.saving") < order.index("hfgpt.cli")
 
 
-def test_the_package_itself_imports_nothing_of_its_own():
+def test_the_package_itself_imports_none_of_its_modules():
     assert not {name for name in imports_of(PACKAGE / "__init__.py") if name.partition(".")[0] == "hfgpt"}
 
 
-def test_data_knows_no_model():
+def test_data_imports_no_model():
     files = sorted((PACKAGE / "data").glob("*.py"))
     assert len(files) >= 6
     for path in files:
-        rooms = {room_of(name) for name in imports_of(path) if name.partition(".")[0] == "hfgpt"}
+        rooms = {package_of(name) for name in imports_of(path) if name.partition(".")[0] == "hfgpt"}
         allowed = {"data", "demo_corpus", "errors", "records", "saving"}
         assert rooms <= allowed, f"{path.name} imports {rooms}"
 
 
 @pytest.mark.parametrize("name", TRAVELLING)
-def test_a_file_that_travels_to_the_hub_imports_nothing_of_ours(name):
+def test_a_file_uploaded_to_the_hub_imports_nothing_from_hfgpt(name):
     imported = imports_of(PACKAGE / f"{name}.py")
     assert "transformers" in {module.partition(".")[0] for module in imported}
     for module in imported - {f"hfgpt.{other}" for other in TRAVELLING}:
         root = module.partition(".")[0]
         assert root in {"torch", "transformers", "huggingface_hub"} | sys.stdlib_module_names, module
-    # Beside the weights there is no package `hfgpt`, so each finds the other by a relative import only.
+    # On the Hub there is no package `hfgpt`, so these files can only use relative imports.
     assert "from hfgpt" not in (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
 
 
 def test_only_adapters_import_peft():
-    # The script that stands for a stranger's machine, where hfgpt is not, is none of its modules.
+    # The script that simulates a machine without hfgpt is not counted.
     files = [path for path in FILES if path.name != "fresh_process.py"]
     importing = [path.name for path in files if any(name.startswith("peft") for name in imports_of(path))]
     assert importing == ["adapters.py"]
 
 
-def test_names_say_what_is_inside():
+def test_names_are_descriptive():
     for path in FILES:
         assert not {"utils", "helpers", "util", "helper", "common", "misc"} & set(path.stem.split("_")), path
 

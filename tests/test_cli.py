@@ -1,7 +1,7 @@
 """The command line: commands print their result; an error that a user can fix is one line on stderr, with status 2.
 
-Commands run in this process (test_cli_processes.py has what needs another). Each has a Hub token in its environment,
-which must appear nowhere. All comparisons are exact.
+Commands run in this process (tests that need a separate one are in test_cli_processes.py). Each has a Hub token in its
+environment, which must not appear anywhere. All comparisons are exact.
 """
 
 import contextlib
@@ -68,10 +68,10 @@ class Result(NamedTuple):
 
 
 def hfgpt(*arguments, **environment: str) -> Result:
-    """Runs a command as the console script does; what is no orderly end, a traceback, fails the test."""
+    """Runs a command as the console script does; a traceback fails the test."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        # What main() would set for the whole process.
+        # What main() would set for the entire process.
         for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
             patch.setenv(name, "1")
         patch.setenv("TRANSFORMERS_VERBOSITY", "error")
@@ -85,7 +85,7 @@ def hfgpt(*arguments, **environment: str) -> Result:
 
 
 def content_of(folder: Path) -> dict[str, str | None]:
-    """Every path below a folder with the hash of its content."""
+    """Every path in a folder with the hash of its content."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
         for path in folder.rglob("*")
@@ -93,7 +93,7 @@ def content_of(folder: Path) -> dict[str, str | None]:
 
 
 def refusal(*arguments) -> str:
-    """The one line with which a command refuses its input."""
+    """The one-line error with which a command refuses its input."""
     result = hfgpt(*arguments)
     assert (result.status, result.out) == (2, "")
     assert re.fullmatch(r"hfgpt: [^\n]+\n", result.err), result.err
@@ -101,8 +101,8 @@ def refusal(*arguments) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def as_in_a_process(tmp_path_factory):
-    """What main() settles before transformers is imported, which here it long is; no network; a short probe."""
+def settings_of_main(tmp_path_factory):
+    """What main() sets before transformers is imported, which it already is here; no network; a short probe."""
     import datasets
     import huggingface_hub.constants
     from transformers.utils import logging
@@ -121,7 +121,7 @@ def as_in_a_process(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """A folder with a text, a recipe, bad files of every kind, and the finished run of the recipe."""
     folder = tmp_path_factory.mktemp("workplace")
     text = "\n".join(generate_stories(10))
@@ -153,18 +153,18 @@ def workplace(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def here(workplace, monkeypatch) -> Path:
-    """The workplace as current folder. Nothing may be changed in it."""
-    monkeypatch.chdir(workplace)
-    before = content_of(workplace)
-    yield workplace
-    assert content_of(workplace) == before
+def here(workspace, monkeypatch) -> Path:
+    """The workspace as working directory. Commands must not change it."""
+    monkeypatch.chdir(workspace)
+    before = content_of(workspace)
+    yield workspace
+    assert content_of(workspace) == before
 
 
-# What works
+# Valid input
 
 
-def test_train_reports_on_stderr_and_leaves_a_model(here):
+def test_train_reports_on_stderr_and_saves_a_model(here):
     shown = (here / "shown.txt").read_text()
     for line in (
         r"stories.txt: 1 row read, 1 kept",
@@ -207,7 +207,7 @@ def test_generate_samples_by_seed(here):
     three = sample("--num-samples", 3).removesuffix("\n").split("\n\nOnce")
     assert len(three) == 3
     assert len(set(three)) == 3
-    # One token can be drawn: the likeliest.
+    # Only the most likely token can be sampled.
     greedy = hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--greedy").out
     assert hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--top-k", 1).out == greedy
     assert hfgpt("generate", "runs/tiny", "Once", "--max-new-tokens", 20, "--top-p", 1e-9).out == greedy
@@ -220,7 +220,7 @@ def test_evaluate(here):
     result = hfgpt(*arguments, "--json")
     assert (result.status, result.err) == (0, "")
     metrics = json.loads(result.out)
-    assert result.out == json.dumps(metrics) + "\n", "one object and nothing else"
+    assert result.out == json.dumps(metrics) + "\n", "one JSON object and nothing else"
     size = len((here / "stories.txt").read_text())
     assert (metrics["eval_tokens"], metrics["eval_bytes"]) == (size - 1, size - 1)
     people = hfgpt(*arguments)
@@ -231,16 +231,16 @@ def test_evaluate(here):
     assert rows["eval_loss"] == f"{metrics['eval_loss']:.4f}"
 
 
-def test_a_tokenizer_that_makes_its_library_panic_is_one_line(here, tmp_path):
+def test_a_tokenizer_that_makes_its_library_panic_is_a_one_line_error(here, tmp_path):
     shutil.copytree(here / "runs" / "tiny", tmp_path / "copy")
     file = tmp_path / "copy" / "tokenizer.json"
-    second = [{"Sequence": {"id": "B", "type_id": 0}}]  # where there is only one text
+    second = [{"Sequence": {"id": "B", "type_id": 0}}]  # although there is only one text
     template = {"type": "TemplateProcessing", "single": second, "pair": second, "special_tokens": {}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
     assert "the tokenizer's files are damaged (index out of bounds" in refusal("generate", tmp_path / "copy", "Once")
 
 
-def test_text_that_the_tokenizer_cannot_express_is_counted_not_measured_in_bytes(here, tmp_path):
+def test_text_the_tokenizer_cannot_encode_is_counted_and_gives_no_bits_per_byte(here, tmp_path):
     (tmp_path / "other.txt").write_text((here / "stories.txt").read_text()[:300] + "@@ @")
     result = hfgpt("evaluate", "runs/tiny", "--data.path", tmp_path / "other.txt", "--json")
     metrics = json.loads(result.out)
@@ -254,7 +254,7 @@ def test_inspect(here):
     text = (here / "stories.txt").read_text()
     head, *blocks = result.out.split("\nblock ")
     assert head.startswith("stories.txt: 1 row read, 1 kept\n")
-    # A block of 8 predictions shows 9 tokens, the first as context of the others.
+    # A block of 8 predictions shows 9 tokens, the first only as context.
     for number, block in enumerate(blocks):
         title, _, shown = block.partition(":\n")
         assert title.startswith(f"{number} of ")
@@ -262,7 +262,9 @@ def test_inspect(here):
         assert shown == f"«{first}»{''.join(learned)}\n"
     assert len(blocks) == 2
     assert len(hfgpt("inspect", "tiny.yaml", "--rows", 0).out.split("\nblock ")) == 1
-    assert hfgpt("inspect", "tiny.yaml", "--rows", 2, "--data.block_size", 8, COLUMNS="9").out == result.out, "piped"
+    assert hfgpt("inspect", "tiny.yaml", "--rows", 2, "--data.block_size", 8, COLUMNS="9").out == result.out, (
+        "not wrapped when piped"
+    )
 
 
 def test_plan(here):
@@ -284,7 +286,7 @@ def test_plan(here):
     assert rows["speed"].endswith(f" tokens/s on {plan['device']}")
 
 
-def test_an_error_shows_control_characters(here):
+def test_an_error_escapes_control_characters(here):
     message = refusal("generate", "no\x1b[2J/such\x9b2J/mo\u202edel\r", "hi")
     assert message.startswith(r"the folder 'no\x1b[2J/such\x9b2J/mo\u202edel ' does not exist, and it is not a Hub id")
 
@@ -293,7 +295,7 @@ def test_recipes(here):
     result = hfgpt("recipes", "--json")
     assert (result.status, result.err) == (0, "")
     found = json.loads(result.out)
-    assert result.out == json.dumps(found) + "\n", "one object and nothing else"
+    assert result.out == json.dumps(found) + "\n", "one JSON object and nothing else"
     assert {"name", "purpose", "command", "file"} == found["recipes"][0].keys()
     people = hfgpt("recipes")
     assert (people.status, people.err) == (0, "")
@@ -303,7 +305,7 @@ def test_recipes(here):
 
 
 @pytest.mark.parametrize("columns", [40, 80, 140])
-def test_help_fits_the_terminal_and_is_not_cut(here, columns):
+def test_help_fits_the_terminal_and_is_not_truncated(here, columns):
     shown = hfgpt("--help", COLUMNS=str(columns)).out
     assert max(map(len, shown.splitlines())) < columns
     for command in cli.app.registered_commands:
@@ -316,7 +318,7 @@ def test_keys(here):
     result = hfgpt("keys", "data", "--task", "pretrain", "--json")
     assert (result.status, result.err) == (0, "")
     (section,) = json.loads(result.out)["sections"]
-    assert result.out == json.dumps({"sections": [section]}) + "\n", "one object and nothing else"
+    assert result.out == json.dumps({"sections": [section]}) + "\n", "one JSON object and nothing else"
     assert section.keys() == {"section", "tasks", "about", "keys"}
     found = {key.pop("key"): key for key in section["keys"]}
     assert found["data.validation_fraction"].pop("meaning").startswith("Fraction of the documents")
@@ -328,7 +330,7 @@ def test_keys(here):
     assert "data.validation_fraction  float; default: 0.1  Fraction of the documents" in people.out
 
 
-def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
+def test_doctor_reports_whether_there_is_a_token_but_does_not_show_it(here, monkeypatch):
     result = hfgpt("doctor", "--json")
     assert (result.status, result.err) == (0, "")
     findings = json.loads(result.out)
@@ -343,7 +345,7 @@ def test_doctor_tells_that_there_is_a_token_but_not_which(here, monkeypatch):
     assert json.loads(hfgpt("doctor", "--json", HF_TOKEN="").out)["hub_login"] == "no token: run hf auth login"
 
 
-def test_doctor_ends_where_the_cache_is_a_relative_path_that_is_not_there(here, monkeypatch):
+def test_doctor_finishes_if_the_cache_is_a_missing_relative_path(here, monkeypatch):
     def ring(*_):
         raise TimeoutError
 
@@ -384,7 +386,7 @@ def test_ctrl_c(here, tmp_path, monkeypatch):
     assert hfgpt("generate", "runs/tiny", "Once") == (130, "", "hfgpt: stopped\n")
 
 
-# What is refused
+# Refused input
 
 TRAIN = "train tiny.yaml --training.output_dir new"
 
@@ -547,7 +549,7 @@ def test_bad_input(arguments, message, here):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
-def test_a_text_that_may_not_be_read(here, tmp_path):
+def test_a_text_without_read_permission(here, tmp_path):
     (tmp_path / "private.txt").write_text("secret")
     (tmp_path / "private.txt").chmod(0)
     assert "private.txt cannot be read (Permission denied)" in refusal(
@@ -565,7 +567,7 @@ def test_a_text_that_may_not_be_read(here, tmp_path):
         ("hfgpt.runs.folder.write_text", errno.EIO, "check the path"),
     ],
 )
-def test_a_disk_that_cannot_be_written(place, status, remedy, here, tmp_path, monkeypatch):
+def test_a_disk_that_cannot_be_written_to(place, status, remedy, here, tmp_path, monkeypatch):
     def write(path, *rest):
         raise OSError(status, os.strerror(status), str(path))
 
@@ -587,8 +589,8 @@ def test_the_version_is_that_of_the_package(here):
     assert hfgpt("--version").out == f"hfgpt {metadata.version('hfgpt')}\n"
 
 
-def test_the_commands_and_their_options_are_these():
-    """Scripts rely on them: one that is renamed or removed breaks somebody's."""
+def test_the_commands_and_options_are_stable():
+    """Scripts rely on them: renaming or removing one breaks scripts."""
     sampling = "--max-new-tokens --temperature --top-k --top-p --greedy"
     expected = {
         "chat": f"MODEL --system {sampling} --seed",

@@ -1,4 +1,4 @@
-"""Fine-tuning on the command line: what works prints its result, what a user can mend is one line and status 2."""
+"""Fine-tuning on the command line: valid commands print their result, user errors are one line with status 2."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ def hfgpt(*arguments, stdin="", terminal=False):
 
 @pytest.fixture(scope="module", autouse=True)
 def here(tmp_path_factory):
-    """A folder with data, recipes and their finished runs, in which all commands run."""
+    """The working directory of all commands, with data, recipes and their finished runs."""
     folder = tmp_path_factory.mktemp("here")
     probe = estimate.probe_tokens_per_second
     with pytest.MonkeyPatch.context() as patch:
@@ -81,9 +81,9 @@ def test_classify_prints_labels_and_probabilities(model):
     assert numbers == sorted(numbers, reverse=True)
 
 
-def test_a_text_commands_no_terminal():
+def test_a_text_cannot_control_the_terminal():
     text = "first\x1b[2J line\x9b2J"
-    assert hfgpt("classify", "classes", text)[1].endswith(f"\t{text}\n"), "what is not a terminal gets it as it is"
+    assert hfgpt("classify", "classes", text)[1].endswith(f"\t{text}\n"), "unchanged if the output is not a terminal"
     assert hfgpt("classify", "classes", text, terminal=True)[1].endswith("\tfirst\\x1b[2J line\\x9b2J\n")
     assert hfgpt("classify", "classes", text, "--json")[1].startswith(
         '{"predictions": [{"text": "first\\u001b[2J line\x9b2J"'
@@ -107,7 +107,7 @@ def test_classify_reads_standard_input():
     )
 
 
-def test_evaluate_finds_out_what_the_model_is():
+def test_evaluate_detects_the_kind_of_model():
     status, out, _ = hfgpt("evaluate", "classes", "--data.path", "notes.jsonl", "--json")
     assert (status, json.loads(out)["eval_rows"]) == (0, 60)
     assert hfgpt("evaluate", "classes-lora", "--data.path", "notes.jsonl")[0] == 0
@@ -119,7 +119,7 @@ def test_evaluate_finds_out_what_the_model_is():
     assert "eval_perplexity" in json.loads(out)
 
 
-def test_merge_says_what_it_changed(here):
+def test_merge_reports_the_difference(here):
     status, out, err = hfgpt("merge", "classes-lora", "merged")
     assert (status, out) == (0, "")
     assert re.match(r"largest logit difference \S+ on 256 random tokens \(largest logit ", err)
@@ -133,13 +133,13 @@ def test_a_chat_from_standard_input():
     assert len(out.splitlines()) >= 2
 
 
-def spoil(here, model: str, name: str, change) -> str:
+def damage(here, model: str, name: str, change) -> str:
     """A copy of a run in which one JSON file is changed."""
-    folder = shutil.copytree(here / model, here / "spoilt", dirs_exist_ok=True)
+    folder = shutil.copytree(here / model, here / "damaged", dirs_exist_ok=True)
     content = json.loads((folder / name).read_text())
     change(content)
     (folder / name).write_text(json.dumps(content))
-    return "spoilt"
+    return "damaged"
 
 
 COMMANDS = {
@@ -153,25 +153,25 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("model", COMMANDS)
-def test_a_tokenizer_larger_than_the_model_is_one_line(here, model):
-    spoilt = spoil(here, model, "tokenizer.json", lambda content: content["model"]["vocab"].update({"~~": 99999}))
+def test_a_tokenizer_larger_than_the_model_is_a_one_line_error(here, model):
+    damaged = damage(here, model, "tokenizer.json", lambda content: content["model"]["vocab"].update({"~~": 99999}))
     for command, *options in COMMANDS[model]:
-        status, out, err = hfgpt(command, spoilt, *options, stdin="Hello\n")
+        status, out, err = hfgpt(command, damaged, *options, stdin="Hello\n")
         assert (status, out) == (2, "")
         assert re.fullmatch(
             r"hfgpt: the tokenizer has 100000 tokens, but the model has only \d+ embeddings: .*\n", err
         ), err
-    shutil.rmtree(here / spoilt)
+    shutil.rmtree(here / damaged)
 
 
-def test_a_wrong_generation_config_is_one_line(here):
-    spoilt = spoil(here, "answers", "generation_config.json", lambda content: content.update(suppress_tokens="x"))
+def test_an_invalid_generation_config_is_a_one_line_error(here):
+    damaged = damage(here, "answers", "generation_config.json", lambda content: content.update(suppress_tokens="x"))
     for command, *options in COMMANDS["answers"]:
-        status, _, err = hfgpt(command, spoilt, *options, stdin="Hello\n")
-        assert status == (0 if command == "chat" else 2), "a conversation goes on"
+        status, _, err = hfgpt(command, damaged, *options, stdin="Hello\n")
+        assert status == (0 if command == "chat" else 2), "a chat continues"
         said = "hfgpt: the model's generation_config.json cannot be used"
         assert " ".join(err.split()).rpartition("hfgpt: ")[2].startswith(said.removeprefix("hfgpt: ")), err
-    shutil.rmtree(here / spoilt)
+    shutil.rmtree(here / damaged)
 
 
 def test_inspect_and_plan():
@@ -250,16 +250,16 @@ def test_inspect_and_plan():
         ),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(here, command, message):
+def test_invalid_input_is_a_one_line_error(here, command, message):
     before = sorted(path.name for path in here.iterdir())
     status, out, err = hfgpt(*(word.strip("'") for word in command.split()))
     assert (status, out) == (2, "")
     assert re.fullmatch(r"hfgpt: [^\n]+\n", err), err
     assert message in err
-    assert sorted(path.name for path in here.iterdir()) == before, "nothing is left behind"
+    assert sorted(path.name for path in here.iterdir()) == before, "no files are left behind"
 
 
-def test_recipes_of_the_package_are_planned_before_anything_is_paid(here):
+def test_recipes_of_the_package_can_be_planned_and_inspected(here):
     (here / "sms.tsv").write_text("".join(f"{row['label']}\t{row['text']}\n" for row in generate_messages(60)))
     columns = ["--data.path", "sms.tsv", "--data.text_column", "1", "--data.label_column", "0"]
     for name in ("spam", "spam-lora"):

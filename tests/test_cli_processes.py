@@ -1,4 +1,4 @@
-"""The command line as processes: --help is quick because it imports nothing heavy; output that nobody can take."""
+"""The command line in separate processes: --help is quick and imports nothing heavy; output that cannot be written."""
 
 import os
 import resource
@@ -24,7 +24,7 @@ COMMANDS = [
 ]
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_heavy_packages():
     script = f"""
 import contextlib, io, os, sys
 from hfgpt import cli
@@ -65,7 +65,7 @@ REFUSED = {
 }
 
 
-def test_a_typo_and_a_missing_file_are_found_before_torch_is_imported(tmp_path):
+def test_typos_and_missing_files_are_reported_before_torch_is_imported(tmp_path):
     (tmp_path / "r.yaml").write_text("data: {path: somebody/texts}\n")
     (tmp_path / "key.yaml").write_text("data:\n  strid: 3\n")
     (tmp_path / "wrong.yaml").write_text("data: [\n")
@@ -105,7 +105,7 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
 
 
 def test_help_is_quick():
-    """At most half of what importing torch takes, in CPU time, which other processes do not lengthen."""
+    """At most half the CPU time of importing torch; CPU time does not depend on other processes."""
 
     def cpu_seconds(*words: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -116,12 +116,12 @@ def test_help_is_quick():
     assert cpu_seconds("-m", "hfgpt", "train", "--help") <= cpu_seconds("-c", "import torch") / 2
 
 
-# A result that is still in Python's buffer when the command is done.
+# Results that are still in Python's buffer when the command has finished.
 BUFFERED = "from hfgpt import cli; cli.app = lambda *words, **options: print('result'); cli.main()"
 
 
 def run_into(stdout, words: list[str]) -> tuple[int, str]:
-    """The exit status and what is on stderr."""
+    """Returns the exit status and stderr."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     words = [sys.executable, *words]
     result = subprocess.run(words, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
@@ -129,7 +129,7 @@ def run_into(stdout, words: list[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("words", [["-m", "hfgpt", "--help"], ["-c", BUFFERED]])
-def test_a_reader_that_has_gone_is_no_error(words):
+def test_a_closed_pipe_is_not_an_error(words):
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as pipe:
@@ -138,7 +138,7 @@ def test_a_reader_that_has_gone_is_no_error(words):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
 @pytest.mark.parametrize("words", [["-m", "hfgpt", "--help"], ["-c", BUFFERED]])
-def test_a_result_that_finds_no_room_is_told(words):
+def test_a_result_that_cannot_be_written_is_reported(words):
     message = "hfgpt: No space left on device: while writing; free some space, or choose a folder on another disk\n"
     with open("/dev/full", "w") as full:
         assert run_into(full, words) == (2, message)

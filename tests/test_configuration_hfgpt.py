@@ -1,4 +1,4 @@
-"""The configuration: what it refuses, the names it takes, what it writes, and the sizes of the published models.
+"""The configuration: what it refuses, the names it accepts, what it writes, and the sizes of the published models.
 
 All checks are exact.
 """
@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from hfgpt import HfGPTConfig, HfGPTForCausalLM
 from hfgpt.configuration_hfgpt import PRESETS
 
-# Every GPT-2 name with its own, and a value of the right type that is no default.
+# Every GPT-2 name with our name, and a value of the right type that is not the default.
 GPT2_NAMES = {
     "n_embd": ("hidden_size", 48),
     "n_layer": ("num_hidden_layers", 3),
@@ -79,14 +79,14 @@ def test_every_preset_is_counted():
     assert HfGPTConfig().to_dict() == HfGPTConfig.from_preset("gpt2").to_dict()
 
 
-def test_unknown_preset_names_the_choice():
+def test_unknown_preset_lists_the_choices():
     with pytest.raises(
         ValueError, match=r"unknown preset 'gpt3'; it must be one of gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     ):
         HfGPTConfig.from_preset("gpt3")
 
 
-# Refusals
+# Invalid values
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_unknown_preset_names_the_choice():
         ("eos_token_id", "</s>"),
     ],
 )
-def test_wrong_type_is_refused_by_field(field, value):
+def test_wrong_type_is_refused_with_its_field(field, value):
     with pytest.raises(StrictDataclassError, match=f"'{field}'"):
         HfGPTConfig(**{field: value})
     config = HfGPTConfig()
@@ -132,7 +132,7 @@ def test_wrong_type_is_refused_by_field(field, value):
         ("layer_norm_epsilon", "1e-5"),
     ],
 )
-def test_wrong_type_under_a_gpt2_name_is_refused_by_field(name, value):
+def test_wrong_type_under_a_gpt2_name_is_refused_with_its_field(name, value):
     with pytest.raises(StrictDataclassError, match=f"'{GPT2_NAMES[name][0]}'"):
         HfGPTConfig(**{name: value})
 
@@ -166,12 +166,12 @@ SIZES = [
         ),
     ],
 )
-def test_impossible_value_is_refused_by_field(field, value, message):
+def test_impossible_value_is_refused_with_its_field(field, value, message):
     with pytest.raises(StrictDataclassError, match=message):
         HfGPTConfig(**{field: value})
 
 
-def test_what_became_impossible_is_refused_when_saved(tmp_path):
+def test_a_value_that_became_impossible_is_refused_when_saving(tmp_path):
     config = HfGPTConfig()
     config.num_attention_heads = 7
     with pytest.raises(StrictDataclassError, match="num_attention_heads 7"):
@@ -201,7 +201,7 @@ def test_misspelt_keyword_is_refused_with_the_nearest_name(misspelt, nearest):
 
 
 @pytest.mark.parametrize("pair", [{"n_positions": 64, "n_ctx": 128}, {"hidden_size": 64, "n_embd": 128}])
-def test_one_field_by_two_names_with_two_values_is_refused(pair):
+def test_one_field_under_two_names_with_two_values_is_refused(pair):
     with pytest.raises(ValueError, match="is 64; give only one"):
         HfGPTConfig(**pair)
     same = HfGPTConfig(**dict.fromkeys(pair, 192))
@@ -224,7 +224,7 @@ def test_gpt2_names_read_and_write_the_standard_fields(gpt2_name):
     assert gpt2_name not in config.to_dict()
 
 
-def test_no_gpt2_name_is_left_out():
+def test_no_gpt2_name_is_missing():
     assert {gpt2_name: name for gpt2_name, (name, _) in GPT2_NAMES.items()} == HfGPTConfig.attribute_map
 
 
@@ -237,7 +237,7 @@ def test_mlp_is_four_times_as_wide_unless_given(width):
 
 
 def test_gpt2s_own_config_json_is_understood(tmp_path):
-    """The file as it stands on the Hub at openai-community/gpt2, whose sizes are changed here to be no defaults."""
+    """The file of openai-community/gpt2 on the Hub, with sizes changed so that they differ from the defaults."""
     (tmp_path / "config.json").write_text("""{
         "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
         "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
@@ -263,7 +263,7 @@ def test_gpt2s_own_config_json_is_understood(tmp_path):
 # Files
 
 
-def test_every_field_survives_saving(tmp_path):
+def test_every_field_is_kept_when_saving(tmp_path):
     own_fields = [name for name in HfGPTConfig.__annotations__ if not name.startswith("_")]
     assert set(OTHER_THAN_DEFAULT) == set(own_fields)
     config = HfGPTConfig(**OTHER_THAN_DEFAULT)
@@ -278,7 +278,7 @@ def test_every_field_survives_saving(tmp_path):
     assert HfGPTConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
-def test_defaults_survive_saving(tmp_path):
+def test_defaults_are_kept_when_saving(tmp_path):
     HfGPTConfig(n_embd=96).save_pretrained(tmp_path)
     loaded = HfGPTConfig.from_pretrained(tmp_path)
     expected = HfGPTConfig(hidden_size=96).to_dict()

@@ -1,7 +1,7 @@
 """The sequence classifier: which token it reads, and its losses.
 
-`CLOSE`: float32 sums over rows of another width are taken in another order, which moves these logits, of about 1, by
-up to 1e-6; the token beside the right one gives logits that are off by 0.01 and more.
+`CLOSE`: float32 sums over rows of another width are computed in another order, which changes these logits, of about 1,
+by up to 1e-6; reading a neighbouring token gives logits that are off by 0.01 or more.
 """
 
 import pytest
@@ -45,7 +45,7 @@ def alone(model, rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([model(row.unsqueeze(0)).logits for row in rows])
 
 
-# The token that is read
+# The token that is classified
 
 
 def test_logits_are_the_head_over_the_last_token(model):
@@ -58,7 +58,7 @@ def test_logits_are_the_head_over_the_last_token(model):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_are_what_they_are_alone(side, implementation, model):
+def test_padded_rows_give_the_same_logits_as_alone(side, implementation, model):
     model.set_attn_implementation(implementation)
     rows = make_rows(9, 1, 4, 12)
     expected = alone(model, rows)
@@ -66,14 +66,14 @@ def test_padded_rows_are_what_they_are_alone(side, implementation, model):
         ids, mask = pad(rows, side, width)
         for attention_mask in (mask, mask.bool()):
             assert_close(model(ids, attention_mask=attention_mask).logits, expected, **CLOSE)
-        # The mask decides, whatever stands at padding.
+        # Only the mask matters, whatever the ids of padding.
         assert_close(model(ids.masked_fill(mask == 0, 7), attention_mask=mask).logits, expected, **CLOSE)
         embeddings = model.get_input_embeddings()(ids)
         assert_close(model(inputs_embeds=embeddings, attention_mask=mask).logits, expected, **CLOSE)
 
 
-def test_the_mask_decides_against_the_pad_token(model):
-    """A text may end with the token used for padding, as GPT-2's do."""
+def test_the_mask_takes_precedence_over_the_pad_token(model):
+    """A text may end with the token used for padding, as with GPT-2."""
     row = make_rows(9)[0]
     row[-2:] = PAD
     ones = torch.ones(1, 9)
@@ -83,7 +83,7 @@ def test_the_mask_decides_against_the_pad_token(model):
 
 def test_without_a_mask_trailing_pad_tokens_are_padding(model):
     rows = make_rows(9, 1, 4, 12)
-    rows[0][3] = PAD  # within the text: read as text
+    rows[0][3] = PAD  # within the text: treated as text
     ids, _ = pad(rows, "right", 14)
     assert_close(model(ids).logits, alone(model, rows), **CLOSE)
 
@@ -97,7 +97,7 @@ def test_without_mask_and_pad_token_the_last_token_is_read(tiny_config):
     assert_close(model(inputs_embeds=embeddings).logits, model(ids).logits, **CLOSE)
 
 
-def test_a_row_of_nothing_but_padding_is_refused(model):
+def test_a_row_of_only_padding_is_refused(model):
     ids, mask = pad(make_rows(9, 4), "right", 9)
     mask[1] = 0
     with pytest.raises(ValueError, match="has only padding"):
@@ -106,7 +106,7 @@ def test_a_row_of_nothing_but_padding_is_refused(model):
         model(torch.full((1, 4), PAD))
 
 
-def test_a_cached_text_is_classified_by_its_new_end(model):
+def test_a_cached_text_is_classified_by_its_new_last_token(model):
     ids, mask = pad(make_rows(12, 7), "left", 12)
     cache = model(ids[:, :8], attention_mask=mask[:, :8]).past_key_values
     logits = model(ids[:, 8:], attention_mask=mask, past_key_values=cache).logits
@@ -124,7 +124,7 @@ def test_single_label_loss(model):
     assert_close(output.loss.double(), expected, **CLOSE)
     assert model.config.problem_type == "single_label_classification"
     assert model(ids, attention_mask=mask).loss is None
-    # Trainer's gradient accumulation: the sum over what the whole step holds.
+    # Trainer's gradient accumulation: the sum divided by the number of items of the entire step.
     output = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=12)
     assert_close(output.loss.double(), expected * 3 / 12, **CLOSE)
 
@@ -153,7 +153,7 @@ def test_regression_loss(num_labels, tiny_config):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_loss_and_gradients_of_a_batch_are_those_of_its_rows(side, model):
+def test_loss_and_gradients_of_a_batch_equal_those_of_its_rows(side, model):
     rows, labels = make_rows(9, 1, 4, 12), torch.tensor([4, 0, 2, 1])
     sum(
         model(row.unsqueeze(0), labels=label.view(1)).loss / 4 for row, label in zip(rows, labels, strict=True)

@@ -1,8 +1,8 @@
 """Caches, generation and the end of the context.
 
-`CLOSE`: a cache changes the order of float32 sums, which moves these logits, of about 5 at most, by up to 2e-6; a
-wrong position or one token too many moves them by 0.01 and more. Generated ids are compared exactly: the best two
-tokens are never that close to each other here.
+`CLOSE`: a cache changes the order of float32 sums, which changes these logits, of about 5 at most, by up to 2e-6; a
+wrong position or one token too many changes them by 0.01 or more. Generated ids are compared exactly: the best two
+tokens are never that close here.
 """
 
 import pytest
@@ -19,7 +19,7 @@ CONTEXT = 32
 @pytest.fixture(params=["sdpa", "eager"])
 def model(request, tiny_config):
     torch.manual_seed(0)
-    # No end of text: generation goes on to the length asked for.
+    # No end of text: generation continues to the requested length.
     model = HfGPTForCausalLM(tiny_config(bos_token_id=None, eos_token_id=None)).eval()
     model.set_attn_implementation(request.param)
     model.generation_config.pad_token_id = 0
@@ -42,7 +42,7 @@ def make_cache(kind: str, model):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("cuts", [[1] * 20, [20], [7, 1, 1, 11], [1, 19], [10, 10]])
 @torch.no_grad()
-def test_cached_steps_give_the_logits_of_the_whole(kind, cuts, model):
+def test_cached_steps_give_the_logits_of_the_full_sequence(kind, cuts, model):
     ids = make_ids(2, 20)
     expected = model(ids, use_cache=False).logits
     cache, parts = make_cache(kind, model), []
@@ -70,7 +70,7 @@ def test_cached_steps_of_padded_rows(kind, cuts, model):
 
 
 @torch.no_grad()
-def test_a_cache_is_made_when_asked_for(model):
+def test_a_cache_is_created_on_request(model):
     ids = make_ids(2, 5)
     assert model(ids, use_cache=False).past_key_values is None
     assert model(ids, use_cache=True).past_key_values.get_seq_length() == 5
@@ -99,13 +99,13 @@ def generate(model, ids, new_tokens=8, **kwargs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static", "disable_compile": True}])
-def test_greedy_generation_is_the_best_next_token_each_time(options, model):
+def test_greedy_generation_takes_the_best_next_token_each_time(options, model):
     ids = make_ids(2, 10)
     expected = ids
     with torch.no_grad():
         for _ in range(8):
             expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], dim=1)
-    assert len(set(expected[0, 10:].tolist())) > 3  # else a wrong cache might not show
+    assert len(set(expected[0, 10:].tolist())) > 3  # otherwise a wrong cache might not show
     assert torch.equal(generate(model, ids, use_cache=False), expected)
     assert torch.equal(generate(model, ids, **options), expected)
 
@@ -120,7 +120,7 @@ def test_a_left_padded_batch_generates_what_each_row_generates_alone(model):
             assert torch.equal(tokens, generate(model, row)[0, row.shape[1] :])
 
 
-def test_beam_search_finds_a_likelier_continuation_with_and_without_a_cache(model):
+def test_beam_search_finds_a_more_likely_continuation_with_and_without_a_cache(model):
     ids = make_ids(2, 10)
     beams = generate(model, ids, num_beams=4)
     assert beams.shape == (2, 18)
@@ -199,8 +199,8 @@ def test_a_cache_may_be_filled_to_the_end_of_the_context_and_no_further(mask, mo
 
 
 @torch.no_grad()
-def test_padding_takes_no_room_in_the_context(model):
-    """40 columns of a context of 32, whose rows hold 32 and 5 tokens."""
+def test_padding_takes_no_space_in_the_context(model):
+    """40 columns with a context of 32; the rows have 32 and 5 tokens."""
     rows = [make_ids(1, 32), make_ids(1, 5, seed=1)]
     for side in ("left", "right"):
         padding = [(40 - row.shape[1], 0) if side == "left" else (0, 40 - row.shape[1]) for row in rows]

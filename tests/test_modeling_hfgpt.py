@@ -1,7 +1,7 @@
-"""The model: its arithmetic, its first weights, its tied weights and its files.
+"""The model: its computation, initial weights, tied weights and files.
 
-`CLOSE`: float32 sums taken in another order move these logits, of about 5 at most, by up to 2e-6; a wrong scale,
-activation or transpose moves them by 0.01 and more. What runs the same operations twice is compared exactly.
+`CLOSE`: float32 sums in another order change these logits, of about 5 at most, by up to 2e-6; a wrong scale,
+activation or transpose changes them by 0.01 or more. Runs of the same operations are compared exactly.
 """
 
 import itertools
@@ -37,11 +37,11 @@ def make_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# The arithmetic
+# Computation
 
 
-def test_logits_are_those_of_transformers_gpt2(tiny_config):
-    """Same weights, names and transposes written out here, so that no code of the conversion is trusted.
+def test_logits_equal_those_of_transformers_gpt2(tiny_config):
+    """Same weights; names and transposes are written out here, independently of the conversion code.
 
     The layer norm epsilon is large, so that a wrong one shows.
     """
@@ -72,19 +72,19 @@ def test_logits_are_those_of_transformers_gpt2(tiny_config):
             }.items(),
         ):
             parts = torch.cat([weights[f"model.layers.{layer}.{part}.{kind}"] for part in own])
-            renamed[f"transformer.h.{layer}.{name}.{kind}"] = parts.transpose(0, -1)  # a vector stays
+            renamed[f"transformer.h.{layer}.{name}.{kind}"] = parts.transpose(0, -1)  # vectors are not transposed
     theirs.load_state_dict(renamed)
     ids = make_ids(2, 32)
     assert_close(ours(ids).logits, theirs(ids).logits, **CLOSE)
 
 
-# First weights
+# Initial weights
 
 
 def check_is_normal(name: str, values: torch.Tensor, std: float):
     """Within 5 standard errors of N(0, std) in mean, deviation and kurtosis (3: a uniform has 1.8).
 
-    By chance alone one of these 3 fails once in 600,000 seeds; the seed is fixed.
+    By chance one of these 3 checks fails for one in 600,000 seeds; the seed is fixed.
     """
     values = values.detach().double().flatten()
     errors = 5 / math.sqrt(len(values))
@@ -93,7 +93,7 @@ def check_is_normal(name: str, values: torch.Tensor, std: float):
     assert abs((values / std).pow(4).mean() - 3) < errors * math.sqrt(96), name
 
 
-def check_first_weights(model):
+def check_initial_weights(model):
     config = model.config
     checked = 0
     for name, parameter in model.named_parameters():
@@ -112,8 +112,8 @@ def check_first_weights(model):
 
 @pytest.mark.parametrize("model_class", CLASSES)
 @pytest.mark.parametrize("way", ["class", "_from_config", "AutoModel", "from_pretrained", "meta"])
-def test_every_parameter_starts_as_it_should(model_class, way, tiny_config):
-    # 3 layers and 0.05: neither is a default. 64 wide: 4,096 numbers in a projection, its deviation known to 6 %.
+def test_every_parameter_is_initialized_correctly(model_class, way, tiny_config):
+    # 3 layers and 0.05: not the defaults. 64 wide: 4,096 numbers in a projection, its deviation known to 6 %.
     config = tiny_config(
         hidden_size=64, num_hidden_layers=3, initializer_range=0.05, num_labels=5, tie_word_embeddings=False
     )
@@ -139,10 +139,10 @@ def test_every_parameter_starts_as_it_should(model_class, way, tiny_config):
             module._is_hf_initialized = False
         model.init_weights()
     assert type(model) is model_class
-    check_first_weights(model)
+    check_initial_weights(model)
 
 
-def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_else(tiny_config, tmp_path):
+def test_loading_initializes_missing_weights_and_changes_no_others(tiny_config, tmp_path):
     torch.manual_seed(2)
     config = tiny_config(hidden_size=64, initializer_range=0.05)
     HfGPTForCausalLM(config).save_pretrained(tmp_path)
@@ -154,7 +154,7 @@ def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_els
         "model.layers.1.self_attn.k_proj.weight",
         "model.layers.1.self_attn.o_proj.weight",
         "model.layers.1.mlp.down_proj.weight",
-        # Of these two the weight is there.
+        # Only the weight of these two is in the file.
         "model.layers.0.self_attn.o_proj.bias",
         "model.layers.0.mlp.up_proj.bias",
     ]
@@ -162,7 +162,7 @@ def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_els
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"8 missing weights, such as model\.embed_positions\.weight: use another"):
         HfGPTForCausalLM.from_pretrained(tmp_path)
-    # Whoever asks what was missing gets the model all the same.
+    # With output_loading_info the model is returned all the same.
     model, info = HfGPTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == set(missing)
     loaded = dict(model.named_parameters())
@@ -180,11 +180,11 @@ def test_loading_gives_what_is_missing_its_first_weights_and_touches_nothing_els
 
 
 @pytest.mark.parametrize("model_class", [HfGPTForCausalLM, HfGPTForSequenceClassification])
-def test_head_on_a_base_model_starts_as_it_should(model_class, tiny_config, tmp_path):
+def test_head_on_a_base_model_is_initialized_correctly(model_class, tiny_config, tmp_path):
     torch.manual_seed(3)
     base = HfGPTModel(tiny_config(initializer_range=0.05, tie_word_embeddings=False, num_labels=9))
     base.save_pretrained(tmp_path)
-    if model_class is HfGPTForCausalLM:  # a language model with a random head is nobody's wish
+    if model_class is HfGPTForCausalLM:  # nobody wants a language model with a random head
         with pytest.raises(ValueError, match=r"1 missing weights, such as lm_head\.weight"):
             model_class.from_pretrained(tmp_path)
     loaded, _ = model_class.from_pretrained(tmp_path, output_loading_info=True)
@@ -201,7 +201,7 @@ def test_there_are_no_buffers(model_class, tiny_config):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_a_checkpoint_with_other_weights_is_refused_other_heads_aside(model_class, tiny_config, tmp_path):
+def test_a_checkpoint_with_other_weights_is_refused_except_for_heads(model_class, tiny_config, tmp_path):
     HfGPTForCausalLM(tiny_config(tie_word_embeddings=False)).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     extra = {**weights, "score.weight": torch.zeros(2, 32)}
@@ -291,7 +291,7 @@ print("loaded")
 
 
 def test_saved_models_load_where_hfgpt_is_not_installed(tiny_config, tmp_path):
-    """In a process that cannot import hfgpt, by the code saved beside the weights: exactly the same logits."""
+    """In a process that cannot import hfgpt, with the code saved next to the weights: exactly the same logits."""
     ids = make_ids(2, 12)
     recorded = {"ids": ids}
     for name, model_class in zip(("base", "causal", "classifier"), CLASSES, strict=True):
@@ -316,7 +316,7 @@ def test_saved_models_load_where_hfgpt_is_not_installed(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_saved_folder_holds_the_code_and_says_where(model_class, tiny_config, tmp_path):
+def test_saved_folder_contains_the_code_and_refers_to_it(model_class, tiny_config, tmp_path):
     folder = tmp_path / "not" / "there" / "yet"
     model = model_class(tiny_config())
     model.save_pretrained(folder)
@@ -335,7 +335,7 @@ def test_saved_folder_holds_the_code_and_says_where(model_class, tiny_config, tm
     assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
-def test_a_read_only_installation_saves_code_that_can_be_written(tiny_config, tmp_path, monkeypatch):
+def test_a_read_only_installation_saves_writable_code(tiny_config, tmp_path, monkeypatch):
     for module in (hfgpt.configuration_hfgpt, hfgpt.modeling_hfgpt):
         installed = tmp_path / Path(module.__file__).name
         installed.write_bytes(Path(module.__file__).read_bytes())
@@ -347,8 +347,8 @@ def test_a_read_only_installation_saves_code_that_can_be_written(tiny_config, tm
     assert all(path.stat().st_mode & stat.S_IWUSR for path in saved)
 
 
-def test_what_was_loaded_under_other_names_is_saved_under_ours(tiny_config, tmp_path):
-    """transformers would write the names it read, which nobody could load without the same mapping."""
+def test_weights_loaded_under_other_names_are_saved_under_ours(tiny_config, tmp_path):
+    """transformers would write the names it read, which could not be loaded without the same mapping."""
     model = HfGPTForCausalLM(tiny_config())
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

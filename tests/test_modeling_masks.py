@@ -1,9 +1,9 @@
-"""Who attends to whom: padding, packed documents, and that every attention implementation agrees.
+"""Which tokens attend to which: padding, packed documents, and agreement of the attention implementations.
 
-The measure is always a row, or a document, computed alone. `CLOSE`: float32 sums over rows of another width are taken
-in another order, which moves these logits, of about 5 at most, by up to 2e-6; one token too many moves them by 0.01
-and more (`test_the_tolerance_tells_right_from_wrong`). Gradients, sums over all tokens, are about 10 and
-`CLOSE_GRADIENTS` ten times as wide.
+The reference is always a single row or document. `CLOSE`: float32 sums over rows of another width are computed in
+another order, which changes these logits, of about 5 at most, by up to 2e-6; one token too many changes them by 0.01
+or more (`test_the_tolerance_tells_right_from_wrong`). Gradients, sums over all tokens, are about 10, so
+`CLOSE_GRADIENTS` is ten times as wide.
 """
 
 import pytest
@@ -33,7 +33,7 @@ def make_rows(*lengths: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 def pad(rows: list[torch.Tensor], side: str, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (B, width); what pads are real tokens, so that they count if they are seen."""
+    """Ids and mask (B, width); the padding consists of real tokens, so that attending to it changes the logits."""
     ids = torch.randint(1, 64, (len(rows), width), generator=torch.Generator().manual_seed(9))
     mask = torch.zeros(len(rows), width, dtype=torch.long)
     for number, row in enumerate(rows):
@@ -45,12 +45,12 @@ def pad(rows: list[torch.Tensor], side: str, width: int) -> tuple[torch.Tensor, 
 
 
 def alone(model, rows: list[torch.Tensor]) -> torch.Tensor:
-    """The logits (tokens, V) of each row by itself, one row after the other."""
+    """The concatenated logits (tokens, V) of each row computed alone."""
     return torch.cat([model(row.unsqueeze(0)).logits[0] for row in rows])
 
 
 def gradients(model, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Gradients of a sum of the logits (tokens, V), weighted so that no two count alike."""
+    """Gradients of a sum of the logits (tokens, V), each with a different weight."""
     weights = torch.linspace(-1, 1, logits.numel()).view_as(logits).roll(17, 0)
     model.zero_grad()
     (weights * logits).sum().backward()
@@ -79,8 +79,8 @@ def test_eager_and_sdpa_agree(tiny_config):
         check_gradients(results[0][1], results[1][1])
 
 
-def test_the_tolerance_tells_right_from_wrong(model):
-    """Of 20 tokens, the one seen or moved least: every wrong mask and position below is further off than this."""
+def test_the_tolerance_separates_right_from_wrong(model):
+    """The least sensitive of 20 tokens: every wrong mask or position below has a larger error than this."""
     row = make_rows(20)[0]
     logits = model(row.unsqueeze(0)).logits[0]
     without_the_first = model(row[1:].unsqueeze(0), position_ids=torch.arange(1, 20).unsqueeze(0)).logits[0]
@@ -100,7 +100,7 @@ def test_tokens_do_not_see_the_future(model):
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
-def test_padded_rows_are_what_they_are_alone(side, dtype, model):
+def test_padded_rows_give_the_same_logits_as_alone(side, dtype, model):
     rows = make_rows(9, 1, 4, 12)
     ids, mask = pad(rows, side, 12)
     logits = model(ids, attention_mask=mask.to(dtype)).logits
@@ -109,14 +109,14 @@ def test_padded_rows_are_what_they_are_alone(side, dtype, model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_leaves_gradients_alone(side, model):
+def test_padding_does_not_change_gradients(side, model):
     rows = make_rows(9, 1, 4, 12)
-    ids, mask = pad(rows, side, 14)  # a column that is padding everywhere as well
+    ids, mask = pad(rows, side, 14)  # including a column that is padding in every row
     expected = gradients(model, alone(model, rows))
     check_gradients(gradients(model, model(ids, attention_mask=mask).logits[mask.bool()]), expected)
 
 
-def test_a_hole_in_the_mask_is_as_if_the_token_were_not_there(model):
+def test_a_gap_in_the_mask_is_like_removing_the_token(model):
     rows = make_rows(20, 20)
     mask = torch.ones(2, 20, dtype=torch.long)
     mask[0, [3, 4, 11]] = 0
@@ -132,8 +132,8 @@ def test_a_mask_that_hides_nothing_changes_nothing(model):
     assert_close(model(ids, attention_mask=torch.ones(2, 20)).logits, model(ids).logits, **CLOSE)
 
 
-def test_a_prepared_mask_is_taken_as_it_is(model):
-    """(B, 1, T, T), added to the scores: here each token sees itself and the one before."""
+def test_a_prepared_4d_mask_is_used_unchanged(model):
+    """(B, 1, T, T), added to the scores: here each token attends to itself and the previous one."""
     ids = make_rows(20)[0].unsqueeze(0)
     seen = torch.ones(20, 20).tril().triu(-1).bool()
     mask = torch.zeros(1, 1, 20, 20).masked_fill(~seen, torch.finfo(torch.float32).min)
@@ -162,7 +162,7 @@ def packed():
 
 @pytest.mark.parametrize("use_cache", [None, True, False])
 @pytest.mark.parametrize("mask", [None, "ones", "left", "right"])
-def test_packed_documents_are_what_they_are_alone(mask, use_cache, model, packed):
+def test_packed_documents_give_the_same_logits_as_alone(mask, use_cache, model, packed):
     documents, ids, positions = packed
     assert model.config.use_cache
     if mask is None:
@@ -173,7 +173,7 @@ def test_packed_documents_are_what_they_are_alone(mask, use_cache, model, packed
     else:
         ids, attention_mask = pad(list(ids), mask, 26)
         real = attention_mask.bool()
-        # What stands at padding must not matter; collators write zeros.
+        # Positions at padding must not matter; collators write zeros.
         positions = torch.zeros_like(ids).masked_scatter(real, positions)
     output = model(ids, attention_mask=attention_mask, position_ids=positions, use_cache=use_cache)
     assert_close(output.logits[real], alone(model, documents), **CLOSE)
@@ -202,7 +202,7 @@ def test_packed_documents_have_their_own_gradients(padded, model, packed):
     check_gradients(gradients(model, model(ids, mask, positions, use_cache=False).logits[mask.bool()]), expected)
 
 
-def test_one_row_of_positions_serves_the_batch(model, packed):
+def test_one_row_of_positions_applies_to_the_batch(model, packed):
     _, ids, positions = packed
     logits = model(ids, position_ids=positions[:1]).logits
     assert_close(logits, model(ids, position_ids=positions[:1].expand(2, -1)).logits, **CLOSE)
@@ -210,15 +210,15 @@ def test_one_row_of_positions_serves_the_batch(model, packed):
     assert_close(logits.flatten(0, 1), alone(model, documents), **CLOSE)
 
 
-def test_a_document_may_start_anywhere(model):
-    """Two pieces of longer documents: positions do not start at 0, and the second happens to start higher."""
+def test_a_document_may_start_at_any_position(model):
+    """Two parts of longer documents: positions do not start at 0, and the second part starts at a higher one."""
     ids = make_rows(20)[0].unsqueeze(0)
     positions = torch.cat([torch.arange(3, 15), torch.arange(20, 28)]).unsqueeze(0)
     parts = [model(ids[:, part], position_ids=positions[:, part]).logits for part in (slice(12), slice(12, 20))]
     assert_close(model(ids, position_ids=positions).logits, torch.cat(parts, dim=1), **CLOSE)
 
 
-def test_rows_of_one_document_are_cached_as_ever(model):
+def test_rows_of_one_document_can_be_cached(model):
     ids, mask = pad(make_rows(9, 12), "left", 12)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate writes them
     output = model(ids, attention_mask=mask, position_ids=positions, use_cache=True)
@@ -236,8 +236,8 @@ def test_packed_documents_with_a_cache_are_refused(model, packed):
             assert cache.get_seq_length() == length
 
 
-def test_flash_attention_refuses_what_it_would_mix(tiny_config, packed):
-    """Set by hand: the refusal has to come before the kernel, which is not there."""
+def test_flash_attention_refuses_packing_it_cannot_separate(tiny_config, packed):
+    """Set by hand: the error must come before the kernel, which is not installed."""
     _, ids, positions = packed
     model = HfGPTForCausalLM(tiny_config()).eval()
     model.config._attn_implementation = "flash_attention_2"
@@ -248,8 +248,8 @@ def test_flash_attention_refuses_what_it_would_mix(tiny_config, packed):
         model(ids[:1], attention_mask=(torch.arange(20) < 18).unsqueeze(0), position_ids=positions[:1])
 
 
-def test_flash_attention_is_told_the_positions_of_one_packed_row(tiny_config, packed, monkeypatch):
-    """It finds the documents by them, if there is no mask: what transformers' kernel is given is looked at here."""
+def test_flash_attention_gets_the_positions_of_one_packed_row(tiny_config, packed, monkeypatch):
+    """Without a mask it separates documents by positions: this checks the arguments of transformers' kernel."""
     _, ids, positions = packed
     model = HfGPTForCausalLM(tiny_config()).eval()
     model.config._attn_implementation = "flash_attention_2"
@@ -277,7 +277,7 @@ def test_flash_attention_is_told_the_positions_of_one_packed_row(tiny_config, pa
         ([[0, 1, 0, 1]], None, [[0, 0, 1, 1]]),
         ([[0, 0, 0, 1]], None, [[0, 1, 2, 2]]),
         ([[0, 1, 2, 3], [0, 1, 2, 0]], None, [[0, 0, 0, 0], [0, 0, 0, 1]]),
-        # Padding on the left, then on the right, within, and everywhere: no document of its own.
+        # Padding on the left, on the right, within, and everywhere is not a separate document.
         ([[0, 0, 0, 1]], [[0, 0, 1, 1]], None),
         ([[1, 1, 0, 1]], [[0, 0, 1, 1]], None),
         ([[0, 1, 0, 0]], [[1, 1, 0, 0]], None),
@@ -286,6 +286,6 @@ def test_flash_attention_is_told_the_positions_of_one_packed_row(tiny_config, pa
         ([[0, 0, 0, 0]], [[0, 0, 0, 0]], None),
     ],
 )
-def test_documents_are_told_apart_by_positions(positions, mask, expected):
+def test_documents_are_separated_by_positions(positions, mask, expected):
     documents = find_packed_documents(torch.tensor(positions), None if mask is None else torch.tensor(mask))
     assert (documents if documents is None else documents.tolist()) == expected

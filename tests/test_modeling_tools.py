@@ -1,7 +1,7 @@
-"""What works because the model keeps transformers' contract: compilation, export, tensor parallelism, quantization.
+"""Tools that rely on transformers' model interface: compilation, export, tensor parallelism, quantization.
 
-`CLOSE`: caches and sums over two processes take float32 sums in another order, which moves these logits, of about 5 at
-most, by up to 3e-6. What a tool leaves as it was is compared exactly.
+`CLOSE`: caches and sums over two processes change the order of float32 sums, which changes these logits, of about 5 at
+most, by up to 3e-6. What a tool does not change is compared exactly.
 """
 
 import os
@@ -34,7 +34,7 @@ def make_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def make_mask(rows: int, length: int, *missing: int) -> torch.Tensor:
-    """All ones but for `missing` tokens of padding at the left of each row."""
+    """All ones except for `missing` padding tokens at the left of each row."""
     mask = torch.ones(rows, length, dtype=torch.long)
     for row, count in enumerate(missing):
         mask[row, :count] = 0
@@ -44,11 +44,11 @@ def make_mask(rows: int, length: int, *missing: int) -> torch.Tensor:
 PACKED = torch.cat([torch.arange(11), torch.arange(9)]).expand(2, -1)
 
 
-# Compilation into one graph, run as it stands: what inductor would make of it is torch's affair, and takes 15 s
+# Compilation into one graph, run as is: generating code with inductor is not tested here, and takes 15 s
 
 
 def test_compiled_training_step_of_packed_rows(model):
-    """Forward and backward, of two documents a row and padding in the first."""
+    """Forward and backward pass with two documents per row and padding in the first row."""
     ids = make_ids(2, 20)
     arguments = {"attention_mask": make_mask(2, 20, 5), "position_ids": PACKED, "labels": ids, "use_cache": False}
     results = []
@@ -62,7 +62,7 @@ def test_compiled_training_step_of_packed_rows(model):
 
 
 def test_compiled_generation_with_a_static_cache(model):
-    """Of a left-padded batch; two graphs serve all 8 steps: one for the prompt, one for each token after it."""
+    """With a left-padded batch; two graphs suffice for all 8 steps: one for the prompt, one for the later tokens."""
     ids, mask = make_ids(2, 10), make_mask(2, 10, 0, 6)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
     expected = model.generate(ids, **options)
@@ -109,7 +109,7 @@ def test_export_of_a_classifier(tiny_config):
     model = HfGPTForSequenceClassification(tiny_config(num_labels=5, pad_token_id=0)).eval()
     ids = make_ids(2, 20)
     exported = export(model, (ids,), {"attention_mask": make_mask(2, 20, 5), "use_cache": False}).module()
-    mask = make_mask(2, 20, 0, 3).flip(1)  # padding on the other side
+    mask = make_mask(2, 20, 0, 3).flip(1)  # with padding on the other side
     assert_close(
         exported(ids, attention_mask=mask, use_cache=False).logits, model(ids, attention_mask=mask).logits, **CLOSE
     )
@@ -159,8 +159,8 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_two_processes_share_each_layer(model, tmp_path):
-    """As `torchrun --nproc-per-node 2` would start them, over gloo. About 8 s, most of them one import of torch."""
+def test_tensor_parallelism_over_two_processes(model, tmp_path):
+    """As started by `torchrun --nproc-per-node 2`, with gloo. About 8 s, mostly for importing torch."""
     ids, mask = make_ids(2, 20), make_mask(2, 20, 5)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits
@@ -186,7 +186,7 @@ def test_two_processes_share_each_layer(model, tmp_path):
 
 
 def check_quantized(model, loaded, dequantize, relative_error: float):
-    """The projections of the blocks, no more, and the logits are those of the weights they stand for."""
+    """Only the projections of the blocks are quantized, and the logits match the dequantized weights."""
     projections = {
         f"{name}.weight" for name, module in model.model.layers.named_modules(prefix="model.layers") if "proj" in name
     }
@@ -204,14 +204,14 @@ def check_quantized(model, loaded, dequantize, relative_error: float):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     ids = make_ids(2, 20)
     with torch.no_grad():
-        # Dequantized on the fly, in float32 here: the same numbers multiplied in another order.
+        # Dequantized on the fly, here in float32: the same numbers multiplied in another order.
         assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
     assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 23)
 
 
 @pytest.fixture
 def saved(tiny_config, tmp_path):
-    """A model 64 wide, the least that 4-bit blocks hold, and where it is saved."""
+    """A model of width 64, the smallest for 4-bit blocks, and its folder."""
     torch.manual_seed(0)
     model = HfGPTForCausalLM(tiny_config(hidden_size=64, pad_token_id=0)).eval()
     model.save_pretrained(tmp_path)
@@ -225,7 +225,7 @@ def test_torchao_int8_loads(saved):
     model, folder = saved
     quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     loaded = HfGPTForCausalLM.from_pretrained(folder, quantization_config=quantization).eval()
-    # Half a step of 255, and the rounding of the scale.
+    # Half a quantization step of 255, plus the rounding of the scale.
     check_quantized(model, loaded, lambda weight: weight.dequantize(), 1 / 250)
 
 

@@ -1,7 +1,7 @@
-"""What training and inspection rely on: loss, dropout, checkpointing, hidden states and attentions.
+"""What training and inspection rely on: loss, dropout, gradient checkpointing, hidden states and attentions.
 
-Tolerances: float32 sums taken in another order differ by a few 1e-7 where the summands are about 1; `CLOSE` leaves a
-factor of ten. What runs the same operations twice is compared exactly.
+Tolerances: float32 sums in another order differ by a few 1e-7 where the summands are about 1; `CLOSE` leaves a factor
+of ten. Runs of the same operations are compared exactly.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p of each target, in float64 and from the definition."""
+    """-log p of each target, in float64, computed from the definition."""
     logits = logits.detach().double()
     return logits.exp().sum(-1).log() - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
@@ -55,11 +55,11 @@ def test_shifted_labels_give_every_position_a_target(model):
     ids, targets = make_ids(3, 20), make_ids(3, 20, seed=1)
     expected = cross_entropies(model(ids).logits, targets).mean()
     assert_close(model(ids, shift_labels=targets).loss.double(), expected, **CLOSE)
-    # They take the place of labels.
+    # They take precedence over labels.
     assert torch.equal(model(ids, labels=ids, shift_labels=targets).loss, model(ids, shift_labels=targets).loss)
 
 
-def test_ignored_targets_count_for_nothing(model):
+def test_ignored_targets_do_not_count(model):
     ids = make_ids(3, 20)
     ignored = torch.rand(3, 20, generator=torch.Generator().manual_seed(2)) < 0.5
     output = model(ids, labels=ids.masked_fill(ignored, -100))
@@ -76,8 +76,8 @@ def test_number_of_items_divides_the_sum(model, count):
     assert_close(output.loss.double(), cross_entropies(output.logits[:, :-1], ids[:, 1:]).sum() / 7, **CLOSE)
 
 
-def test_loss_and_gradients_do_not_depend_on_the_cut_into_micro_batches(model):
-    """All 8 cuts of 4 rows, which learn 19, 9, 3 and 0 tokens: the mean of means would be off by far."""
+def test_loss_and_gradients_do_not_depend_on_micro_batches(model):
+    """All 8 ways to divide 4 rows with 19, 9, 3 and 0 targets: the mean of means would be far off."""
     ids = make_ids(4, 20)
     labels = ids.clone()
     for row, learned in enumerate((19, 9, 3, 0)):
@@ -109,7 +109,7 @@ def test_loss_of_a_half_precision_model_is_summed_in_float32(model):
 
 
 def dropped(model, implementation: str) -> dict[str, torch.Tensor]:
-    """What each of the four kinds of dropout in the first block has set to zero, in one forward pass."""
+    """What each of the four kinds of dropout in the first block sets to zero in one forward pass."""
     model.set_attn_implementation(implementation)
     seen, block = {}, model.model.layers[0]
     hooks = [
@@ -132,7 +132,7 @@ def dropped(model, implementation: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["embd", "resid", "attn"])
-def test_each_dropout_acts_in_training_alone(kind, implementation, tiny_config):
+def test_each_dropout_is_active_only_in_training(kind, implementation, tiny_config):
     probability = 0.3
     torch.manual_seed(0)
     model = HfGPTForCausalLM(tiny_config(**{f"{kind}_pdrop": probability})).train()
@@ -158,8 +158,8 @@ def test_each_dropout_acts_in_training_alone(kind, implementation, tiny_config):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_computes_blocks_again_and_changes_no_gradient(reentrant, tiny_config):
-    """With dropout, whose draws have to be repeated."""
+def test_checkpointing_recomputes_blocks_and_changes_no_gradient(reentrant, tiny_config):
+    """With dropout, whose random draws must be repeated."""
     torch.manual_seed(0)
     model = HfGPTForCausalLM(tiny_config(embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.1)).train()
     ids = make_ids(3, 20)
@@ -169,7 +169,7 @@ def test_checkpointing_computes_blocks_again_and_changes_no_gradient(reentrant, 
     def step():
         calls.clear()
         torch.manual_seed(1)
-        # Checkpointing makes no cache; with one in the first run, sums would be taken in another order.
+        # Checkpointing creates no cache; with one in the first run, sums would be in another order.
         loss = model(ids, labels=ids, use_cache=False).loss
         return loss, gradients(model, loss), len(calls)
 
@@ -188,8 +188,8 @@ def test_checkpointing_computes_blocks_again_and_changes_no_gradient(reentrant, 
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_reaches_adapters_over_frozen_embeddings(reentrant, model):
-    """As PEFT prepares a model: everything frozen but one projection, and inputs made to require gradients."""
+def test_checkpointing_gives_gradients_to_adapters_with_frozen_embeddings(reentrant, model):
+    """As PEFT prepares a model: everything frozen except one projection, and inputs that require gradients."""
     ids = make_ids(3, 20)
     model.train().requires_grad_(False)
     adapted = model.model.layers[0].self_attn.q_proj.weight.requires_grad_(True)
@@ -242,14 +242,14 @@ def test_hidden_states_and_attentions(model_class, tiny_config):
 def test_logits_can_be_limited_to_some_positions(model):
     ids = make_ids(3, 20)
     logits = model(ids).logits
-    # Not the same multiplication any more, but of fewer rows: close, not equal.
+    # The multiplication has fewer rows, so the result is close, not equal.
     assert_close(model(ids, logits_to_keep=1).logits, logits[:, -1:], **CLOSE)
     assert_close(model(ids, logits_to_keep=5).logits, logits[:, -5:], **CLOSE)
     kept = torch.tensor([2, 19, 7])
     assert_close(model(ids, logits_to_keep=kept).logits, logits[:, kept], **CLOSE)
 
 
-def test_embeddings_may_stand_for_ids_but_not_beside_them(model):
+def test_embeddings_can_replace_ids_but_not_accompany_them(model):
     ids = make_ids(3, 20)
     embeddings = model.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embeddings).logits, model(ids).logits)

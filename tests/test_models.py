@@ -1,6 +1,6 @@
-"""Models from arguments, folders and Hub ids: built as asked for, loaded whole, or refused in one line.
+"""Models from arguments, folders and Hub ids: built as requested, loaded strictly, or refused in one line.
 
-Weights are compared bit for bit. Only the spread of random weights has a tolerance, which is stated there.
+Weights are compared exactly. Only the spread of random weights has a tolerance, which is explained there.
 """
 
 import builtins
@@ -61,7 +61,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def saved(tokenizer, tmp_path_factory) -> Path:
-    """A saved model and its tokenizer. Nothing may be changed there."""
+    """A saved model and its tokenizer. Tests must not change them."""
     folder = tmp_path_factory.mktemp("saved")
     build(tokenizer, seed=3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -125,7 +125,7 @@ def test_every_field_reaches_the_configuration(tokenizer):
         assert getattr(default, name) == getattr(HfGPTConfig(), name) != values[name]
 
 
-def test_vocabulary_and_special_tokens_are_the_tokenizers(tokenizer):
+def test_vocabulary_and_special_tokens_are_those_of_the_tokenizer(tokenizer):
     config = build_config(ModelArguments(), tokenizer)
     assert config.vocab_size == 29
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 1)
@@ -164,7 +164,7 @@ def test_presets(preset, sizes, tokenizer):
         ({"preset": "gpt2", "hidden_size": 384}, (384, 12, 12, 1024)),
     ],
 )
-def test_a_new_model_is_small_unless_a_size_is_asked_for_by_name(given, sizes, tokenizer):
+def test_a_new_model_is_small_unless_a_size_is_set(given, sizes, tokenizer):
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
     config = build_config(ModelArguments(**given), tokenizer)
     assert tuple(getattr(config, name) for name in names) == sizes
@@ -200,7 +200,7 @@ def test_impossible_models_are_refused(arguments, message, tokenizer):
     assert refusal(build, tokenizer, **arguments) == message
 
 
-def test_a_model_that_no_machine_can_hold_is_refused_before_it_is_built(tokenizer):
+def test_a_model_too_large_for_any_machine_is_refused_before_it_is_built(tokenizer):
     with pytest.raises(InputError, match=r"model.num_hidden_layers is 1,000,000,000; the limit is 1,000"):
         ModelArguments(num_hidden_layers=10**9)
     message = refusal(build, tokenizer, hidden_size=2**30)
@@ -214,26 +214,26 @@ def test_a_model_that_no_machine_can_hold_is_refused_before_it_is_built(tokenize
 @pytest.mark.parametrize(
     ("name", "value"), [("preset", "gpt2"), ("initialization", "torch"), ("pad_vocab_to_multiple_of", 64)]
 )
-def test_what_only_a_new_model_needs_is_refused_for_one_that_is_loaded(name, value):
+def test_options_for_new_models_are_refused_for_loaded_ones(name, value):
     with pytest.raises(InputError) as error:
         ModelArguments(path="x", embd_pdrop=0.1, **{name: value})
     assert str(error.value) == f"model.path determines the architecture and weights: remove model.{name}"
 
 
-def test_an_attention_that_is_not_there_is_refused(tokenizer):
+def test_an_unavailable_attention_implementation_is_refused(tokenizer):
     message = refusal(build, tokenizer, attn_implementation="flash")
     assert message.startswith("model.attn_implementation is 'flash': ")
     assert "sdpa" in message
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
-def test_the_attention_asked_for_is_used(kind, tokenizer, saved):
+def test_the_requested_attention_implementation_is_used(kind, tokenizer, saved):
     assert build(tokenizer, attn_implementation=kind).config._attn_implementation == kind
     loaded = build_model(ModelArguments(path=str(saved), attn_implementation=kind), tokenizer)
     assert loaded.config._attn_implementation == kind
 
 
-def test_the_seed_decides_the_weights(tokenizer):
+def test_the_seed_determines_the_weights(tokenizer):
     model = build(tokenizer, seed=3)
     assert_same_weights(model, build(tokenizer, seed=3))
     torch.manual_seed(3)
@@ -243,9 +243,9 @@ def test_the_seed_decides_the_weights(tokenizer):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_initialization_of_the_book(tied, tokenizer):
-    """PyTorch's defaults: N(0, 1) embeddings, linear layers uniform below 1 / sqrt(inputs), a tied head among them."""
+    """PyTorch's defaults: N(0, 1) embeddings; linear layers, including a tied head, uniform below 1 / sqrt(inputs)."""
     model = build(tokenizer, initialization="torch", tie_word_embeddings=tied)
-    # The spread of 928 draws has a standard error of 2.3 %; five of them.
+    # The standard deviation of 928 draws has a standard error of 2.3 %; the tolerance is five of them.
     embedding = model.model.embed_tokens.weight
     assert (model.lm_head.weight is embedding) == tied
     if not tied:
@@ -254,7 +254,7 @@ def test_initialization_of_the_book(tied, tokenizer):
     assert len(linear) == 2 * 6 + 1
     for name, module in linear.items():
         bound = module.in_features**-0.5
-        # Of 928 uniform draws or more the largest is below 0.95 of the bound once in 10^20 times.
+        # The largest of 928 or more uniform draws is below 0.95 of the bound once in 10^20 times.
         assert 0.95 * bound < module.weight.abs().max().item() <= bound, name
     assert torch.equal(model.model.norm.weight, torch.ones(32))
     default = build(tokenizer, tie_word_embeddings=tied)
@@ -266,7 +266,7 @@ def test_padded_rows_are_never_generated(multiple, rows, tokenizer, tmp_path):
     model = build(tokenizer, pad_vocab_to_multiple_of=multiple, tie_word_embeddings=False)
     assert model.config.vocab_size == rows == model.get_input_embeddings().num_embeddings
     assert model.generation_config.suppress_tokens == (list(range(29, rows)) or None)
-    # Every row but the padding's would lose here.
+    # Without suppression, a padding row would always win here.
     with torch.no_grad():
         model.lm_head.weight[:29] = 0.0
     model.save_pretrained(tmp_path)
@@ -275,7 +275,7 @@ def test_padded_rows_are_never_generated(multiple, rows, tokenizer, tmp_path):
         assert int(ids.max()) < 29
 
 
-def test_a_model_to_go_on_from(saved, tokenizer):
+def test_a_model_to_continue_from(saved, tokenizer):
     model = build_model(ModelArguments(path=str(saved)), tokenizer)
     assert_same_weights(model, build(tokenizer, seed=3))
     larger = train_tokenizer(["abcdefghijklmnopqrstuvwxyzäöü"], kind="char")
@@ -286,11 +286,11 @@ def test_a_model_to_go_on_from(saved, tokenizer):
     assert check_vocabulary(model, smaller) is None
 
 
-# Models that are there
+# Existing models
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_saved_is_loaded_in_float32_to_be_used(dtype, tokenizer, tmp_path):
+def test_a_saved_model_is_loaded_in_float32_for_inference(dtype, tokenizer, tmp_path):
     model = build(tokenizer, seed=5).to(dtype)
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path))
@@ -303,7 +303,7 @@ def test_what_was_saved_is_loaded_in_float32_to_be_used(dtype, tokenizer, tmp_pa
     assert config == own
 
 
-def test_the_tokenizer_beside_the_model(saved, tokenizer):
+def test_the_tokenizer_saved_with_the_model(saved, tokenizer):
     loaded = load_model_tokenizer(str(saved))
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded("zebra")["input_ids"] == tokenizer("zebra")["input_ids"]
@@ -314,7 +314,7 @@ def test_the_tokenizer_beside_the_model(saved, tokenizer):
     [(AutoConfig, load_model), (AutoTokenizer, load_model_tokenizer), (AutoConfig, load_model_config)],
 )
 @pytest.mark.parametrize("revision", [None, "v2"])
-def test_a_hub_id_is_asked_for_once_and_never_runs_its_code(auto_class, load, revision, monkeypatch):
+def test_a_hub_id_is_requested_once_and_its_code_never_run(auto_class, load, revision, monkeypatch):
     asked = []
 
     def from_pretrained(path, **options):
@@ -332,7 +332,7 @@ def test_a_hub_id_is_asked_for_once_and_never_runs_its_code(auto_class, load, re
     message = refusal(load, "org/name", revision)
     assert asked == [("org/name", revision or "main", False)]
     expected = [] if load is load_model_tokenizer else [("org/name", "adapter_config.json", revision or "main")]
-    assert looked == expected, "whether it is an adapter"
+    assert looked == expected, "checked whether it is an adapter"
     models._is_adapter_on_the_hub.cache_clear()
     assert message.startswith("cannot load a ")
     assert message.endswith(
@@ -413,7 +413,7 @@ def test_a_damaged_model_is_refused(damage, fact, copy):
     "outside", ["../model.safetensors", "/{folder}/model.safetensors", "..", "a/../../b", r"..\\b"]
 )
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
-def test_a_weight_map_that_leads_out_of_the_folder_is_refused(index, outside, copy, tmp_path_factory):
+def test_a_weight_map_that_points_outside_the_folder_is_refused(index, outside, copy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     (copy / WEIGHTS).rename(folder / WEIGHTS)
     outside = outside.format(folder=folder)
@@ -423,7 +423,7 @@ def test_a_weight_map_that_leads_out_of_the_folder_is_refused(index, outside, co
     )
 
 
-def test_a_weight_map_that_leads_out_of_a_repository_is_refused(copy, hub, tmp_path_factory, monkeypatch):
+def test_a_weight_map_that_points_outside_a_repository_is_refused(copy, hub, tmp_path_factory, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
     (copy / WEIGHTS).unlink()
     weight_map = {"weight_map": {"model.norm.bias": "../../config.json"}}
@@ -439,18 +439,18 @@ def test_a_weight_map_that_leads_out_of_a_repository_is_refused(copy, hub, tmp_p
     assert ".." not in "".join(hub.log)
 
 
-def test_a_weight_map_may_name_links(copy, tmp_path_factory):
-    """As in the cache of the Hub, where every file is one."""
+def test_a_weight_map_may_refer_to_links(copy, tmp_path_factory):
+    """As in the Hub cache, where every file is a link."""
     blob = tmp_path_factory.mktemp("blobs") / "blob"
     names = list(load_file((copy / WEIGHTS).rename(blob)))
     (copy / "model-00001-of-00001.safetensors").symlink_to(blob)
     weight_map = dict.fromkeys(names, "model-00001-of-00001.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert len(load_model(str(copy)).state_dict()) == len(names) + 1, "with the tied head"
+    assert len(load_model(str(copy)).state_dict()) == len(names) + 1, "plus the tied head"
 
 
 class Hostile:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -460,7 +460,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "sharded", "class", "program"])
-def test_weights_that_want_to_run_code_are_refused_without_advice_to_run_it(kind, copy):
+def test_weights_that_contain_code_are_refused_without_advice_to_run_it(kind, copy):
     weights, name, trap = load_file(copy / WEIGHTS), copy / "pytorch_model.bin", copy / "trap"
     (copy / WEIGHTS).unlink()
     if kind == "sharded":
@@ -479,7 +479,7 @@ def test_weights_that_want_to_run_code_are_refused_without_advice_to_run_it(kind
     assert not trap.exists()
 
 
-def test_a_flipped_bit_in_weights_of_torch_is_found_by_their_checksum(copy):
+def test_a_flipped_bit_in_torch_weights_is_detected_by_their_checksum(copy):
     weights, name = load_file(copy / WEIGHTS), copy / "pytorch_model.bin"
     (copy / WEIGHTS).unlink()
     torch.save(weights, name)
@@ -508,7 +508,7 @@ def test_a_damaged_tokenizer_is_refused(damage, copy):
 
 
 @pytest.mark.parametrize("length", ["x", 1.5, 0, [1]])
-def test_a_tokenizer_with_a_wrong_length_is_refused(length, copy):
+def test_a_tokenizer_with_an_invalid_length_is_refused(length, copy):
     edit("tokenizer_config.json", lambda data: json.dumps(json.loads(data) | {"model_max_length": length}).encode())(
         copy
     )
@@ -523,7 +523,7 @@ def test_a_special_token_that_is_not_in_the_vocabulary_is_refused(copy):
     assert "has the special token '', which is not in its vocabulary" in refusal(load_model_tokenizer, str(copy))
 
 
-def test_ids_with_gaps_are_compared_by_the_largest(copy):
+def test_a_vocabulary_with_gaps_is_checked_by_its_largest_id(copy):
     def add(data):
         content = json.loads(data)
         content["model"]["vocab"]["~"] = 99
@@ -535,7 +535,7 @@ def test_ids_with_gaps_are_compared_by_the_largest(copy):
 
 
 @pytest.mark.parametrize("names", [5, "HfGPTForCausalLM", [5], {"a": 1}])
-def test_architectures_that_are_no_names_are_refused(names, copy):
+def test_architectures_that_are_not_names_are_refused(names, copy):
     edit_config(architectures=names)(copy)
     message = refusal(load_model_config, str(copy))
     said = f"the config.json of '{copy}' has the architectures {names!r}, not a list of names: use another copy"
@@ -543,13 +543,13 @@ def test_architectures_that_are_no_names_are_refused(names, copy):
 
 
 @pytest.mark.parametrize("labels", [{"0": ["a"], "1": "b"}, {"0": "a", "2": "b"}, {"0": "a", "1": None}])
-def test_labels_that_are_no_texts_or_have_gaps_are_refused(labels, copy):
+def test_labels_that_are_not_strings_or_have_gaps_are_refused(labels, copy):
     edit_config(architectures=["HfGPTForSequenceClassification"], id2label=labels)(copy)
     said = f"the id2label in the config.json of '{copy}' does not map ids from 0 without gaps to strings"
     assert refusal(load_model_config, str(copy)).startswith(said)
 
 
-def test_a_classifier_is_no_language_model(copy):
+def test_a_classifier_is_not_a_language_model(copy):
     edit_config(architectures=["HfGPTForSequenceClassification"])(copy)
     assert "is a classifier, not a language model" in refusal(load_model, str(copy))
 
@@ -589,8 +589,8 @@ FOREIGN_TOKENIZER = {"auto_map": {"AutoTokenizer": [None, "evil.T"]}, "tokenizer
         ),
     ],
 )
-def test_code_of_a_repository_is_neither_run_nor_asked_for(load, files, refused, copy, monkeypatch):
-    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("a question was asked"))
+def test_code_in_a_repository_is_not_run_and_causes_no_prompt(load, files, refused, copy, monkeypatch):
+    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("the user was prompted"))
     (copy / "evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\n")
     for name, changes in files.items():
         (copy / name).touch()
@@ -606,7 +606,7 @@ def test_code_of_a_repository_is_neither_run_nor_asked_for(load, files, refused,
     assert not (copy / "ran").exists()
 
 
-def test_a_tokenizer_that_is_none_is_refused(copy):
+def test_a_tokenizer_class_that_is_not_a_tokenizer_is_refused(copy):
     edit("tokenizer_config.json", lambda data: b'{"tokenizer_class": "AutoModelForCausalLM"}')(copy)
     for load in (load_model_tokenizer, load_tokenizer):
         assert "is a HfGPTForCausalLM, not a tokenizer: fix its tokenizer_class" in refusal(load, str(copy))
@@ -620,7 +620,7 @@ def test_attention_from_the_hub_is_not_loaded(copy):
 # Paths
 
 
-def test_paths_that_are_no_model(tmp_path, monkeypatch):
+def test_paths_that_are_not_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "empty").mkdir(parents=True)
     (tmp_path / "file.txt").write_text("x")
@@ -646,7 +646,7 @@ def test_hub_ids_are_not_refused(path, tmp_path, monkeypatch):
     assert check_model_path(path) is None
 
 
-def test_progress_bars_come_back():
+def test_progress_bars_are_restored():
     assert logging.is_progress_bar_enabled()
     for error in (None, KeyError):
         with contextlib.suppress(KeyError), quiet_bars():
@@ -674,7 +674,7 @@ def test_weights_that_no_longer_match_their_hash(record, saved, tmp_path, capsys
     assert find_changed_weights(str(folder)) is None
     load_model(str(folder))
     changed = bytearray((folder / WEIGHTS).read_bytes())
-    changed[-2] ^= 1  # the lowest bits of a weight: all else would still load
+    changed[-2] ^= 1  # the lowest bits of a weight: the file still loads
     (folder / WEIGHTS).write_bytes(changed)
     said = f"the weights in '{folder}' have changed since they were saved: {WEIGHTS} has sha256 "
     with pytest.raises(InputError, match=re.escape(said) + rf".* but {record} has {checksum[:12]}"):
@@ -688,7 +688,7 @@ def test_a_folder_without_a_hash_is_loaded(saved):
     assert find_changed_weights("someone/model") is None
 
 
-def test_a_damaged_record_is_one_line(saved, tmp_path):
+def test_a_damaged_record_is_a_one_line_error(saved, tmp_path):
     folder = shutil.copytree(saved, tmp_path / "model")
     for content in ('{"weights', "[" * 99999, "3", "\x00"):
         (folder / "run.json").write_text(content)

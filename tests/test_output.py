@@ -1,4 +1,4 @@
-"""Text for people on terminals of any width."""
+"""Human-readable text on terminals of any width."""
 
 import io
 
@@ -14,7 +14,7 @@ def test_a_paragraph_is_broken_between_words(width):
     assert max(map(len, lines)) <= width
     assert " ".join(" ".join(lines).split()) == text.strip()
     assert [len(line) - len(line.lstrip()) for line in lines] == [4] + [8] * (len(lines) - 1)
-    assert wrap_text("x" * 200, width, 4) == "    " + "x" * 200, "a word stays whole"
+    assert wrap_text("x" * 200, width, 4) == "    " + "x" * 200, "words are not broken"
     assert wrap_text(text, None, 4) == f"    {text}"
 
 
@@ -26,7 +26,7 @@ def test_pairs_are_two_columns_where_there_is_room():
     assert render_pairs([("name", "a value of " + "x" * 30)], 30) == "name  a value of\n      " + "x" * 30
 
 
-def test_a_console_indents_what_follows_an_indented_line_that_is_too_long():
+def test_a_console_indents_the_continuation_of_an_indented_line():
     console = PlainConsole(file=io.StringIO(), width=20)
     console.print("  one: two three four five\nnot indented, and longer than that")
     assert console.file.getvalue() == "  one: two three\n      four five\nnot indented, and \nlonger than that\n"

@@ -1,4 +1,4 @@
-"""Every command and every piece of Python in the README runs."""
+"""All commands and Python code in the README run."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = ["--training.max_steps", "2"]
 FEW_TOKENS = ["--evaluation.max_new_tokens", "4"]
-SHORTER = {  # of recipes, and of what is evaluated by its answers
+SHORTER = {  # for recipes, and for models evaluated by their answers
     "my-gpt.yaml": FEW_TOKENS,
     "shakespeare-char": FEW_TOKENS,
     "demo": [*FEW_TOKENS, "--data.max_documents", "100"],
@@ -42,8 +42,8 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    """A folder with the files that the README names, and the demo's model after two steps."""
+def workspace(tmp_path_factory):
+    """A folder with the files used in the README, and the demo's model after two steps."""
     folder = tmp_path_factory.mktemp("readme")
     text = "\n".join(generate_stories(100))
     (folder / "my_text.txt").write_text(text)
@@ -56,7 +56,7 @@ def workplace(tmp_path_factory):
     (folder / "other-instructions.json").write_text(json.dumps(list(generate_instructions(5, split="test"))))
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", folder / "cache")
-    probe = estimate.probe_tokens_per_second  # half a second for each of the runs
+    probe = estimate.probe_tokens_per_second  # half a second per run
     monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
     with contextlib.chdir(folder):
         quick = ["--training.max_steps", "2", "--training.save_strategy", "no"]
@@ -68,13 +68,13 @@ def workplace(tmp_path_factory):
                 "demo-instructions": [*quick, "--data.max_rows", "30", "--evaluation.max_answers", "2", *FEW_TOKENS],
             },
         )
-        save_as_others_do(AutoModelForCausalLM.from_pretrained("runs/demo"), folder)
+        save_in_other_formats(AutoModelForCausalLM.from_pretrained("runs/demo"), folder)
     yield folder
     monkeypatch.undo()
 
 
-def save_as_others_do(model, folder):
-    """The demo's model as nanoGPT and the book would have saved it."""
+def save_in_other_formats(model, folder):
+    """Saves the demo's model as nanoGPT and the book do."""
     config = model.config
     weights, _ = gpt2.gpt2_weights(dict(model.state_dict()), build_native_on_meta(config))
     nano = {name: tensor.T if ".c_" in name and tensor.ndim == 2 else tensor for name, tensor in weights.items()}
@@ -87,7 +87,7 @@ def save_as_others_do(model, folder):
     torch.save({theirs[(name,)]: tensor for name, tensor in model.state_dict().items()}, folder / "model.pth")
 
 
-def test_readme_commands_run(workplace, monkeypatch, capsys):
+def test_readme_commands_run(workspace, monkeypatch, capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hfgpt ")]
     assert len(commands) >= 6
     for command in commands:
@@ -97,20 +97,20 @@ def test_readme_commands_run(workplace, monkeypatch, capsys):
         words += SHORTER.get("".join(words[2:3]), ())
         monkeypatch.setattr("sys.argv", words)
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
-        with contextlib.chdir(workplace), pytest.raises(SystemExit) as stop:
+        with contextlib.chdir(workspace), pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0, f"{command}: {capsys.readouterr().err}"
 
 
-def test_readme_python_runs(workplace):
+def test_readme_python_runs(workspace):
     printed = io.StringIO()
-    with contextlib.chdir(workplace), contextlib.redirect_stdout(printed):
+    with contextlib.chdir(workspace), contextlib.redirect_stdout(printed):
         for code in blocks("python"):
             exec(code.replace("max_steps=200", "max_steps=2"), {})
     assert printed.getvalue().startswith("Once upon a time")
     assert " parameters\n" in printed.getvalue()
     assert printed.getvalue().endswith(" nats per token\n")
-    assert (workplace / "runs" / "script" / "README.md").is_file()
+    assert (workspace / "runs" / "script" / "README.md").is_file()
 
 
 def test_make_targets_in_the_readme_exist():

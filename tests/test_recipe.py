@@ -1,6 +1,6 @@
-"""Recipes: those of the package run as their headers say, and every fault names its key, its line and a remedy.
+"""Recipes: those of the package run as their headers say, and every error names the key, the line and a remedy.
 
-All comparisons are exact: values with their types, and messages to the letter where they are ours.
+All comparisons are exact: values with their types, and our own messages verbatim.
 """
 
 import re
@@ -32,7 +32,7 @@ PRETRAIN = section_types("pretrain")
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes r.yaml into the current folder, which is empty otherwise."""
+    """Writes r.yaml to the working directory, which is otherwise empty."""
     monkeypatch.chdir(tmp_path)
 
     def write(text: str | bytes) -> str:
@@ -88,7 +88,7 @@ def test_the_header_names_the_purpose_the_command_and_the_hardware(path):
     assert re.match(r"# [A-Z].{30}", header), "the first line says what the recipe is for"
     assert re.search(r"^# Hardware: .", header, re.MULTILINE)
     assert "see recipes/README.md" in header or "Not yet run to completion" in header
-    # What follows two blanks explains the command.
+    # Text after two spaces explains the command.
     commands = re.findall(r"^#   (?:accelerate .*?-m )?(hfgpt .*?)(?:  .*)?$", header, re.MULTILINE)
     assert commands
     for command in commands:
@@ -104,14 +104,14 @@ def test_the_header_names_the_purpose_the_command_and_the_hardware(path):
 
 
 @pytest.mark.parametrize("text", ["task: pretrain\n", "data: {}\n"])
-def test_what_is_not_written_has_its_default(text, write):
+def test_unset_keys_have_their_defaults(text, write):
     recipe = load_recipe(write(text))
     assert (recipe.name, recipe.task) == ("r", "pretrain")
     for section, kind in PRETRAIN.items():
         if section != "training":
             assert getattr(recipe, section) == (None if section in OPTIONAL else kind())
     assert recipe.training.to_dict() == PRETRAIN["training"](output_dir="runs/r", **FROM_SCRATCH).to_dict()
-    # The parser is kept from recipe to recipe; its defaults must not be.
+    # The parser is cached across recipes; its defaults must not change.
     recipe.evaluation.prompts.append("kept by nobody")
     assert load_recipe("r.yaml").evaluation.prompts == []
 
@@ -134,14 +134,14 @@ SCHEDULE = ("learning_rate", "num_train_epochs", "warmup_steps")
         ("training: {num_train_epochs: 3}\n", ["--training.learning_rate", "2e-4"], (2e-4, 3, 0.05)),
     ],
 )
-def test_new_weights_and_trained_ones_have_learning_rates_of_their_own(text, overrides, expected, write):
+def test_new_and_trained_weights_have_different_learning_rates(text, overrides, expected, write):
     recipe = load_recipe(write(text), overrides)
     assert tuple(getattr(recipe.training, name) for name in SCHEDULE) == expected
     again = load_recipe(write(render_recipe(recipe))).training
     assert tuple(getattr(again, name) for name in SCHEDULE) == expected
 
 
-def test_no_recipe_of_the_package_leaves_open_what_has_another_default_for_new_weights():
+def test_recipes_of_the_package_set_keys_whose_default_differs_for_new_weights():
     for path in RECIPES:
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
         model, training = written.get("model", {}), written["training"]
@@ -174,7 +174,7 @@ OVERRIDES = [
 ]
 
 
-def test_overrides_win(write):
+def test_overrides_take_precedence(write):
     text = "data: {path: x, block_size: 8}\ntraining: {max_steps: 3, logging_steps: 7}\nevaluation: {prompts: [a]}\n"
     plain = arguments_of(load_recipe(write(text)))
     recipe = load_recipe("r.yaml", [word for words, _ in OVERRIDES for word in words])
@@ -188,8 +188,8 @@ def test_overrides_win(write):
     assert plain["training"]["logging_steps"] == 7
 
 
-def test_floats_are_read_as_people_write_them(write):
-    """YAML 1.1 takes 6e-4 for a text."""
+def test_floats_are_read_in_common_notations(write):
+    """YAML 1.1 reads 6e-4 as a string."""
     recipe = load_recipe(write("training: {learning_rate: 6e-4, adam_epsilon: 1E-7, weight_decay: 1}\n"))
     assert (recipe.training.learning_rate, recipe.training.adam_epsilon, recipe.training.weight_decay) == (
         6e-4,
@@ -242,7 +242,7 @@ def test_a_rendered_recipe_gives_the_same_run(name, write, tmp_path):
     assert first_difference(recipe.values, again.values) is None
 
 
-def test_a_rendered_recipe_says_what_differs_and_our_own_defaults(write):
+def test_a_rendered_recipe_has_what_differs_and_our_own_defaults(write):
     values = load_recipe(write("task: pretrain\ntraining: {seed: 42, max_steps: 2, save_steps: 7}\n")).values
     assert list(values) == ["task", *(section for section in PRETRAIN if section not in OPTIONAL)]
     others = {key: value for key, value in values["training"].items() if key not in LEARNED}
@@ -282,27 +282,27 @@ LOADED = "model: {path: x}\ntokenizer: {kind: char}\n"
         ),
     ],
 )
-def test_how_to_train_a_tokenizer_is_refused_where_one_is_loaded(text, overrides, message, write):
+def test_options_for_training_a_tokenizer_are_refused_where_one_is_loaded(text, overrides, message, write):
     with pytest.raises(InputError) as error:
         load_recipe(write(text), overrides)
     assert str(error.value) == message
 
 
-def test_a_recipe_claims_no_training_of_a_tokenizer_that_is_loaded(write):
+def test_a_recipe_with_a_loaded_tokenizer_has_no_options_for_training_one(write):
     trained = {"kind", "vocab_size", "max_train_characters", "pad_token"}
     assert load_recipe(write("data: {path: x}\n")).values["tokenizer"].keys() == trained
     assert load_recipe(write("model: {path: x}\n")).values["tokenizer"] == {}
     assert "initialization" not in load_recipe("r.yaml").values["model"]
-    # The recipe's own keys give way to an override that names the tokenizer.
+    # The recipe's keys are dropped if an override sets the tokenizer path.
     values = load_recipe(write("tokenizer: {kind: char, pad_token: <p>}\n"), ["--tokenizer.path", "y"]).values
     assert values["tokenizer"] == {"path": "y", "pad_token": "<p>"}
 
 
-def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_become(write, monkeypatch):
+def test_a_rendered_recipe_is_complete_even_if_defaults_change(write, monkeypatch):
     recipe = load_recipe(write("task: classify\nmodel: {path: x}\ntraining: {max_steps: 2}\n"))
     written = yaml.safe_load(render_recipe(recipe))["training"]
     assert set(LEARNED) < written.keys()
-    assert written["bf16"] is recipe.training.bf16 is not None, "as this machine decided"
+    assert written["bf16"] is recipe.training.bf16 is not None, "resolved for this machine"
     for name, value in (("learning_rate", 5e-5), ("per_device_train_batch_size", 8), ("weight_decay", 0.0),
                         ("lr_scheduler_type", "linear"), ("adam_beta2", 0.999), ("optim", "adamw_torch_fused"),
                         ("muon_learning_rate", None), ("train_sampling_strategy", "group_by_length"),
@@ -318,14 +318,14 @@ def test_a_rendered_recipe_says_all_that_is_learned_by_whatever_the_defaults_bec
 
     monkeypatch.setitem(section_types("classify"), "training", Changed)
     _build_parser.cache_clear()
-    again, anew = load_recipe("r.yaml"), load_recipe(write("task: classify\nmodel: {path: x}\n"))
+    again, fresh = load_recipe("r.yaml"), load_recipe(write("task: classify\nmodel: {path: x}\n"))
     _build_parser.cache_clear()
     assert again.values == recipe.values
     assert (again.training.learning_rate, again.training.muon_learning_rate) == (5e-5, None)
-    assert (anew.training.learning_rate, anew.training.muon_learning_rate) == (1.0, 0.5)
+    assert (fresh.training.learning_rate, fresh.training.muon_learning_rate) == (1.0, 0.5)
 
 
-def test_a_run_of_a_version_that_wrote_no_defaults_goes_on(write):
+def test_a_run_of_a_version_that_wrote_no_defaults_can_be_resumed(write):
     new = load_recipe(write("task: classify\nmodel: {path: x}\ntraining: {max_steps: 2}\n")).values
     old = {**new, "training": {"output_dir": "runs/r", "max_steps": 2}}
     assert first_difference(old, new) is None
@@ -334,13 +334,13 @@ def test_a_run_of_a_version_that_wrote_no_defaults_goes_on(write):
         assert first_difference(old, changed)[0] == f"training.{key}"
 
 
-def test_a_run_goes_on_when_only_what_is_watched_differs(write):
+def test_a_run_can_be_resumed_if_only_logging_or_evaluation_differs(write):
     old = load_recipe(write("data: {path: x}\n")).values
     for key, value, differs in (
         ("training.logging_steps", 3, False),
         ("training.save_total_limit", 5, False),
         ("training.eval_strategy", "steps", False),
-        ("training.bf16", True, False),  # compared as the machine resolved it
+        ("training.bf16", True, False),  # compared as resolved for the machine
         ("training.per_device_eval_batch_size", 2, False),
         ("training.dataloader_num_workers", 2, False),
         ("training.run_name", "again", False),
@@ -363,7 +363,7 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
     assert first_difference(old, {**old, "task": "classify"}) == ("task", "pretrain", "classify")
 
 
-# Faults
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def test_a_run_goes_on_when_only_what_is_watched_differs(write):
         ("task: a\n---\ntask: b\n", "line 2: invalid YAML: but found another document"),
     ],
 )
-def test_a_fault_names_the_line_the_key_and_a_remedy(text, message, write):
+def test_an_error_names_the_line_the_key_and_a_remedy(text, message, write):
     assert refusal(write(text)) == f"r.yaml, {message}"
 
 
@@ -419,7 +419,7 @@ def test_a_file_without_a_recipe(text, write):
     assert refusal(write(text)) == "r.yaml is not a recipe: it must be a mapping with a task and sections"
 
 
-def test_a_file_that_is_no_text(write):
+def test_a_file_that_is_not_text(write):
     assert (
         refusal(write(b"data:\n  path: caf\xe9\n"))
         == "r.yaml is not valid UTF-8: byte 0xe9 at offset 17; convert it to UTF-8"
@@ -450,7 +450,7 @@ def test_a_file_that_is_no_text(write):
     ],
     ids=["deep", "self", "self-list", "lists", "mappings", "merges", "digits", "date"],
 )
-def test_yaml_that_never_ends_or_cannot_be_read_is_refused_in_one_line(text, message, write):
+def test_recursive_or_unreadable_yaml_is_a_one_line_error(text, message, write):
     refused = refusal(write(text))
     assert refused.startswith(f"r.yaml{message}")
     assert "\n" not in refused
@@ -461,7 +461,7 @@ def test_aliases_are_read(write):
     assert (recipe.model.num_hidden_layers, recipe.model.num_attention_heads) == (3, 3)
 
 
-def test_a_value_that_only_transformers_refuses(write):
+def test_a_value_refused_only_by_transformers(write):
     message = refusal(write("training:\n  optim: adam_but_better_than_all\n"))
     assert message.startswith(
         "r.yaml, line 2: training.optim is 'adam_but_better_than_all'; it must be one of adamw_torch"
@@ -496,13 +496,13 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("text", "message"), NUMBERS, ids=lambda text: text)
-def test_a_number_that_transformers_takes_wrongly_is_refused_with_its_key_and_line(text, message, write):
+def test_an_invalid_number_that_transformers_accepts_is_refused_with_its_key_and_line(text, message, write):
     assert refusal(write(f"training:\n  {text}\n")) == f"r.yaml, line 2: training.{message}"
     key, value = text.split(": ")
     assert refusal("r.yaml", f"--training.{key}={value}") == f"training.{message}", "the line has another value"
 
 
-def test_numbers_of_the_first_pass_are_named_as_its_own(write):
+def test_errors_in_numbers_of_the_first_pass_name_its_section(write):
     for text, message in (
         ("max_steps: 0", "max_steps is 0; it must be at least 1"),
         ("max_steps: -1", "max_steps is -1; it must be at least 1"),
@@ -533,12 +533,12 @@ def test_numbers_of_the_first_pass_are_named_as_its_own(write):
         ),
     ],
 )
-def test_a_wrong_override_is_named_without_a_line(overrides, message, write):
+def test_an_error_in_an_override_has_no_line_number(overrides, message, write):
     write("training:\n  eval_strategy: steps\n")
     assert refusal("r.yaml", *overrides) == message
 
 
-def test_a_recipe_that_is_not_there(write, tmp_path):
+def test_a_missing_recipe(write, tmp_path):
     write("task: pretrain\n")
     (tmp_path / "folder.yaml").mkdir()
     assert refusal("shakespear-char") == (
@@ -550,7 +550,7 @@ def test_a_recipe_that_is_not_there(write, tmp_path):
     assert refusal("folder.yaml") == "recipe 'folder.yaml' is a folder: give a .yaml file in it"
 
 
-def test_a_folder_does_not_hide_a_recipe_of_its_name(write, tmp_path):
+def test_a_folder_does_not_hide_a_recipe_of_the_same_name(write, tmp_path):
     (tmp_path / "demo").mkdir()
     assert load_recipe("demo").values == load_recipe(str(RECIPES[0])).values
     (tmp_path / "mine").write_text("data: {path: x}\n")

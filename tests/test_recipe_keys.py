@@ -1,4 +1,4 @@
-"""The keys of a recipe as they are read from the source, and what is suggested for those that do not exist."""
+"""The keys of a recipe as read from the source, and the suggestions for keys that do not exist."""
 
 import dataclasses
 import sys
@@ -30,7 +30,7 @@ def test_the_keys_are_the_fields_of_the_dataclasses(task):
 
 
 def check_section(section: Section, kind: type):
-    """Types and defaults are those that Python sees, and each key has a meaning."""
+    """Types and defaults are those of the dataclass, and each key has a description."""
     hints = typing.get_type_hints(kind)
     for field in (field for field in dataclasses.fields(kind) if field.init):
         key = section.keys[field.name]
@@ -51,19 +51,21 @@ def test_types_and_defaults_are_those_of_the_dataclasses(task):
         check_section(read_section(task, section), kind)
 
 
-def test_a_meaning_is_that_of_the_last_class_that_gives_one():
+def test_a_description_is_that_of_the_last_class_that_gives_one():
     training, tuning = read_section("pretrain", "training").keys, read_section("classify", "training").keys
     assert training["seed"].library == tuning["seed"].library == "transformers"
     assert training["seed"].meaning == "Random seed that will be set at the beginning of training."
     assert training["push_to_hub"].meaning == "Not supported: use the section `hub`.", "a field of transformers"
     assert training["push_to_hub"].library == "hfgpt"
     assert (training["logging_steps"].default, training["logging_steps"].library) == (10, "hfgpt")
-    assert training["logging_steps"].meaning.startswith("Log every X updates steps."), "another default, one meaning"
+    assert training["logging_steps"].meaning.startswith("Log every X updates steps."), (
+        "a different default, the same description"
+    )
     assert training["train_sampling_strategy"].library == "transformers"
     assert tuning["train_sampling_strategy"].default == "group_by_length"
 
 
-def test_what_a_base_says_of_the_section_is_kept_but_for_its_first_line():
+def test_the_docstring_of_a_base_class_is_kept_except_its_first_line():
     first, *more = read_section("classify", "training").about
     assert first == "The recipe's section `training` for classification and instructions."
     assert more == read_section("pretrain", "training").about[1:] != []
@@ -89,13 +91,13 @@ def test_what_a_base_says_of_the_section_is_kept_but_for_its_first_line():
         ("pretraining.LR", "learning_rate"),
     ],
 )
-def test_the_usual_names_lead_to_ours(key, right):
+def test_common_names_lead_to_ours(key, right):
     keys = section_keys("instruct") | section_keys("classify", ["pretraining"])
     with pytest.raises(InputError, match=f"; did you mean '{right}'\\?$"):
         check_overrides([f"--{key}=1"], keys)
 
 
-def test_a_nickname_is_no_key_of_ours_where_it_is_suggested():
+def test_an_alias_is_never_an_existing_key():
     for section, keys in section_keys("classify").items():
         for nickname, key in NICKNAMES.items():
             assert not {nickname, key} <= keys.keys(), (section, nickname)

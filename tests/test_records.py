@@ -66,7 +66,7 @@ def test_a_record_is_read_as_it_was_written(record, tmp_path):
         ({"versions": "1"}, 'versions is "1"'),
     ],
 )
-def test_an_entry_of_another_type_is_named(change, named, tmp_path):
+def test_an_entry_of_the_wrong_type_is_named(change, named, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RUN.to_dict() | change))
     with pytest.raises(
         InputError, match=rf"run\.json' (has an invalid value|is incomplete), .*{named}.*: restore the original"
@@ -88,7 +88,7 @@ def test_metrics_are_numbers(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_a_checkpoint_and_a_merged_model_share_what_is_not_of_the_end_or_of_the_adapter():
+def test_a_record_without_the_entries_of_the_end_or_the_adapter():
     shared = RUN.without(END)
     assert (shared.seed, shared.data_source, shared.first_pass) == (RUN.seed, RUN.data_source, RUN.first_pass)
     assert (shared.steps, shared.samples, shared.weights_sha256, shared.actual) == (None, None, None, None)
@@ -96,10 +96,10 @@ def test_a_checkpoint_and_a_merged_model_share_what_is_not_of_the_end_or_of_the_
     assert (merged.steps, merged.samples, merged.weights_sha256) == (RUN.steps, None, None)
 
 
-def test_a_run_is_finished_by_its_card(tmp_path):
+def test_a_run_is_finished_if_it_has_a_card(tmp_path):
     assert not is_run(tmp_path)
     (tmp_path / "README.md").touch()
-    assert not is_finished(tmp_path), "somebody's notes"
+    assert not is_finished(tmp_path), "a user's notes"
     (tmp_path / "recipe.yaml").touch()
     assert is_run(tmp_path)
     assert is_finished(tmp_path)

@@ -1,6 +1,6 @@
-"""`import hfgpt` makes the Auto classes know hfgpt, whichever is imported first, and imports nothing heavy itself.
+"""`import hfgpt` registers hfgpt with the Auto classes in any import order, and imports no heavy packages itself.
 
-What an import does shows only in a process that has imported nothing, hence the subprocesses. All checks are exact.
+The effects of an import only show in a process that has imported nothing, hence the subprocesses. Checks are exact.
 """
 
 import json
@@ -22,7 +22,7 @@ REGISTERED = {
 
 
 def run_python(script: str, folder, *arguments: str) -> str:
-    """Runs a script in a process of its own, in `folder`, and returns its stdout."""
+    """Runs a script in a new process in `folder`, and returns its stdout."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
         [sys.executable, "-c", script, *arguments], cwd=folder, env=environment, capture_output=True, text=True
@@ -31,15 +31,15 @@ def run_python(script: str, folder, *arguments: str) -> str:
     return run.stdout
 
 
-def test_import_alone_imports_nothing_heavy(tmp_path):
+def test_importing_hfgpt_imports_no_heavy_packages(tmp_path):
     script = "import sys; before = set(sys.modules); import hfgpt; dir(hfgpt); print(*(set(sys.modules) - before))"
     imported = {name.split(".")[0] for name in run_python(script, tmp_path).split()}
     assert "hfgpt" in imported
-    # Nothing but the standard library: in particular neither torch nor transformers, datasets, peft and matplotlib.
+    # Only the standard library: in particular not torch, transformers, datasets, peft or matplotlib.
     assert imported - {"hfgpt"} <= set(sys.stdlib_module_names)
 
 
-# What comes before the check in a process where neither hfgpt nor the Auto classes have been imported.
+# What runs before the check in a process where neither hfgpt nor the Auto classes have been imported.
 ORDERS = {
     "hfgpt, then Auto": "import hfgpt; from transformers import AutoModelForCausalLM",
     "Auto, then hfgpt": "from transformers import AutoModelForCausalLM; import hfgpt",
@@ -62,7 +62,7 @@ except ImportError:
     del sys.modules["hfgpt.configuration_hfgpt"]
 """,
 }
-# Those processes are forks of one that has imported what they need besides: a cold start takes 6 s, 5 s of it torch.
+# These processes are forks of one that has imported everything else: a cold start takes 6 s, 5 s of it for torch.
 FORKS = """
 import json, os, sys
 import accelerate, scipy.optimize, torch, torch.distributed.checkpoint, transformers.activations, transformers.models
@@ -110,14 +110,14 @@ for name, imports in orders.items():
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """What each of those processes says of itself."""
+    """The report of each of these processes."""
     unwanted = ["datasets", "peft", "matplotlib", "evaluate", "jsonargparse", "typer"]
     printed = run_python(FORKS, tmp_path_factory.mktemp("forks"), json.dumps([ORDERS, unwanted])).splitlines()
     return {name: report for line in printed for name, report in json.loads(line).items()}
 
 
-def test_beside_the_auto_classes_it_costs_nothing(reports):
-    """Our classes are imported when one is asked for: their imports take as long as torch."""
+def test_importing_hfgpt_after_the_auto_classes_costs_nothing(reports):
+    """Our classes are imported on first access: their imports take as long as torch."""
     imported = reports["hfgpt, then Auto"]["imported"]
     assert "transformers.models.auto.modeling_auto" in imported
     ours = {name for name in imported if name.partition(".")[0] == "hfgpt"}
@@ -125,7 +125,7 @@ def test_beside_the_auto_classes_it_costs_nothing(reports):
     assert "transformers.modeling_utils" not in imported
 
 
-def test_auto_classes_know_hfgpt_in_whatever_order_they_are_imported(reports):
+def test_auto_classes_know_hfgpt_in_any_import_order(reports):
     assert list(reports) == list(ORDERS)
     for name, report in reports.items():
         assert report["classes"] == ["HfGPTConfig", *REGISTERED.values()], name
@@ -137,14 +137,14 @@ def test_auto_classes_know_hfgpt_in_whatever_order_they_are_imported(reports):
 # In this process
 
 
-def test_the_kernel_that_nobody_asked_for_is_not_warned_of(caplog):
+def test_there_is_no_warning_about_an_unused_kernel(caplog):
     operations = pytest.importorskip("bitsandbytes.backends.cpu.ops")
     operations.logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
     operations.logger.warning("something else")
     assert caplog.messages == ["something else"]
 
 
-def test_auto_classes_build_ours(tiny_config):
+def test_auto_classes_build_our_classes(tiny_config):
     config = AutoConfig.for_model("hfgpt", n_embd=24)
     assert type(config) is hfgpt.HfGPTConfig
     for auto_class, name in REGISTERED.items():
@@ -173,9 +173,9 @@ def test_only_our_names_are_registered():
     }
 
 
-def test_public_names_are_there_and_no_others():
+def test_public_names_are_exactly_the_documented_ones():
     for name in hfgpt.__all__:
         assert getattr(hfgpt, name) is not None
         assert name in dir(hfgpt)
     with pytest.raises(AttributeError, match="'HfGPTForTokenClassification'"):
-        hfgpt.HfGPTForTokenClassification  # noqa: B018 - reading it is the test
+        hfgpt.HfGPTForTokenClassification  # noqa: B018 - the test reads the attribute

@@ -1,4 +1,4 @@
-"""Stage 1: every kind trains the same tokenizer twice, gives texts back, and loads where hfgpt is not installed.
+"""Every kind of tokenizer: training is deterministic, texts round-trip, and it loads where hfgpt is not installed.
 
 All comparisons are exact: ids, texts and hashes have no tolerance.
 """
@@ -27,7 +27,7 @@ SAMPLE = "Karumi shonelo, vaxy?\n\nTiwen <|endoftext|> lone  miru <|pad|>.\n"
 
 
 def make_corpus(seed: int = 0) -> list[str]:
-    """Documents of invented words: many counts tie, which is where an unstable trainer would show."""
+    """Documents of random words: many counts tie, which would expose an unstable trainer."""
     draw = random.Random(seed)
     words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(300)]
     return [" ".join(draw.choices(words, k=30)).capitalize() + draw.choice(".?!,") + "\n\nA\n" for _ in range(60)]
@@ -40,7 +40,7 @@ def trained() -> dict[str, PreTrainedTokenizerFast]:
 
 @pytest.fixture(scope="module")
 def gpt2_files(trained, tmp_path_factory) -> Path:
-    """A folder with GPT-2's two files and nothing else, from the trained bpe."""
+    """A folder with only GPT-2's two files, from the trained bpe tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
     trained["bpe"].backend_tokenizer.model.save(str(folder))
     assert sorted(file.name for file in folder.iterdir()) == ["merges.txt", "vocab.json"]
@@ -58,12 +58,12 @@ def test_special_tokens_come_first(kind, trained):
     assert tokenizer.unk_token_id == (0 if kind == "bpe" else 2)
     assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
     assert tokenizer.clean_up_tokenization_spaces is False
-    # Ids are 0 ... len - 1 without holes, so len(tokenizer) is the number of embeddings.
+    # Ids are 0 ... len - 1 without gaps, so len(tokenizer) is the number of embeddings.
     assert sorted(tokenizer.get_vocab().values()) == list(range(len(tokenizer)))
-    # The corpus supports 400 tokens for bpe, fewer for the others.
+    # The corpus is large enough for 400 bpe tokens, fewer for the other kinds.
     assert len(tokenizer) == 400 if kind == "bpe" else len(tokenizer) < 400
 
-    # Encoding adds nothing by itself; a special token typed in the text is that token.
+    # Encoding adds no special tokens; a special token written in the text becomes that token.
     ids = tokenizer.encode(SAMPLE)
     assert ids == tokenizer.encode(SAMPLE, add_special_tokens=False)
     assert ids.count(0) == ids.count(1) == 1
@@ -80,7 +80,7 @@ def test_without_padding_token(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_deterministic(kind, trained):
-    # Each training in a process draws new hash seeds, as a new process does.
+    # Each training draws new hash seeds, as a new process does.
     again = [train_tokenizer(make_corpus(), kind, vocab_size=400) for _ in range(3)]
     expected = trained[kind].backend_tokenizer.to_str()
     assert all(tokenizer.backend_tokenizer.to_str() == expected for tokenizer in again)
@@ -97,12 +97,12 @@ def test_char_is_sorted_by_code_point():
 def test_wordpiece_marks_continuations():
     tokenizer = train_tokenizer(make_corpus(), "wordpiece", vocab_size=120)
     tokens = tokenizer.tokenize("kashoti wenqen")
-    assert tokens[-1] == "<|unk|>"  # q is not in the text, and one unknown character makes the word unknown
+    assert tokens[-1] == "<|unk|>"  # q is not in the text; one unknown character makes the whole word unknown
     assert not tokens[0].startswith("##")
     assert len(tokens) > 2
     assert all(token.startswith("##") for token in tokens[1:-1])
     assert tokenizer.decode(tokenizer.encode("kashoti lomi, ru.")) == "kashoti lomi, ru."
-    # Every character is known at the start of a word and inside it.
+    # Every character is known at the start of a word and within it.
     singles = {token for token in tokenizer.get_vocab() if len(token) == 1}
     assert singles == set("".join(make_corpus())) - {" ", "\n"}
     assert all(f"##{single}" in tokenizer.get_vocab() for single in singles)
@@ -123,7 +123,7 @@ def test_smallest_vocabulary(kind, minimum):
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
 def test_largest_vocabulary(kind):
-    """The trainers of tokenizers raise an OverflowError, or abort the process."""
+    """Beyond it, the trainers raise an OverflowError or abort the process."""
     assert len(train_tokenizer(["ab ab.\n"] * 20, kind, vocab_size=2**22)) < 300
     with pytest.raises(InputError, match=r"vocab_size is 4,194,305, the limit is 4,194,304; lower it"):
         train_tokenizer(["ab"], kind, vocab_size=2**22 + 1)
@@ -131,7 +131,7 @@ def test_largest_vocabulary(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["a", "\n", "  ", "hello", "ab" * 50])
-def test_tiny_texts_train(kind, text):
+def test_tiny_texts_can_be_used_for_training(kind, text):
     tokenizer = train_tokenizer([text], kind, vocab_size=300)
     assert len(tokenizer) <= 300
     if kind != "wordpiece":
@@ -147,8 +147,8 @@ def test_one_large_text(kind):
     assert len(tokenizer) == 300 if kind in ("bpe", "wordpiece") else 3 + len(set(text)) <= len(tokenizer) <= 300
 
 
-def test_reading_stops_at_the_cap():
-    # An endless stream: this returns only if the texts are consumed lazily and the cap stops them.
+def test_reading_stops_at_the_limit():
+    # An endless stream: this only returns if the texts are read lazily and reading stops at the limit.
     read = []
     texts = (read.append(number) or "abc def " for number in itertools.count())
     tokenizer = train_tokenizer(texts, "char", max_characters=20)
@@ -157,7 +157,7 @@ def test_reading_stops_at_the_cap():
     assert "z" not in train_tokenizer(["ab", "cdz"], "char", max_characters=4).get_vocab()
 
 
-def test_pieces_join_to_the_text_and_keep_words():
+def test_pieces_join_to_the_text_without_splitting_words():
     texts = ["", " ".join(make_corpus()), "x" * 5000, "short"]
     pieces = list(module._split_into_pieces(texts, 10**9))
     assert "".join(pieces) == "".join(texts)
@@ -204,7 +204,7 @@ SPECIAL_STRINGS = st.sampled_from(["<|endoftext|>", "<|pad|>", "<|unk|>", "<|", 
         "<|endo<|pad|>ftext|>",
     ]
 )
-def test_bpe_gives_any_text_back(trained, parts):
+def test_bpe_round_trips_any_text(trained, parts):
     text, tokenizer = "".join(parts), trained["bpe"]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -214,7 +214,7 @@ def test_bpe_gives_any_text_back(trained, parts):
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["char", "unigram"])
-def test_known_characters_come_back(trained, kind, data):
+def test_known_characters_round_trip(trained, kind, data):
     known = sorted(set("".join(make_corpus())))
     text = "".join(data.draw(st.lists(st.one_of(st.text(known), st.sampled_from(["<|pad|>", "<|endoftext|>"])))))
     tokenizer = trained[kind]
@@ -253,7 +253,7 @@ def test_loads_in_a_process_without_hfgpt(trained, tmp_path):
         expected.append([tokenizer.encode(SAMPLE), tokenizer.special_tokens_map, len(tokenizer), 64, written])
     folders, expected = zip(*sorted(zip(folders, expected, strict=True), key=lambda pair: pair[0][1]), strict=True)
 
-    # A bare environment in another folder: hfgpt is not importable by accident, and the network is off.
+    # A minimal environment in another folder: hfgpt is not importable by accident, and there is no network.
     run = subprocess.run(
         [sys.executable, "-c", PLAIN_PROCESS, json.dumps([folders, SAMPLE])],
         cwd=tmp_path,
@@ -267,7 +267,7 @@ def test_loads_in_a_process_without_hfgpt(trained, tmp_path):
 
 
 def load_tokenizer_copy(tokenizer: PreTrainedTokenizerFast, folder: Path, **changes) -> PreTrainedTokenizerFast:
-    """Save a tokenizer and load it again, with attributes changed on the way."""
+    """Save a tokenizer and load it again, with attributes changed in between."""
     tokenizer.save_pretrained(folder)
     copy = AutoTokenizer.from_pretrained(folder)
     for name, value in changes.items():
@@ -277,7 +277,7 @@ def load_tokenizer_copy(tokenizer: PreTrainedTokenizerFast, folder: Path, **chan
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_hash_survives_saving(kind, trained, tmp_path):
+def test_hash_is_unchanged_by_saving(kind, trained, tmp_path):
     tokenizer = load_tokenizer_copy(trained[kind], tmp_path / "plain")
     assert tokenizer_hash(tokenizer) == tokenizer_hash(trained[kind])
 
@@ -293,7 +293,7 @@ def test_hash_survives_saving(kind, trained, tmp_path):
     assert tokenizer_hash(changed) != tokenizer_hash(tokenizer)
 
 
-def test_hash_tells_tokenizers_apart(trained):
+def test_hash_distinguishes_tokenizers(trained):
     others = [
         train_tokenizer(make_corpus(1), vocab_size=400),
         train_tokenizer(make_corpus(), vocab_size=400, pad_token=None),
@@ -313,7 +313,7 @@ def test_gpt2_files(names, trained, gpt2_files, tmp_path):
     for location in locations:
         tokenizer = load_tokenizer(location)
         assert isinstance(tokenizer, GPT2Tokenizer)
-        # <|pad|> is in the vocabulary already and keeps its id.
+        # <|pad|> is already in the vocabulary and keeps its id.
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
         assert tokenizer.encode(SAMPLE) == trained["bpe"].encode(SAMPLE)
         assert tokenizer_hash(tokenizer) == tokenizer_hash(trained["bpe"])
@@ -334,7 +334,7 @@ def test_padding_token_of_a_loaded_tokenizer(trained, tmp_path):
     with pytest.raises(InputError, match="is the end-of-text token"):
         load_tokenizer(tmp_path / "eos", pad_token="<|endoftext|>")
 
-    # A padding token of its own is kept.
+    # An existing padding token is kept.
     trained["bpe"].save_pretrained(tmp_path / "own")
     assert load_tokenizer(tmp_path / "own", pad_token="[PAD]").pad_token == "<|pad|>"
 
@@ -343,7 +343,7 @@ def test_end_of_text_is_added_where_missing(trained, tmp_path):
     backend = trained["char"].backend_tokenizer
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).eos_token_id == 0
-    # A lone tokenizer.json is enough, named or by its folder.
+    # A tokenizer.json alone is enough, given as a file or by its folder.
     (tmp_path / "tokenizer_config.json").unlink()
     for location in (tmp_path, tmp_path / "tokenizer.json"):
         tokenizer = load_tokenizer(location)
@@ -352,8 +352,10 @@ def test_end_of_text_is_added_where_missing(trained, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere", "runs/a/b", "vocab.json", "{tmp}"])
-def test_missing_local_path_stays_off_the_network(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("asked the Hub for a local path"))
+def test_missing_local_path_is_not_looked_up_on_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *_: pytest.fail("requested a local path from the Hub")
+    )
     with pytest.raises(InputError, match=r"looked for tokenizer\.json.*vocab\.json with merges\.txt.*vocab\.bpe"):
         load_tokenizer(path.format(tmp=tmp_path))
 
@@ -397,7 +399,7 @@ def test_build_tokenizer(trained, tmp_path):
     assert tokenizer_hash(build_tokenizer(TokenizerArguments(path=str(tmp_path)), unread)) == tokenizer_hash(built)
 
 
-# GPT-2's own vocabulary
+# The original GPT-2 vocabulary
 
 
 @pytest.mark.skipif(

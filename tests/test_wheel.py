@@ -1,4 +1,4 @@
-"""The installed wheel is complete: recipes and tables inside, runnable from any folder, without the checkout."""
+"""The installed wheel is complete: it includes recipes and tables, and runs in any folder without the checkout."""
 
 import os
 import re
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, built and unpacked as pip does, in a folder of its own."""
+    """The wheel, built and unpacked as pip does, in a separate folder."""
     folder = tmp_path_factory.mktemp("wheel")
     build = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
     name = subprocess.run([sys.executable, "-c", build], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -24,7 +24,7 @@ def installed(tmp_path_factory):
     return folder / "site"
 
 
-def test_wheel_holds_every_recipe_and_every_file_of_the_package(installed):
+def test_wheel_contains_every_recipe_and_every_file_of_the_package(installed):
     for pattern, source, target in (
         ("*.yaml", ROOT / "recipes", installed / "hfgpt/recipes"),
         ("**/*.*", ROOT / "hfgpt", installed / "hfgpt"),
@@ -56,7 +56,9 @@ def test_train_runs_from_the_wheel_in_any_folder(installed, tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "runs/shakespeare-char/model.safetensors").is_file()
-    assert "# shakespeare-char" in (tmp_path / "runs/shakespeare-char/README.md").read_text(), "by the template inside"
+    assert "# shakespeare-char" in (tmp_path / "runs/shakespeare-char/README.md").read_text(), (
+        "rendered with the template in the wheel"
+    )
     where = [sys.executable, "-c", "import hfgpt; print(hfgpt.__file__)"]
     printed = subprocess.run(where, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert Path(printed.stdout.strip()).is_relative_to(installed)

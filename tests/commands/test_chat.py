@@ -1,4 +1,4 @@
-"""`hfgpt chat` on a terminal: what Ctrl-C and Ctrl-D do, and what is said of the model. All comparisons are exact."""
+"""`hfgpt chat` on a terminal: what Ctrl-C and Ctrl-D do, and how the model is described. All comparisons are exact."""
 
 import os
 import pty
@@ -27,7 +27,7 @@ QUESTION = {"role": "user", "content": "Who?"}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> str:
-    """A model with random weights that never ends its answers, and the record of a run."""
+    """A model with random weights that never generates end of text, and a run record."""
     folder = tmp_path_factory.mktemp("saved")
     tokenizer = train_tokenizer([render_letters("alpaca") + "Who? Why? abcdef"], kind="char")
     set_chat_template(tokenizer, "alpaca")
@@ -48,7 +48,7 @@ def chat(saved) -> Chat:
 
 
 class Interrupted(TerminalStreamer):
-    """Ctrl-C comes with the third token of every answer; a prompt arrives before the first."""
+    """Simulates Ctrl-C at the third token of every answer; the prompt arrives before the first."""
 
     def put(self, value):
         self.calls = getattr(self, "calls", 0) + 1
@@ -61,7 +61,7 @@ def streamer(chat: Chat, kind=TerminalStreamer):
     return kind(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def test_a_stopped_answer_is_remembered_as_far_as_it_was_shown(chat, capsys):
+def test_a_stopped_answer_is_kept_in_the_history_as_far_as_it_was_shown(chat, capsys):
     whole = chat.answer("Who?", streamer(chat))
     assert capsys.readouterr().out == f"{whole}\n"
     assert chat.messages == [QUESTION, {"role": "assistant", "content": whole}]
@@ -71,11 +71,11 @@ def test_a_stopped_answer_is_remembered_as_far_as_it_was_shown(chat, capsys):
     shown = capsys.readouterr().out
     assert shown == f"{whole[:3]}\n"
     assert chat.messages == [QUESTION, {"role": "assistant", "content": whole[:3].strip()}]
-    assert chat.answer("Why?"), "and the conversation can go on"
+    assert chat.answer("Why?"), "the conversation can continue"
     assert [message["content"] for message in chat.messages[:3]] == ["Who?", whole[:3].strip(), "Why?"]
 
 
-def test_a_question_whose_answer_had_not_begun_is_forgotten(chat, monkeypatch):
+def test_a_question_interrupted_before_its_answer_is_dropped(chat, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -88,7 +88,7 @@ def test_a_question_whose_answer_had_not_begun_is_forgotten(chat, monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Makes standard input a terminal with these keys, exceptions among them; gives the signals that are set."""
+    """Makes standard input a terminal with these keys (or exceptions); returns the signal handlers that are set."""
     signals = []
 
     def type_in(*keys):
@@ -110,13 +110,13 @@ def terminal(monkeypatch):
     return type_in
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_program(saved, terminal, monkeypatch, capsys):
+def test_ctrl_c_stops_the_answer_but_not_the_program(saved, terminal, monkeypatch, capsys):
     monkeypatch.setattr("hfgpt.commands.chat.TerminalStreamer", Interrupted)
     signals = terminal("Who?", "Why?", EOFError)
     run_chat(saved, GREEDY)
-    assert signals == [(signal.SIGTERM, signal.SIG_DFL)], "which is to end the program"
+    assert signals == [(signal.SIGTERM, signal.SIG_DFL)], "SIGTERM ends the program"
     first, second = capsys.readouterr().out.splitlines()
-    assert (len(first), len(second)) == (3, 3), "both were stopped"
+    assert (len(first), len(second)) == (3, 3), "both answers were stopped"
 
 
 def test_ctrl_c_at_the_prompt_shows_how_to_quit(saved, terminal, capsys):
@@ -127,19 +127,19 @@ def test_ctrl_c_at_the_prompt_shows_how_to_quit(saved, terminal, capsys):
     assert captured.err.splitlines()[2:] == ["", "/exit or Ctrl-D quits"] * 2
 
 
-def test_ctrl_d_quits_on_a_line_of_its_own(saved, terminal, capsys):
+def test_ctrl_d_quits_and_ends_the_line(saved, terminal, capsys):
     terminal(EOFError)
     run_chat(saved, GREEDY)
     assert capsys.readouterr().err.splitlines()[2:] == [""]
 
 
-def test_ctrl_c_ends_a_chat_that_is_read_from_elsewhere(saved, monkeypatch):
+def test_ctrl_c_ends_a_chat_whose_input_is_piped(saved, monkeypatch):
     monkeypatch.setattr("hfgpt.commands.chat.TerminalStreamer", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_chat(saved, GREEDY, lines=iter(["Who?", "Why?"]))
 
 
-def test_a_chat_begins_with_what_the_model_was_trained_on(saved, terminal, capsys):
+def test_a_chat_starts_with_what_the_model_was_trained_on(saved, terminal, capsys):
     terminal("/exit")
     run_chat(saved, GREEDY)
     said, help_line = capsys.readouterr().err.splitlines()
@@ -148,27 +148,29 @@ def test_a_chat_begins_with_what_the_model_was_trained_on(saved, terminal, capsy
     )
     assert help_line.endswith("; Ctrl-C stops an answer; /exit or Ctrl-D quits")
     run_chat(saved, GREEDY, lines=iter(()))
-    assert capsys.readouterr().err == "", "nobody reads it"
+    assert capsys.readouterr().err == "", "not shown for piped input"
 
 
-def test_what_is_said_of_a_model_comes_from_the_record_of_its_run(saved, tmp_path, chat):
+def test_the_description_of_a_model_comes_from_its_run_record(saved, tmp_path, chat):
     tokenizer = chat.tokenizer
     assert describe_training(str(tmp_path), tokenizer) is None
     assert describe_training("somebody/model", tokenizer) is None
     RunRecord(task="instruct").write(tmp_path)
-    assert describe_training(str(tmp_path), tokenizer) is None, "it does not say on what"
+    assert describe_training(str(tmp_path), tokenizer) is None, "the record has no data source"
     RunRecord(task="instruct", data_source="/home/me/rows.json").write(tmp_path)
     (tmp_path / "checkpoint-5").mkdir()
     (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
     tokenizer.chat_template += " "
     for folder in (tmp_path, tmp_path / "checkpoint-5"):
         said = describe_training(str(folder), tokenizer)
-        assert said == "trained on rows.json; answers follow the style of the training data", "a template of others"
+        assert said == "trained on rows.json; answers follow the style of the training data", (
+            "not one of the built-in templates"
+        )
     RunRecord(task="pretrain", data_source="me/texts").write(tmp_path)
     assert describe_training(str(tmp_path), tokenizer) == "trained on me/texts, but not on instructions"
 
 
-# Takes the terminal as its own, so that the keys become signals, and presses Ctrl-C in the middle of each answer.
+# Makes the terminal its controlling terminal, so that keys become signals, and presses Ctrl-C during each answer.
 SCRIPT = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -187,9 +189,9 @@ cli.main()
 
 
 def test_keys_on_a_real_terminal(saved, chat):
-    """A key is pressed when what came before it has been shown; Ctrl-C again, where Python was about to read a line.
+    """Each key is pressed after the expected output is shown; Ctrl-C again, if Python was about to read a line.
 
-    Between writing a prompt and waiting for the line, Python's `input` notices a signal only with the next one.
+    Between writing the prompt and waiting for input, Python's `input` only notices a signal when the next one arrives.
     """
     answer = chat.answer("Who?")[:3]
     ours, theirs = pty.openpty()
@@ -204,8 +206,8 @@ def test_keys_on_a_real_terminal(saved, chat):
                 return False
             try:
                 shown += os.read(ours, 4096).decode()
-            except OSError:  # Linux, when the other end is closed
-                pytest.fail(f"it ended early: {shown}")
+            except OSError:  # raised on Linux when the other end is closed
+                pytest.fail(f"the program ended early: {shown}")
         return True
 
     def press(key: bytes) -> bool:

@@ -1,11 +1,11 @@
-"""The table at the end of the tour."""
+"""The table at the end of `hfgpt demo`."""
 
 from rich.table import Table
 
 from hfgpt.commands.demo import stack_cells
 
 
-def test_on_a_narrow_terminal_the_cells_of_a_row_are_lines():
+def test_on_a_narrow_terminal_each_cell_of_a_row_is_a_line():
     table = Table("stage", "what", "result", "time")
     table.add_row("training", "loss of everything", "1.0", "3 s")
     table.add_row("more", "  baseline", "50%")

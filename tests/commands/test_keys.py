@@ -24,10 +24,10 @@ def test_each_key_of_a_task_is_listed_once(task):
         assert sorted(listed) == sorted(dotted(section_keys(task)[entry.section], f"{entry.section}."))
         assert all(key.tasks == [task] for key in entry.keys)
         libraries = [key.library for key in entry.keys]
-        assert libraries == sorted(libraries), "hfgpt's come first"
+        assert libraries == sorted(libraries), "the keys of hfgpt come first"
 
 
-def test_without_a_task_a_key_is_listed_once_for_each_form_of_it():
+def test_without_a_task_each_variant_of_a_key_is_listed_once():
     found = {entry.section: entry for entry in list_keys()}
     assert list(found) == ["task", *SECTIONS["classify"]]
     assert found["pretraining"].tasks == ["classify"]
@@ -41,13 +41,13 @@ def test_without_a_task_a_key_is_listed_once_for_each_form_of_it():
     assert path.tasks == list(SECTIONS)
 
 
-def test_one_key_and_the_keys_within_it():
+def test_one_key_and_its_nested_keys():
     ((entry,),) = [found.keys for found in list_keys("training.max_steps")]
     assert (entry.key, entry.type, entry.default, entry.library) == ("training.max_steps", "int", -1, "transformers")
     (judge,) = list_keys("evaluation.judge")
     assert [key.key.rpartition(".")[0] for key in judge.keys] == ["evaluation.judge"] * 4
     (first,) = list_keys("adapters.r")
-    assert [key.key for key in first.keys] == ["adapters.r"], "and not adapters.rank_pattern"
+    assert [key.key for key in first.keys] == ["adapters.r"], "adapters.rank_pattern is not included"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_one_key_and_the_keys_within_it():
         (None, "x", "--task is 'x' (available: pretrain, classify, instruct)"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_the_nearest_name(name, task, message):
+def test_an_unknown_name_is_refused_with_the_nearest_one(name, task, message):
     with pytest.raises(InputError) as error:
         list_keys(name, task)
     assert message in str(error.value)
@@ -81,7 +81,7 @@ def test_what_does_not_exist_is_refused_with_the_nearest_name(name, task, messag
         ("dict[str, int]", "dict"),
     ],
 )
-def test_types_are_described_as_recipes_write_their_values(annotation, words):
+def test_types_are_described_as_their_values_are_written_in_recipes(annotation, words):
     assert describe_type(annotation) == words
 
 
@@ -89,19 +89,19 @@ def test_types_are_described_as_recipes_write_their_values(annotation, words):
 def test_lines_fit_the_terminal(width):
     shown = render_keys(list_keys(), width)
     for line in shown.splitlines():
-        assert len(line) <= width or " " not in line.strip(), "only a word that is longer alone"
+        assert len(line) <= width or " " not in line.strip(), "only a single longer word may exceed the width"
     assert "data.validation_fraction float; default: 0.05 [instruct]" in " ".join(shown.split())
     assert "\n    Branch, tag or commit of" in shown
 
 
-def test_each_key_is_one_line_for_other_programs():
+def test_each_key_is_one_line_when_piped():
     lines = render_keys(list_keys(), None).splitlines()
     assert (
         "training.last_blocks  int or null; default: null  [classify, instruct]  "
         "Number of blocks for `last_blocks`; null: one."
     ) in lines
     assert "training.eval_strategy  IntervalStrategy or str; default: 'no'  " in "\n".join(lines)
-    assert "training.adam_epsilon  float; default: 1.0e-08  " in "\n".join(lines), "a number for YAML, too"
+    assert "training.adam_epsilon  float; default: 1.0e-08  " in "\n".join(lines), "YAML must read it as a number, too"
     assert sum(line.startswith("training.seed  ") for line in lines) == 1
     alone = render_keys(list_keys("pretraining.max_steps"), None)
     assert alone == "pretraining.max_steps  int; default: 300  Number of optimizer steps."

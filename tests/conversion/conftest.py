@@ -1,4 +1,4 @@
-"""What the tests of conversion share."""
+"""Fixtures shared by the conversion tests."""
 
 import pytest
 import torch
@@ -7,5 +7,5 @@ from makers import CONTEXT, VOCAB
 
 @pytest.fixture
 def ids() -> torch.Tensor:
-    """Two rows of tokens, none of them the padding."""
+    """Two rows of tokens without padding."""
     return torch.randint(3, VOCAB, (2, CONTEXT), generator=torch.Generator().manual_seed(5))

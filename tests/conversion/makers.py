@@ -1,4 +1,4 @@
-"""Checkpoints of the three formats, small and random, and the models they were made from."""
+"""Small random checkpoints in the three formats, and the models they were made from."""
 
 import math
 
@@ -10,7 +10,7 @@ VOCAB, CONTEXT, WIDTH, HEADS, LAYERS = 90, 40, 48, 4, 2
 
 
 def randomize(module: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:
-    """Every parameter random, biases and norms too, so that none can be exchanged or forgotten unnoticed."""
+    """Sets every parameter to random values, biases and norms too, so that a swapped or missing one is noticed."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         parameter.data.normal_(0, std, generator=generator)
@@ -25,7 +25,7 @@ def make_gpt2(head: str = "lm", **changes) -> GPT2LMHeadModel | GPT2ForSequenceC
 
 
 class NanoGPT(nn.Module):
-    """nanoGPT's module names and arithmetic."""
+    """nanoGPT's module names and computation."""
 
     def __init__(self, vocab_size=VOCAB, bias=True, block_size=CONTEXT, n_embd=WIDTH, n_head=HEADS, n_layer=LAYERS):
         super().__init__()
@@ -38,7 +38,7 @@ class NanoGPT(nn.Module):
             attn = nn.ModuleDict(
                 {"c_attn": nn.Linear(n_embd, 3 * n_embd, bias), "c_proj": nn.Linear(n_embd, n_embd, bias)}
             )
-            # The causal mask that nanoGPT registers where PyTorch has no flash attention.
+            # The causal mask that nanoGPT registers when PyTorch has no flash attention.
             attn.register_buffer("bias", torch.tril(torch.ones(block_size, block_size))[None, None])
             mlp = {"c_fc": nn.Linear(n_embd, 4 * n_embd, bias), "c_proj": nn.Linear(4 * n_embd, n_embd, bias)}
             return nn.ModuleDict({"ln_1": norm(), "attn": attn, "ln_2": norm(), "mlp": nn.ModuleDict(mlp)})
@@ -69,7 +69,7 @@ class NanoGPT(nn.Module):
 
 
 def save_nanogpt(path, bias=True, vocab_size=VOCAB, compiled=True, **settings) -> NanoGPT:
-    """What nanoGPT's train.py leaves: the optimizer's state, the arguments and the settings beside the weights."""
+    """What nanoGPT's train.py saves: the weights, optimizer state, arguments and settings."""
     model = randomize(NanoGPT(vocab_size, bias))
     arguments = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": WIDTH, "block_size": CONTEXT, "bias": bias}
     prefix = "_orig_mod." if compiled else ""
@@ -86,7 +86,7 @@ def save_nanogpt(path, bias=True, vocab_size=VOCAB, compiled=True, **settings) -
 
 
 def make_book_weights(qkv_bias=False, tied=False, masks=True, classes=None) -> dict[str, torch.Tensor]:
-    """A state dict with the names of the book's model."""
+    """A state dict with the parameter names of the book's model."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape):
@@ -117,7 +117,7 @@ def make_book_weights(qkv_bias=False, tied=False, masks=True, classes=None) -> d
 
 
 def add_lora(weights: dict[str, torch.Tensor], rank: int = 3) -> dict[str, torch.Tensor]:
-    """The same with every linear layer wrapped as in appendix E."""
+    """The same weights with every linear layer wrapped in LoRA as in appendix E."""
     generator = torch.Generator().manual_seed(4)
     wrapped = {}
     for name, tensor in weights.items():

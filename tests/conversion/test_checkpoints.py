@@ -1,4 +1,4 @@
-"""Files that are damaged, hostile or something else: one line, nothing run, nothing left behind. Checks are exact."""
+"""Damaged, malicious or wrong files: a one-line error, no code run, no files left behind. Checks are exact."""
 
 import io
 import os
@@ -24,7 +24,7 @@ QUIET = Console(file=io.StringIO())
 
 
 class Hostile:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -34,7 +34,7 @@ class Hostile:
 
 
 def refusal(source, folder, **arguments) -> str:
-    """The message of a refused import, after which the folder is as it was."""
+    """The error message of a refused import, which must leave the folder unchanged."""
     before = sorted(folder.rglob("*"))
     with pytest.raises(InputError) as error:
         import_checkpoint(str(source), folder / "out", ImportArguments(**{"num_heads": HEADS, **arguments}), QUIET)
@@ -79,13 +79,13 @@ def changed(change):
         ),
     ],
 )
-def test_what_is_no_checkpoint_of_a_gpt(content, message, tmp_path):
+def test_what_is_not_a_gpt_checkpoint_is_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "model.pt")
     assert message in refusal(tmp_path / "model.pt", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.bin", "model.ckpt"])
-def test_code_in_a_pickle_is_named_and_not_run(name, tmp_path):
+def test_code_in_a_pickle_is_reported_and_not_run(name, tmp_path):
     trap = tmp_path / "trap"
     torch.save({"model": {"wte.weight": Hostile(trap)}}, tmp_path / name)
     assert "contains code (posix.mkdir) and is not loaded" in refusal(tmp_path / name, tmp_path)
@@ -107,7 +107,7 @@ def test_code_in_a_pickle_is_named_and_not_run(name, tmp_path):
         pickle.dumps([1, 2]),
     ],
 )
-def test_a_table_of_characters_that_is_none(content, tmp_path, monkeypatch):
+def test_an_invalid_character_table_is_refused(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_nanogpt(tmp_path / "ckpt.pt")
     (tmp_path / "meta.pkl").write_bytes(content)
@@ -129,12 +129,12 @@ def test_a_table_of_characters_that_is_none(content, tmp_path, monkeypatch):
         ({"hidden_act": "gleu"}, "hidden_act is 'gleu'"),
     ],
 )
-def test_what_the_user_says_must_fit(arguments, message, tmp_path):
+def test_options_must_match_the_checkpoint(arguments, message, tmp_path):
     torch.save(make_book_weights(), tmp_path / "model.pth")
     assert message in refusal(tmp_path / "model.pth", tmp_path, **arguments)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_weights(tmp_path):
+def test_a_tokenizer_with_more_tokens_than_embeddings(tmp_path):
     from hfgpt.tokenizer import train_tokenizer
 
     make_gpt2(vocab_size=10).save_pretrained(tmp_path / "gpt2")
@@ -142,7 +142,7 @@ def test_a_tokenizer_with_more_tokens_than_the_weights(tmp_path):
     assert "tokens, but the model has only 10 embeddings" in refusal(tmp_path / "gpt2", tmp_path, num_heads=None)
 
 
-def test_sources_that_are_not_there(tiny_config, tmp_path, monkeypatch):
+def test_missing_or_unsupported_sources_are_refused(tiny_config, tmp_path, monkeypatch):
     from hfgpt import HfGPTForCausalLM
 
     monkeypatch.chdir(tmp_path)
@@ -158,7 +158,7 @@ def test_sources_that_are_not_there(tiny_config, tmp_path, monkeypatch):
     assert "--num-heads is already in the config.json" in refusal("gpt2", tmp_path)
 
 
-def test_a_folder_that_exists_is_left_alone(tmp_path):
+def test_an_existing_folder_is_not_modified(tmp_path):
     torch.save(make_book_weights(), tmp_path / "model.pth")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -180,8 +180,8 @@ def test_a_newer_pickle_is_read_without_a_warning(tmp_path):
         assert read_checkpoint(tmp_path / "new.pth").weights.keys() == make_book_weights().keys()
 
 
-def test_a_flipped_bit_in_a_weight_is_found_by_its_checksum(tmp_path):
-    """Each flip is either found or in bytes that carry nothing: padding, dates."""
+def test_a_flipped_bit_in_a_weight_is_detected_by_its_checksum(tmp_path):
+    """Each flip is either detected or in bytes without meaning: padding, dates."""
     weights, path, generator = make_book_weights(), tmp_path / "model.pth", random.Random(0)
     torch.save(weights, path)
     content = path.read_bytes()
@@ -217,10 +217,10 @@ def test_an_archive_without_checksums_is_read_and_a_compressed_one_refused(tmp_p
     assert "(its tensors are compressed)" in refusal(path, tmp_path)
 
 
-def test_formats_that_hold_programs_are_not_read(tmp_path):
+def test_formats_that_contain_programs_are_not_read(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
     assert "(it is a TorchScript program)" in refusal(tmp_path / "program.pt", tmp_path)
-    with tarfile.open(tmp_path / "model.pt", "w") as archive:  # as torch wrote before 0.4
+    with tarfile.open(tmp_path / "model.pt", "w") as archive:  # as written by torch before 0.4
         for name in ("storages", "tensors", "pickle"):
             archive.addfile(tarfile.TarInfo(name))
     message = refusal(tmp_path / "model.pt", tmp_path)
@@ -229,8 +229,8 @@ def test_formats_that_hold_programs_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nanogpt.pt", "book.pth", "old.pth", "book.safetensors", "meta.pkl", "gpt2"])
-def test_damaged_files_give_a_line_or_a_model(kind, tmp_path):
-    """40 files a kind, cut, or with some bytes changed, many of them in the header: no traceback, nothing left."""
+def test_damaged_files_give_a_one_line_error_or_a_model(kind, tmp_path):
+    """40 files per kind, truncated or with bytes changed, many in the header: no traceback, no files left behind."""
     generator = random.Random(kind)
     source = tmp_path / ("model.pt" if kind in ("nanogpt.pt", "meta.pkl") else kind)
     damaged = source
@@ -267,5 +267,5 @@ def test_damaged_files_give_a_line_or_a_model(kind, tmp_path):
         except InputError as error:
             messages.append(str(error))
         assert sorted(tmp_path.iterdir()) == before
-    assert len(messages) >= 20, "half of them are cut"
+    assert len(messages) >= 20, "half of them are truncated"
     assert not [message for message in messages if "\n" in message]

@@ -1,6 +1,6 @@
-"""`import` and `export`: every format becomes a model that computes the same, or nothing is written.
+"""`import` and `export`: every format gives a model with the same outputs, or nothing is written.
 
-Tolerance: 1e-5 of the largest logit in float32, as the parity report itself; bit-identical where weights only move.
+Tolerance: 1e-5 of the largest logit in float32, as in the parity report; bit-identical where weights are only copied.
 """
 
 import io
@@ -61,7 +61,7 @@ def assert_close(got, expected):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_gpt2_in_and_out_is_bit_identical(tied, ids, tmp_path, caplog):
+def test_gpt2_import_and_export_is_bit_identical(tied, ids, tmp_path, caplog):
     native = make_gpt2(tie_word_embeddings=tied)
     native.save_pretrained(tmp_path / "gpt2")
     train_tokenizer(["some words to learn"], "char").save_pretrained(tmp_path / "gpt2")
@@ -86,7 +86,7 @@ def test_gpt2_in_and_out_is_bit_identical(tied, ids, tmp_path, caplog):
     assert kept[0] | {"n_inner": 4 * WIDTH, "n_ctx": kept[0]["n_positions"]} == kept[1]
 
 
-def test_a_classifier_in_and_out(ids, tmp_path):
+def test_importing_and_exporting_a_classifier(ids, tmp_path):
     native = make_gpt2("classifier", num_labels=3)
     native.save_pretrained(tmp_path / "gpt2")
     report = convert(tmp_path / "gpt2", tmp_path / "ours")
@@ -101,7 +101,7 @@ def test_a_classifier_in_and_out(ids, tmp_path):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-def test_ours_out_and_in_is_bit_identical(bias, tied, ids, tiny_config, tmp_path):
+def test_export_and_reimport_is_bit_identical(bias, tied, ids, tiny_config, tmp_path):
     model = HfGPTForCausalLM(tiny_config(qkv_bias=bias, tie_word_embeddings=tied, hidden_act="relu"))
     model.save_pretrained(tmp_path / "ours")
     report = export_model(str(tmp_path / "ours"), tmp_path / "gpt2", console=QUIET)
@@ -144,7 +144,7 @@ def test_nanogpt(bias, compiled, ids, tmp_path):
         assert_close(logits_of(GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2"), ids), source(ids))
 
 
-def test_nanogpts_characters_come_along(tmp_path):
+def test_nanogpts_characters_become_the_tokenizer(tmp_path):
     letters = LETTERS[:VOCAB]
     save_nanogpt(tmp_path / "ckpt.pt", vocab_size=len(letters))
     (tmp_path / "data" / "letters").mkdir(parents=True)
@@ -161,7 +161,7 @@ def test_nanogpts_characters_come_along(tmp_path):
         tokenizer("☃")
 
 
-def test_nanogpts_padded_vocabulary_is_cut_or_kept(tmp_path, ids):
+def test_nanogpts_padded_vocabulary_is_truncated_or_kept(tmp_path, ids):
     source = save_nanogpt(tmp_path / "ckpt.pt", vocab_size=VOCAB + 6)
     tokenizer = train_tokenizer(["".join(LETTERS)], "char")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -180,7 +180,7 @@ def test_nanogpts_padded_vocabulary_is_cut_or_kept(tmp_path, ids):
     assert kept.generation_config.suppress_tokens == list(range(size, VOCAB + 6))
 
 
-def test_gpt2s_own_vocabulary_is_known_without_a_tokenizer(tmp_path):
+def test_gpt2s_vocabulary_is_recognized_without_a_tokenizer(tmp_path):
     weights = {
         name: torch.nn.functional.pad(tensor, (0, 0, 0, 50304 - VOCAB)) if name.endswith("lm_head.weight") else tensor
         for name, tensor in save_nanogpt(tmp_path / "ckpt.pt").state_dict().items()
@@ -198,7 +198,7 @@ def test_gpt2s_own_vocabulary_is_known_without_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("qkv_bias", [True, False])
-def test_the_books_own_model(qkv_bias, tied, masks, ids, tmp_path):
+def test_the_books_model(qkv_bias, tied, masks, ids, tmp_path):
     chapter = pytest.importorskip("llms_from_scratch.ch04", reason="pip install --no-deps llms-from-scratch")
     sizes = {"vocab_size": VOCAB, "context_length": CONTEXT, "emb_dim": WIDTH, "n_heads": HEADS, "n_layers": LAYERS}
     source = chapter.GPTModel({**sizes, "drop_rate": 0.1, "qkv_bias": qkv_bias}).eval()
@@ -246,7 +246,7 @@ def test_the_books_classifier(suffix, ids, tmp_path):
 
 
 def convert_body(weights, tmp_path):
-    """The hidden states of the same model with another head."""
+    """The hidden states of the same model with a different head."""
     body = {name: tensor for name, tensor in weights.items() if "out_head" not in name}
     torch.save({**make_book_weights(True), **body}, tmp_path / "lm.pth")
     convert(tmp_path / "lm.pth", tmp_path / "lm", num_heads=HEADS)
@@ -264,7 +264,7 @@ def test_the_books_lora_is_merged(ids, tmp_path):
     up_proj = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].mlp.up_proj.weight
     name = "trf_blocks.1.ff.layers.0"
     update = 0.5 * (weights[f"{name}.lora.A"] @ weights[f"{name}.lora.B"]).T
-    # The sum is rounded once there and twice here.
+    # The sum is rounded once in the book's code and twice here.
     torch.testing.assert_close(up_proj, weights[f"{name}.linear.weight"] + update, rtol=0, atol=1e-6)
 
 
@@ -296,13 +296,13 @@ def test_openais_tensorflow_names(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(ours.parameters(), same.parameters(), strict=True))
 
 
-# A report that can fail
+# The parity report can fail
 
 
 @pytest.mark.parametrize("layout", [nanogpt.LAYOUT, book.LAYOUT, gpt2.LAYOUT], ids=lambda layout: layout.name)
 @pytest.mark.parametrize("pair", [("input_layernorm", "post_attention_layernorm"), ("q_proj", "k_proj")])
-def test_an_exchange_of_weights_is_noticed_and_nothing_is_written(layout, pair, tmp_path, monkeypatch):
-    """The measure shares no table with the conversion, so a wrong table cannot agree with itself."""
+def test_swapped_weights_are_detected_and_nothing_is_written(layout, pair, tmp_path, monkeypatch):
+    """The reference shares no name table with the conversion, so a wrong table cannot confirm itself."""
     if layout is gpt2.LAYOUT:
         torch.save(make_gpt2().transformer.state_dict(), tmp_path / "model.pt")
     elif layout is nanogpt.LAYOUT:
@@ -326,8 +326,8 @@ def test_an_exchange_of_weights_is_noticed_and_nothing_is_written(layout, pair, 
 # Export
 
 
-def test_the_configuration_has_what_llama_cpp_reads(tiny_config, tmp_path):
-    """The keys that conversion/gpt2.py of llama.cpp looks up, without a default."""
+def test_the_configuration_has_the_keys_llama_cpp_reads(tiny_config, tmp_path):
+    """The keys that conversion/gpt2.py of llama.cpp reads without a default."""
     HfGPTForCausalLM(tiny_config()).save_pretrained(tmp_path / "ours")
     export_model(str(tmp_path / "ours"), tmp_path / "gpt2", console=QUIET)
     config = json.loads((tmp_path / "gpt2" / "config.json").read_text())
@@ -335,7 +335,7 @@ def test_the_configuration_has_what_llama_cpp_reads(tiny_config, tmp_path):
     assert [config[key] for key in read] == [["GPT2LMHeadModel"], 2, 32, 32, 4, 1e-5, 64]
 
 
-def test_an_adapter_is_merged_when_asked(tiny_config, ids, tmp_path):
+def test_an_adapter_is_merged_on_request(tiny_config, ids, tmp_path):
     HfGPTForCausalLM(tiny_config()).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
@@ -359,7 +359,7 @@ def test_an_adapter_is_merged_when_asked(tiny_config, ids, tmp_path):
         (lambda weights: weights.update({"model.extra.weight": torch.ones(1)}), "no weight like model.extra.weight"),
     ],
 )
-def test_what_gpt2_cannot_hold_is_refused(change, message, tiny_config):
+def test_what_gpt2_cannot_represent_is_refused(change, message, tiny_config):
     model = HfGPTForCausalLM(tiny_config())
     weights = dict(model.state_dict())
     change(weights)

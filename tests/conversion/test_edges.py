@@ -1,4 +1,4 @@
-"""Checkpoints at the edges: toys, halves, doubles, one missing bias, tokenizers that are none. Checks are exact."""
+"""Edge cases: tiny models, half and double precision, a missing bias, invalid tokenizers. Checks are exact."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def convert(source, out, **arguments):
 
 
 @pytest.mark.parametrize("context", [1, 2, 8])
-def test_contexts_shorter_than_the_report(context, tmp_path):
+def test_contexts_shorter_than_the_parity_report(context, tmp_path):
     model = randomize(NanoGPT(block_size=context))
     torch.save({"model": model.state_dict(), "model_args": {"n_head": HEADS}}, tmp_path / "ckpt.pt")
     assert convert(tmp_path, tmp_path / "out").greedy_equal
@@ -40,9 +40,9 @@ def test_contexts_shorter_than_the_report(context, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_precision_is_kept_to_the_bit(dtype, tmp_path):
+def test_precision_is_kept_exactly(dtype, tmp_path):
     weights = {name: tensor.to(dtype) for name, tensor in make_book_weights().items()}
-    if dtype == torch.float64:  # values that single precision cannot hold
+    if dtype == torch.float64:  # values that float32 cannot represent
         weights = {name: tensor + tensor.sign() * 1e-12 for name, tensor in weights.items()}
     torch.save(weights, tmp_path / "model.pth")
     assert convert(tmp_path / "model.pth", tmp_path / "out", num_heads=HEADS).passed
@@ -55,7 +55,7 @@ def test_precision_is_kept_to_the_bit(dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("change", ["lora", "classifier"])
-def test_what_is_computed_anew_from_halves_is_single(dtype, change, tmp_path):
+def test_weights_recomputed_from_half_precision_are_float32(dtype, change, tmp_path):
     weights = add_lora(make_book_weights()) if change == "lora" else make_book_weights(classes=2)
     torch.save({name: tensor.to(dtype) for name, tensor in weights.items()}, tmp_path / "model.pth")
     scale = {"lora_scale": 0.5} if change == "lora" else {}
@@ -65,7 +65,7 @@ def test_what_is_computed_anew_from_halves_is_single(dtype, change, tmp_path):
 
 @pytest.mark.parametrize("kind", ["nanogpt", "book", "gpt2"])
 @pytest.mark.parametrize("place", ["block", "norm"])
-def test_one_bias_that_is_missing_is_damage(kind, place, tmp_path):
+def test_a_single_missing_bias_is_refused(kind, place, tmp_path):
     if kind == "book":
         weights = make_book_weights()
         missing = "trf_blocks.1.ff.layers.0.bias" if place == "block" else "final_norm.shift"
@@ -79,14 +79,14 @@ def test_one_bias_that_is_missing_is_damage(kind, place, tmp_path):
         convert(tmp_path / "model.pt", tmp_path / "out", num_heads=HEADS)
 
 
-def test_heads_that_the_file_denies(tmp_path):
+def test_num_heads_that_contradicts_the_checkpoint_is_refused(tmp_path):
     save_nanogpt(tmp_path / "ckpt.pt")
     with pytest.raises(InputError, match="--num-heads is 2, but the checkpoint has 4: leave it out"):
         convert(tmp_path, tmp_path / "out", num_heads=2)
 
 
 @pytest.mark.parametrize("kind", ["nanogpt", "book"])
-def test_a_tied_head_that_is_saved_once(kind, tmp_path):
+def test_a_tied_head_that_was_saved_once(kind, tmp_path):
     weights = make_book_weights(tied=True) if kind == "book" else dict(randomize(NanoGPT()).state_dict())
     del weights["out_head.weight" if kind == "book" else "lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors")
@@ -94,7 +94,7 @@ def test_a_tied_head_that_is_saved_once(kind, tmp_path):
     assert report.parameters == report.source_parameters
 
 
-def test_another_head_is_a_classifier_only_in_the_book(tmp_path):
+def test_a_head_of_another_size_is_a_classifier_only_in_the_book(tmp_path):
     weights = dict(randomize(NanoGPT()).state_dict()) | {"lm_head.weight": torch.ones(VOCAB - 1, 48)}
     torch.save(weights, tmp_path / "model.pt")
     with pytest.raises(InputError, match=r"lm_head\.weight has \(89, 48\)"):
@@ -110,40 +110,42 @@ def test_another_head_is_a_classifier_only_in_the_book(tmp_path):
         {"final_norm.shift": torch.ones(47)},
     ],
 )
-def test_a_classifier_that_is_not_whole(change, tmp_path):
+def test_an_inconsistent_classifier_is_refused(change, tmp_path):
     torch.save(make_book_weights(classes=2) | change, tmp_path / "model.pth")
     with pytest.raises(InputError, match="inconsistent shapes"):
         convert(tmp_path / "model.pth", tmp_path / "out", num_heads=HEADS)
 
 
-def test_tensors_of_more_than_the_file_holds(tmp_path):
+def test_tensors_larger_than_the_file_are_refused(tmp_path):
     weights = make_book_weights() | {"out_head.weight": torch.zeros(1).expand(10**7, 10**7)}
     torch.save(weights, tmp_path / "model.pth")
     with pytest.raises(InputError, match=r"out_head\.weight is not a dense tensor"):
         convert(tmp_path / "model.pth", tmp_path / "out", num_heads=HEADS)
-    # An index of 2^26 into the memory of the unpickler, which in C is a table.
+    # A memo index of 2^26; the C unpickler would allocate a table of that size.
     (tmp_path / "meta.pkl").write_bytes(b"\x80\x02Nr\x00\x00\x00\x04.")
     with pytest.raises(InputError, match="is not a nanoGPT character table"):
         read_meta(tmp_path / "meta.pkl")
 
 
-def test_blocks_are_numbered_without_a_gap(tmp_path):
+def test_gaps_in_block_numbers_are_refused(tmp_path):
     weights = {name.replace("trf_blocks.1.", "trf_blocks.99999999."): w for name, w in make_book_weights().items()}
     torch.save(weights, tmp_path / "model.pth")
     with pytest.raises(InputError, match=r"not numbered from 0 without gaps: \[0, 99999999\]"):
         convert(tmp_path / "model.pth", tmp_path / "out", num_heads=HEADS)
 
 
-def test_a_tokenizer_that_merely_lies_there(tmp_path):
+def test_an_unrelated_tokenizer_in_the_folder_is_refused(tmp_path):
     save_nanogpt(tmp_path / "ckpt.pt", vocab_size=300)
     train_tokenizer(["few letters"], "char").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has 11 tokens, but the checkpoint has 300 embeddings"):
         convert(tmp_path, tmp_path / "out")
     report = convert(tmp_path, tmp_path / "out", tokenizer=str(tmp_path))
-    assert f"tokenizer: 11 tokens, {tmp_path.name}" in report.notes, "the report travels: no path of this machine"
+    assert f"tokenizer: 11 tokens, {tmp_path.name}" in report.notes, (
+        "the report is published: it contains no local path"
+    )
 
 
-def test_a_tokenizer_without_its_files_is_none(tmp_path):
+def test_a_tokenizer_config_without_vocabulary_is_not_a_tokenizer(tmp_path):
     make_gpt2().save_pretrained(tmp_path / "gpt2")
     (tmp_path / "gpt2" / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     report = convert(tmp_path / "gpt2", tmp_path / "out")
@@ -152,7 +154,7 @@ def test_a_tokenizer_without_its_files_is_none(tmp_path):
         convert(tmp_path / "gpt2", tmp_path / "out2", tokenizer=str(tmp_path / "gpt2"))
 
 
-def test_characters_without_an_end_of_text_stay_as_they_are(tmp_path):
+def test_a_character_table_without_end_of_text_is_kept(tmp_path):
     letters = sorted("abcdefgh ")
     save_nanogpt(tmp_path / "ckpt.pt", vocab_size=len(letters))
     tables = {"stoi": {c: i for i, c in enumerate(letters)}, "itos": dict(enumerate(letters))}
@@ -170,7 +172,7 @@ def test_characters_without_an_end_of_text_stay_as_they_are(tmp_path):
         evaluate(model, data, EvaluationArguments())
 
 
-def test_old_files_of_gpt2(tmp_path):
+def test_old_gpt2_files(tmp_path):
     native = make_gpt2()
     native.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -180,7 +182,7 @@ def test_old_files_of_gpt2(tmp_path):
         convert(tmp_path / "model.safetensors", tmp_path / "out", num_heads=HEADS)
 
 
-def test_paths_that_are_none(tmp_path):
+def test_invalid_output_paths_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path, message in (
@@ -194,7 +196,7 @@ def test_paths_that_are_none(tmp_path):
     assert check_free(tmp_path / "new" / ".." / "other") == tmp_path / "other"
 
 
-def test_brackets_in_a_path_are_no_markup(tmp_path):
+def test_brackets_in_a_path_are_not_markup(tmp_path):
     folder = tmp_path / "run[1]" / "x[" / "b]"
     folder.mkdir(parents=True)
     save_nanogpt(folder / "ckpt.pt")
@@ -205,7 +207,7 @@ def test_brackets_in_a_path_are_no_markup(tmp_path):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_an_adapter_of_gpt2(native, tmp_path):
-    """Trained on our model of a GPT-2 checkpoint it goes back; on transformers' own it fits no module of ours."""
+    """Trained on our GPT-2 it can be exported; trained on transformers' GPT-2 it matches none of our modules."""
     make_gpt2().save_pretrained(tmp_path / "gpt2")
     base = (GPT2LMHeadModel if native else HfGPTForCausalLM).from_pretrained(tmp_path / "gpt2")
     settings = LoraConfig(
@@ -221,5 +223,5 @@ def test_an_adapter_of_gpt2(native, tmp_path):
     ids = torch.arange(3, 23)[None]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
-        # The update is part of the matrix there: other roundings, of logits of about 10.
+        # There the update is merged into the matrix, so logits of about 10 are rounded differently.
         torch.testing.assert_close(exported(ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-5)

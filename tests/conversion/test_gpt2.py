@@ -1,6 +1,6 @@
-"""A GPT-2 checkpoint, however it was saved, is loaded by `from_pretrained` of our classes, and computes the same.
+"""GPT-2 checkpoints in any saved form are loaded by `from_pretrained` of our classes and give the same logits.
 
-Tolerance: 1e-5 of logits of about 10. Both models do the same operations in the same order; 0.0 is what is seen.
+Tolerance: 1e-5 of logits of about 10. Both models do the same operations in the same order; 0.0 is observed.
 """
 
 import json
@@ -23,7 +23,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-5}
 def assert_same(ours, native, ids):
     with torch.no_grad():
         got, expected = (model(input_ids=ids, use_cache=False)[0] for model in (ours.eval(), native.eval()))
-    assert expected.abs().max() > 0.5, "there is something to compare"
+    assert expected.abs().max() > 0.5, "the logits are large enough to compare"
     torch.testing.assert_close(got, expected, **TOLERANCE)
 
 
@@ -54,7 +54,7 @@ def test_the_classifier_gives_gpt2s_logits(padding_side, ids, tmp_path):
 
 
 def strip_prefix(folder):
-    """As OpenAI's model is on the Hub: the base model's names, with the causal masks of old versions."""
+    """As OpenAI's model on the Hub: base model names, with the causal masks of old versions."""
     weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / FILE).items()}
     for number in range(LAYERS):
         weights[f"h.{number}.attn.bias"] = torch.tril(torch.ones(40, 40, dtype=torch.uint8))[None, None]
@@ -96,7 +96,7 @@ CHANGES = [strip_prefix, as_pickle, with_head, in_shards, in_old_shards]
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("model_class", [HfGPTForCausalLM, HfGPTModel])
-def test_however_it_was_saved(model_class, change, ids, tmp_path):
+def test_every_way_a_checkpoint_is_saved(model_class, change, ids, tmp_path):
     native = make_gpt2()
     native.save_pretrained(tmp_path)
     change(tmp_path)
@@ -104,7 +104,7 @@ def test_however_it_was_saved(model_class, change, ids, tmp_path):
     assert_same(ours, native if model_class is HfGPTForCausalLM else native.transformer, ids)
 
 
-def test_base_model_in_a_file_of_its_own(ids, tmp_path):
+def test_base_model_in_its_own_file(ids, tmp_path):
     native = make_gpt2()
     native.transformer.save_pretrained(tmp_path)
     assert type(GPT2Model.from_pretrained(tmp_path)) is GPT2Model
@@ -121,7 +121,7 @@ def test_untied_head(ids, tmp_path):
     assert_same(HfGPTModel.from_pretrained(tmp_path), native.transformer, ids)
 
 
-def test_by_the_auto_class_when_asked_for(ids, tmp_path):
+def test_loading_with_the_auto_class(ids, tmp_path):
     native = make_gpt2()
     native.save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is GPT2LMHeadModel
@@ -130,8 +130,8 @@ def test_by_the_auto_class_when_asked_for(ids, tmp_path):
     assert_same(ours, native, ids)
 
 
-def test_what_is_saved_again_is_ours_alone(ids, tmp_path):
-    """Names, configuration and code: nothing in the folder needs GPT-2's mapping."""
+def test_a_loaded_checkpoint_is_saved_as_an_hfgpt_model(ids, tmp_path):
+    """Names, configuration and code: nothing in the folder depends on the GPT-2 mapping."""
     native = make_gpt2()
     native.save_pretrained(tmp_path / "gpt2")
     ours = HfGPTForCausalLM.from_pretrained(tmp_path / "gpt2")
@@ -154,7 +154,7 @@ def test_what_is_saved_again_is_ours_alone(ids, tmp_path):
         ("activation_function", "gelu_of_another_world"),
     ],
 )
-def test_what_our_model_has_not_is_refused(option, value, tmp_path):
+def test_options_our_model_lacks_are_refused(option, value, tmp_path):
     make_gpt2().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), option: value}))
@@ -162,7 +162,7 @@ def test_what_our_model_has_not_is_refused(option, value, tmp_path):
         HfGPTForCausalLM.from_pretrained(tmp_path)
 
 
-def test_nothing_is_left_at_random(tmp_path):
+def test_no_weight_is_left_at_random_values(tmp_path):
     make_gpt2().save_pretrained(tmp_path)
     weights = load_file(tmp_path / FILE)
     fewer = {name: tensor for name, tensor in weights.items() if "h.1.mlp.c_fc" not in name}
@@ -198,11 +198,11 @@ def test_peft_trains_saves_reloads_and_merges(ids, tmp_path):
 
     fresh = HfGPTForCausalLM.from_pretrained(tmp_path / "gpt2")
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
-    assert (fresh(ids).logits - trained).abs().max() > 1e-2, "something was learned"
+    assert (fresh(ids).logits - trained).abs().max() > 1e-2, "training changed the logits"
     reloaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     assert torch.equal(reloaded(ids).logits, trained)
     merged = reloaded.merge_and_unload(safe_merge=True)
-    # The updates are now part of the matrices: other roundings, of logits of about 10.
+    # The updates are now merged into the matrices, so logits of about 10 are rounded differently.
     torch.testing.assert_close(merged(ids).logits, trained, **TOLERANCE)
 
 
@@ -210,8 +210,8 @@ def test_peft_trains_saves_reloads_and_merges(ids, tmp_path):
     not {"HFGPT_GPT2", "HFGPT_VERDICT"} <= os.environ.keys(),
     reason="needs GPT-2's weights and the-verdict.txt: set HFGPT_GPT2 to gpt2 or a folder, HFGPT_VERDICT to the text",
 )
-def test_gpt2s_loss_on_the_books_text_is_the_books():
-    """Chapter 5: 9 batches of 2 x 256 tokens of the first nine tenths, one of the rest; 3.7547 and 3.5596 nats."""
+def test_gpt2s_loss_on_the_books_text_matches_the_book():
+    """Chapter 5: 9 batches of 2 x 256 tokens from the first nine tenths, one from the rest; 3.7547 and 3.5596 nats."""
     model = HfGPTForCausalLM.from_pretrained(os.environ["HFGPT_GPT2"]).eval()
     tokenizer = AutoTokenizer.from_pretrained(os.environ["HFGPT_GPT2"])
     text = Path(os.environ["HFGPT_VERDICT"]).read_text(encoding="utf-8")
@@ -224,5 +224,5 @@ def test_gpt2s_loss_on_the_books_text_is_the_books():
         with torch.no_grad():
             logits = model(rows[:, :-1]).logits
         losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item())
-    # To the four digits that the book prints.
+    # To the four decimals printed in the book.
     assert losses == pytest.approx([3.7547, 3.5596], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Documents become exactly their tokens, and blocks predict exactly the tokens they should. All checks are exact."""
+"""Documents give exactly their tokens, and blocks predict exactly the right tokens. All checks are exact."""
 
 import contextlib
 import copy
@@ -42,7 +42,7 @@ def char_tokenizer(largest_id=3):
 
 @functools.cache
 def byte_level_tokenizer(text):
-    """GPT-2's kind of tokenizer with 300 tokens."""
+    """A byte-level BPE tokenizer like GPT-2's, with 300 tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -57,8 +57,8 @@ def documents(texts=TEXTS):
 
 
 @pytest.fixture
-def kept_documents(tmp_path):
-    """Documents in an Arrow file, as those of a source are: their tokens are kept beside it."""
+def stored_documents(tmp_path):
+    """Documents in an Arrow file, as sources have them: their tokens are cached in the same folder."""
 
     def write(texts=TEXTS, name="text"):
         path = tmp_path / "kept" / f"{name}.arrow"
@@ -73,7 +73,7 @@ def kept_documents(tmp_path):
 
 
 def stream_of(*lengths):
-    """Documents of these lengths with the tokens 0, 1, 2, ... in a row."""
+    """Documents of these lengths with the consecutive tokens 0, 1, 2, ..."""
     offsets = np.cumsum([0, *lengths])
     features = datasets.Features({"input_ids": datasets.LargeList(datasets.Value("uint16"))})
     rows = {"input_ids": [range(*ends) for ends in itertools.pairwise(offsets.tolist())]}
@@ -84,19 +84,19 @@ def tokens_of(stream):
     return stream[:].tolist()
 
 
-def kept_files(tmp_path):
-    """What tokenizing has left beside the texts."""
+def token_files(tmp_path):
+    """The token files in the folder of the texts."""
     return sorted(path for path in (tmp_path / "kept").iterdir() if path.name != "text.arrow")
 
 
 @contextlib.contextmanager
-def not_tokenized_again():
+def forbid_tokenizing():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams.Tokenizer, "encode_batch_fast", None)  # what is kept does not even call it
+        patch.setattr(streams.Tokenizer, "encode_batch_fast", None)  # cached tokens do not even call the tokenizer
         yield
 
 
-def test_each_whole_document_ends_with_eos():
+def test_each_complete_document_ends_with_eos():
     stream = tokenize_documents(documents(), char_tokenizer())
     assert tokens_of(stream) == [0, 1, 2, 4, 2, 3, 1, 0, 4, 1, 1, 1, 4, 0, 4]
     assert stream.offsets.tolist() == [0, 4, 9, 13, 15]
@@ -108,7 +108,7 @@ def test_each_whole_document_ends_with_eos():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=9), st.data())
-def test_any_part_of_the_stream_is_the_same_however_arrow_has_it_in_pieces(ids, data):
+def test_any_slice_of_the_stream_is_independent_of_arrow_chunks(ids, data):
     whole = [token for row in ids for token in row]
     if not whole:
         return
@@ -123,8 +123,8 @@ def test_any_part_of_the_stream_is_the_same_however_arrow_has_it_in_pieces(ids, 
 @pytest.mark.parametrize(
     ("largest_id", "token_type", "width"), [(3, np.uint16, 2), (65_534, np.uint16, 2), (65_535, np.uint32, 4)]
 )
-def test_a_token_takes_two_bytes_while_the_vocabulary_fits(kept_documents, largest_id, token_type, width):
-    stream = tokenize_documents(kept_documents(), char_tokenizer(largest_id))
+def test_a_token_takes_two_bytes_while_the_vocabulary_fits(stored_documents, largest_id, token_type, width):
+    stream = tokenize_documents(stored_documents(), char_tokenizer(largest_id))
     assert stream[:].dtype == token_type
     assert stream.largest_id() == largest_id + 1 == stream[3:4]
     values = stream.documents.data.column("input_ids").chunks[0].values
@@ -134,49 +134,49 @@ def test_a_token_takes_two_bytes_while_the_vocabulary_fits(kept_documents, large
     assert not stream[:].flags.writeable
 
 
-def test_truncation_and_padding_left_over_in_the_tokenizer_change_nothing(kept_documents):
+def test_truncation_and_padding_settings_of_the_tokenizer_have_no_effect(stored_documents):
     tokenizer = char_tokenizer()
-    first = tokenize_documents(kept_documents(), tokenizer)
+    first = tokenize_documents(stored_documents(), tokenizer)
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=7)
-    with not_tokenized_again():
-        again = tokenize_documents(kept_documents(), tokenizer)
-    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2, "the tokenizer itself is left alone"
+    with forbid_tokenizing():
+        again = tokenize_documents(stored_documents(), tokenizer)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 2, "the tokenizer itself is not changed"
     assert len(first) == len(again) == 15
 
 
-def test_tokens_are_kept_for_the_same_rows_tokenizer_and_eos(kept_documents, tmp_path):
-    first = tokenize_documents(kept_documents(), char_tokenizer())
-    with not_tokenized_again():
-        again = tokenize_documents(kept_documents(), char_tokenizer())
+def test_tokens_are_cached_for_the_same_rows_tokenizer_and_eos(stored_documents, tmp_path):
+    first = tokenize_documents(stored_documents(), char_tokenizer())
+    with forbid_tokenizing():
+        again = tokenize_documents(stored_documents(), char_tokenizer())
     assert tokens_of(again) == tokens_of(first)
-    assert len(kept_files(tmp_path)) == 1
+    assert len(token_files(tmp_path)) == 1
     others = [
-        (kept_documents().select([3, 2, 1, 0]), char_tokenizer(), True),
-        (kept_documents().select([0, 1]), char_tokenizer(), True),
-        (kept_documents(), char_tokenizer(5), True),
-        (kept_documents(), char_tokenizer(), False),
+        (stored_documents().select([3, 2, 1, 0]), char_tokenizer(), True),
+        (stored_documents().select([0, 1]), char_tokenizer(), True),
+        (stored_documents(), char_tokenizer(5), True),
+        (stored_documents(), char_tokenizer(), False),
     ]
     for number, (rows, tokenizer, append_eos) in enumerate(others, start=2):
         tokenize_documents(rows, tokenizer, append_eos=append_eos)
-        assert len(kept_files(tmp_path)) == number
-        with not_tokenized_again():
+        assert len(token_files(tmp_path)) == number
+        with forbid_tokenizing():
             tokenize_documents(rows, tokenizer, append_eos=append_eos)
-    assert not list(tmp_path.glob("kept/tmp*")), "nothing but the tokens is left"
+    assert not list(tmp_path.glob("kept/tmp*")), "no other files are left"
 
 
 @pytest.mark.parametrize("size", [-2, -8, 0.5, 0, 100])
-def test_damaged_tokens_are_made_again(kept_documents, tmp_path, size):
-    expected = tokens_of(tokenize_documents(kept_documents(TEXTS * 600), char_tokenizer()))
-    (path,) = kept_files(tmp_path)
+def test_a_damaged_token_cache_is_rebuilt(stored_documents, tmp_path, size):
+    expected = tokens_of(tokenize_documents(stored_documents(TEXTS * 600), char_tokenizer()))
+    (path,) = token_files(tmp_path)
     content = path.read_bytes()
-    # Another file is put there: the first stream still maps the old one.
+    # The file is replaced, not overwritten: the first stream still maps the old one.
     path.unlink()
     path.write_bytes(content[: int(len(content) * size) if isinstance(size, float) else size])
-    again = tokenize_documents(kept_documents(), char_tokenizer())
+    again = tokenize_documents(stored_documents(), char_tokenizer())
     assert tokens_of(again) == expected
-    with not_tokenized_again():
-        assert tokens_of(tokenize_documents(kept_documents(), char_tokenizer())) == expected
+    with forbid_tokenizing():
+        assert tokens_of(tokenize_documents(stored_documents(), char_tokenizer())) == expected
 
 
 def tokenize_at_once(barrier, rows, results):
@@ -184,10 +184,10 @@ def tokenize_at_once(barrier, rows, results):
     results.put(tokens_of(tokenize_documents(rows, char_tokenizer())))
 
 
-def test_two_real_processes_at_once(kept_documents, tmp_path):
+def test_two_real_processes_at_once(stored_documents, tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
-    rows = kept_documents(TEXTS * 500)
+    rows = stored_documents(TEXTS * 500)
     processes = [context.Process(target=tokenize_at_once, args=(barrier, rows, results)) for _ in range(2)]
     for process in processes:
         process.start()
@@ -195,19 +195,19 @@ def test_two_real_processes_at_once(kept_documents, tmp_path):
     for process in processes:
         process.join()
     assert streams == [[0, 1, 2, 4, 2, 3, 1, 0, 4, 1, 1, 1, 4, 0, 4] * 500] * 2
-    assert len(kept_files(tmp_path)) == 1
+    assert len(token_files(tmp_path)) == 1
 
 
-def test_several_processes_make_the_same_stream_as_one(kept_documents, tmp_path, monkeypatch):
+def test_several_processes_give_the_same_stream_as_one(stored_documents, tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "BATCH_CHARACTERS", 20)
     texts = [TEXTS[i % 4] * (i % 7 + 1) for i in range(200)]
     one = tokenize_documents(documents(texts), char_tokenizer(), num_proc=1)
-    two = tokenize_documents(kept_documents(texts), char_tokenizer(), num_proc=2)
-    assert len(kept_files(tmp_path)) == 2
+    two = tokenize_documents(stored_documents(texts), char_tokenizer(), num_proc=2)
+    assert len(token_files(tmp_path)) == 2
     assert tokens_of(one) == tokens_of(two)
     assert one.offsets.tolist() == two.offsets.tolist()
-    with not_tokenized_again():
-        tokenize_documents(kept_documents(), char_tokenizer(), num_proc=1)  # however many there were
+    with forbid_tokenizing():
+        tokenize_documents(stored_documents(), char_tokenizer(), num_proc=1)  # whatever the number of processes
     assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
@@ -215,7 +215,7 @@ def test_several_processes_make_the_same_stream_as_one(kept_documents, tmp_path,
 @given(
     st.lists(st.sampled_from(["ab", "a", " ", "\n", "\n\n", "\r\n", "'s", "\x1c", "é", "<|endoftext|>", ".", "\t"]))
 )
-def test_a_long_document_is_tokenized_in_pieces_as_in_one(pieces):
+def test_a_long_document_tokenized_in_pieces_gives_the_same_tokens(pieces):
     text = "".join(pieces)
     tokenizer = byte_level_tokenizer("ab\n\n\na ab\nab's a\r\n." * 9)
     assert streams._can_cut(tokenizer.backend_tokenizer.to_str())
@@ -227,7 +227,7 @@ def test_a_long_document_is_tokenized_in_pieces_as_in_one(pieces):
     assert ids == tokenizer.encode(text)
 
 
-def test_only_a_tokenizer_like_gpt2s_lets_a_document_be_cut(monkeypatch):
+def test_only_documents_for_gpt2_like_tokenizers_are_split(monkeypatch):
     monkeypatch.setattr(streams, "BATCH_CHARACTERS", 4)
     text = "ab\nab ab\nab\n\nab.\nab" * 5
     tokenizer = byte_level_tokenizer(text)
@@ -241,8 +241,8 @@ def test_only_a_tokenizer_like_gpt2s_lets_a_document_be_cut(monkeypatch):
         assert not streams._can_cut(other.backend_tokenizer.to_str())
 
 
-def test_a_full_disk_raises_and_leaves_nothing(kept_documents, tmp_path):
-    rows = kept_documents(TEXTS * 1000)
+def test_a_full_disk_raises_and_leaves_no_files(stored_documents, tmp_path):
+    rows = stored_documents(TEXTS * 1000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -251,22 +251,22 @@ def test_a_full_disk_raises_and_leaves_nothing(kept_documents, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert error.value.errno == errno.EFBIG
-    assert kept_files(tmp_path) == []
+    assert token_files(tmp_path) == []
 
 
-def test_an_interrupt_leaves_nothing_and_what_a_killed_run_left_goes_after_a_day(
-    kept_documents, tmp_path, monkeypatch
+def test_an_interrupt_leaves_no_files_and_those_of_a_killed_run_are_removed_after_a_day(
+    stored_documents, tmp_path, monkeypatch
 ):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    rows = kept_documents()
+    rows = stored_documents()
     monkeypatch.setattr(streams, "_cut_text", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tokenize_documents(rows, char_tokenizer())
-    assert kept_files(tmp_path) == []
+    assert token_files(tmp_path) == []
     entry = "0123456789abcdef" * 2
-    others = [".git", "folder"]  # the cache may be any folder of the user's
+    others = [".git", "folder"]  # the cache may be any user folder
     for name, age in {f".{entry}-old": 25, f".{entry}-new": 23, entry: 99, **dict.fromkeys(others, 99)}.items():
         (tmp_path / name).mkdir()
         for file in ("train.arrow", "tmp1"):
@@ -283,7 +283,7 @@ def test_an_interrupt_leaves_nothing_and_what_a_killed_run_left_goes_after_a_day
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == left
 
 
-def test_what_the_tokenizer_lacks_is_said():
+def test_unusable_tokenizers_and_arguments_are_refused():
     backend = char_tokenizer().backend_tokenizer
     with pytest.raises(InputError, match="the tokenizer does not have an eos_token"):
         tokenize_documents(documents(), PreTrainedTokenizerFast(tokenizer_object=backend))
@@ -307,7 +307,7 @@ def test_blocks_share_one_token_so_that_no_prediction_is_lost():
 @pytest.mark.parametrize(
     ("tokens", "size", "stride", "count"), [(4612, 256, 256, 18), (534, 256, 256, 2), (5145, 4, 1, 5141)]
 )
-def test_the_number_of_blocks_is_the_books(tokens, size, stride, count):
+def test_the_number_of_blocks_matches_the_book(tokens, size, stride, count):
     blocks = BlockDataset(stream_of(tokens), size, stride)
     assert len(blocks) == len(range(0, tokens - size, stride)) == count
     assert blocks[-1]["input_ids"][0] == blocks[count - 1]["input_ids"][0] == (count - 1) * stride
@@ -320,7 +320,7 @@ def predictions(blocks):
     pairs = []
     for item in blocks:
         ids, labels, targets = (item[key] for key in ("input_ids", "labels", "shift_labels"))
-        assert torch.equal(labels[1:], targets[:-1]), "both kinds of labels ignore the same predictions"
+        assert torch.equal(labels[1:], targets[:-1]), "both kinds of labels ignore the same targets"
         pairs += [(i, t) for i, t in zip(ids.tolist(), targets.tolist(), strict=True) if t != -100]
     assert all(target == position + 1 for position, target in pairs)
     return [target for _, target in pairs]
@@ -331,11 +331,11 @@ LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda len
 
 @settings(max_examples=150, deadline=None)
 @given(LENGTHS, st.integers(1, 20), st.integers(1, 20), st.booleans())
-def test_every_token_is_predicted_and_the_numbers_add_up(lengths, size, stride, boundaries):
+def test_every_token_is_predicted_and_the_counts_add_up(lengths, size, stride, boundaries):
     stream = stream_of(*lengths)
     starts = set(stream.offsets.tolist()) if boundaries else {0}
     targets = [token for token in range(1, len(stream)) if token not in starts]
-    # With the tail, every target once, whether blocks overlap or not.
+    # With the tail, every target occurs once, whether blocks overlap or not.
     if stride <= size:
         kept = BlockDataset(stream, size, stride, keep_tail=True, document_boundaries=boundaries)
         assert predictions(kept) == targets
@@ -356,13 +356,13 @@ def test_every_token_is_predicted_and_the_numbers_add_up(lengths, size, stride, 
         assert len(set(found)) == len(found)
 
 
-def test_the_last_block_is_moved_back_and_counts_only_what_is_new():
+def test_the_last_block_is_moved_back_and_counts_only_new_tokens():
     items = list(BlockDataset(stream_of(9), 5, keep_tail=True))
     assert items[1]["input_ids"].tolist() == [3, 4, 5, 6, 7]
     assert items[1]["shift_labels"].tolist() == [-100, -100, 6, 7, 8]
     assert items[1]["labels"].tolist() == [-100, -100, -100, 6, 7]
     assert items[0]["labels"].tolist() == [0, 1, 2, 3, 4]
-    # A stream shorter than a block is one block of its own length.
+    # A stream shorter than a block becomes one block of its own length.
     assert [item["shift_labels"].tolist() for item in BlockDataset(stream_of(4), 5, keep_tail=True)] == [[1, 2, 3]]
 
 
@@ -381,8 +381,8 @@ def test_document_boundaries_by_hand():
     assert second["shift_labels"].tolist() == [-100, -100, 5]
 
 
-def test_blocks_are_batched_by_transformers_and_travel_to_workers(kept_documents):
-    stream = tokenize_documents(kept_documents(TEXTS * 2000), char_tokenizer())
+def test_blocks_are_batched_by_transformers_and_sent_to_workers(stored_documents):
+    stream = tokenize_documents(stored_documents(TEXTS * 2000), char_tokenizer())
     blocks = BlockDataset(stream, 7, document_boundaries=True)
     packed = pickle.dumps(blocks)
     assert len(packed) < 2000, "the tokens themselves are not pickled"
@@ -414,12 +414,12 @@ def test_blocks_are_batched_by_transformers_and_travel_to_workers(kept_documents
         ),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(tokens, arguments, message):
+def test_impossible_sizes_are_refused(tokens, arguments, message):
     with pytest.raises(InputError, match=message):
         BlockDataset(stream_of(tokens), **arguments, name="validation")
 
 
-def test_a_split_in_which_nothing_is_predicted_is_refused():
+def test_a_split_without_predictions_is_refused():
     stream = stream_of(1, 1, 1)
     blocks = BlockDataset(stream, 8, document_boundaries=True, keep_tail=True)
     with pytest.raises(
@@ -428,7 +428,7 @@ def test_a_split_in_which_nothing_is_predicted_is_refused():
         count_blocks(blocks, None, DataReport(source="a.txt"), "validation")
 
 
-def test_the_report_holds_the_sizes_of_the_blocks():
+def test_the_report_contains_the_sizes_of_the_blocks():
     report = DataReport()
     count_blocks(BlockDataset(stream_of(4612), 256), 7, report, "train")
     assert json.loads(json.dumps(report.to_dict()))["splits"]["train"] == {

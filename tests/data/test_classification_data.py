@@ -1,4 +1,4 @@
-"""Labelled texts: what is read, left out, balanced and divided. All checks are exact."""
+"""Labelled texts: reading, dropping, balancing and splitting. All checks are exact."""
 
 import collections
 import itertools
@@ -25,7 +25,7 @@ from hfgpt.tokenizer import train_tokenizer
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads rows written as JSON Lines; gives splits as lists of (text, label), the labels, and the report."""
+    """Loads rows written as JSON Lines; returns splits as lists of (text, label), the labels, and the report."""
 
     def load(rows, seed=0, **arguments):
         if rows is not None:
@@ -43,7 +43,7 @@ def make_rows(number, labels="ab", copies=1):
     return [{"text": f"{label}{index // copies}", "label": label} for label in labels for index in range(number)]
 
 
-def test_every_row_is_in_one_split_and_each_class_is_divided_alike(load):
+def test_every_row_is_in_one_split_and_splits_are_stratified(load):
     splits, loaded, report = load(make_rows(50))
     assert loaded.labels == ["a", "b"]
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 70, "validation": 10, "test": 20}
@@ -54,7 +54,7 @@ def test_every_row_is_in_one_split_and_each_class_is_divided_alike(load):
     assert (report.rows_read, report.rows_kept, report.split_by, report.kept_together) == (100, 100, "rows", 0)
 
 
-def test_the_division_depends_on_the_seed_and_the_texts_alone(load):
+def test_the_splits_depend_only_on_the_seed_and_the_texts(load):
     rows = make_rows(50)
     first, again = load(rows)[0], load(rows)[0]
     random.Random(0).shuffle(rows)
@@ -65,7 +65,7 @@ def test_the_division_depends_on_the_seed_and_the_texts_alone(load):
 
 
 @pytest.mark.parametrize("balance", ["none", "undersample", "weights"])
-def test_identical_texts_are_on_one_side(load, balance):
+def test_identical_texts_are_in_the_same_split(load, balance):
     rows = make_rows(60, copies=3) + make_rows(31, labels="c", copies=2)
     splits, loaded, report = load(rows, balance=balance)
     sides = collections.defaultdict(set)
@@ -75,11 +75,11 @@ def test_identical_texts_are_on_one_side(load, balance):
     assert all(len(names) == 1 for names in sides.values())
     shared = sum(1 for split in splits.values() for text, _ in split if sum(text == t for t, _ in split) > 1)
     assert report.kept_together == shared > 0
-    # What is left out of a class may be read, but is in no split.
+    # Rows dropped from a class are read, but are not in any split.
     assert not set(loaded.unlabelled) & sides.keys()
 
 
-def test_undersampling_takes_as_many_of_each_class_and_counts_the_others(load):
+def test_undersampling_takes_the_same_number_per_class_and_counts_the_rest(load):
     splits, loaded, report = load(make_rows(100, "a") + make_rows(30, "b"), balance="undersample")
     counts = collections.Counter(label for split in splits.values() for _, label in split)
     assert counts == {"a": 30, "b": 30}
@@ -89,7 +89,7 @@ def test_undersampling_takes_as_many_of_each_class_and_counts_the_others(load):
         assert len(set(report.splits[name].labels.values())) == 1, "validation and test are balanced too"
 
 
-def test_weights_make_every_class_count_the_same(load):
+def test_class_weights_make_all_classes_count_equally(load):
     loaded = load(make_rows(100, "a") + make_rows(30, "b"), balance="weights")[1]
     train = loaded.splits["train"]
     weights = dict(zip(loaded.labels, class_weights(train, loaded.labels), strict=True))
@@ -100,7 +100,7 @@ def test_weights_make_every_class_count_the_same(load):
     assert sum(sums.values()) == pytest.approx(len(train)), "1 on average"
 
 
-def test_rows_that_cannot_be_used_are_left_out_and_counted(load):
+def test_unusable_rows_are_dropped_and_counted(load):
     bad = [
         {"text": "", "label": "a"},
         {"text": " \n", "label": "a"},
@@ -117,7 +117,7 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(load):
     assert (report.rows_read, report.rows_kept) == (29, 20)
 
 
-def test_labels_are_sorted_by_name_and_numbers_by_value(load):
+def test_labels_are_sorted_by_name_and_numeric_ones_by_value(load):
     assert load(make_rows(5, ["b", "B", "a"]))[1].labels == ["B", "a", "b"]
     rows = [{"text": f"{label} {index}", "label": label} for label in (10, 9, 1) for index in range(5)]
     assert load(rows)[1].labels == ["1", "9", "10"]
@@ -125,7 +125,7 @@ def test_labels_are_sorted_by_name_and_numbers_by_value(load):
     assert load(make_rows(5, ["--1", "1"]))[1].labels == ["--1", "1"]
 
 
-def test_a_table_without_header_whose_quotes_are_letters(load, tmp_path):
+def test_a_table_without_header_with_literal_quotes(load, tmp_path):
     lines = [f'{label}\tsay "{label}{index} and go' for label in ("ham", "spam") for index in range(9)]
     (tmp_path / "sms.tsv").write_text("\n".join(lines))
     splits, loaded, report = load(None, path=str(tmp_path / "sms.tsv"), text_column="1", label_column="0")
@@ -133,7 +133,7 @@ def test_a_table_without_header_whose_quotes_are_letters(load, tmp_path):
     assert ('say "ham3 and go', "ham") in itertools.chain(*splits.values())
 
 
-def test_given_splits_are_used_and_training_loses_what_they_repeat(load, tmp_path):
+def test_given_splits_are_used_and_their_texts_removed_from_training(load, tmp_path):
     for name, numbers in {"train": range(10), "valid": range(8, 12), "test": range(12, 16)}.items():
         rows = [{"text": f"{label}{index}", "label": label} for label in "ab" for index in numbers]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -143,7 +143,7 @@ def test_given_splits_are_used_and_training_loses_what_they_repeat(load, tmp_pat
     assert (report.split_by, report.rows_kept) == ("given", 32)
 
 
-def test_validation_shares_nothing_with_a_given_test_split(load, tmp_path):
+def test_validation_does_not_overlap_with_a_given_test_split(load, tmp_path):
     for name, numbers in {"train": range(40), "test": range(30, 60)}.items():
         rows = [{"text": f"{label}{index}", "label": label} for label in "ab" for index in numbers]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -151,10 +151,10 @@ def test_validation_shares_nothing_with_a_given_test_split(load, tmp_path):
     texts = [{text for text, _ in splits[name]} for name in SPLITS]
     assert sum(map(len, texts)) == len(set.union(*texts))
     assert report.dropped == {"train row also in another split": 20}
-    assert len(set(report.splits["train"].labels.values())) == 1, "balanced after that"
+    assert len(set(report.splits["train"].labels.values())) == 1, "balanced after removing the overlap"
 
 
-def test_a_given_split_without_labels_is_named(load, tmp_path):
+def test_a_given_split_without_labels_is_reported(load, tmp_path):
     for name, label in {"train": "a", "test": None}.items():
         rows = [{"text": f"{name} {index}", "label": label or None} for index in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -162,7 +162,7 @@ def test_a_given_split_without_labels_is_named(load, tmp_path):
         load(None, path=str(tmp_path))
 
 
-def test_a_validation_split_that_is_the_test_split_is_named(load, tmp_path):
+def test_a_validation_split_that_is_the_test_split_is_reported(load, tmp_path):
     for name in ("train", "valid", "test"):
         rows = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -171,7 +171,7 @@ def test_a_validation_split_that_is_the_test_split_is_named(load, tmp_path):
         load(None, path=str(tmp_path))
 
 
-def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):
+def test_the_labels_of_a_hub_data_set_keep_their_names(load, monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     rows = {"text": [f"t{index}" for index in range(20)] + ["unlabelled"], "label": [0, 1] * 10 + [-1]}
     split = datasets.Dataset.from_dict(rows, features=features)
@@ -205,7 +205,7 @@ def test_the_labels_of_a_hub_data_set_have_their_names(load, monkeypatch):
         (None, {"path": None}, "data.path is not set: give a Hub id, a file, a folder or synthetic:messages"),
     ],
 )
-def test_what_cannot_be_learned_is_refused(load, rows, arguments, message):
+def test_data_that_cannot_be_learned_is_refused(load, rows, arguments, message):
     with pytest.raises(InputError, match=message):
         load(rows, **arguments)
 
@@ -214,7 +214,7 @@ SMS = "ham\tOk lar...\nspam\tFree entry in a wkly comp to win\n"
 
 
 @pytest.mark.parametrize("name", ["SMSSpamCollection", "SMSSpamCollection.tsv", "messages.tsv"])
-def test_the_sms_spam_collection_is_read_as_it_is_by_the_recipe(load, tmp_path, name):
+def test_the_recipe_reads_the_unmodified_sms_spam_collection(load, tmp_path, name):
     (tmp_path / name).write_text("".join(SMS.replace("\t", f"\t{index} ") for index in range(9)))
     recipe = load_recipe("spam", ["--data.path", str(tmp_path / name)]).data
     rows = load_all_labelled_texts(recipe, ["ham", "spam"], DataReport())
@@ -243,7 +243,7 @@ def test_a_table_without_a_header_line_is_refused_with_the_positions_of_its_colu
     assert str(error.value).endswith(f"; it seems to have no header line: give column indices from 0 ({positions})")
 
 
-def test_the_key_that_names_no_column_is_the_one_that_is_named(load, tmp_path):
+def test_the_error_names_the_key_with_the_unknown_column(load, tmp_path):
     (tmp_path / "a.tsv").write_text(SMS * 2)
     with pytest.raises(
         InputError, match=r"data.label_column 'class' is not a column of .*, which has: 'label', 'text'$"
@@ -251,7 +251,7 @@ def test_the_key_that_names_no_column_is_the_one_that_is_named(load, tmp_path):
         load(None, path=str(tmp_path / "a.tsv"), column_names=["label", "text"], label_column="class")
 
 
-def test_a_header_line_with_other_names_is_not_taken_for_a_row(load, tmp_path):
+def test_a_header_line_with_other_names_is_not_read_as_a_row(load, tmp_path):
     (tmp_path / "a.tsv").write_text("Category\tMessage\n" + SMS * 2)
     with pytest.raises(InputError, match=r"which has: 'Category', 'Message'$"):
         load(None, path=str(tmp_path / "a.tsv"), column_names=["label", "text"])
@@ -265,7 +265,7 @@ def test_a_text_file_has_no_labels(load, tmp_path):
 
 @pytest.mark.parametrize("fractions", [(0.9, 0.05), (0.05, 0.9), (0.01, 0.01)])
 @pytest.mark.parametrize("copies", [1, 6])
-def test_each_split_gets_a_text_of_each_class_if_there_are_enough(load, fractions, copies):
+def test_each_split_gets_a_text_of_each_class_if_possible(load, fractions, copies):
     validation, test = fractions
     splits = load(make_rows(3 * copies, copies=copies), validation_fraction=validation, test_fraction=test)[0]
     assert [sorted({label for _, label in splits[name]}) for name in SPLITS] == [["a", "b"]] * 3
@@ -284,7 +284,7 @@ def test_arguments_out_of_range(arguments, message):
         ClassificationDataArguments(path="x", **arguments)
 
 
-def test_a_class_unseen_in_training_is_named(load, tmp_path):
+def test_a_class_missing_from_training_is_reported(load, tmp_path):
     for name, labels in {"train": "ab", "test": "abc"}.items():
         rows = [{"text": f"{name} {label} {index}", "label": label} for label in labels for index in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -292,7 +292,7 @@ def test_a_class_unseen_in_training_is_named(load, tmp_path):
         load(None, path=str(tmp_path))
 
 
-def test_evaluation_takes_all_rows_or_one_split_and_knows_its_labels(tmp_path):
+def test_evaluation_uses_all_rows_or_one_split_with_its_labels(tmp_path):
     for name, labels in {"train": "ab", "test": "a"}.items():
         rows = [{"text": f"{name} {label} {index}", "label": label} for label in labels for index in range(3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -304,7 +304,7 @@ def test_evaluation_takes_all_rows_or_one_split_and_knows_its_labels(tmp_path):
         load_all_labelled_texts(ClassificationDataArguments(**arguments), ["no", "yes"], DataReport())
 
 
-def test_long_texts_are_cut_and_counted():
+def test_long_texts_are_truncated_and_counted():
     tokenizer = train_tokenizer(["abcdefghij"], kind="char")
     rows = datasets.Dataset.from_dict({"text": ["abc", "abcdefghij", "j"], "label": ["x", "y", "x"]})
     encoded, cut = encode_texts(rows, tokenizer, ["x", "y"], max_length=4)

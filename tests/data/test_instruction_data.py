@@ -1,4 +1,4 @@
-"""Instructions: every form becomes the same conversation, and what is learned is the answer and its end, exactly."""
+"""Instructions: all formats give the same conversation, and the targets are exactly the answer and its end token."""
 
 import json
 
@@ -50,10 +50,10 @@ def load(tmp_path):
     return load
 
 
-# Forms
+# Formats
 
 
-def test_the_three_forms_give_one_conversation(load):
+def test_the_three_formats_give_the_same_conversation(load):
     forms = [
         [{"instruction": f"Say {i}", "input": "", "output": f"It is {i}"} for i in range(20)],
         [{"instruction": f"Say {i}", "output": f"It is {i}"} for i in range(20)],
@@ -67,7 +67,7 @@ def test_the_three_forms_give_one_conversation(load):
     assert conversation == turn(*(message["content"] for message in conversation))
 
 
-def test_an_input_stands_below_its_instruction(load):
+def test_an_input_follows_its_instruction(load):
     rows = [{"instruction": f" Add {i} ", "input": " 1 and 2\n", "output": "3"} for i in range(20)]
     conversations = load(rows)[0]["train"]
     assert {prompt_of(row) for row in conversations} <= {f"Add {i}\n1 and 2" for i in range(20)}
@@ -76,7 +76,7 @@ def test_an_input_stands_below_its_instruction(load):
         assert contents <= {f"Add {i}{before_input}1 and 2" for i in range(20)}
 
 
-def test_what_comes_after_the_last_answer_is_left_off(load):
+def test_messages_after_the_last_answer_are_dropped(load):
     rows = [{"messages": [{"role": "system", "content": "s"}, *turn(f"q{i}", "a"), {"role": "user", "content": "?"}]}
             for i in range(20)]  # fmt: skip
     assert all([m["role"] for m in row] == ["system", "user", "assistant"] for row in load(rows)[0]["train"])
@@ -115,7 +115,7 @@ def test_rows_without_an_answer_are_counted(load):
         ({"messages": [{"role": "tool", "content": "s"}, *turn("a", "b")]}, "message 1 has the role 'tool'"),
     ],
 )
-def test_a_row_of_no_form_is_told_with_its_number(load, row, message):
+def test_a_row_of_unknown_format_is_reported_with_its_number(load, row, message):
     with pytest.raises(InputError) as error:
         load([row] * 5)
     assert message in str(error.value)
@@ -129,10 +129,10 @@ def test_nothing_to_learn_from(load):
         load([{"instruction": "Say", "output": ""}] * 3)
 
 
-# Division
+# Splits
 
 
-def test_rows_of_one_prompt_are_on_one_side_and_copies_are_counted(load):
+def test_rows_with_the_same_prompt_are_in_one_split_and_duplicates_are_counted(load):
     rows = [{"instruction": f"Say {i % 30}", "output": f"It is {i}"} for i in range(90)]
     splits, report = load(rows)
     prompts = {split: {prompt_of(row) for row in rows} for split, rows in splits.items()}
@@ -142,8 +142,8 @@ def test_rows_of_one_prompt_are_on_one_side_and_copies_are_counted(load):
     assert load(rows)[0] == splits != load(rows, seed=1)[0]
 
 
-def test_each_split_gets_a_prompt_however_many_copies_it_has(load):
-    """A twentieth of 72 rows is 4, fewer than the 6 of any prompt: the rarest one validates."""
+def test_each_split_gets_a_prompt_whatever_the_number_of_duplicates(load):
+    """A twentieth of 72 rows is 4, fewer than the 6 rows of any prompt: validation gets the rarest prompt."""
     splits, _ = load([{"instruction": f"Say {i % 12}", "output": f"It is {i}"} for i in range(72)])
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 60, "validation": 6, "test": 6}
     assert len({prompt_of(row) for rows in splits.values() for row in rows}) == 12
@@ -154,7 +154,7 @@ def test_each_split_gets_a_prompt_however_many_copies_it_has(load):
         assert [len(rows) for rows in load(often[:3], **arguments)[0].values()] == [1, 1, 1]
 
 
-def test_too_few_prompts_or_rows_for_three_splits_are_told_as_such(load):
+def test_too_few_prompts_or_rows_for_three_splits_are_reported(load):
     rows = [{"instruction": f"Say {i % 2}", "output": f"It is {i}"} for i in range(72)]
     with pytest.raises(
         InputError, match=r"has 72 rows with an answer, with 2 distinct prompts .*, too few for 3 splits"
@@ -166,7 +166,7 @@ def test_too_few_prompts_or_rows_for_three_splits_are_told_as_such(load):
         load(rows[:3], divide="order", test_fraction=0.9)
 
 
-def test_a_given_split_without_answers_is_named(load, tmp_path):
+def test_a_given_split_without_answers_is_reported(load, tmp_path):
     for name, answer in {"train": "yes", "test": ""}.items():
         lines = [json.dumps({"instruction": f"{name} {i}", "output": answer}) + "\n" for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
@@ -174,7 +174,7 @@ def test_a_given_split_without_answers_is_named(load, tmp_path):
         load([], path=str(tmp_path))
 
 
-def test_the_books_division_is_by_order(load):
+def test_the_books_split_is_by_order(load):
     rows = [{"instruction": f"Say {i}", "output": "yes"} for i in range(1100)]
     splits = load(rows, divide="order")[0]
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 935, "validation": 55, "test": 110}
@@ -187,7 +187,7 @@ def test_near_duplicates_between_train_and_test_are_found(load):
     rows += [{"instruction": "Convert 1000 grams to kilograms.", "output": "1"}]
     rows = [{"instruction": "Convert 100 grams to kilograms.", "output": "0.1"}, *rows]
     splits, report = load(rows, divide="order", test_fraction=0.01, validation_fraction=0.01)
-    assert report.near_duplicates == 0, "the last row validates"
+    assert report.near_duplicates == 0, "the last row is the validation split"
     rows[-1], rows[-2] = rows[-2], rows[-1]
     splits, report = load(rows, divide="order", test_fraction=0.01, validation_fraction=0.01)
     assert prompt_of(splits["test"][0]) == "Convert 1000 grams to kilograms."
@@ -195,11 +195,11 @@ def test_near_duplicates_between_train_and_test_are_found(load):
     assert report.near_duplicates == 1
 
 
-# Templates and what is learned
+# Templates and targets
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_learned_are_the_answers_and_their_ends(tokenizer, template):
+def test_the_targets_are_the_answers_and_their_end_tokens(tokenizer, template):
     set_chat_template(tokenizer, template)
     conversation = [
         {"role": "system", "content": "Be kind."},
@@ -215,7 +215,7 @@ def test_learned_are_the_answers_and_their_ends(tokenizer, template):
     assert tokenizer.decode(learned).replace(" ", "") == "Theskyisblue.<|endoftext|>Air.<|endoftext|>"
     assert learned.count(end) == 2
     assert learned[-1] == end == ids[-1]
-    # Each target is the token after it, and an answer begins where a prompt for generation ends.
+    # Each target is the next token, and an answer starts where a prompt for generation ends.
     assert all(target in (IGNORED, ids[place + 1]) for place, target in enumerate(row["shift_labels"]))
     assert row["labels"][1:] == row["shift_labels"][:-1]
     for turns in (2, 4):
@@ -237,14 +237,14 @@ def test_transformers_finds_the_same_tokens(bpe, tmp_path):
     assert any(found["assistant_masks"])
 
 
-def test_all_tokens_are_learned_when_asked(bpe):
+def test_all_tokens_are_targets_on_request(bpe):
     set_chat_template(bpe, "chat")
     row = encode_conversations([turn("Hi", "Hello.")], bpe, "all", 1000, DataReport())[0][0]
     assert row["input_ids"][1:] == row["shift_labels"][:-1]
     assert IGNORED not in row["shift_labels"]
 
 
-def test_what_would_be_cut_or_holds_special_tokens_is_left_out(bpe):
+def test_rows_too_long_or_with_special_tokens_are_dropped(bpe):
     set_chat_template(bpe, "chat")
     report = DataReport(rows_kept=3)
     rows = [turn("Hi", "Hello."), turn("Hi", "Hello. " * 50), turn("Hi <|endoftext|>", "Hello.")]
@@ -257,7 +257,7 @@ def test_what_would_be_cut_or_holds_special_tokens_is_left_out(bpe):
     assert len(encode_conversations(rows[:1], bpe, "answers", exactly - 1, DataReport())[0]) == 0
 
 
-def test_a_split_in_which_nothing_is_learned_is_refused(bpe):
+def test_a_split_without_targets_is_refused(bpe):
     set_chat_template(bpe, "chat")
     report = DataReport(source="x.json", rows_kept=1)
     encoded = encode_conversations([turn("Hi", "Hello.")], bpe, "answers", 3, report)[0]
@@ -267,7 +267,7 @@ def test_a_split_in_which_nothing_is_learned_is_refused(bpe):
         count_tokens(encoded, None, report, "train")
 
 
-def test_a_token_that_joins_prompt_and_answer_is_noticed(bpe):
+def test_a_token_that_spans_prompt_and_answer_is_detected(bpe):
     bpe.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{{ 'x' * 3 }}"
         "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -280,14 +280,14 @@ def test_a_token_that_joins_prompt_and_answer_is_noticed(bpe):
     set_chat_template(bpe, "chat")
 
 
-def test_templates_are_refused_that_do_not_mark_answers(bpe):
+def test_templates_that_do_not_mark_answers_are_refused(bpe):
     with pytest.raises(InputError, match=r"data.template is 'chatml'; it must be one of chat, alpaca, phi3"):
         set_chat_template(bpe, "chatml")
     bpe.chat_template = "{{ messages }}"
     with pytest.raises(InputError, match=r"does not mark the answers with \{% generation %\}"):
         set_chat_template(bpe, None)
     assert set_chat_template(bpe, "alpaca") == "\n\n### Input:\n"
-    assert set_chat_template(bpe, None) == "\n\n### Input:\n", "a saved template is known again"
+    assert set_chat_template(bpe, None) == "\n\n### Input:\n", "a saved template is recognized"
     set_chat_template(bpe, "chat")
 
 
@@ -309,7 +309,7 @@ def test_the_books_prompts(bpe):
 
 
 def test_the_books_batch():
-    """Chapter 7 pads with the end of text, and ignores all of it but the first."""
+    """Chapter 7 pads with end of text and ignores every pad token but the first."""
     end = 50256
     rows = []
     for ids in ([0, 1, 2, 3, 4], [5, 6], [7, 8, 9]):
@@ -333,7 +333,7 @@ def test_labels_of_rows_and_of_tokens():
     assert all(value.dtype == torch.int64 for value in batch.values())
 
 
-def test_packing_loses_nothing_and_wastes_little(bpe):
+def test_packing_loses_no_tokens_and_wastes_little_space(bpe):
     set_chat_template(bpe, "chat")
     conversations = [turn(f"Say {'x' * (i % 37)}", "y" * (i % 11 + 1)) for i in range(200)]
     rows = encode_conversations(conversations, bpe, "answers", 1000, DataReport())[0]

@@ -1,4 +1,4 @@
-"""Every kind of source gives exactly the text that was written, and every fault names itself. All checks are exact."""
+"""Every kind of source gives exactly the text that was written, and every fault is reported. All checks are exact."""
 
 import csv
 import functools
@@ -43,14 +43,14 @@ TEXTS = [
 
 @pytest.fixture
 def load(tmp_path):
-    """Loads `tmp_path / path` (or a source by name) and gives both splits and the report."""
+    """Loads `tmp_path / path` (or a named source) and returns both splits and the report."""
 
     def load(path, seed=0, check=True, **arguments):
         report = DataReport()
         cache = tmp_path / ".cache"
         path = path if path.startswith(("synthetic:", "hub/")) or "://" in path else str(tmp_path / path)
         splits = load_documents(DataArguments(path=path, cache_dir=str(cache), **arguments), seed, report)
-        assert not check or not list(cache.glob(".*")), "nothing half-written is left"
+        assert not check or not list(cache.glob(".*")), "no partial files are left"
         return splits["train"]["text"][:], splits["validation"]["text"][:], report
 
     return load
@@ -66,7 +66,7 @@ def table_bytes(delimiter):
 
 
 def written_rows(suffix):
-    """The bytes of a file with TEXTS and the texts that it holds."""
+    """The bytes of a file with TEXTS, and the texts in it."""
     if suffix == ".json":
         return json.dumps([{"id": i, "text": text} for i, text in enumerate(TEXTS)], indent=1).encode(), TEXTS
     if suffix == ".jsonl":
@@ -118,14 +118,14 @@ def test_every_kind_of_file_gives_its_texts_unchanged(load, tmp_path, suffix, co
     assert sum(part.bytes for part in parts) == sum(len(text.encode()) for text in texts)
 
 
-def test_one_document_keeps_its_line_ends_and_loses_only_the_byte_order_mark(load, tmp_path):
+def test_one_document_keeps_its_line_endings_and_loses_only_the_byte_order_mark(load, tmp_path):
     text = "\n\n a\r\nb\rc\x0b\u2028 \n \n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     train, validation, _ = load("a.txt")
     assert train[0] + validation[0] == text
 
 
-def test_characters_across_chunk_borders_survive(load, tmp_path, monkeypatch):
+def test_characters_across_chunk_boundaries_are_kept(load, tmp_path, monkeypatch):
     monkeypatch.setattr("hfgpt.data.files.CHUNK", 3)
     text = "é€𝄞a\n" * 20
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
@@ -143,7 +143,7 @@ def test_characters_across_chunk_borders_survive(load, tmp_path, monkeypatch):
         ("line", ["a", "b", " ", "", "  c ", "d"]),
     ],
 )
-def test_what_one_document_is_in_a_text_file(tmp_path, sample_by, documents):
+def test_how_a_text_file_is_divided_into_documents(tmp_path, sample_by, documents):
     (tmp_path / "a.txt").write_bytes(b"a\nb\r\n \n\n  c \nd")
     assert [row["text"] for row in read_rows(tmp_path / "a.txt", sample_by)] == documents
 
@@ -159,7 +159,7 @@ def test_rows_without_text_are_dropped_and_counted_by_reason(load, tmp_path):
     assert "dropped 2: empty" in report.summary()
 
 
-def test_json_lists_of_texts_and_json_lines_under_the_name_json(tmp_path):
+def test_json_lists_of_texts_and_json_lines_in_json_files(tmp_path):
     (tmp_path / "a.json").write_text('["x", "y"]')
     (tmp_path / "b.json").write_text('{"text": "x"}\n{"text": "y"}\n')
     for name in ("a.json", "b.json"):
@@ -211,7 +211,7 @@ def test_a_table_without_header_line_is_read_by_position(load, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "a"}', "all 2 documents"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_one_line(load, tmp_path, name, content, message):
+def test_a_fault_in_a_file_is_a_one_line_error(load, tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InputError) as error:
@@ -235,7 +235,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_row_without_end_in_a_compressed_file_is_refused_before_it_is_held(name, compression, tmp_path, monkeypatch):
+def test_an_endless_row_in_a_compressed_file_is_refused_before_it_is_in_memory(
+    name, compression, tmp_path, monkeypatch
+):
     monkeypatch.setattr("hfgpt.data.files.CHUNK", 1000)
     monkeypatch.setattr("hfgpt.data.files.LONGEST_DECOMPRESSED", 10**5)
     content, place, remedy = BOMBS[name]
@@ -253,16 +255,16 @@ def test_a_row_without_end_in_a_compressed_file_is_refused_before_it_is_held(nam
 
 
 @pytest.mark.parametrize("compression", [".gz", ".zst"])
-def test_many_rows_of_a_compressed_file_are_more_than_the_limit_of_one(compression, tmp_path, monkeypatch):
+def test_the_limit_for_one_row_does_not_apply_to_a_compressed_file_of_many_rows(compression, tmp_path, monkeypatch):
     monkeypatch.setattr("hfgpt.data.files.CHUNK", 100)
     monkeypatch.setattr("hfgpt.data.files.LONGEST_DECOMPRESSED", 1000)
     (tmp_path / f"a.csv{compression}").write_bytes(compress(b"text\n" + b"one\n" * 1000, compression))
     assert len(list(read_rows(tmp_path / f"a.csv{compression}", columns=["text"]))) == 1000
     (tmp_path / "a.txt").write_bytes(b"x" * 2000)
-    assert len(next(read_rows(tmp_path / "a.txt"))["text"]) == 2000, "the size of the file on the disk says it"
+    assert len(next(read_rows(tmp_path / "a.txt"))["text"]) == 2000, "the limit is for compressed files only"
 
 
-def test_a_parquet_file_that_grows_a_hundred_times_is_refused(tmp_path, monkeypatch):
+def test_a_parquet_file_that_expands_a_hundredfold_is_refused(tmp_path, monkeypatch):
     pq.write_table(pa.table({"id": [1], "text": ["a" * 10**6]}), tmp_path / "a.parquet", compression="zstd")
     assert len(list(read_rows(tmp_path / "a.parquet"))) == 1
     monkeypatch.setattr("hfgpt.data.files.LONGEST_DECOMPRESSED", 10**5)
@@ -292,9 +294,9 @@ print(refused)
 """
 
 
-def test_no_damaged_parquet_file_is_a_traceback_or_ends_the_process(tmp_path):
+def test_damaged_parquet_files_give_no_traceback_or_crash(tmp_path):
     pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "a.parquet")
-    # In a process of its own, which pyarrow would abort.
+    # In a separate process, since pyarrow could abort it.
     command = [sys.executable, "-c", SPOIL_PARQUET, str(tmp_path / "a.parquet")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -326,7 +328,7 @@ def test_wrong_column_of_a_parquet_file(load, tmp_path):
         ({"path": "several", "validation_split": "test"}, "'test' does not match any file in .*: a.txt, b.txt"),
     ],
 )
-def test_what_is_wrong_with_the_arguments_is_said(load, tmp_path, arguments, message):
+def test_invalid_arguments_are_reported(load, tmp_path, arguments, message):
     (tmp_path / "stories.txt").write_text("once\n\nupon")
     for folder, names in {
         "folder": [".hidden.txt", "x.py"],
@@ -340,7 +342,7 @@ def test_what_is_wrong_with_the_arguments_is_said(load, tmp_path, arguments, mes
         load(**arguments)
 
 
-def test_missing_path_and_missing_right(load, tmp_path, monkeypatch):
+def test_missing_path_and_missing_permission(load, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"data.path is not set"):
         load_documents(DataArguments(), 0, DataReport())
     (tmp_path / "a.txt").write_text("text")
@@ -373,7 +375,7 @@ def test_validation_files_of_a_folder(load, tmp_path):
     assert load(".", validation_split="test")[1] == ["test.txt"]
 
 
-def test_one_document_is_cut_where_the_book_and_nanogpt_cut_it(load, tmp_path):
+def test_one_document_is_split_as_in_the_book_and_nanogpt(load, tmp_path):
     for size, cut in {20_479: int(0.90 * 20_479), 1_115_394: 1_003_854}.items():
         text = "abcdefghij" * (size // 10) + "x" * (size % 10)
         (tmp_path / "a.txt").write_text(text)
@@ -382,7 +384,7 @@ def test_one_document_is_cut_where_the_book_and_nanogpt_cut_it(load, tmp_path):
         assert report.splits["train"].documents == report.splits["validation"].documents == 1
 
 
-def test_copies_of_a_text_are_never_on_both_sides(load, tmp_path):
+def test_duplicates_of_a_text_are_never_in_both_splits(load, tmp_path):
     texts = [f"text {i % 40}" for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     sides = []
@@ -396,7 +398,7 @@ def test_copies_of_a_text_are_never_on_both_sides(load, tmp_path):
     assert sides[0] == sides[1] != sides[2]
 
 
-def test_each_side_gets_a_document_even_of_two(load, tmp_path):
+def test_each_split_gets_a_document_even_if_there_are_only_two(load, tmp_path):
     (tmp_path / "a.txt").write_text("x\nx\nx\ny")
     train, validation, _ = load("a.txt", sample_by="line")
     assert (train, validation) == (["x", "x", "x"], ["y"])
@@ -409,7 +411,7 @@ def test_max_documents_reads_only_the_first_rows(load, tmp_path):
     assert report.rows_read == 3
 
 
-def test_synthetic_stories_depend_on_the_seed_alone(load):
+def test_synthetic_stories_depend_only_on_the_seed(load):
     first, again, other = (load("synthetic:stories", seed=seed, max_documents=20) for seed in (1, 1, 2))
     assert len(first[0]) == 18
     assert len(first[1]) == 2
@@ -418,7 +420,7 @@ def test_synthetic_stories_depend_on_the_seed_alone(load):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_hub_data_uses_its_validation_split_and_counts_what_leaks(load, monkeypatch, streaming):
+def test_hub_data_uses_its_validation_split_and_counts_leaked_texts(load, monkeypatch, streaming):
     def load_dataset(path, name, revision, streaming):
         assert (path, name, revision) == ("hub/set", "small", "v1")
         train = datasets.Dataset.from_dict({"body": ["a", "b", None], "image": [0, 1, 2]})
@@ -443,7 +445,7 @@ def test_hub_data_uses_its_validation_split_and_counts_what_leaks(load, monkeypa
         load("hub/set", text_column="body", validation_split="dev", **arguments)
 
 
-def test_unreachable_hub_data_is_said_in_one_line(load, monkeypatch):
+def test_unreachable_hub_data_is_a_one_line_error(load, monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("Couldn't reach\nthe Hub")
 
@@ -452,7 +454,7 @@ def test_unreachable_hub_data_is_said_in_one_line(load, monkeypatch):
         load("hub/set")
 
 
-def test_a_second_start_reads_nothing_until_a_file_was_changed(load, tmp_path, monkeypatch):
+def test_a_second_start_reads_no_files_until_one_has_changed(load, tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20)))
     first = load("a.jsonl")
@@ -465,20 +467,20 @@ def test_a_second_start_reads_nothing_until_a_file_was_changed(load, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(files, "_open", refuse)
         assert load("a.jsonl") == first
-        assert load("a.jsonl", seed=1)[2].sha256 == report.sha256, "another seed divides the same texts"
+        assert load("a.jsonl", seed=1)[2].sha256 == report.sha256, "another seed splits the same texts"
         with pytest.raises(AssertionError, match="read again"):
             load("a.jsonl", max_documents=5)
-    path.write_text(path.read_text().replace("text 3", "text x"))  # as long as before
+    path.write_text(path.read_text().replace("text 3", "text x"))  # same length as before
     os.utime(path, ns=(1, 1))
     assert "text x" in [*load("a.jsonl")[0], *load("a.jsonl")[1]]
     os.utime(path, ns=(1, 1))
     path.write_text(path.read_text().replace("text x", "text y"))
-    os.utime(path, ns=(1, 1))  # even if its times are set back
+    os.utime(path, ns=(1, 1))  # even if its timestamps are reset
     assert "text y" in [*load("a.jsonl")[0], *load("a.jsonl")[1]]
 
 
 @pytest.mark.parametrize("damage", ["train.arrow", "source.json", "short"])
-def test_damaged_texts_are_read_again(load, tmp_path, damage):
+def test_a_damaged_text_cache_is_rebuilt(load, tmp_path, damage):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     first = load("a.txt", sample_by="paragraph")
     (folder,) = (tmp_path / ".cache").iterdir()
@@ -491,7 +493,7 @@ def test_damaged_texts_are_read_again(load, tmp_path, damage):
     assert (folder / name).read_bytes() == content
 
 
-def test_what_another_process_has_kept_meanwhile_is_taken(load, tmp_path, monkeypatch):
+def test_the_cache_another_process_wrote_meanwhile_is_used(load, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     keep, others = sources._keep, []
 
@@ -505,7 +507,7 @@ def test_what_another_process_has_kept_meanwhile_is_taken(load, tmp_path, monkey
     assert len(list((tmp_path / ".cache").iterdir())) == 1
 
 
-def test_the_beginning_of_a_text_is_enough_to_plan(tmp_path):
+def test_a_plan_reads_only_the_beginning_of_a_text(tmp_path):
     for name, text, sample_by in (("one.txt", "abcdefghi " * 100, "document"), ("many.txt", "abcde\n" * 99, "line")):
         lines = "".join(f"{i:05}\n" for i in range(99)) if sample_by == "line" else text
         (tmp_path / name).write_text(lines)
@@ -520,7 +522,7 @@ def test_the_beginning_of_a_text_is_enough_to_plan(tmp_path):
 
 @pytest.fixture
 def web_server(tmp_path):
-    """Serves the folder `web` on this machine; gives its address and the paths that were asked for."""
+    """Serves the folder `web` locally; returns its address and the requested paths."""
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -541,7 +543,7 @@ def web_server(tmp_path):
         thread.join()
 
 
-def test_a_file_of_the_web_is_read_as_one_of_the_disk(load, tmp_path, web_server, monkeypatch):
+def test_a_file_on_the_web_is_read_like_a_local_one(load, tmp_path, web_server, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     address, asked = web_server
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
@@ -569,7 +571,7 @@ def test_a_file_of_the_web_is_read_as_one_of_the_disk(load, tmp_path, web_server
         load("nonsense://a.txt")
 
 
-def test_a_folder_of_any_file_system_is_read_by_its_url(load, tmp_path):
+def test_a_folder_on_any_file_system_is_read_by_its_url(load, tmp_path):
     for name in ("b.txt", "sub/a.txt", "note.py"):
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "folder" / name).write_text(name)
@@ -579,7 +581,7 @@ def test_a_folder_of_any_file_system_is_read_by_its_url(load, tmp_path):
         assert report.rows_read == 2
 
 
-def test_the_report_is_written_whole(tmp_path):
+def test_the_report_is_written_completely(tmp_path):
     report = DataReport(source="a.txt", rows_read=3)
     report.drop("empty", 2)
     report.split("train").documents = 1

@@ -1,4 +1,4 @@
-"""Chat templates of others: the same tokens as by transformers, and from a hostile one an error of one line."""
+"""Third-party chat templates: the same tokens as with transformers, and a one-line error for a malicious one."""
 
 import resource
 import sys
@@ -31,7 +31,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("template", [OTHERS, TEMPLATES["chat"] + " ", {"default": OTHERS, "tools": "x"}])
-def test_a_template_of_others_gives_the_tokens_that_transformers_gives(template, tokenizer):
+def test_a_third_party_template_gives_the_same_tokens_as_transformers(template, tokenizer):
     tokenizer.chat_template = template
     messages = [{**message, "content": message["content"].replace("\ud800", "")} for message in MESSAGES]
     for settings in ({"return_assistant_tokens_mask": True}, {"add_generation_prompt": True}):
@@ -39,7 +39,7 @@ def test_a_template_of_others_gives_the_tokens_that_transformers_gives(template,
         assert dict(encode_chat(tokenizer, messages, **settings)) == dict(expected)
 
 
-def test_our_own_templates_are_rendered_here(tokenizer, monkeypatch):
+def test_our_own_templates_are_rendered_in_this_process(tokenizer, monkeypatch):
     monkeypatch.delattr(templates, "_render_apart")
     for name in TEMPLATES:
         set_chat_template(tokenizer, name)
@@ -72,7 +72,7 @@ def test_our_own_templates_are_rendered_here(tokenizer, monkeypatch):
         ("{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}", "ValueError: its {% generation"),
     ],
 )
-def test_what_a_template_raises_is_one_line(template, fact, tokenizer):
+def test_an_error_in_a_template_is_one_line(template, fact, tokenizer):
     if fact == "MemoryError" and sys.platform != "linux":
         pytest.skip("only Linux enforces a limit on the address space")
     tokenizer.chat_template = template
@@ -85,10 +85,10 @@ def test_what_a_template_raises_is_one_line(template, fact, tokenizer):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "below 256 MiB"
 
 
-def test_a_template_that_does_not_end_is_stopped_and_the_next_one_rendered(tokenizer, monkeypatch):
+def test_an_endless_template_is_stopped_and_the_next_one_rendered(tokenizer, monkeypatch):
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = "{% if messages[0].content == 'now' %}" + loops + "{% endif %}"
-    check_chat_template(tokenizer)  # behaves until it is told to
+    check_chat_template(tokenizer)  # behaves until it is triggered
     monkeypatch.setattr(templates, "RENDERING_SECONDS", 0.5)
     started = time.perf_counter()
     with pytest.raises(InputError, match=r"fails \(rendering took more than 0.5 seconds, or crashed\)"):

@@ -1,4 +1,4 @@
-"""Messages and instructions: deterministic, right by the tables, and no split knows the facts of another."""
+"""Messages and instructions: deterministic, correct according to the tables, and no facts shared between splits."""
 
 import hashlib
 import json
@@ -108,7 +108,7 @@ def message_fact(text: str) -> tuple[str, ...]:
     return thing, *found
 
 
-def test_thing_and_place_of_a_message_meet_in_one_split_only(messages):
+def test_each_pair_of_thing_and_place_is_in_one_split_only(messages):
     facts = {split: {message_fact(row["text"]) for row in rows} for split, rows in messages.items()}
     assert not facts["train"] & facts["test"]
     assert not facts["train"] & facts["validation"]
@@ -134,7 +134,7 @@ def test_no_fact_of_a_colour_is_in_two_splits(instructions):
 
 
 @pytest.mark.parametrize("name", ["messages", "instructions"])
-def test_every_word_of_the_other_splits_is_in_training(name, request):
+def test_every_word_of_the_other_splits_is_in_the_training_split(name, request):
     rows = request.getfixturevalue(name)
     known = set().union(*map(words_of, rows["train"]))
     for split in ("validation", "test"):
@@ -153,10 +153,10 @@ def test_no_single_word_decides_a_label(messages):
     told = Counter((label, word) for label, words in rows for word in words)
     used = Counter(word for _, words in rows for word in words)
     size = Counter(label for label, _ in rows)
-    # F1 of the rule "who says this word writes such a message"
+    # F1 of the rule "a message with this word has this label"
     scores = {(label, word): 2 * hits / (used[word] + size[label]) for (label, word), hits in told.items()}
     assert max(scores.values()) < 0.8
-    # and what a trick is about is spoken of in all other kinds too
+    # and the subject of a trick occurs in all other kinds, too
     for word in ("coin", "found", "come", "at", "get", "today", "quickly", "thank"):
         assert sum((label, word) in told for label in LABELS) >= 3, word
 
@@ -195,7 +195,7 @@ def listed(text: str) -> list[str]:
 
 
 def answer(instruction: str, text: str) -> tuple[str, str]:
-    """Name the kind of an instruction and work out its answer, from the tables and the input alone."""
+    """The kind of an instruction and its answer, derived from the tables and the input alone."""
     if match := re.fullmatch(r"(?:What colour is|Tell me the colour of) the (\w+)[?.]", instruction):
         colours = dict(re.findall(r"The (\w+) is (\w+)\.", text))
         assert len(colours) == len(set(colours.values())) == 2
@@ -206,7 +206,7 @@ def answer(instruction: str, text: str) -> tuple[str, str]:
     if match := re.fullmatch(r"How does (\w+) feel\?|Tell me how (\w+) feels\.", instruction):
         child = CHILD[match[1] or match[2]]
         he, _, his = PRONOUNS[child.pronoun]
-        sign = text.replace(child.name, "{He}").replace(f" {his} ", " {his} ")  # back to the wording of the table
+        sign = text.replace(child.name, "{He}").replace(f" {his} ", " {his} ")  # restore the wording of the table
         (feeling,) = (name for name, signs in WORLD.feelings.items() if sign in signs)
         return "feeling", f"{he.capitalize()} is {feeling}."
     if match := re.fullmatch(r"What do (?:the (.*) eat|you give the (.*))\?", instruction):
@@ -229,7 +229,7 @@ def answer(instruction: str, text: str) -> tuple[str, str]:
     return "pronoun", f"{CHILD[name].pronoun.capitalize()} {verb} {rest}"
 
 
-def test_answers_are_right_by_the_tables(instructions):
+def test_answers_are_correct_according_to_the_tables(instructions):
     for rows in instructions.values():
         kinds = Counter()
         for row in rows:
@@ -242,7 +242,7 @@ def test_answers_are_right_by_the_tables(instructions):
         assert {bool(row["input"]) for row in rows} == {True, False}
 
 
-def test_every_instruction_is_worded_alike_in_all_splits(instructions):
+def test_every_instruction_has_the_same_wordings_in_all_splits(instructions):
     def wordings(rows):
         world = "|".join([*CHILD, *ANIMAL, *HELPER, *WORLD.ingredients, *(t.name for t in WORLD.things)])
         return {re.sub(rf"\b({world})\b", "X", row["instruction"]) for row in rows}

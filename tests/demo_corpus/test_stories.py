@@ -1,4 +1,4 @@
-"""The embedded corpus: stories are deterministic, correct English on the surface, and use the whole world."""
+"""The embedded corpus: stories are deterministic, superficially correct English, and use every entry of the world."""
 
 import hashlib
 import random
@@ -31,7 +31,7 @@ def test_fewer_stories_are_a_prefix_of_more():
 
 
 def test_stories_are_the_same_on_every_platform():
-    # The recipes' measured results are of these very stories; whoever changes the corpus measures them again.
+    # The measured results of the recipes are for exactly these stories; after a change to the corpus, measure again.
     text = "\n".join(generate_stories(500, seed=3))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "872ca07c8f8f3093"
 
@@ -56,7 +56,7 @@ def test_number_of_stories():
         generate_stories(-1)
 
 
-def test_hardly_any_story_is_told_twice():
+def test_hardly_any_story_is_repeated():
     assert len(set(generate_stories(5000))) > 0.999 * 5000
 
 
@@ -65,7 +65,7 @@ def test_length_and_vocabulary_are_bounded(stories):
     assert min(lengths) >= 60
     assert max(lengths) <= 180
     words = {word.lower() for story in stories for word in re.findall(r"[A-Za-z']+", story)}
-    # 611 when this was written; a second seed must not bring words that these do not have.
+    # 611 when this was written; a second seed must not add new words.
     assert 500 <= len(words) <= 700
     assert {
         word.lower() for story in generate_stories(500, seed=9) for word in re.findall(r"[A-Za-z']+", story)
@@ -86,7 +86,7 @@ def test_quotation_marks_are_balanced(stories):
     for story in stories:
         quotes = re.findall(r'"[^"]*"', story)
         assert story.count('"') == 2 * len(quotes)
-        # what is inside starts with a capital letter (unless the speech goes on) and ends with punctuation
+        # quoted speech starts with a capital letter (unless it continues) and ends with punctuation
         assert all(quote[1].isupper() or quote in SPEECH_GOES_ON for quote in quotes)
         assert all(quote[-2] in ",.!?" for quote in quotes)
 
@@ -97,7 +97,7 @@ def test_no_sentence_starts_lower_case(stories):
     assert {word[3:] for word in find(r'[!?]" [a-z]+', stories)} <= DIALOGUE_TAGS
 
 
-def test_a_and_an_agree(stories):
+def test_a_and_an_are_correct(stories):
     assert find(r"\b[Aa] [aeiouAEIOU]\w*", stories) == []
     assert find(r"\b[Aa]n [^aeiouAEIOU]\w*", stories) == []
 
@@ -111,7 +111,7 @@ def test_verbs_and_pronouns_agree_with_things(stories):
     )
     assert find(rf"\bthe \w+ ({singular}) were|\ban? \w+ ({plural})\b", stories) == []
     assert find(r"\b(it|he|she) were\b|\b(they|They) was\b|\b(it|he|she) are\b|\bthey is\b", stories) == []
-    # nobody does a thing to themselves under their own name
+    # no sentence has the same name as subject and object
     assert find(r"\b([A-Z]\w+) (?:hugged|gave|met|saw|told) \1\b", stories) == []
 
 
@@ -149,7 +149,7 @@ def test_tables_refer_to_each_other():
     assert {animal.place for animal in WORLD.animals} | set(WORLD.ingredients.values()) <= place_names
     assert {thing.damage for thing in WORLD.things} == set(WORLD.damages)
     assert {made_of for food in WORLD.foods for made_of in food.made_of} == set(WORLD.ingredients)
-    # a dish needs two ingredients from two places, since its story walks from one to the other
+    # a dish needs two ingredients from two places, since its story goes from one to the other
     assert all(len({WORLD.ingredients[name] for name in dish.made_of}) == 2 for dish in WORLD.foods if dish.made_of)
     rows = {row.name for row in (*WORLD.weathers, *WORLD.places)}
     assert {name for plot in PLOTS.values() for name in plot.get("never_in", ())} <= rows

@@ -1,4 +1,4 @@
-"""Answers and how they are matched: exact, and the same for a prompt alone as in a batch."""
+"""Answers and how they are matched; a prompt alone and in a batch gives exactly the same answer."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def conversation(question, answer="yes"):
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def test_an_answer_in_a_batch_is_that_of_its_prompt_alone(model, tokenizer):
+def test_an_answer_in_a_batch_is_the_same_as_for_the_prompt_alone(model, tokenizer):
     conversations = [conversation("x" * length) for length in (9, 1, 30, 4, 17)]
     together = generate_answers(model, tokenizer, conversations, 10, batch_size=5)
     alone = [generate_answers(model, tokenizer, [each], 10, batch_size=1)[0] for each in conversations]
@@ -37,18 +37,18 @@ def test_an_answer_in_a_batch_is_that_of_its_prompt_alone(model, tokenizer):
     assert [answer.messages for answer in together] == [each[:-1] for each in conversations]
 
 
-def test_an_answer_ends_with_its_end_of_text_or_the_context(model, tokenizer):
+def test_an_answer_ends_at_end_of_text_or_at_the_context_length(model, tokenizer):
     with torch.no_grad():
-        model.lm_head.weight[tokenizer.eos_token_id] = 0  # logit 0 among others of both signs
+        model.lm_head.weight[tokenizer.eos_token_id] = 0  # logit 0, others positive and negative
     answer = generate_answers(model, tokenizer, [conversation("x" * 40)], 1000, batch_size=1)[0]
     assert not answer.finished
     prompt = tokenizer.apply_chat_template(answer.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert 0 < len(answer.answer) <= 80 - len(prompt), "no letter has less than a token"
+    assert 0 < len(answer.answer) <= 80 - len(prompt), "every letter is at least one token"
     with pytest.raises(
         InputError, match=r"the prompt has 127 tokens with its template, .* context of 80: .* at most 79"
     ):
         generate_answers(model, tokenizer, [conversation("x" * 100)], 10, batch_size=1)
-    model.lm_head.weight.data.zero_()  # all alike: the first id, the end of text
+    model.lm_head.weight.data.zero_()  # all logits equal: the first id, end of text
     answer = generate_answers(model, tokenizer, [conversation("x")], 10, batch_size=1)[0]
     assert tokenizer.eos_token_id == 0
     assert (answer.answer, answer.finished) == ("", True)

@@ -1,4 +1,4 @@
-"""Metrics of classifiers equal scikit-learn's, and the loss is the same however a batch is cut."""
+"""Classification metrics equal scikit-learn's, and the loss does not depend on how rows are batched."""
 
 import errno
 import socket
@@ -45,7 +45,7 @@ def make_rows(number, seed=0):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("classes", [2, 3, 7])
-def test_every_metric_is_scikit_learns(seed, classes):
+def test_every_metric_equals_scikit_learns(seed, classes):
     random = np.random.default_rng(seed)
     predictions, references = random.integers(0, classes, (2, 40)).tolist()
     if seed == 4:
@@ -63,9 +63,9 @@ def test_every_metric_is_scikit_learns(seed, classes):
     assert (found["eval_rows"], found["eval_loss"]) == (40, 0.1)
 
 
-def test_the_metric_loads_by_its_path_without_a_network(monkeypatch, tmp_path):
+def test_the_metric_loads_by_path_without_network(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])  # where evaluate adds that folder
+    monkeypatch.setattr(sys, "path", [*sys.path])  # evaluate adds that folder there
     asked = []
 
     def refuse(self, address):
@@ -74,14 +74,14 @@ def test_the_metric_loads_by_its_path_without_a_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     metric = evaluate.load(module.__file__, cache_dir=str(tmp_path))
-    assert type(metric).__module__.startswith("evaluate_modules."), "the copy that evaluate makes"
+    assert type(metric).__module__.startswith("evaluate_modules."), "the copy made by evaluate"
     found = metric.compute(predictions=[0, 1, 1], references=[0, 0, 1], num_classes=2)
     assert found["accuracy"] == 0.6666666666666666
     assert asked == []
     assert isinstance(module.ClassificationMetrics(keep_in_memory=True), evaluate.Metric)
 
 
-def test_the_interval_is_wilsons():
+def test_the_interval_is_the_wilson_interval():
     # Newcombe (1998), table I: 81 of 263.
     low, high = accuracy_interval(81, 263)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
@@ -89,12 +89,12 @@ def test_the_interval_is_wilsons():
     assert accuracy_interval(0, 10)[0] == 0.0
 
 
-def test_the_largest_class_is_that_of_training():
+def test_the_majority_class_is_that_of_the_training_split():
     assert majority_accuracy(["a", "a", "b"], ["b", "b", "a", "b"]) == 0.25
-    assert majority_accuracy(["b", "a"], ["a", "a", "b"]) == pytest.approx(2 / 3), "of equals the first by name"
+    assert majority_accuracy(["b", "a"], ["a", "a", "b"]) == pytest.approx(2 / 3), "ties: the first by name"
 
 
-def test_the_regression_learns_what_spelling_tells():
+def test_the_baseline_regression_learns_spelling_features():
     texts = [f"win a prize {i}" for i in range(20)] + [f"see you at home {i}" for i in range(20)]
     labels = ["spam"] * 20 + ["ham"] * 20
     assert baseline_accuracy((texts, labels), (["win prizes", "come home"], ["spam", "ham"])) == 1.0
@@ -103,8 +103,8 @@ def test_the_regression_learns_what_spelling_tells():
 
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_does_not_depend_on_how_rows_are_cut(classifier, weights, smoothing):
-    """1e-5: sums of float32 in another order."""
+def test_the_loss_does_not_depend_on_how_rows_are_batched(classifier, weights, smoothing):
+    """1e-5: float32 sums in another order."""
     rows, loss = make_rows(12), classification_loss(weights, smoothing)
     gradients, losses = [], []
     for size, multiple in ((12, 1), (4, 1), (1, 1), (5, 16)):
@@ -129,7 +129,7 @@ def test_the_loss_does_not_depend_on_how_rows_are_cut(classifier, weights, smoot
     assert losses[0] == pytest.approx(each.mean().item(), abs=1e-5)
 
 
-def test_a_measurement_is_of_every_row_without_dropout(classifier, tiny_config):
+def test_evaluation_covers_every_row_without_dropout(classifier, tiny_config):
     classifier.model.embd_dropout.p = 0.5
     classifier.train()
     rows = make_rows(30)

@@ -1,4 +1,4 @@
-"""One prompt in, texts out: repeatable, greedy where asked, and refused where it cannot be done."""
+"""Generation from one prompt: reproducible, greedy on request, and a clear error where it is impossible."""
 
 import io
 import math
@@ -17,7 +17,7 @@ CONTEXT = 32
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """id 0 ends a text, 1 pads, 2 is unknown; then the characters."""
+    """Id 0 is end of text, 1 padding, 2 unknown; then the characters."""
     return train_tokenizer(["the quick brown fox jumps over the lazy dog"], kind="char")
 
 
@@ -28,7 +28,7 @@ def make_model(tokenizer, tiny_config):
         config = tiny_config(vocab_size=len(tokenizer), max_position_embeddings=CONTEXT, **fields)
         assert (config.eos_token_id, config.bos_token_id) == (tokenizer.eos_token_id, tokenizer.bos_token_id)
         model = HfGPTForCausalLM(config).eval()
-        # A model of random weights ends texts at once; here only characters are ever likely.
+        # A model with random weights ends texts at once; here only characters are likely.
         model.generation_config.suppress_tokens = [0, 1, 2]
         return model
 
@@ -49,25 +49,25 @@ def continue_greedily(model, tokenizer, ids: list[int], new: int) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_greedy_takes_the_likeliest(model, tokenizer):
+def test_greedy_takes_the_most_likely_token(model, tokenizer):
     prompt = "the fox"
     (text,) = generate_texts(model, tokenizer, prompt, SamplingArguments(max_new_tokens=20, greedy=True))
     assert text == continue_greedily(model, tokenizer, tokenizer(prompt)["input_ids"], 20)
     assert text.startswith(prompt)
     assert len(text) == len(prompt) + 20
-    # One likeliest token to choose from, or a temperature that leaves nothing else, is the same.
+    # Sampling from one token, or with a temperature close to 0, gives the same.
     for options in ({"top_k": 1}, {"top_p": 1e-6, "top_k": 0}, {"temperature": 1e-4}):
         assert generate_texts(model, tokenizer, prompt, SamplingArguments(20, **options)) == [text]
 
 
-def test_the_seed_decides(model, tokenizer):
+def test_the_seed_determines_the_text(model, tokenizer):
     texts = [
         generate_texts(model, tokenizer, "the ", SamplingArguments(20, temperature=1.5, top_k=0, seed=seed))[0]
         for seed in (0, 0, 1, 2)
     ]
     assert texts[0] == texts[1]
     assert len(set(texts)) == 3
-    # Whatever was drawn before.
+    # Independent of earlier draws.
     torch.rand(7)
     assert generate_texts(model, tokenizer, "the ", SamplingArguments(20, temperature=1.5, top_k=0))[0] == texts[0]
 
@@ -86,10 +86,10 @@ def test_an_empty_prompt_starts_a_document(model, tokenizer):
     assert len(text) == 10
 
 
-def test_end_of_text_ends_it(make_model, tokenizer):
+def test_end_of_text_ends_generation(make_model, tokenizer):
     model = make_model(tie_word_embeddings=False)
     model.generation_config.suppress_tokens = None
-    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens alike: the first, end of text, is taken
+    torch.nn.init.zeros_(model.lm_head.weight)  # all tokens equally likely: the first, end of text, is taken
     assert generate_texts(model, tokenizer, "the", SamplingArguments(20, greedy=True)) == ["the"]
 
 
@@ -102,22 +102,22 @@ def test_the_context_is_the_limit(model, tokenizer):
         InputError, match=rf"has 20 tokens, .* 13 new tokens exceeds the context of 32: request at most {fits} new"
     ):
         generate_texts(model, tokenizer, prompt, SamplingArguments(fits + 1))
-    for prompt in ("the " * 8, "the " * 9):  # no room for a single token: asking for fewer would not help
+    for prompt in ("the " * 8, "the " * 9):  # no room for a single token: requesting fewer would not help
         with pytest.raises(InputError, match=rf"prompt has {len(prompt)} tokens, .* shorten it to at most 31 tokens"):
             generate_texts(model, tokenizer, prompt, SamplingArguments(1))
-    # An empty prompt has one token, the end of text before it.
+    # An empty prompt has one token, end of text.
     assert len(generate_texts(model, tokenizer, "", SamplingArguments(CONTEXT - 1, greedy=True))[0]) == CONTEXT - 1
     with pytest.raises(InputError, match="has 1 token, which with 32 new"):
         generate_texts(model, tokenizer, "", SamplingArguments(CONTEXT))
 
 
 @pytest.mark.parametrize(("prompt", "named"), [("the Fox", "'F'"), ("the\nfox", r"'\\n'"), ("é", "'é'")])
-def test_unknown_characters_are_named(prompt, named, model, tokenizer):
+def test_unknown_characters_are_reported(prompt, named, model, tokenizer):
     with pytest.raises(InputError, match=f"has {named}, which the tokenizer cannot encode"):
         generate_texts(model, tokenizer, prompt, SamplingArguments(5))
 
 
-def test_every_text_is_known_to_bytes(tiny_config):
+def test_byte_level_tokenizers_know_every_text(tiny_config):
     # As in GPT-2, the unknown token is the end of text, which may be typed in a prompt.
     tokenizer = train_tokenizer(["the quick brown fox"], kind="bpe", vocab_size=270)
     tokenizer.unk_token = tokenizer.eos_token
@@ -161,7 +161,7 @@ def test_options_out_of_range(options, message):
         ("cache_implementation", "none such"),
     ],
 )
-def test_a_wrong_value_in_generation_config_is_one_line(name, value, make_model, tokenizer):
+def test_an_invalid_value_in_generation_config_is_a_one_line_error(name, value, make_model, tokenizer):
     model = make_model()
     setattr(model.generation_config, name, value)
     with pytest.raises(InputError, match=r"the model's generation_config.json cannot be used \(.+\): fix") as error:
@@ -170,14 +170,14 @@ def test_a_wrong_value_in_generation_config_is_one_line(name, value, make_model,
     assert error.value.__cause__ is not None
 
 
-def test_a_generation_config_that_asks_for_more_than_ids_gives_the_same_text(model, make_model, tokenizer):
+def test_a_generation_config_that_requests_more_than_ids_gives_the_same_text(model, make_model, tokenizer):
     asking = make_model()
     asking.generation_config.return_dict_in_generate = asking.generation_config.output_scores = True
     plain, other = (generate_texts(m, tokenizer, "the ", SamplingArguments(4)) for m in (model, asking))
     assert plain == other
 
 
-def test_a_bug_is_not_blamed_on_a_generation_config_that_says_nothing(make_model, tokenizer, monkeypatch):
+def test_a_bug_is_not_blamed_on_an_empty_generation_config(make_model, tokenizer, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("a bug")
 
@@ -188,7 +188,7 @@ def test_a_bug_is_not_blamed_on_a_generation_config_that_says_nothing(make_model
         generate_texts(model, tokenizer, "the ", SamplingArguments(4))
 
 
-def test_an_error_of_the_machine_is_not_blamed_on_generation_config(model, tokenizer):
+def test_a_system_error_is_not_blamed_on_generation_config(model, tokenizer):
     class Gone(TextStreamer):
         def put(self, value):
             raise BrokenPipeError
@@ -207,7 +207,7 @@ def test_the_streamer_gets_the_same_text(model, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_control_characters_are_made_visible_on_a_terminal_alone(is_terminal, monkeypatch):
+def test_control_characters_are_made_visible_only_on_a_terminal(is_terminal, monkeypatch):
     text = "hi\x1b[2J \x9b1m\u202e\r\n\tthere\n"
     tokenizer = train_tokenizer([text], kind="char")
     out = io.StringIO()

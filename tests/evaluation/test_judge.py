@@ -1,4 +1,4 @@
-"""The judge, over HTTP on this machine: what he scores, what he fails at, and what is left when he stops."""
+"""The judge, over local HTTP: which answers it scores, how it fails, and what remains when it stops."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_every_answer_is_scored_with_its_prompt_recorded(judge, tmp_path, monkey
     assert "s3cret" not in (tmp_path / "j.jsonl").read_text()
 
 
-def test_failures_are_counted_and_asked_again(judge, tmp_path):
+def test_failures_are_counted_and_retried(judge, tmp_path):
     judge.reply = lambda prompt: 500 if "said 1" in prompt else "very good" if "said 2" in prompt else "100"
     scores = judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
     assert scores == {"judge_score": 100.0, "judge_scored": 2, "judge_failures": 2}
@@ -33,7 +33,7 @@ def test_failures_are_counted_and_asked_again(judge, tmp_path):
     judge.reply = lambda prompt: "0"
     scores = judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
     assert scores == {"judge_score": 50.0, "judge_scored": 4, "judge_failures": 0}
-    assert len(judge.requests) == asked + 2, "what has a score is not asked again"
+    assert len(judge.requests) == asked + 2, "scored answers are not sent again"
 
 
 def test_without_a_score_there_is_no_mean(judge, tmp_path):
@@ -42,7 +42,7 @@ def test_without_a_score_there_is_no_mean(judge, tmp_path):
     assert scores == {"judge_scored": 0, "judge_failures": 4}
 
 
-def test_a_judge_who_stops_can_be_taken_up_again(judge, start_judge, tmp_path):
+def test_an_interrupted_judge_can_be_resumed(judge, start_judge, tmp_path):
     arguments, path = judge.arguments, tmp_path / "j.jsonl"
     judge_answers(ANSWERS[:2], arguments, path)
     with open(path, "a") as file:
@@ -57,7 +57,7 @@ def test_a_judge_who_stops_can_be_taken_up_again(judge, start_judge, tmp_path):
     assert len(again.requests) == 2
 
 
-def test_another_judge_judges_anew(judge, tmp_path):
+def test_a_different_judge_starts_over(judge, tmp_path):
     judge_answers(ANSWERS, judge.arguments, tmp_path / "j.jsonl")
     other = judge.arguments
     other.model, other.max_answers = "other", 3
@@ -66,7 +66,7 @@ def test_another_judge_judges_anew(judge, tmp_path):
     assert len(judge.requests) == 7
 
 
-def test_a_judge_is_asked_before_anything_else(judge):
+def test_the_judge_is_checked_before_anything_else(judge):
     check_judge(judge.arguments)
     judge.reply = lambda prompt: 401
     with pytest.raises(InputError, match=r"does not answer \(401 .*check the API key in HFGPT_JUDGE_API_KEY"):

@@ -1,4 +1,4 @@
-"""Perplexity against the definition: one token at a time, each with the context it is said to have."""
+"""Perplexity compared with the definition: one token at a time, each with its stated context."""
 
 import math
 
@@ -17,7 +17,7 @@ from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity, row_nll
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 
 VOCAB_SIZE = 64
-# Float32 logits of a batch and of a row alone differ in their last bits; sums are float64.
+# Float32 logits of a batch and of a single row differ in their last bits; sums are float64.
 ROUNDING = {"rel": 2e-6}
 
 
@@ -47,14 +47,14 @@ def measure_blocks(model: nn.Module, blocks: BlockDataset, batch_size: int = 3) 
 
 @pytest.mark.parametrize("tokens", [8, 9, 17, 30, 50])
 @pytest.mark.parametrize("stride", [None, 1, 3, 5])
-def test_each_token_once_with_the_context_of_its_window(tokens, stride, model):
+def test_each_token_is_predicted_once_with_the_context_of_its_window(tokens, stride, model):
     size = 8
     stream = make_stream(tokens)
     ids = stream[:]
     result = measure_blocks(model, BlockDataset(stream, size, stride, keep_tail=True))
     total, contexts, start, predicted = 0.0, [], 0, 0
     while predicted < tokens - 1:
-        # The window reads `size` tokens; what it predicts first is what the one before did not reach.
+        # The window reads `size` tokens; its first prediction is the first token the previous window did not reach.
         end = min(start + size, tokens - 1)
         begin = max(end - size, 0)
         for target in range(predicted + 1, end + 1):
@@ -64,13 +64,13 @@ def test_each_token_once_with_the_context_of_its_window(tokens, stride, model):
     assert result.tokens == len(contexts) == tokens - 1
     assert result.nll == pytest.approx(total, **ROUNDING)
     if stride:
-        # After the first window, no token has less context than the stride leaves.
+        # After the first window, no token has less context than `size` minus the stride.
         assert min(contexts[size:], default=size) >= size - stride + 1
 
 
 def test_a_shorter_stride_gives_more_context(model):
     stream = make_stream(50)
-    # With stride 1 each token has all the context there is: the definition, without windows.
+    # With stride 1 each token has the full available context: the definition, without windows.
     ids = stream[:]
     full = [nll_of(model, ids[max(target - 8, 0) : target], ids[target]) for target in range(1, 50)]
     assert measure_blocks(model, BlockDataset(stream, 8, 1, keep_tail=True)).loss == pytest.approx(
@@ -79,7 +79,7 @@ def test_a_shorter_stride_gives_more_context(model):
     assert abs(measure_blocks(model, BlockDataset(stream, 8, keep_tail=True)).loss - np.mean(full)) > 1e-3
 
 
-def test_document_boundaries_cut_the_context(model):
+def test_document_boundaries_limit_the_context(model):
     lengths = (5, 9, 1, 6)
     stream = make_stream(21, *lengths)
     result = measure_blocks(model, BlockDataset(stream, 20, document_boundaries=True, keep_tail=True))
@@ -129,7 +129,7 @@ def test_padding_on_the_left_does_not_count(model):
         "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]]),
         "labels": nn.functional.pad(ids, (3, 0), value=-100),
     }
-    padded["labels"][0, 3] = -100  # the first token has nothing before it
+    padded["labels"][0, 3] = -100  # the first token has no context
     expected = [nll_of(model, ids[0, :target].numpy(), ids[0, target]) for target in range(1, 6)]
     with torch.no_grad():
         sums, counts = row_nll(model, padded)
@@ -137,7 +137,7 @@ def test_padding_on_the_left_does_not_count(model):
     assert sums.item() == pytest.approx(sum(expected), **ROUNDING)
 
 
-def test_numbers_that_follow():
+def test_derived_metrics():
     result = Perplexity(nll=12 * math.log(2), tokens=6, bytes=8)
     assert result.loss == pytest.approx(2 * math.log(2), rel=1e-15)
     assert result.perplexity == pytest.approx(4, rel=1e-15)
@@ -154,12 +154,12 @@ def test_numbers_that_follow():
     assert unknown.to_dict("test").keys() == {"test_loss", "test_perplexity", "test_tokens"}
 
 
-def test_perplexity_past_a_double_is_infinite():
+def test_perplexity_beyond_float64_is_infinite():
     assert Perplexity(nll=1e5, tokens=1).perplexity == math.inf
     assert Perplexity(nll=6.9e4, tokens=100).perplexity == math.exp(690)
 
 
-def test_dropout_is_off_and_the_mode_comes_back(model, tiny_config):
+def test_dropout_is_off_and_the_mode_is_restored(model, tiny_config):
     dropping = HfGPTForCausalLM(tiny_config(embd_pdrop=0.5))
     dropping.load_state_dict(model.state_dict())
     blocks = BlockDataset(make_stream(30), 8, keep_tail=True)
@@ -180,11 +180,11 @@ def test_nothing_to_predict_is_an_error(batches, model):
     model.eval()
 
 
-def test_rows_of_all_processes_are_gathered_and_batches_told(model):
+def test_rows_of_all_processes_are_gathered_and_batches_reported(model):
     batches = list(DataLoader(BlockDataset(make_stream(33), 8), batch_size=2, collate_fn=default_data_collator))
     told = []
     expected = measure_perplexity(model, batches)
-    # As `gather_for_metrics` over two processes of which the second repeats a row: doubled, then one row dropped.
+    # As `gather_for_metrics` over two processes, the second of which repeats a row: doubled, then one row dropped.
     doubled = measure_perplexity(
         model, batches, gather=lambda rows: tuple(torch.cat([r, r[:1]]) for r in rows), on_batch=lambda: told.append(1)
     )
@@ -194,9 +194,9 @@ def test_rows_of_all_processes_are_gathered_and_batches_told(model):
     assert len(told) == len(batches) == 2
 
 
-def test_logits_in_half_precision_are_summed_in_full():
+def test_half_precision_logits_are_summed_in_full_precision():
     class Flat(nn.Module):
-        """Predicts all tokens alike, in bfloat16, whose own sums of this many numbers would be off by a percent."""
+        """Predicts a uniform distribution in bfloat16, where sums of this many numbers would be off by a percent."""
 
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Small finished runs to publish: a language model, a classifier, an adapter, one that follows instructions."""
+"""Small finished runs to publish: a language model, a classifier, an adapter, an instruction-tuned model."""
 
 import io
 import shutil
@@ -37,7 +37,7 @@ evaluation: {max_new_tokens: 4, prompts: ["Who is there?"]}
 
 @pytest.fixture(scope="session")
 def recipes(tmp_path_factory) -> Path:
-    """A folder with the recipes."""
+    """The folder with the recipes."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.yaml").write_text(PRETRAIN.format(cache=folder / "cache"))
     (folder / "classes.yaml").write_text(CLASSIFY)
@@ -47,7 +47,7 @@ def recipes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finish(recipes):
-    """Runs a recipe to its end."""
+    """Runs a recipe to completion."""
     from hfgpt.recipe import load_recipe
     from hfgpt.runs.run import run
     from hfgpt.training import estimate
@@ -65,13 +65,13 @@ def finish(recipes):
 
 @pytest.fixture(scope="session")
 def text_run(finish) -> Path:
-    """The run of a language model; nothing may be changed in it."""
+    """The run of a language model. Tests must not change it."""
     return finish("text", "text")
 
 
 @pytest.fixture(scope="session")
 def runs(text_run, finish) -> Path:
-    """A folder with the runs `text`, `classes`, `adapter` and `answers`; nothing may be changed in it."""
+    """A folder with the runs `text`, `classes`, `adapter` and `answers`. Tests must not change it."""
     path = ["--model.path", str(text_run)]
     finish("classes", "classes", *path)
     finish("classes", "adapter", *path, "--adapters.r", "2")
@@ -81,5 +81,5 @@ def runs(text_run, finish) -> Path:
 
 @pytest.fixture
 def run(text_run, tmp_path) -> Path:
-    """A copy of the language model's run, to spoil."""
+    """A copy of the language model's run, which tests may modify."""
     return shutil.copytree(text_run, tmp_path / "text")

@@ -1,4 +1,4 @@
-"""The example cards: as the template renders them now, every number of them measured, and valid for the Hub."""
+"""The example cards: up to date with the template, every number measured, and valid for the Hub."""
 
 import ast
 import re
@@ -20,19 +20,19 @@ LABELS = ("ham", "spam", "invitation", "lost", "thanks", "trick")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_an_example_is_what_is_rendered(folder):
+def test_an_example_card_is_up_to_date(folder):
     kept = (folder / "README.md").read_text(encoding="utf-8")
     assert render(folder) == kept, "run: python model_cards/render_examples.py"
 
 
-def test_there_is_one_of_each_kind():
+def test_there_is_an_example_of_each_kind():
     records = {folder.name: read_records(folder) for folder in FOLDERS}
     kinds = {(record.task, bool(record.adapter)) for record in records.values()}
     assert {("pretrain", False), ("classify", False), ("instruct", False), ("classify", True)} <= kinds
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_the_hub_reads_it(folder):
+def test_the_hub_reads_the_metadata(folder):
     card = ModelCard.load(folder / "README.md")
     assert card.data.model_name == folder.name
     assert {"hfgpt", read_records(folder).task} <= {*card.data.tags}
@@ -48,12 +48,12 @@ def card_of(records: FolderRecords, **hub) -> str:
 
 
 def rows_of(card: str, heading: str) -> dict[str, str]:
-    """The rows of the table below a heading."""
+    """The rows of the table under a heading."""
     return dict(re.findall(r"^\| (.*) \| (.*) \|$", card.split(f"# {heading}\n")[1].split("\n#")[0], re.MULTILINE))
 
 
 def numbers_of(text: str) -> set[str]:
-    """The numbers in a text that are no part of a word, a name or a hash."""
+    """The numbers in a text that are not part of a word, a name or a hash."""
     return set(re.findall(r"(?<![\w.\-`/])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?(?![\w-])", text))
 
 
@@ -71,7 +71,7 @@ def test_every_number_of_a_card_was_measured(folder):
     known = values_of([records.run.to_dict(), records.metrics, records.data.to_dict(), records.recipe])
     figures = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
     texts = " ".join(value for value in known if isinstance(value, str))
-    texts = numbers_of(re.sub(r"(?<=\d)[-:+T](?=\d)", " ", texts))  # dates and times have theirs apart
+    texts = numbers_of(re.sub(r"(?<=\d)[-:+T](?=\d)", " ", texts))  # split dates and times into their numbers
 
     def is_known(number: str) -> bool:
         share, digits = number.endswith("%"), number.rstrip("%").replace(",", "").rstrip(".")
@@ -88,7 +88,7 @@ def test_every_number_of_a_card_was_measured(folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_every_number_of_the_evaluation_stands_at_its_name(folder):
+def test_every_number_of_the_evaluation_has_the_right_label(folder):
     rows = rows_of((folder / "README.md").read_text(encoding="utf-8"), "Evaluation")
     assert rows.pop("metric") == "value"
     metrics = read_records(folder).metrics
@@ -101,7 +101,7 @@ def test_every_number_of_the_evaluation_stands_at_its_name(folder):
         assert number == pytest.approx(value, abs=0.6e-4 * max(1, abs(value)))
 
 
-def test_times_of_a_resumed_run_are_of_its_last_part():
+def test_times_of_a_resumed_run_are_those_since_it_was_resumed():
     records = read_records(FOLDERS[-1])
     records.run.resumed_from_step = 1390
     rows = rows_of(card_of(records), "Training procedure")
@@ -120,14 +120,14 @@ def test_times_of_a_resumed_run_are_of_its_last_part():
         ("eval_rows", 100, ""),
     ],
 )
-def test_figures_of_too_few_tokens_or_rows_are_told_to_say_little(name, count, said):
+def test_figures_from_too_few_tokens_or_rows_have_a_warning(name, count, said):
     records = read_records(FOLDERS[-1])
     records.metrics = {"eval_loss": 1.0, name: count}
     (measured_on,) = re.findall("^Measured on .*$", card_of(records), re.MULTILINE)
     assert measured_on.partition(". ")[2] == said
 
 
-def test_a_first_pass_is_counted():
+def test_a_first_pass_is_listed_separately():
     records = read_records(FOLDERS[-2])
     actual = {"training_seconds": 61.25, "tokens_per_second": 6687.3}
     records.run.first_pass = TrainingRecord(steps=200, tokens=409_600, resumed_from_step=0, actual=actual)
@@ -140,7 +140,7 @@ def test_a_first_pass_is_counted():
     assert not {"tokens seen", "optimizer steps", "training time, s"} & rows.keys()
 
 
-def test_sizes_of_a_split_are_counted_in_words():
+def test_sizes_of_a_split_are_singular_or_plural():
     records = read_records(FOLDERS[-1])
     sizes = records.data.splits["validation"]
     sizes.documents = sizes.unknown_tokens = sizes.tail_tokens = 1
@@ -160,14 +160,14 @@ def test_a_citation_has_the_author_and_the_url_of_the_recipe():
     ) in cited
 
 
-def test_blank_lines_of_a_sample_stay():
+def test_blank_lines_of_a_sample_are_kept():
     records = read_records(FOLDERS[-1])
     records.run.samples.texts = ["one\n\n\n\ntwo ```"]
     assert "```text\none\n\n\n\ntwo '''\n```\n" in card_of(records)
 
 
-def test_a_base_in_a_folder_is_no_repository(tmp_path):
-    """Though its name be that of one."""
+def test_a_base_model_in_a_folder_is_not_a_repository(tmp_path):
+    """Even if its name is that of a Hub repository."""
     records = read_records(FOLDERS[-1])
     (tmp_path / "gpt2").mkdir()
     records.run.base_model = str(tmp_path / "gpt2")
@@ -176,7 +176,7 @@ def test_a_base_in_a_folder_is_no_repository(tmp_path):
     assert Card(records, HubArguments(), Place("user/x")).metadata.base_model == "gpt2"
 
 
-def test_paths_of_this_machine_do_not_travel():
+def test_local_paths_are_not_published():
     tree = {"data": {"path": "/home/me/data.txt", "columns": 1}, "output_dir": "~/x/y", "answers": "/a/b"}
     assert without_paths(tree) == {"data": {"path": "data.txt", "columns": 1}, "output_dir": "y", "answers": "b"}
     machine = {"training": {"deepspeed": "/a/zero3.json", "fsdp_config": {"min_num_params": 0}}}
@@ -195,7 +195,7 @@ def test_paths_of_this_machine_do_not_travel():
 
 
 @pytest.mark.parametrize("name", ["text", "classes", "adapter", "answers"])
-def test_the_card_of_a_run_has_no_path_of_this_machine(runs, name):
+def test_the_card_of_a_run_has_no_local_path(runs, name):
     recipe, card = ((runs / name / file).read_text(encoding="utf-8") for file in ("recipe.yaml", "README.md"))
     assert f"output_dir: {runs / name}" in recipe
     assert f"output_dir: {name}" in card
@@ -203,7 +203,7 @@ def test_the_card_of_a_run_has_no_path_of_this_machine(runs, name):
     assert f'from_pretrained("{name}"' in card or f'model="{name}"' in card
 
 
-def test_the_card_of_a_folder_names_it_from_the_working_directory(tmp_path, monkeypatch):
+def test_the_card_of_a_folder_has_its_path_from_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Place.of_folder(Path("runs/x")) == Place.of_folder(tmp_path / "runs" / "x") == Place("runs/x")
     assert Place.of_folder(tmp_path.parent / "x", native=True) == Place("x", native=True)
@@ -212,7 +212,7 @@ def test_the_card_of_a_folder_names_it_from_the_working_directory(tmp_path, monk
 
 
 @pytest.mark.parametrize("name", ["runs/my run", 'a "quoted" run', "back\\slash"])
-def test_the_code_of_a_card_names_any_path(name):
+def test_the_code_of_a_card_quotes_any_path(name):
     for adapter in ({}, {"r": 2}):
         records = FolderRecords(Path(name), {}, RunRecord(), {}, None, None, None, adapter, {}, has_tokenizer=True)
         code = ast.parse(usage_code(records, Place(name)))

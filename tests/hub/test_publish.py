@@ -1,4 +1,4 @@
-"""What leaves the machine, and what must not: over HTTP, with the real client, against a Hub on 127.0.0.1."""
+"""Publishing: what is uploaded and what must not be, over HTTP with the real client and a Hub on 127.0.0.1."""
 
 import io
 import json
@@ -51,15 +51,15 @@ TOKEN = "hf_" + "plantedToken" * 3
 
 
 @pytest.fixture
-def trusting(monkeypatch):
-    """Without the check that needs a process of its own, which takes ten seconds, and the client's pauses."""
+def skip_load_check(monkeypatch):
+    """Skips the check in a separate process, which takes ten seconds, and the client's pauses."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(task, "check_as_stranger", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
 def final(text_run, tmp_path) -> Path:
-    """A copy of the language model's run without its checkpoints, as it is sent."""
+    """A copy of the language model's run without its checkpoints, as it is published."""
     return shutil.copytree(text_run, tmp_path / "final", ignore=shutil.ignore_patterns("checkpoint-*"))
 
 
@@ -69,13 +69,13 @@ def expected_of(folder: Path) -> stranger.Expected:
 
 
 @contextmanager
-def nearby(tmp_path):
-    """The stranger's script in this process, which has already loaded what takes a new one ten seconds."""
+def stranger_in_this_process(tmp_path):
+    """Runs the stranger's script in this process, since starting a new one takes ten seconds."""
 
     def run(command, **kwargs):
         try:
             fresh_process.main(command[-1])
-        except Exception as error:  # whatever it is ends the process that is played here
+        except Exception as error:  # any error would end the real process
             return subprocess.CompletedProcess(command, 1, stderr=str(error))
         return subprocess.CompletedProcess(command, 0)
 
@@ -87,13 +87,13 @@ def nearby(tmp_path):
 
 
 def send(folder, repo_id="me/model", *overrides, **options):
-    """Publishes; returns the code to load it, and what was shown."""
+    """Publishes a folder; returns the code to load it, and the output."""
     console = Console(file=io.StringIO(), width=400)
     code = publish(str(folder), repo_id, PublishArguments(**options), overrides, console)
     return code, console.file.getvalue()
 
 
-def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
+def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, skip_load_check):
     before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
     code, shown = send(run, dry_run=True)
     assert hub.log == []
@@ -102,7 +102,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(hub, run, trusting):
     assert f"{(run / 'model.safetensors').stat().st_size:,}  model.safetensors" in shown
     assert "not published  checkpoint-2: a checkpoint" in shown
     assert shown.count("  ok  ") == 7
-    assert code == "", "what would load it is on the card"
+    assert code == "", "the loading code is on the card"
     assert 'pipeline("text-generation", model="me/model", trust_remote_code=True)' in shown
 
 
@@ -112,7 +112,7 @@ def test_the_model_is_loaded_once_for_all_checks(hub, runs, tmp_path, monkeypatc
     monkeypatch.setattr(
         SavedModel, "load", lambda self, *args, **kw: (loaded.append(self.path), load(self, *args, **kw))[1]
     )
-    with nearby(tmp_path):
+    with stranger_in_this_process(tmp_path):
         _, shown = send(runs / name, dry_run=True)
     assert "re-evaluated on the " in shown
     assert "a fresh process without hfgpt loads the files" in shown
@@ -122,14 +122,14 @@ def test_the_model_is_loaded_once_for_all_checks(hub, runs, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("token", "said"), [(None, "not logged in: run `hf auth login` before publishing"), (TOKEN, "a Hub token is set")]
 )
-def test_a_dry_run_says_whether_there_is_a_login(hub, run, trusting, monkeypatch, token, said):
+def test_a_dry_run_reports_whether_there_is_a_login(hub, run, skip_load_check, monkeypatch, token, said):
     monkeypatch.setattr(task, "get_token", lambda: token)
     _, shown = send(run, dry_run=True, measure=False)
     assert shown.endswith(f"nothing was uploaded (--dry-run); {said}\n")
     assert hub.log == []
 
 
-def test_logs_of_tensorboard_stay_here(hub, run, trusting):
+def test_tensorboard_logs_are_not_published(hub, run, skip_load_check):
     logs = run / "runs" / "Jan01_00-00-00_machine"
     logs.mkdir(parents=True)
     (logs / "events.out.tfevents.1.machine.2.0").write_bytes(b"\0")
@@ -140,7 +140,7 @@ def test_logs_of_tensorboard_stay_here(hub, run, trusting):
         send(run, dry_run=True, measure=False)
 
 
-def test_a_run_arrives_in_one_commit(hub, run, trusting):
+def test_a_run_is_published_in_one_commit(hub, run, skip_load_check):
     send(run, commit_message="First")
     files = hub.files("me/model")
     assert hub.repositories["me/model"].private
@@ -148,7 +148,7 @@ def test_a_run_arrives_in_one_commit(hub, run, trusting):
     assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
     assert {"configuration_hfgpt.py", "modeling_hfgpt.py", "tokenizer.json", "loss.png"} <= files.keys()
     assert not {name for name in files if name.endswith((".pt", ".bin", ".pth")) or name.startswith("checkpoint")}
-    assert not any(str(run.parent).encode() in content for content in files.values()), "no path of this machine"
+    assert not any(str(run.parent).encode() in content for content in files.values()), "no local path"
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.language, card.data.pipeline_tag) == ("mit", ["en"], "text-generation")
     metrics = json.loads(files["metrics.json"])
@@ -156,14 +156,14 @@ def test_a_run_arrives_in_one_commit(hub, run, trusting):
     assert results["perplexity"] == metrics["eval_perplexity"]
     entries = parse_eval_result_entries(yaml.safe_load(files[".eval_results/hfgpt.yaml"]))
     assert {entry.task_id: entry.value for entry in entries} == results
-    # Once more: nothing has changed, so nothing is sent.
+    # Again: nothing has changed, so nothing is sent.
     puts = sum("PUT" in line for line in hub.log)
     send(run)
     assert hub.repositories["me/model"].messages == ["First"]
     assert sum("PUT" in line for line in hub.log) == puts
 
 
-def test_what_an_earlier_publication_left_goes(hub, run, trusting):
+def test_stale_files_of_an_earlier_publication_are_removed(hub, run, skip_load_check):
     repository = hub.create("me/model", private=True)
     stale, kept = {"model-00001-of-00002.safetensors", "adapter_config.json"}, {"notes.md", "onnx/model.safetensors"}
     for name in ("README.md", *stale, *kept):
@@ -171,10 +171,10 @@ def test_what_an_earlier_publication_left_goes(hub, run, trusting):
         repository.commits[repository.branches["main"]][name] = (False, name)
     send(run, measure=False)
     assert not stale & hub.files("me/model").keys()
-    assert kept <= hub.files("me/model").keys(), "not ours"
+    assert kept <= hub.files("me/model").keys(), "not files of hfgpt"
 
 
-def test_branches_and_pull_requests(hub, run, trusting):
+def test_branches_and_pull_requests(hub, run, skip_load_check):
     send(run, revision="dev", measure=False)
     assert hub.files("me/model") == {}
     assert "model.safetensors" in hub.files("me/model", "dev")
@@ -185,17 +185,17 @@ def test_branches_and_pull_requests(hub, run, trusting):
         PublishArguments(create_pr=True, revision="dev")
 
 
-def test_what_arrives_otherwise_is_told(hub, run, trusting):
-    def spoil():
+def test_a_file_that_differs_after_upload_is_reported(hub, run, skip_load_check):
+    def corrupt():
         _, sha256 = hub.repositories["me/model"].commits[hub.repositories["me/model"].branches["main"]]["metrics.json"]
         hub.blobs[sha256] += b" "
 
-    hub.faults.append(Fault("GET /me/model/resolve/.*/metrics.json|HEAD /me/model/resolve/.*/metrics.json", spoil))
+    hub.faults.append(Fault("GET /me/model/resolve/.*/metrics.json|HEAD /me/model/resolve/.*/metrics.json", corrupt))
     with pytest.raises(InputError, match=r"'metrics\.json' in me/model differs from the uploaded file"):
         send(run, measure=False)
 
 
-def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, trusting):
+def test_data_rows_and_names_of_other_files_are_not_published(hub, run, runs, skip_load_check):
     report = json.loads((run / "data_report.json").read_text())
     report |= {"near_duplicate_examples": [["a row of mine", "another"]], "unused_files": ["salaries.txt"]}
     (run / "data_report.json").write_text(json.dumps(report))
@@ -210,10 +210,10 @@ def test_rows_of_the_data_and_names_of_other_files_stay_here(hub, run, runs, tru
     assert "not published  answers.jsonl: contains rows of the data" in shown
     assert "answers.jsonl" not in hub.files("me/answers")
     recipe = yaml.safe_load(hub.files("me/model")["recipe.yaml"])
-    assert recipe["hub"] == {"license": "mit", "author": "Me", "language": ["en"]}, "nobody else is to publish there"
+    assert recipe["hub"] == {"license": "mit", "author": "Me", "language": ["en"]}, "others must not publish there"
 
 
-def test_notes_and_licence_go_to_both_branches(hub, run, trusting):
+def test_notes_and_license_are_published_on_both_branches(hub, run, skip_load_check):
     (run / "LICENSE").write_text("Do what you like.")
     (run / "notes.txt").write_text("By hand.")
     _, shown = send(run, "me/model", "--hub.native_branch", "true", measure=False)
@@ -225,7 +225,7 @@ def test_notes_and_licence_go_to_both_branches(hub, run, trusting):
     assert "not published  README.md: a new card is rendered" in shown
 
 
-def test_what_changes_while_it_is_checked_is_not_sent(hub, run, trusting, monkeypatch):
+def test_files_that_change_during_the_checks_are_not_sent(hub, run, skip_load_check, monkeypatch):
     plan = task.plan_branches
 
     def late(*args):
@@ -242,14 +242,14 @@ def test_what_changes_while_it_is_checked_is_not_sent(hub, run, trusting, monkey
     assert "me/other" not in hub.repositories
 
 
-def test_metadata_that_nobody_reads_is_refused(tmp_path):
+def test_missing_or_invalid_metadata_is_refused(tmp_path):
     for text in ("# no metadata\n", "---\nlicense: [\n---\n# It\n"):
         (tmp_path / "README.md").write_text(text)
         with pytest.raises(InputError, match="metadata"):
             check_metadata(tmp_path / "README.md")
 
 
-def test_where_it_goes_is_said_in_one_way(hub, run):
+def test_there_is_only_one_way_to_set_the_destination(hub, run):
     for option, value in (("repo_id", "me/other"), ("private", "false"), ("strategy", "end")):
         with pytest.raises(InputError, match=rf"--hub\.{option} only applies to hfgpt train"):
             send(run, "me/model", f"--hub.{option}", value)
@@ -295,7 +295,7 @@ def test_where_it_goes_is_said_in_one_way(hub, run):
         ("labels.json", '{"id2label": ["a"]}', r"the records in .* \(AttributeError: 'list' object has no"),
     ],
 )
-def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
+def test_invalid_records_are_a_one_line_error(hub, run, name, content, match):
     (run / name).write_text(content)
     with pytest.raises(InputError, match=match):
         send(run, dry_run=True)
@@ -311,7 +311,7 @@ def test_records_that_are_not_ours_are_one_line(hub, run, name, content, match):
         ("data_report.json", {"splits": ["train"]}),
     ],
 )
-def test_records_of_other_types_inside_are_one_line(hub, run, trusting, name, changes):
+def test_record_values_of_wrong_types_are_a_one_line_error(hub, run, skip_load_check, name, changes):
     edit_json(run / name, **changes)
     (key,) = changes
     with pytest.raises(InputError, match=rf"'{run / name}' has an invalid value, {key} is ") as error:
@@ -320,14 +320,14 @@ def test_records_of_other_types_inside_are_one_line(hub, run, trusting, name, ch
     assert error.value.__cause__ is not None
 
 
-def test_a_log_that_is_nested_too_deeply_is_one_line(hub, run, trusting):
+def test_a_log_nested_too_deeply_is_a_one_line_error(hub, run, skip_load_check):
     with open(run / "training_log.jsonl", "a") as log:
         log.write("[" * 100_000 + "\n")
     with pytest.raises(InputError, match=rf"the records in '{run}' .* are damaged or were edited"):
         send(run, dry_run=True)
 
 
-def test_a_merge_explains_the_records_of_its_adapter(runs, tmp_path):
+def test_a_merge_reports_invalid_records_of_its_adapter(runs, tmp_path):
     adapter = shutil.copytree(runs / "adapter", tmp_path / "adapter")
     edit_json(adapter / "data_report.json", splits=["train"])
     with pytest.raises(InputError, match=r"data_report\.json' has an invalid value, splits is \["):
@@ -335,7 +335,7 @@ def test_a_merge_explains_the_records_of_its_adapter(runs, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_another_tokenizer_is_refused(hub, run):
+def test_a_different_tokenizer_is_refused(hub, run):
     tokenizer = json.loads((run / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     first, second = [token for token in vocabulary if len(token) == 1][:2]
@@ -345,7 +345,7 @@ def test_another_tokenizer_is_refused(hub, run):
         send(run)
 
 
-def test_a_stranger_who_gets_something_else_is_heard(final, tmp_path, monkeypatch):
+def test_different_results_for_a_stranger_are_an_error(final, tmp_path, monkeypatch):
     ask, expected = stranger._ask, expected_of(final)
     for key, value, match in (
         ("greedy", [1, 2], "generates different text"),
@@ -354,15 +354,18 @@ def test_a_stranger_who_gets_something_else_is_heard(final, tmp_path, monkeypatc
         monkeypatch.setattr(
             stranger, "_ask", lambda *args, key=key, value=value: (ask(*args)[0] | {key: value}, ask(*args)[1])
         )
-        with nearby(tmp_path), pytest.raises(InputError, match=match):
+        with stranger_in_this_process(tmp_path), pytest.raises(InputError, match=match):
             stranger.check_as_stranger(final, expected)
     monkeypatch.setattr(stranger, "_ask", ask)
     monkeypatch.setattr(stranger, "usage_code", lambda *args: "raise RuntimeError('the card is wrong')")
-    with nearby(tmp_path), pytest.raises(InputError, match=r"cannot load these files \(the card is wrong\)"):
+    with (
+        stranger_in_this_process(tmp_path),
+        pytest.raises(InputError, match=r"cannot load these files \(the card is wrong\)"),
+    ):
         stranger.check_as_stranger(final, expected)
 
 
-def test_two_branches_are_never_one(hub, run, trusting):
+def test_the_native_branch_excludes_other_branch_options(hub, run, skip_load_check):
     for options in ({"create_pr": True}, {"revision": "gpt2"}, {"revision": "dev"}):
         with pytest.raises(
             InputError, match=r"hub\.native_branch publishes to main and to the branch gpt2: leave out --"
@@ -371,7 +374,7 @@ def test_two_branches_are_never_one(hub, run, trusting):
     assert hub.log == []
 
 
-def test_visibility_is_never_a_surprise(hub, run, trusting):
+def test_visibility_must_match_the_existing_repository(hub, run, skip_load_check):
     send(run, "me/open", private=False, measure=False)
     assert not hub.repositories["me/open"].private
     with pytest.raises(InputError, match="exists and is public: pass --public, or choose another"):
@@ -381,14 +384,14 @@ def test_visibility_is_never_a_surprise(hub, run, trusting):
         send(run, "me/closed", private=False, measure=False)
 
 
-def test_a_model_of_another_kind_is_not_written_over(hub, run, trusting):
+def test_a_model_of_another_kind_is_not_overwritten(hub, run, skip_load_check):
     repository = hub.create("me/llama", private=True)
     hub.blobs["x"] = b'{"model_type": "llama"}'
     repository.commits[repository.branches["main"]]["config.json"] = (False, "x")
     with pytest.raises(InputError, match=r"'me/llama' contains config\.json but not an hfgpt model"):
         send(run, "me/llama", measure=False)
     assert hub.files("me/llama").keys() == {"config.json"}
-    # Nor an adapter or a pipeline, which have no such file.
+    # The same for an adapter or a pipeline, which have no config.json.
     for name in ("adapter_model.safetensors", "unet/model.safetensors"):
         repository = hub.create("me/other", private=True)
         repository.commits[repository.branches["main"]] = {name: (False, "x"), "README.md": (False, "x")}
@@ -443,14 +446,14 @@ def write(name: str, content: bytes):
         (edit_metric, "metrics.json has eval_perplexity 1.5, but the weights give"),
     ],
 )
-def test_what_must_not_leave_is_refused_by_name(hub, run, plant, match):
+def test_files_that_must_not_be_published_are_refused_by_name(hub, run, plant, match):
     plant(run)
     with pytest.raises(InputError, match=match):
         send(run)
     assert hub.log == []
 
 
-def test_all_that_is_wrong_is_named_at_once(hub, run):
+def test_all_faults_are_reported_at_once(hub, run):
     for name in (".env", "a.pkl", "b.bin"):
         (run / name).touch()
     with pytest.raises(InputError, match=r"'\.env' .*'a\.pkl' .*'b\.bin' .*; remove them"):
@@ -474,7 +477,7 @@ def test_all_that_is_wrong_is_named_at_once(hub, run):
         b"-----BEGIN PGP PRIVATE KEY BLOCK-----",
     ],
 )
-def test_secrets_are_found_wherever_they_are(text, tmp_path):
+def test_secrets_of_all_kinds_are_found(text, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * (2**24 - 10) + b" " + text + b" ")  # across two chunks
     (found,) = find_secrets(tmp_path, ["a.txt"])
     assert found.startswith("'a.txt' contains a")
@@ -482,14 +485,14 @@ def test_secrets_are_found_wherever_they_are(text, tmp_path):
     assert any(kind in found for kind, _ in SECRETS)
 
 
-def test_random_bytes_are_no_secret(tmp_path):
+def test_random_bytes_are_not_secrets(tmp_path):
     generator = random.Random(0)
     noise = [generator.randbytes(12) for _ in range(200_000)]
     (tmp_path / "a.safetensors").write_bytes(b"".join(b"://" + some + b"sk-" + some[:9] for some in noise))
     assert find_secrets(tmp_path, ["a.safetensors"]) == []
 
 
-def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch):
+def test_a_token_in_use_is_found_whatever_its_format(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("it is my-very-own one")
     for variable in ("HF_TOKEN", "HFGPT_JUDGE_API_KEY"):
         monkeypatch.setenv(variable, "my-very-own")
@@ -498,7 +501,7 @@ def test_the_token_in_use_is_found_whatever_it_looks_like(tmp_path, monkeypatch)
     assert find_secrets(tmp_path, ["a.txt"]) == []
 
 
-def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
+def test_what_is_not_an_hfgpt_model_is_refused(hub, run, runs, tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         send(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"does not have a config\.json"):
@@ -510,15 +513,15 @@ def test_what_is_no_model_of_ours_is_refused(hub, run, runs, tmp_path):
     assert hub.log == []
 
 
-# Code of others ---------------------------------------------------------------------------------------------------
+# Third-party code -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def planted(tmp_path, monkeypatch) -> str:
-    """Python that writes the token of the environment down; at the end of the test it must not have been run."""
+    """Python code that writes the token in the environment to a file; the test must not run it."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
-    with nearby(tmp_path):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was prompted"))
+    with stranger_in_this_process(tmp_path):
         yield f"\nimport os\nopen({str(tmp_path / 'stolen')!r}, 'w').write(os.environ['HF_TOKEN'])\n"
     assert not (tmp_path / "stolen").exists()
     assert not any(TOKEN in path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file())
@@ -558,7 +561,7 @@ def evil_generate(files: dict[str, bytes], code: str) -> dict[str, bytes]:
         (evil_generate, "by hub.base_model", "'custom_generate/generate.py' is not a Python file of this version"),
     ],
 )
-def test_code_of_a_base_model_is_never_run(hub, runs, tmp_path, planted, plant, named, match):
+def test_code_in_a_base_model_is_never_run(hub, runs, tmp_path, planted, plant, named, match):
     good = {path.name: path.read_bytes() for path in (runs / "text").iterdir() if path.is_file()}
     good = {name: content for name, content in good.items() if name.endswith((".json", ".py", ".safetensors"))}
     hub.create("me/evil", private=False, files=good | plant(good, planted))
@@ -575,7 +578,7 @@ def test_code_of_a_base_model_is_never_run(hub, runs, tmp_path, planted, plant, 
 
 
 def edit_json(path: Path, **changes):
-    """Changes keys of a JSON file, which is made if it is not there; the first key has its underscores escaped."""
+    """Sets keys of a JSON file, which is created if missing; underscores in the first key are escaped."""
     content = json.loads(path.read_text()) if path.exists() else {}
     text, key = json.dumps(content | changes), next(iter(changes))
     path.write_text(text.replace(f'"{key}"', f'"{key}"'.replace("_", r"\u005f")))
@@ -601,7 +604,7 @@ AUTO_TOKENIZER = {"AutoTokenizer": [None, "evil.Evil"]}
         ("adapter_config.json", {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}}),
     ],
 )
-def test_what_names_code_of_others_is_refused(hub, runs, tmp_path, planted, name, changes):
+def test_references_to_third_party_code_are_refused(hub, runs, tmp_path, planted, name, changes):
     adapter = name.startswith("adapter")
     folder = shutil.copytree(runs / ("adapter" if adapter else "text"), tmp_path / "copy")
     edit_json(folder / name, **changes)
@@ -612,14 +615,14 @@ def test_what_names_code_of_others_is_refused(hub, runs, tmp_path, planted, name
     assert hub.log == []
 
 
-def test_tokens_and_labels_may_be_called_as_they_like(tmp_path):
+def test_tokens_and_labels_may_have_any_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"auto_map": AUTO_MAP, "label2id": {"auto_map": 0}}))
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"auto_map": 5, "tokenizer_class": 6}}}))
     (tmp_path / "adapter_config.json").write_text('{"auto_mapping": null, "megatron_core": "megatron.core"}')
     assert find_foreign_code(tmp_path, ["config.json", "tokenizer.json", "adapter_config.json"]) is None
 
 
-def test_python_files_in_an_adapters_folder_are_not_sent(hub, runs, tmp_path, trusting):
+def test_python_files_in_an_adapter_folder_are_not_sent(hub, runs, tmp_path, skip_load_check):
     send(runs / "text", "me/text", measure=False)
     adapter = shutil.copytree(runs / "adapter", tmp_path / "adapter")
     (adapter / "modeling_hfgpt.py").write_text("raise SystemExit")
@@ -627,7 +630,7 @@ def test_python_files_in_an_adapters_folder_are_not_sent(hub, runs, tmp_path, tr
     assert not [name for name in hub.files("me/adapter") if name.endswith(".py")]
 
 
-def test_the_fresh_process_gets_no_token_no_network_and_no_more_than_its_time(final, monkeypatch):
+def test_the_fresh_process_gets_no_token_no_network_and_a_time_limit(final, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("MY_SECRET", TOKEN)
     monkeypatch.setenv("HF_HOME", "/my/home")
@@ -648,7 +651,7 @@ def test_the_fresh_process_gets_no_token_no_network_and_no_more_than_its_time(fi
             fresh_process.forbid_network(event, ())
 
 
-def test_code_that_is_not_ours_is_not_run_by_the_fresh_process(final, planted):
+def test_the_fresh_process_does_not_run_third_party_code(final, planted):
     with open(final / "modeling_hfgpt.py", "a") as file:
         file.write(planted)
     with pytest.raises(
@@ -657,24 +660,24 @@ def test_code_that_is_not_ours_is_not_run_by_the_fresh_process(final, planted):
         stranger.check_as_stranger(final, expected_of(final))
 
 
-# Folders that are no finished runs ---------------------------------------------------------------------------------
+# Folders that are not finished runs --------------------------------------------------------------------------------
 
 
 def card_of(shown: str) -> str:
     return shown.partition("the card:\n")[2]
 
 
-def test_a_checkpoint_is_published_as_what_it_is(hub, run, trusting):
+def test_a_checkpoint_is_published_as_a_checkpoint(hub, run, skip_load_check):
     _, shown = send(run / "checkpoint-2", dry_run=True)
     assert "re-evaluated on the whole validation split" in shown
     assert "not published  optimizer.pt: training state, for resuming" in shown
     card = card_of(shown)
     assert "This is a checkpoint, saved before the end of the run." in card
     assert "| optimizer steps | 2 |" in card
-    assert "training time" not in card, "those are of the whole run"
+    assert "training time" not in card, "the times are those of the complete run"
 
 
-def test_a_merged_adapter_keeps_its_history(hub, runs, tmp_path, trusting):
+def test_a_merged_adapter_keeps_its_training_history(hub, runs, tmp_path, skip_load_check):
     merge(str(runs / "adapter"), tmp_path / "merged", console=Console(file=io.StringIO()))
     card = (tmp_path / "merged" / "README.md").read_text()
     assert str(tmp_path) not in card
@@ -693,12 +696,12 @@ def test_an_imported_model_with_a_small_context_is_published(hub, tmp_path):
     )
     train_tokenizer(["The cat"], "char").save_pretrained(tmp_path / "gpt2")
     import_checkpoint(str(tmp_path / "gpt2"), tmp_path / "ours", console=Console(file=io.StringIO()))
-    with nearby(tmp_path):
+    with stranger_in_this_process(tmp_path):
         _, shown = send(tmp_path / "ours", dry_run=True)
     assert 'print(pipe("The", do_sample=True, max_new_tokens=13))' in card_of(shown)
 
 
-def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting):
+def test_an_imported_model_is_measured_on_the_given_data(hub, tmp_path, skip_load_check):
     config = GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     train_tokenizer(["abc " * 9], "char").save_pretrained(tmp_path / "gpt2")
@@ -727,24 +730,26 @@ def test_an_imported_model_is_measured_on_what_is_named(hub, tmp_path, trusting)
         ("answers", "eval_unfinished_answers", "eval_answers", "count"),
     ],
 )
-def test_a_row_that_flips_on_another_machine_is_no_forgery(hub, runs, tmp_path, trusting, name, metric, rows, by):
+def test_one_row_may_differ_when_measured_on_another_machine(
+    hub, runs, tmp_path, skip_load_check, name, metric, rows, by
+):
     folder = shutil.copytree(runs / name, tmp_path / name)
     measured = json.loads((folder / "metrics.json").read_text())
     row = 1 / measured[rows] if by == "share" else 1
     (folder / "metrics.json").write_text(json.dumps(measured | {metric: measured[metric] + row}))
     send(folder, "me/x")
-    assert json.loads(hub.files("me/x")["metrics.json"])[metric] == measured[metric], "what was measured now"
+    assert json.loads(hub.files("me/x")["metrics.json"])[metric] == measured[metric], "the newly measured value"
     (folder / "metrics.json").write_text(json.dumps(measured | {metric: measured[metric] + 2 * row}))
     with pytest.raises(InputError, match=f"metrics.json has {metric}"):
         send(folder, "me/x")
 
 
-def test_other_rows_than_were_held_out_are_not_measured(hub, run, tmp_path, trusting):
+def test_only_the_held_out_rows_are_measured(hub, run, tmp_path, skip_load_check):
     with pytest.raises(InputError, match=r"--data\.validation_fraction would evaluate other rows"):
         send(run / "checkpoint-2", "me/model", "--data.validation_fraction", "0.9")
 
 
-def test_a_run_in_bfloat16_is_measured_again_on_a_machine_without(run, monkeypatch):
+def test_a_bfloat16_run_can_be_measured_on_a_machine_without_bfloat16(run, monkeypatch):
     recipe = (run / "recipe.yaml").read_text()
     assert "bf16: false" in recipe
     (run / "recipe.yaml").write_text(recipe.replace("bf16: false", "bf16: true"))
@@ -752,33 +757,33 @@ def test_a_run_in_bfloat16_is_measured_again_on_a_machine_without(run, monkeypat
     assert _find_rows(read_records(run), []).training.bf16 is False
 
 
-def test_weights_that_are_no_longer_those_converted_are_refused(hub, runs, tmp_path, trusting):
+def test_weights_that_changed_after_conversion_are_refused(hub, runs, tmp_path, skip_load_check):
     merge(str(runs / "adapter"), tmp_path / "merged", console=Console(file=io.StringIO()))
     edit_weight(tmp_path / "merged")
     with pytest.raises(InputError, match="have changed since they were saved"):
         send(tmp_path / "merged")
 
 
-def test_a_checkpoint_of_an_adapter_merges(runs, tmp_path):
+def test_a_checkpoint_of_an_adapter_can_be_merged(runs, tmp_path):
     merge(str(runs / "adapter" / "checkpoint-2"), tmp_path / "merged", console=Console(file=io.StringIO()))
     assert "was merged into `text` in float32" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_a_hostile_chat_template_is_not_rendered_by_the_fresh_process(hub, runs, tmp_path):
+def test_a_malicious_chat_template_is_not_rendered_by_the_fresh_process(hub, runs, tmp_path):
     run = shutil.copytree(runs / "answers", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
     (run / "chat_template.jinja").write_text("{{ 'a' * 10**10 }}")
     with pytest.raises(InputError, match="the tokenizer's chat template fails"):
         expected_of(run)
 
 
-def test_a_run_that_follows_instructions(hub, runs, trusting):
+def test_an_instruction_tuned_run(hub, runs, skip_load_check):
     _, shown = send(runs / "answers", dry_run=True)
     assert "re-evaluated on the test split, with the same results as at the end of the run" in shown
     assert "'role': 'user'" in card_of(shown) or '"role": "user"' in card_of(shown)
     assert "- instruct" in card_of(shown)
 
 
-def test_an_adapter_as_native_gpt2_needs_no_base(hub, runs, trusting):
+def test_an_adapter_as_native_gpt2_needs_no_base_model(hub, runs, skip_load_check):
     send(runs / "adapter", format="gpt2", measure=False)
     files = hub.files("me/model")
     config = json.loads(files["config.json"])
@@ -791,7 +796,7 @@ def test_an_adapter_as_native_gpt2_needs_no_base(hub, runs, trusting):
     assert ModelCard(card).data.library_name == "transformers"
 
 
-def test_an_adapters_base_is_pinned(hub, runs, trusting):
+def test_an_adapters_base_model_is_pinned(hub, runs, skip_load_check):
     send(runs / "text", "me/text", measure=False)
     commit = hub.repositories["me/text"].branches["main"]
     send(runs / "adapter", "me/adapter", "--hub.base_model", "me/text", measure=False)
@@ -806,7 +811,7 @@ def test_an_adapters_base_is_pinned(hub, runs, trusting):
         send(runs / "adapter", "me/adapter", "--hub.base_model", "me/nothing", measure=False)
 
 
-def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeypatch):
+def test_data_is_found_again_or_reported_as_missing(hub, tmp_path, skip_load_check, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("words.txt").write_text("to be or not to be " * 30)
     Path("words.yaml").write_text(WORDS)
@@ -823,7 +828,7 @@ def test_data_is_found_again_or_said_to_be_gone(hub, tmp_path, trusting, monkeyp
     assert re.search(r"with weights of SHA-256 `\w+`, at the end of the run \(20", card_of(shown))
 
 
-def test_a_token_on_the_command_line_does_not_reach_the_card(hub, run, trusting):
+def test_a_token_on_the_command_line_is_not_written_to_the_card(hub, run, skip_load_check):
     with pytest.raises(InputError, match=r"'README\.md' contains a Hugging Face token"):
         send(run, "me/model", "--hub.data_license", "hf_" + "a1B2" * 9, measure=False)
     assert hub.log == []
@@ -834,7 +839,7 @@ def test_a_token_on_the_command_line_does_not_reach_the_card(hub, run, trusting)
 CLEAN = """
 import importlib.util, sys, torch, transformers
 from safetensors.torch import save_file
-found = importlib.util.find_spec("hfgpt")  # an editable installation leaves a folder of recipes, and no module
+found = importlib.util.find_spec("hfgpt")  # an editable installation leaves a folder of recipes, but no module
 assert found is None or found.origin is None
 ids = torch.arange(8)[None]
 options = dict(trust_remote_code=True, dtype=torch.float32)
@@ -859,17 +864,17 @@ print(transformers.pipeline("text-classification", model="me/classes", trust_rem
 
 
 def make_clean_environment(folder: Path) -> Path:
-    """A virtual environment with the packages of this one, and without hfgpt; returns its Python."""
+    """Creates a virtual environment with the packages of this one but without hfgpt; returns its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    # Files .pth in that folder, by which an editable hfgpt is found, are not read from there.
+    # .pth files in that folder, which make an editable hfgpt importable, are not processed there.
     (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder / "bin" / "python"
 
 
 def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
-    """The whole way: all checks, then a clean environment that knows the Hub alone."""
-    with nearby(tmp_path):
+    """End to end: all checks, then loading in a clean environment with access to the Hub only."""
+    with stranger_in_this_process(tmp_path):
         handed_out = [
             send(runs / "text", "me/text", "--hub.native_branch", "true")[0],
             send(runs / "classes", "me/classes")[0],
@@ -884,8 +889,8 @@ def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
     quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, **quiet)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "[y/N]" not in done.stdout, "no question"
-    assert "You are using a model of type" not in done.stderr, "no doubt of the model"
+    assert "[y/N]" not in done.stdout, "no confirmation prompt"
+    assert "You are using a model of type" not in done.stderr, "no warning about the model type"
     assert "generated_text" in done.stdout
     assert "score" in done.stdout
     theirs, ids = load_file(tmp_path / "logits.safetensors"), torch.arange(8)[None]
@@ -903,17 +908,17 @@ def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
     assert record["base_model_name_or_path"] == "me/text"
 
 
-def test_a_folder_that_computes_something_else_elsewhere_is_refused(hub, run, monkeypatch):
-    """Where what travels is not what was measured here, a stranger would get another model."""
+def test_files_that_give_different_logits_elsewhere_are_refused(hub, run, monkeypatch):
+    """If the uploaded files are not the ones measured here, users would get a different model."""
     shutil.rmtree(run / "checkpoint-2")
     stage = task.stage
 
-    def spoil(folder, staging, *args):
+    def corrupt(folder, staging, *args):
         stage(folder, staging, *args)
         config = json.loads((staging / "config.json").read_text())
         write_json(staging / "config.json", config | {"layer_norm_eps": 1.0})
 
-    monkeypatch.setattr(task, "stage", spoil)
+    monkeypatch.setattr(task, "stage", corrupt)
     with pytest.raises(InputError, match="computes different logits from these files"):
         send(run, measure=False)
     assert hub.log == []

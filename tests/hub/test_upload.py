@@ -1,4 +1,4 @@
-"""The way to the Hub under fire: servers that fail, connections that break, and a client that is killed."""
+"""Uploading to the Hub under faults: server errors, broken connections, and a client that is killed."""
 
 import errno
 import io
@@ -34,7 +34,7 @@ TARGET = Target("me/model")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Files of both kinds: regular ones, which travel in the commit, and large ones, which travel before it."""
+    """Files of both kinds: regular ones, sent in the commit, and LFS files, uploaded before it."""
     folder, generator = tmp_path_factory.mktemp("files"), random.Random(0)
     for index in range(3):
         (folder / f"model-{index}.safetensors").write_bytes(generator.randbytes(40_000))
@@ -45,8 +45,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """Without the pauses before another attempt, in the client's code as in ours."""
+def skip_pauses(monkeypatch):
+    """Skips the pauses between attempts, both in the client's code and in ours."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
@@ -76,16 +76,16 @@ def content_of(folder: Path) -> dict[str, bytes]:
         "/commit/",
     ],
 )
-def test_what_passes_is_waited_for(hub, folder, impatient, act, pattern):
+def test_a_fault_that_passes_is_retried(hub, folder, skip_pauses, act, pattern):
     hub.faults.append(Fault(pattern, act))
     commit = upload(folder, names_in(folder), TARGET)
     verify(hashes_of(folder), TARGET, commit)
     assert hub.files("me/model") == content_of(folder)
     assert len(hub.repositories["me/model"].messages) == 1
-    assert hub.faults[0].times == 0, "the fault has happened"
+    assert hub.faults[0].times == 0, "the fault occurred"
 
 
-def test_a_card_that_the_hub_does_not_take_makes_nothing(hub, folder, impatient):
+def test_a_card_that_the_hub_rejects_creates_no_repository(hub, folder, skip_pauses):
     hub.faults.append(Fault("validate-yaml", 400))
     with pytest.raises(InputError, match=r"the Hub rejected the metadata of the card .*: correct the section hub"):
         upload(folder, names_in(folder), TARGET)
@@ -105,7 +105,7 @@ def test_a_card_that_the_hub_does_not_take_makes_nothing(hub, folder, impatient)
         ("cut", "cannot reach the Hub .*files that have arrived are not uploaded again"),
     ],
 )
-def test_what_does_not_pass_is_one_line(hub, folder, impatient, act, match):
+def test_a_permanent_fault_is_a_one_line_error(hub, folder, skip_pauses, act, match):
     hub.faults.append(Fault("/commit/", act, times=99))
     with pytest.raises(InputError, match=match) as caught:
         upload(folder, names_in(folder), TARGET)
@@ -115,10 +115,10 @@ def test_what_does_not_pass_is_one_line(hub, folder, impatient, act, match):
     sent = sum("PUT" in line for line in hub.log)
     upload(folder, names_in(folder), TARGET)
     assert hub.files("me/model") == content_of(folder)
-    assert sum("PUT" in line for line in hub.log) == sent, "what had arrived is not sent again"
+    assert sum("PUT" in line for line in hub.log) == sent, "files that had arrived are not sent again"
 
 
-def test_a_pull_request_is_opened_once(hub, folder, impatient):
+def test_a_pull_request_is_opened_once(hub, folder, skip_pauses):
     hub.faults.append(Fault("/commit/", 500, times=99))
     with pytest.raises(InputError, match="the Hub returned an error"):
         upload(folder, names_in(folder), Target("me/model", create_pr=True))
@@ -127,8 +127,8 @@ def test_a_pull_request_is_opened_once(hub, folder, impatient):
     assert sum("/commit/" in line for line in hub.log) == 2
 
 
-def test_what_somebody_else_wrote_meanwhile_is_seen(hub, folder, impatient, tmp_path):
-    """The commit is refused if the branch has moved, and made again on top of what is there then."""
+def test_a_concurrent_commit_is_taken_into_account(hub, folder, skip_pauses, tmp_path):
+    """The commit is rejected if the branch has moved, and created again on top of the new head."""
     upload(folder, names_in(folder), TARGET)
     (head,) = [hub.repositories["me/model"].branches["main"]]
 
@@ -143,17 +143,17 @@ def test_what_somebody_else_wrote_meanwhile_is_seen(hub, folder, impatient, tmp_
     hub.faults.append(Fault("/preupload/", move))
     upload(changed, names_in(changed), Target("me/model", message="Again"))
     assert hub.files("me/model")["notes-1.txt"] == b"changed"
-    assert "old.safetensors" not in hub.files("me/model"), "it would have been overlooked"
+    assert "old.safetensors" not in hub.files("me/model"), "a stale file from the concurrent commit is removed"
 
 
-def test_an_answer_that_is_lost_makes_no_second_commit(hub, folder, impatient):
+def test_a_lost_response_causes_no_second_commit(hub, folder, skip_pauses):
     hub.faults.append(Fault("/commit/", "deaf"))
     upload(folder, names_in(folder), TARGET)
     assert hub.files("me/model") == content_of(folder)
     assert len(hub.repositories["me/model"].messages) == 1
 
 
-def test_what_arrives_otherwise_is_found(hub, folder, impatient):
+def test_a_file_that_differs_after_upload_is_detected(hub, folder, skip_pauses):
     commit = upload(folder, names_in(folder), TARGET)
     repository = hub.repositories["me/model"]
     hub.blobs["other"] = b"2!"
@@ -162,7 +162,7 @@ def test_what_arrives_otherwise_is_found(hub, folder, impatient):
         verify(hashes_of(folder), TARGET, commit)
 
 
-def test_a_fault_of_this_machine_is_not_the_hubs(hub, folder, impatient, monkeypatch):
+def test_a_local_error_is_not_blamed_on_the_hub(hub, folder, skip_pauses, monkeypatch):
     attempts = []
 
     def fail(*args):
@@ -172,12 +172,12 @@ def test_a_fault_of_this_machine_is_not_the_hubs(hub, folder, impatient, monkeyp
     monkeypatch.setattr(way, "_commit", fail)
     with pytest.raises(InputError, match=r"cannot read or write a local file \(.*No space left"):
         upload(folder, names_in(folder), TARGET)
-    assert len(attempts) == 1, "waiting would not help"
+    assert len(attempts) == 1, "retrying would not help"
 
 
-def test_killed_anywhere_it_ends_complete(hub, folder, tmp_path, monkeypatch):
-    """50 processes, each killed while the server holds a request of its, chosen at random; then one is let through."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # who is killed leaves what it had there
+def test_an_upload_killed_anywhere_completes_when_restarted(hub, folder, tmp_path, monkeypatch):
+    """50 processes, each killed at a random request while the server handles it; then one that may finish."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # killed processes leave temporary files there
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hfgpt.hub.upload"])
     generator, killed = random.Random(0), 0
@@ -191,15 +191,15 @@ def test_killed_anywhere_it_ends_complete(hub, folder, tmp_path, monkeypatch):
     while killed < 50:
         hub.reset()
         started: list = []
-        for _ in range(4):  # killed once, and again and again on the way to the end
-            # Before the server does what it was asked, or after it, when nobody hears of it.
+        for _ in range(4):  # killed several times on the way to completion
+            # Before the server handles the request, or after it, when the response is lost.
             skip, late = generator.randrange(15), generator.random() < 0.5
             hub.faults = [Fault("", lambda alive=started: alive[-1].kill(), skip, late=late)]
             started.append(start())
             started[-1].join(60)
             killed += started[-1].exitcode == -9
             if "me/model" in hub.repositories:
-                assert hub.files("me/model") in ({}, expected), "all or nothing"
+                assert hub.files("me/model") in ({}, expected), "all files or none"
         hub.faults = []
         started.append(start())
         started[-1].join(60)
@@ -210,17 +210,17 @@ def test_killed_anywhere_it_ends_complete(hub, folder, tmp_path, monkeypatch):
         assert len(hub.repositories["me/model"].messages) == 1
 
 
-def test_a_login_is_asked_for_before_training(hub, monkeypatch):
+def test_a_login_is_required_before_training(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(InputError, match="log in with `hf auth login`"):
         check_login("me/model")
     monkeypatch.setenv("HF_TOKEN", "some")
     check_login("me/model")
     hub.faults.append(Fault("whoami", "cut", times=99))
-    check_login("me/model")  # a dead network is no reason not to train
+    check_login("me/model")  # a network failure is no reason not to train
 
 
-def test_an_adapter_that_could_not_be_published_is_refused_before_training(hub, tmp_path, monkeypatch):
+def test_an_adapter_that_cannot_be_published_is_refused_before_training(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "some")
     (tmp_path / "recipe.yaml").write_text(
         "task: classify\ndata: {path: synthetic:messages}\nhub: {repo_id: me/lora}\n"
@@ -275,7 +275,7 @@ def test_checkpoints_are_pushed_with_their_code(hub, train):
     assert not any(name.endswith((".pt", ".pth", ".bin")) for name in first)
 
 
-def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, text_run, tmp_path, monkeypatch):
+def test_only_the_newest_checkpoint_waits_and_no_copies_remain(hub, text_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "some")
     busy, done = threading.Event(), threading.Event()
     sent = []
@@ -294,7 +294,9 @@ def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, text_run, tmp_p
         pushes.on_save(arguments, SimpleNamespace(is_world_process_zero=True, global_step=step), None, model=model)
         assert busy.wait(60)
     copies = Path(pushes.copies.name)
-    assert {path.name for path in copies.iterdir()} == {"checkpoint-2", "checkpoint-8"}, "one on its way, one waits"
+    assert {path.name for path in copies.iterdir()} == {"checkpoint-2", "checkpoint-8"}, (
+        "one is being uploaded, one waits"
+    )
     pushes.stop()
     done.set()
     assert pushes.finish() == {}
@@ -302,7 +304,7 @@ def test_only_the_newest_checkpoint_waits_and_nothing_stays(hub, text_run, tmp_p
     assert list(copies.iterdir()) == []
 
 
-def test_no_secret_goes_with_a_checkpoint(hub, text_run, tmp_path, monkeypatch):
+def test_no_secret_is_uploaded_with_a_checkpoint(hub, text_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "my-very-own")
     pushes = CheckpointPushes(HubArguments("me/run"), Console(file=io.StringIO()))
     shutil.copytree(text_run, tmp_path / "text")
@@ -310,12 +312,12 @@ def test_no_secret_goes_with_a_checkpoint(hub, text_run, tmp_path, monkeypatch):
     arguments = SimpleNamespace(output_dir=str(tmp_path / "text"))
     state = SimpleNamespace(is_world_process_zero=True, global_step=2)
     pushes.on_save(arguments, state, None, model=load_model(str(text_run)))
-    pushes.waiting.put(None)  # not `stop`, which would drop it
+    pushes.waiting.put(None)  # not `stop`, which would drop the waiting checkpoint
     assert "'notes.txt' contains a token that is in use" in pushes.finish()[2]
     assert hub.log == []
 
 
-def test_a_dead_network_stops_no_training_and_is_told_at_the_end(hub, train, impatient):
+def test_a_network_failure_does_not_stop_training_and_is_reported_at_the_end(hub, train, skip_pauses):
     hub.faults.append(Fault("/api/(models|repos)", "cut", times=9999))
     with pytest.raises(InputError, match=r"is finished, but not all of it was published: .*publish it with: hfgpt"):
         train("--hub.strategy", "checkpoints")

@@ -1,4 +1,4 @@
-"""The Python on a card: whatever labels, prompts and places are called, it is our template with their names in it."""
+"""The Python code on a card: for any labels, prompts and paths, it is our template with these as string literals."""
 
 import ast
 from pathlib import Path
@@ -43,7 +43,7 @@ def records_of(task: str, text: str, adapter: bool = False, context: int = 64, *
 @pytest.mark.parametrize("text", NASTY)
 @pytest.mark.parametrize("task", ["pretrain", "classify", "instruct"])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_names_are_literals_and_nothing_else(text, task, adapter):
+def test_names_appear_only_as_string_literals(text, task, adapter):
     records, place = records_of(task, text, adapter), Place(text, text)
     plain = ast.parse(usage_code(records_of(task, "plain", adapter), Place("plain", "plain")))
     tree = ast.parse(usage_code(records, place))
@@ -55,7 +55,7 @@ def test_names_are_literals_and_nothing_else(text, task, adapter):
     for node in [*ast.walk(tree), *ast.walk(plain)]:
         if isinstance(node, ast.Constant):
             node.value = None
-    assert ast.dump(tree) == ast.dump(plain), "the code is the same but for its strings and numbers"
+    assert ast.dump(tree) == ast.dump(plain), "the code is the same except for strings and numbers"
     assert ast.parse(loading_code(records, place))
 
 
@@ -69,8 +69,8 @@ def test_options_of_a_recipe_are_literals():
     assert isinstance(call.value, ast.Constant)
 
 
-def test_a_tokenizer_is_loaded_without_a_question():
-    """AutoTokenizer reads config.json first, and asks before it runs the code that is named there."""
+def test_a_tokenizer_is_loaded_without_a_prompt():
+    """AutoTokenizer reads config.json first, and asks the user before running code that it refers to."""
     line = 'tokenizer = AutoTokenizer.from_pretrained("me/x"{})'
     assert line.format(", trust_remote_code=True") in loading_code(records_of("pretrain", "The"), Place("me/x"))
     assert line.format("") in loading_code(records_of("pretrain", "The"), Place("me/x", native=True))
@@ -89,6 +89,6 @@ def test_a_tokenizer_is_loaded_without_a_question():
         (None, "The", 8, 5),
     ],
 )
-def test_the_example_asks_for_no_more_than_the_context_holds(task, prompt, context, new_tokens):
+def test_the_example_generates_no_more_than_fits_the_context(task, prompt, context, new_tokens):
     code = usage_code(records_of(task, prompt, context=context), Place("me/x"))
     assert f"max_new_tokens={new_tokens}" in code

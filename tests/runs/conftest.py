@@ -1,4 +1,4 @@
-"""One recipe that trains in a second, and its finished run, which many tests only look at."""
+"""A recipe that trains in a second, and its finished run, which many tests only inspect."""
 
 import copy
 import functools
@@ -16,10 +16,10 @@ from hfgpt.runs import run as module
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import ProgressCallback
 
-# Accelerate collects garbage after every training; what is imported by now is never any.
+# Accelerate runs the garbage collector after every training; what is imported by now need not be scanned.
 gc.freeze()
 
-# Dropout, so that an exact resume needs the random state too; a validation split whose last block is short.
+# Dropout, so that an exact resume needs the random state, too; the last validation block is short.
 RECIPE = """
 task: pretrain
 tokenizer: {{kind: char}}
@@ -46,7 +46,7 @@ evaluation: {{prompts: ["The", ""], max_new_tokens: 8}}
 
 
 class Run(NamedTuple):
-    """A run and what it printed."""
+    """A run and its output."""
 
     recipe: Recipe
     folder: Path
@@ -57,7 +57,7 @@ class Run(NamedTuple):
 @pytest.fixture(scope="session")
 def read_keys() -> Callable[..., set[str]]:
     def read_keys(evaluate: Callable[..., Any], **sections: Any) -> set[str]:
-        """The keys of the sections, such as `data.path`, that a function reads."""
+        """The keys of the sections that a function reads, such as `data.path`."""
         seen = set()
 
         def spy_on(section: str, arguments: Any) -> Any:
@@ -86,7 +86,7 @@ def recipe_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def load(recipe_file) -> Callable[..., Recipe]:
-    # Reading one takes a third of a second.
+    # Reading a recipe takes a third of a second.
     load_once = functools.cache(lambda file, *overrides: load_recipe(str(file), [f"--{text}" for text in overrides]))
 
     def load(folder: Path, *overrides: str, file: Path = recipe_file) -> Recipe:
@@ -110,7 +110,7 @@ def train(load) -> Callable[..., Run]:
     ) -> Run:
         """Trains the recipe in `folder`; `during` is called with the number of each step, from 1, while it runs.
 
-        The curves, a third of the time, are only drawn for `plot`.
+        The curves, which take a third of the time, are only drawn with `plot`.
         """
 
         def on_step_begin(self, args, state, control, **kwargs):
@@ -132,5 +132,5 @@ def train(load) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def finished(train, tmp_path_factory) -> Run:
-    """A finished run. Nothing may be changed in its folder."""
+    """A finished run. Tests must not change its folder."""
     return train(tmp_path_factory.mktemp("finished") / "it's a run", plot=True)

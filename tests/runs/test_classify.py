@@ -1,4 +1,4 @@
-"""A classifier's run: what it leaves, that its numbers are of the saved weights, and what it refuses."""
+"""Classifier runs: the files they write, metrics that match the saved weights, and what is refused."""
 
 import io
 import json
@@ -51,7 +51,7 @@ BASED = (
     + "model: {path: finished/pretrained}\n"
 )
 LABELS = ["blue", "green", "red"]
-# Three epochs at twice this rate leave it to rounding what is learned: six seeds gave accuracies of 0.33 to 1.
+# With three epochs at twice this rate the result depends on rounding: six seeds gave accuracies of 0.33 to 1.
 LONGER = ("training.num_train_epochs=10", "training.learning_rate=0.005", "training.save_steps=50")
 
 
@@ -61,7 +61,7 @@ def evaluate(path, data):
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with rows and recipes, in which the tests of this file run."""
+    """The working directory of the tests in this file, with rows and recipes."""
     folder = tmp_path_factory.mktemp("classify")
     rows = [{"text": f"{label} {thing} {i}", "label": label} for label in LABELS for i, thing in
             enumerate(["apple", "boat", "cup", "door", "egg"] * 5)]  # fmt: skip
@@ -84,7 +84,7 @@ def run(output_dir, *overrides, recipe="tiny", resume=False):
 
 @pytest.fixture(scope="module")
 def finished(here):
-    """A finished run with a first pass. Nothing may be changed in its folder."""
+    """A finished run with a first pass. Tests must not change its folder."""
     return run("finished", "pretraining.max_steps=5", "pretraining.block_size=16", *LONGER)
 
 
@@ -92,7 +92,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, finished):
+def test_a_run_writes_all_files_and_its_metrics_match_the_saved_weights(here, finished):
     metrics, shown = finished
     folder = here / "finished"
     names = {path.name for path in folder.iterdir()}
@@ -121,7 +121,7 @@ def test_a_run_leaves_everything_and_its_numbers_are_of_the_saved_weights(here, 
     assert report["splits"]["test"]["labels"] == dict.fromkeys(LABELS, 5)
 
 
-def test_prediction_is_what_the_pipeline_says(here, finished):
+def test_predictions_match_the_pipeline(here, finished):
     texts = ["red apple 3", "green", "a blue egg " * 10]
     model, tokenizer, labels = load_classifier(find_model("finished"))
     ours = predict(model, tokenizer, texts)
@@ -135,7 +135,7 @@ def test_prediction_is_what_the_pipeline_says(here, finished):
         assert max(found.probabilities, key=found.probabilities.get) == found.label
 
 
-def test_two_runs_give_the_same_weights_also_when_one_is_stopped_and_resumed(here, monkeypatch):
+def test_two_runs_give_the_same_weights_even_if_one_is_stopped_and_resumed(here, monkeypatch):
     run("one")
     begin = ProgressCallback.on_step_end
 
@@ -154,7 +154,7 @@ def test_two_runs_give_the_same_weights_also_when_one_is_stopped_and_resumed(her
     assert metrics == read(here / "one" / "metrics.json")
 
 
-def test_a_first_pass_that_was_stopped_goes_on(here, finished, monkeypatch):
+def test_a_stopped_first_pass_is_resumed(here, finished, monkeypatch):
     begin = ProgressCallback.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
@@ -187,7 +187,7 @@ def test_a_first_pass_that_was_stopped_goes_on(here, finished, monkeypatch):
         ),
     ],
 )
-def test_what_is_not_to_be_trained_does_not_move(here, finished, override, trained):
+def test_frozen_parameters_do_not_change(here, finished, override, trained):
     run("frozen", override, "training.max_steps=2", "evaluation.baseline=false", recipe="based")
     after = load_model("frozen", auto_class=AutoModelForSequenceClassification).state_dict()
     before = load_model("finished/pretrained").state_dict()
@@ -198,23 +198,23 @@ def test_what_is_not_to_be_trained_does_not_move(here, finished, override, train
     assert all(name.startswith(tuple(trained)) for name in moved)
 
 
-def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
+def test_evaluate_reads_every_key_it_accepts(here, finished, read_keys):
     read = read_keys(partial(evaluate, "finished"), data=ClassificationDataArguments(path="rows.jsonl"))
-    of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
+    of_splits = {"data.name", "data.revision", "data.train_split"}  # only read for Hub data sets and folders
     keys = {f"data.{field.name}" for field in fields(ClassificationDataArguments)}
     assert keys - read - of_splits <= TASKS["classify"].only_for_training.keys()
     evaluation = {f"evaluation.{field.name}" for field in fields(ClassifierEvaluationArguments)}
-    assert evaluation <= TASKS["classify"].only_for_training.keys(), "none of them is handed over"
+    assert evaluation <= TASKS["classify"].only_for_training.keys(), "evaluate uses none of them"
 
 
-def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
-    longer = ("training.num_train_epochs=30", "training.learning_rate=0.005")  # at least 0.93 with six seeds
+def test_an_adapter_run_saves_only_the_adapter_and_can_be_merged(here, finished):
+    longer = ("training.num_train_epochs=30", "training.learning_rate=0.005")  # accuracy at least 0.93 with six seeds
     seldom = ("training.save_steps=90", "training.eval_strategy=no", "training.logging_steps=10")
     metrics, shown = run("adapter", "adapters.r=4", *longer, *seldom, recipe="based")
     folder = here / "adapter"
     assert (folder / "adapter_model.safetensors").is_file()
     assert not (folder / "model.safetensors").exists()
-    assert not (folder / "config.json").exists(), "transformers would take the folder for a whole model"
+    assert not (folder / "config.json").exists(), "transformers would take the folder for a full model"
     for place in (folder, next(folder.glob("checkpoint-*"))):
         assert read(place / "labels.json") == {"id2label": dict(zip("012", LABELS, strict=True))}
     assert 'id2label={0: "blue", 1: "green", 2: "red"}' in (folder / "README.md").read_text()
@@ -226,7 +226,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
     (folder / "recipe.yaml").chmod(0o444)
     merged = merge("adapter", here / "merged", console=Console(file=io.StringIO()))
     assert merged.difference <= 1e-5
-    assert (here / "merged" / "recipe.yaml").stat().st_mode & 0o200, "what is copied can be written"
+    assert (here / "merged" / "recipe.yaml").stat().st_mode & 0o200, "copied files are writable"
     arguments = ClassificationDataArguments(path="rows.jsonl")
     assert evaluate("merged", arguments) == pytest.approx(evaluate("adapter", arguments), abs=1e-5)
     theirs = pipeline("text-classification", model="merged")("red cup")[0]["label"]
@@ -243,7 +243,7 @@ def test_an_adapter_run_saves_the_adapter_alone_and_merges(here, finished):
         run("third", "model.path=adapter", recipe="based")
 
 
-def test_labels_are_logged_as_they_are(here):
+def test_labels_are_logged_unchanged(here):
     rows = [{"text": f"{label} {i}", "label": label} for label in ("eval_set", "other") for i in range(12)]
     (here / "sets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics, _ = run("sets", "data.path=sets.jsonl", "training.max_steps=1", "evaluation.baseline=false")
@@ -252,14 +252,14 @@ def test_labels_are_logged_as_they_are(here):
         assert tested[name.replace("eval", "test", 1)] == metrics[name]
 
 
-def test_a_first_pass_takes_the_optimizer_of_the_run(here):
+def test_a_first_pass_uses_the_optimizer_of_the_run(here):
     overrides = ["--pretraining.weight_decay=0.5", "--training.adam_beta2=0.9", "--training.optim=adamw_torch"]
     with warnings.catch_warnings(action="error"):
         arguments = build_arguments(load_recipe("tiny.yaml", overrides))
     assert (arguments.weight_decay, arguments.adam_beta2, arguments.optim.value) == (0.5, 0.9, "adamw_torch")
 
 
-def test_an_adapter_on_a_first_pass_of_its_own_run(here):
+def test_an_adapter_on_the_first_pass_of_the_same_run(here):
     run("both", "pretraining.max_steps=3", "pretraining.block_size=16", "adapters.r=2", "training.max_steps=2")
     assert read(here / "both" / "adapter_config.json")["base_model_name_or_path"] == str(here / "both" / "pretrained")
     assert load_classifier(find_model("both"))[2] == LABELS
@@ -284,13 +284,13 @@ def test_an_adapter_on_a_first_pass_of_its_own_run(here):
         (["model.load_in_4bit=true"], "4-bit weights cannot be trained: add a section adapters"),
     ],
 )
-def test_what_is_refused_leaves_nothing(here, overrides, message):
+def test_a_refused_recipe_leaves_no_files(here, overrides, message):
     with pytest.raises(InputError, match=message):
         run("refused", *overrides)
     assert not (here / "refused").exists()
 
 
-def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path):
+def test_a_base_model_with_another_tokenizer_or_other_classes(here, finished, tmp_path):
     shutil.copytree("finished", tmp_path / "other")
     tokenizer = AutoTokenizer.from_pretrained("finished")
     ids = {token: len(tokenizer) - 1 - index for token, index in tokenizer.get_vocab().items()}
@@ -312,7 +312,7 @@ def test_a_base_with_another_tokenizer_or_other_classes(here, finished, tmp_path
         load_classifier(find_model("finished/pretrained"))
 
 
-def test_a_classifier_that_does_not_say_its_problem_is_gone_on_from(here, finished, tmp_path):
+def test_training_continues_from_a_classifier_without_a_problem_type(here, finished, tmp_path):
     model = load_model("finished", auto_class=AutoModelForSequenceClassification)
     model.config.problem_type = None
     model.save_pretrained(tmp_path / "base")
@@ -321,7 +321,7 @@ def test_a_classifier_that_does_not_say_its_problem_is_gone_on_from(here, finish
     assert metrics["eval_rows"] == 15
 
 
-def test_an_adapter_is_moved_with_its_own_base(here, finished):
+def test_an_adapter_can_be_moved_with_its_base_model(here, finished):
     run("before", "pretraining.max_steps=2", "pretraining.block_size=16", "adapters.r=2", "training.max_steps=2")
     card = (here / "before" / "README.md").read_text()
     assert "for `pretrained`, a GPT of" in card
@@ -346,7 +346,7 @@ def test_texts_to_classify(tmp_path):
         read_texts([], tmp_path / "texts")
 
 
-def test_a_plan_refuses_an_empty_prompt_as_the_run_does(here):
+def test_a_plan_refuses_an_empty_prompt_like_the_run(here):
     recipe = load_recipe("tiny.yaml", ["--evaluation.prompts", "['red cup', ' ']"])
     with pytest.raises(InputError, match="text 2 is empty: leave it out"):
         plan_recipe(recipe)

@@ -1,4 +1,4 @@
-"""The losses of short runs, step by step: whoever changes them changes what every recipe learns."""
+"""The losses of short runs, step by step: a change in them changes what every recipe learns."""
 
 import io
 
@@ -40,7 +40,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("task", RECIPES)
-def test_a_short_run_has_the_losses_it_always_had(task, tmp_path, monkeypatch):
+def test_a_short_run_reproduces_the_recorded_losses(task, tmp_path, monkeypatch):
     monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: 1000.0)
     text = f"task: {task}\n{RECIPES[task]}\ntraining: {TRAINING}\n"
     text += "" if "model:" in text else f"model: {MODEL}\n"
@@ -49,5 +49,5 @@ def test_a_short_run_has_the_losses_it_always_had(task, tmp_path, monkeypatch):
     overrides += ["--data.cache_dir", str(tmp_path / "cache")] if task == "pretrain" else []
     run(load_recipe(str(tmp_path / "short.yaml"), overrides), console=Console(file=io.StringIO()))
     losses = [entry["loss"] for entry in read_log(tmp_path / "run") if "loss" in entry]
-    # Processors sum in different orders; with and without AVX2 these losses differ by 1e-7.
+    # CPUs sum in different orders; with and without AVX2 these losses differ by 1e-7.
     assert losses == pytest.approx(LOSSES[task], rel=1e-4)

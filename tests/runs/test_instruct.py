@@ -1,4 +1,4 @@
-"""A run that learns to answer: what it leaves, what it learned, how it is judged, and a chat with it."""
+"""Instruction-tuning runs: their files, what they learn, how they are judged, and chatting with the model."""
 
 import io
 import json
@@ -50,7 +50,7 @@ BASED = (
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """A folder with rows and recipes, in which the tests of this file run."""
+    """The working directory of the tests in this file, with rows and recipes."""
     folder = tmp_path_factory.mktemp("instruct")
     rows = [{"instruction": f"Say {number}", "input": "", "output": "yes"} for number in range(60)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -72,7 +72,7 @@ def run(output_dir, *overrides, recipe="tiny", resume=False):
 
 @pytest.fixture(scope="module")
 def finished(here):
-    """A finished run. Nothing may be changed in its folder."""
+    """A finished run. Tests must not change its folder."""
     return run("finished")
 
 
@@ -97,8 +97,8 @@ def test_a_run_learns_to_answer_and_to_stop(here, finished):
     assert "| exact match | 100.00% |" in (folder / "README.md").read_text()
 
 
-def test_anybody_can_talk_to_it(here, finished):
-    """By transformers alone: the template and the end of text travel with the model."""
+def test_transformers_alone_can_generate_answers(here, finished):
+    """With transformers alone: the chat template and the end-of-text token are saved with the model."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained("finished"), AutoTokenizer.from_pretrained("finished")
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Say 3"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -107,7 +107,7 @@ def test_anybody_can_talk_to_it(here, finished):
     assert tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]) == "yes<|endoftext|>"
 
 
-def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
+def test_evaluation_gives_the_metrics_of_the_run(here, finished, tmp_path):
     evaluation = AnswerEvaluationArguments(max_new_tokens=8, answers=str(tmp_path / "a"))
     metrics = TASKS["instruct"].evaluate(
         find_model("finished"), InstructionDataArguments(path="rows.jsonl"), evaluation
@@ -119,10 +119,10 @@ def test_evaluation_measures_what_the_run_did(here, finished, tmp_path):
         TASKS["instruct"].evaluate(find_model("finished"), InstructionDataArguments(path="rows.jsonl"), evaluation)
 
 
-def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_keys):
+def test_evaluate_reads_every_key_it_accepts(here, finished, read_keys):
     data, evaluation = InstructionDataArguments(path="rows.jsonl", max_rows=5), AnswerEvaluationArguments()
     read = read_keys(partial(TASKS["instruct"].evaluate, find_model("finished")), data=data, evaluation=evaluation)
-    of_splits = {"data.name", "data.revision", "data.train_split"}  # read of Hub data sets and folders only
+    of_splits = {"data.name", "data.revision", "data.train_split"}  # only read for Hub data sets and folders
     sections = {"data": data, "evaluation": evaluation}
     keys = {f"{section}.{field.name}" for section, kind in sections.items() for field in fields(kind)}
     assert keys - read - of_splits <= set(TASKS["instruct"].only_for_training.keys())
@@ -130,16 +130,16 @@ def test_evaluate_reads_every_key_that_it_does_not_refuse(here, finished, read_k
 
 def test_an_adapter_with_packing(here, finished):
     metrics, _ = run("adapter", "adapters.r=2", "data.packing=true", "training.max_steps=3", recipe="based")
-    assert metrics["eval_exact_match"] == 1.0, "it began where the base model was"
+    assert metrics["eval_exact_match"] == 1.0, "it started from the base model"
     assert read(here / "adapter" / "data_report.json")["splits"]["train"]["blocks"] < 30
     assert merge("adapter", here / "merged", console=Console(file=io.StringIO())).difference < 1e-5
     tokenizer = load_model_tokenizer("merged")
     assert tokenizer.chat_template == load_model_tokenizer("finished").chat_template
-    ends = load_model("merged").generation_config.eos_token_id  # transformers 5.17 makes a list of it
+    ends = load_model("merged").generation_config.eos_token_id  # transformers 5.17 turns it into a list
     assert ends in (tokenizer.eos_token_id, [tokenizer.eos_token_id])
 
 
-def test_a_base_without_a_padding_token_goes_on_after_an_interrupt(here, finished, tmp_path, monkeypatch):
+def test_resuming_with_a_base_model_without_a_padding_token(here, finished, tmp_path, monkeypatch):
     load_model("finished").save_pretrained(tmp_path / "base")
     tokenizer = load_model_tokenizer("finished")
     tokenizer.pad_token = None
@@ -161,7 +161,7 @@ def test_a_base_without_a_padding_token_goes_on_after_an_interrupt(here, finishe
     assert hash_file(here / "parts" / "model.safetensors") == hash_file(here / "whole" / "model.safetensors")
 
 
-def test_a_base_in_4_bits(here, finished):
+def test_a_4_bit_base_model(here, finished):
     pytest.importorskip("bitsandbytes")
     evaluated = ("training.eval_strategy=steps", "training.eval_steps=1")
     quantized = ("adapters.r=2", "model.load_in_4bit=true", "training.max_steps=3", *evaluated)
@@ -190,33 +190,33 @@ def test_a_base_in_4_bits(here, finished):
         (["evaluation.judge.base_url=http://127.0.0.1:9/v1", "evaluation.judge.model=m"], "the judge 'm' at http"),
     ],
 )
-def test_what_is_refused_leaves_nothing(here, overrides, message):
+def test_a_refused_recipe_leaves_no_files(here, overrides, message):
     with pytest.raises(InputError, match=message):
         run("refused", *overrides)
     assert not (here / "refused").exists()
 
 
-def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, start_judge):
+def test_a_judge_that_fails_midway_loses_no_answers(here, finished, judge, start_judge):
     arguments = judge.arguments
     overrides = [f"evaluation.judge.base_url={arguments.base_url}", "evaluation.judge.model=referee"]
 
-    def die(prompt):
+    def fail_after_three(prompt):
         if len(judge.requests) == 4:
-            judge.socket.close()  # nobody is let in any more
+            judge.socket.close()  # no further connections are accepted
         return "60"
 
-    judge.reply = die
+    judge.reply = fail_after_three
     with pytest.raises(
         InputError, match=r"3 of 6 answers have been judged in judged/judgements.jsonl; everything else is saved"
     ):
         run("judged", *overrides, "training.max_steps=2")
     weights = hash_file(here / "judged" / "model.safetensors")
     assert "eval_exact_match" in read(Path("judged/metrics.json"))
-    other = start_judge()  # who gives 50
+    other = start_judge()  # it scores 50
     overrides[0] = f"evaluation.judge.base_url={other.arguments.base_url}"
     metrics, _ = run("judged", *overrides, "training.max_steps=2", resume=True)
     assert (metrics["eval_judge_scored"], metrics["eval_judge_failures"]) == (6, 0)
-    assert len(other.requests) == 1 + 3, "a first word, and what was missing"
+    assert len(other.requests) == 1 + 3, "the connection check, and the missing answers"
     assert hash_file(here / "judged" / "model.safetensors") == weights
     assert "| mean judge score, at the end of the run | 55.0000 |" in (here / "judged" / "README.md").read_text()
 
@@ -224,15 +224,17 @@ def test_a_judge_who_dies_in_the_middle_loses_nothing(here, finished, judge, sta
 # Inspection and chat
 
 
-def test_inspection_shows_what_is_learned_in_colour(here):
+def test_inspection_highlights_the_targets(here):
     console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
     inspect_recipe(load_recipe("tiny.yaml"), 1, console)
     row = console.file.getvalue().partition("row 0")[2]
     styled = dict.fromkeys(("2", "32", "36"), "")
     for code, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b]*)", row):
         styled[code] = styled.get(code, "") + text
-    assert styled["2"].replace("\n", "") == "«### User:Say 0### Assistant:»", "the question is marked"
-    assert sorted(styled["32"] + styled["36"]) == sorted("yes<|endoftext|>"), "the answer and its end are learned"
+    assert styled["2"].replace("\n", "") == "«### User:Say 0### Assistant:»", "the question is dimmed"
+    assert sorted(styled["32"] + styled["36"]) == sorted("yes<|endoftext|>"), (
+        "the answer and its end token are targets"
+    )
     plain = Console(file=io.StringIO(), width=200)
     inspect_recipe(load_recipe("tiny.yaml"), 1, plain)
     assert "«### User:\nSay 0\n\n### Assistant:\n»yes" in plain.file.getvalue()
@@ -244,7 +246,7 @@ def chat(here, finished):
     return Chat(load_model("finished"), load_model_tokenizer("finished"), sampling)
 
 
-def test_a_chat_answers_and_remembers(chat):
+def test_a_chat_answers_and_keeps_the_history(chat):
     assert chat.answer("Say 7") == "yes"
     chat.answer("Say 8")
     with pytest.raises(InputError, match=r"the message contains the special token <.endoftext.>: remove it"):
@@ -269,8 +271,8 @@ def test_a_chat_stays_within_the_context(chat):
     assert max(seen) <= 96 - 8
     prompt = chat._fit([*chat.messages, {"role": "user", "content": "x"}])
     text = chat.tokenizer.decode(prompt)
-    assert text.startswith("### System:\nBe kind."), "the system message stays"
-    assert "Say 0" not in text, "the oldest turn went first"
+    assert text.startswith("### System:\nBe kind."), "the system message is kept"
+    assert "Say 0" not in text, "the oldest turn is dropped first"
     kept = list(chat.messages)
     with pytest.raises(
         InputError,
@@ -307,7 +309,7 @@ def test_a_model_that_was_not_trained_to_chat(here, finished, tmp_path):
         run_chat(str(tmp_path), SamplingArguments(), lines=iter(()))
 
 
-def test_a_chat_with_a_broken_template_is_refused_before_anything_is_said(here, finished, tmp_path):
+def test_a_chat_with_a_broken_template_is_refused_before_the_first_message(here, finished, tmp_path):
     load_model("finished").save_pretrained(tmp_path)
     tokenizer = load_model_tokenizer("finished")
     tokenizer.chat_template = "{{ 1 / 0 }}"
@@ -323,8 +325,8 @@ def test_a_chat_with_a_broken_template_is_refused_before_anything_is_said(here, 
         TASKS["instruct"].evaluate(find_model(str(tmp_path)), *arguments)
 
 
-def test_the_context_of_a_prompt_is_all_of_it(chat):
-    """What was said before an answer reaches the model: without it, the logits differ."""
+def test_the_model_sees_the_full_history(chat):
+    """Earlier messages reach the model: without them, the logits differ."""
     with torch.no_grad():
         alone = chat.model(torch.tensor([chat._fit([{"role": "user", "content": "Say 1"}])])).logits[0, -1]
         chat.answer("Say 7")

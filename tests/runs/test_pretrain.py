@@ -1,4 +1,4 @@
-"""One recipe, one model: trained twice, watched, interrupted, crashed and resumed, to the last bit."""
+"""Pretraining one model: repeated, interrupted, crashed and resumed runs give bit-identical results."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
 
-# Read of Hub data sets and folders only.
+# Only read for Hub data sets and folders.
 ONLY_OF_SPLITS = {"data.name", "data.revision", "data.train_split"}
 MUON = "training.muon_learning_rate=0.02"
 
@@ -40,7 +40,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def learned(folder: Path) -> list[dict]:
-    """The log without times: what was learned and measured at each step."""
+    """The log without times: losses and metrics of each step."""
     entries = [entry for entry in read_log(folder) if "loss" in entry or "eval_loss" in entry]
     return [{key: value for key, value in entry.items() if "runtime" not in key} for entry in entries]
 
@@ -52,7 +52,7 @@ def press_ctrl_c_at(step: int):
 def fail_at(step: int):
     def fail(running: int):
         if running == step:
-            raise OSError("the power went")
+            raise OSError("power failure")
 
     return fail
 
@@ -69,7 +69,7 @@ def finished_muon(train, tmp_path_factory):
 def test_the_recipe_of_a_run_gives_the_same_weights(finished, load, train, tmp_path, monkeypatch):
     file = finished.folder / "recipe.yaml"
     assert load(finished.folder, file=file).values == finished.recipe.values
-    # Without a probe: it trains a copy of the model, which must leave no trace in the run.
+    # Without a probe, which trains a copy of the model and must not affect the run.
     probed = []
     monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *arguments, **options: probed.append(1) or 1000.0)
     again = train(tmp_path / "again", file=file)
@@ -80,7 +80,7 @@ def test_the_recipe_of_a_run_gives_the_same_weights(finished, load, train, tmp_p
     assert read_json(again.folder / "run.json")["plan"]["tokens_per_second"] == 1000.0
 
 
-def test_another_seed_gives_other_weights(finished, train, tmp_path):
+def test_a_different_seed_gives_different_weights(finished, train, tmp_path):
     other = train(tmp_path / "other", "training.seed=7", "training.max_steps=1")
     assert weights_hash(other.folder) != weights_hash(finished.folder)
     assert learned(other.folder)[0]["loss"] != learned(finished.folder)[0]["loss"]
@@ -143,9 +143,9 @@ def test_ctrl_c_twice_stops_at_once(finished, train, tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 6], ids=["before a checkpoint", "after a checkpoint"])
-def test_a_crashed_run_goes_on(step, finished, train, tmp_path):
+def test_a_crashed_run_is_resumed(step, finished, train, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(OSError, match="the power went"):
+    with pytest.raises(OSError, match="power failure"):
         train(folder, during=fail_at(step))
     assert {path.name for path in folder.glob("checkpoint-*")} == ({"checkpoint-4"} if step > 4 else set())
     assert len(read_log(folder)) >= step - 1
@@ -153,11 +153,11 @@ def test_a_crashed_run_goes_on(step, finished, train, tmp_path):
     train(folder, resume=True, during=trained.append)
     assert trained[0] == (5 if step > 4 else 1)
     assert weights_hash(folder) == weights_hash(finished.folder)
-    # The repeated steps are in the log once.
+    # Repeated steps occur only once in the log.
     assert learned(folder) == learned(finished.folder)
 
 
-def test_a_run_that_failed_after_training_goes_on(finished, train, tmp_path, monkeypatch):
+def test_a_run_that_failed_after_training_is_resumed(finished, train, tmp_path, monkeypatch):
     folder = tmp_path / "run"
 
     def fail(*arguments):
@@ -175,8 +175,8 @@ def test_a_run_that_failed_after_training_goes_on(finished, train, tmp_path, mon
     assert weights_hash(folder) == weights_hash(finished.folder)
 
 
-def test_metrics_are_the_definition(finished):
-    """Every token of the validation split but the first, once, in blocks of the context from left to right."""
+def test_metrics_match_their_definition(finished):
+    """Every token of the validation split except the first is predicted once, in consecutive context-length blocks."""
     model = AutoModelForCausalLM.from_pretrained(finished.folder)
     tokens = torch.from_numpy(TASKS["pretrain"].load(finished.recipe).splits["validation"].stream[:].astype("int64"))
     losses, predicted, size = [], 0, model.config.max_position_embeddings
@@ -189,10 +189,10 @@ def test_metrics_are_the_definition(finished):
         predicted = end
     losses = torch.cat(losses)
     documents = load_documents(finished.recipe.data, finished.recipe.training.seed, DataReport())["validation"]
-    size_in_bytes = len("".join(documents["text"]).encode()) - 1  # the first character is context only
+    size_in_bytes = len("".join(documents["text"]).encode()) - 1  # the first character is only context
     metrics = finished.metrics
     assert metrics["eval_tokens"] == len(losses) == len(tokens) - 1
-    # Float32 logits of a batch and of a row alone differ in their last bits.
+    # Float32 logits of a batch and of a single row differ in their last bits.
     assert metrics["eval_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(losses.mean().item()), rel=1e-5)
     assert metrics["eval_bytes"] == size_in_bytes
@@ -206,7 +206,7 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in documents), encoding="utf-8")
     data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
     evaluate = partial(TASKS["pretrain"].evaluate, find_model(str(finished.folder)))
-    # The same weights, tokens and batches of eight: the very same numbers.
+    # The same weights, tokens and batches of eight: exactly the same numbers.
     assert evaluate(data, EvaluationArguments()) == finished.metrics
     strided = evaluate(data, EvaluationArguments(stride=4))
     assert strided["eval_tokens"] == finished.metrics["eval_tokens"]
@@ -216,7 +216,7 @@ def test_evaluate_gives_the_metrics_of_the_run(finished, tmp_path):
         evaluate(data, EvaluationArguments())
 
 
-def test_evaluate_reads_every_key_that_it_does_not_refuse(finished, read_keys, tmp_path):
+def test_evaluate_reads_every_key_it_accepts(finished, read_keys, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("The village is small. " * 9, encoding="utf-8")
     data = DataArguments(path=str(file), num_proc=1, cache_dir=str(tmp_path))
@@ -229,7 +229,7 @@ def test_evaluate_reads_every_key_that_it_does_not_refuse(finished, read_keys, t
     assert {"data.path", "data.block_size", "evaluation.stride"} <= read
 
 
-def test_what_evaluate_refuses_are_keys():
+def test_the_keys_refused_by_evaluate_exist():
     for name, task in TASKS.items():
         assert set(task.only_for_training) < all_keys(name)
 
@@ -264,7 +264,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_positio
     ],
     ids=str,
 )
-def test_a_start_that_fails_leaves_nothing(overrides, message, train, tmp_path, monkeypatch):
+def test_a_failed_start_leaves_no_files(overrides, message, train, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n', encoding="utf-8")
     with pytest.raises(InputError, match=message) as error:
@@ -273,7 +273,7 @@ def test_a_start_that_fails_leaves_nothing(overrides, message, train, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
 
 
-def test_a_disk_that_is_full_at_the_start_leaves_nothing(train, tmp_path, monkeypatch):
+def test_a_full_disk_at_the_start_leaves_no_files(train, tmp_path, monkeypatch):
     def fail(self, path):
         raise OSError("no space left on device")
 
@@ -283,7 +283,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(train, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_shown(finished):
+def test_the_output_of_a_run(finished):
     shown = finished.shown
     parameters = read_json(finished.folder / "run.json")["plan"]["parameters"]
     vocabulary = read_json(finished.folder / "config.json")["vocab_size"]
@@ -296,7 +296,7 @@ def test_what_is_shown(finished):
     assert command == ["hfgpt", "generate", str(finished.folder), "your prompt"], "quoted for the shell"
 
 
-def test_blocks_are_as_long_as_the_context_of_the_model_that_is_built(tmp_path):
+def test_blocks_are_as_long_as_the_context_of_the_new_model(tmp_path):
     (tmp_path / "r.yaml").write_text("task: pretrain\n")
     for overrides, context in (([], 256), (["--model.preset=gpt2"], 1024), (["--model.max_position_embeddings=8"], 8)):
         assert context_length(load_recipe(str(tmp_path / "r.yaml"), overrides), None) == context
@@ -304,7 +304,7 @@ def test_blocks_are_as_long_as_the_context_of_the_model_that_is_built(tmp_path):
         context_length(load_recipe(str(tmp_path / "r.yaml"), ["--model.max_position_embeddings=0"]), None)
 
 
-def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finished, train, tmp_path):
+def test_a_split_too_small_to_measure_is_reported_at_the_start_and_on_the_card(finished, train, tmp_path):
     run = train(tmp_path / "run", "data.max_documents=3", "training.max_steps=1", "training.eval_strategy=no")
     tokens = run.metrics["eval_tokens"]
     assert tokens < 1000 < finished.metrics["eval_tokens"]
@@ -318,7 +318,7 @@ def test_a_split_too_small_to_measure_is_told_at_the_start_and_on_the_card(finis
     assert said not in (finished.folder / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
+def test_a_vocabulary_smaller_than_requested_is_reported(load, tmp_path):
     def prepare(vocab_size: int):
         kind = ("tokenizer.kind=bpe", f"tokenizer.vocab_size={vocab_size}", "data.max_documents=40")
         return TASKS["pretrain"].load(load(tmp_path, *kind))
@@ -331,14 +331,14 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(load, tmp_path):
     ]
     assert data.report.warnings[0] in data.report.summary()
     assert prepare(300).report.warnings == []
-    # A tokenizer that is there already has the size it has.
+    # No warning for an existing tokenizer.
     data.tokenizer.save_pretrained(tmp_path / "tokenizer")
     recipe = load(tmp_path, f"tokenizer.path={tmp_path / 'tokenizer'}", "data.max_documents=40")
     assert TASKS["pretrain"].load(recipe).report.warnings == []
 
 
-def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path):
-    """A tokenizer trained anew would give every id another meaning."""
+def test_training_continues_from_a_model_with_its_own_tokenizer(finished, tmp_path):
+    """A newly trained tokenizer would change the meaning of every id."""
     path = tmp_path / "more.yaml"
     data = f"{{path: 'synthetic:stories', max_documents: 4, cache_dir: {tmp_path}}}"
     settings = f"model: {{path: {finished.folder}}}\ndata: {data}\n"
@@ -351,7 +351,7 @@ def test_training_goes_on_from_a_model_with_its_own_tokenizer(finished, tmp_path
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_base_of_another_architecture_is_refused_before_any_data_is_read(task, tmp_path):
+def test_a_base_model_of_another_architecture_is_refused_before_reading_data(task, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     (tmp_path / "r.yaml").write_text(
         f"task: {task}\nmodel: {{path: {tmp_path / 'llama'}}}\ndata: {{path: ./no.txt}}\n"
@@ -386,18 +386,18 @@ def test_a_plan_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SECONDS", 0.01)
     options = ["--data.path", str(tmp_path / "many.jsonl"), "--data.cache_dir", str(tmp_path / "cache")]
 
-    def plan_it(*more):
+    def make_plan(*more):
         return plan.plan_recipe(load_recipe(str(tmp_path / "r.yaml"), [*options, *more]))
 
-    steps = plan_it("--training.max_steps", "70000", "--training.per_device_train_batch_size", "4")
+    steps = make_plan("--training.max_steps", "70000", "--training.per_device_train_batch_size", "4")
     assert (steps.steps, steps.tokens_per_step, steps.share) == (70_000, 4 * 32, 1)
-    with pytest.raises(InputError, match="is not valid JSON"):  # the length of an epoch takes all of it
-        plan_it("--training.num_train_epochs", "1")
+    with pytest.raises(InputError, match="is not valid JSON"):  # the length of an epoch depends on all rows
+        make_plan("--training.num_train_epochs", "1")
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
-    epoch = plan_it("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
+    epoch = make_plan("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
     characters = sum(len(json.loads(line)["text"]) for line in lines)
     assert epoch.share == pytest.approx(4000 / (0.9 * characters), rel=0.01)
     monkeypatch.setattr(plan, "CHARACTERS", 10**9)
-    exact = plan_it("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
+    exact = make_plan("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
     assert exact.share == 1
     assert epoch.steps == pytest.approx(exact.steps, rel=0.1)

@@ -1,4 +1,4 @@
-"""What a run is resumed on: the data, tokenizer, base model and precision it began with, and undamaged checkpoints."""
+"""What resuming requires: the data, tokenizer, base model and precision of the start, and undamaged checkpoints."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(text, train, tmp_path_factory):
+def uninterrupted(text, train, tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole") / "run", f"data.path={text}")
 
 
@@ -57,23 +57,23 @@ def stopped_once(text, train, tmp_path_factory):
 
 @pytest.fixture
 def stopped(stopped_once, text, tmp_path):
-    """A run stopped at step 6, with checkpoints of the steps 4 and 6."""
+    """A run stopped at step 6, with checkpoints at steps 4 and 6."""
     text.write_text(TEXT)
     return Path(shutil.copytree(stopped_once, tmp_path / "run"))
 
 
-def test_where_it_resumes_is_said(stopped, text, whole, train):
-    steps = json.loads((whole.folder / "run.json").read_text())["steps"]
+def test_the_step_it_resumes_from_is_shown(stopped, text, uninterrupted, train):
+    steps = json.loads((uninterrupted.folder / "run.json").read_text())["steps"]
     run = train(stopped, f"data.path={text}", resume=True)
     size = 16 * 32  # tokens; the last step of an epoch has fewer
     tokens = re.search(rf"resuming from checkpoint-6: step 6 of {steps} \(token (\S+) of (\S+)\)", run.shown).groups()
     done, total = (int(number.replace(",", "")) for number in tokens)
     assert (done * steps, done <= 6 * size) == (total * 6, True)
     assert "; same data order and dropout\n" in run.shown
-    assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert hash_file(stopped / "model.safetensors") == hash_file(uninterrupted.folder / "model.safetensors")
 
 
-def test_changed_data_is_refused_and_the_record_kept(stopped, text, train):
+def test_changed_data_is_refused_and_the_run_left_unchanged(stopped, text, train):
     before = content(stopped)
     text.write_text(TEXT.replace("hen", "cat"))
     said = rf"'{text}' has changed since the run in '{stopped}' started: restore it, or start a new run"
@@ -117,7 +117,7 @@ BEGAN = {
         ({}, {"processes": 1}, "is 1, but was 2 when the run in 'r' started with an earlier version: use the same"),
     ],
 )
-def test_what_a_run_began_with_is_compared(began, now, said):
+def test_the_inputs_a_run_started_with_are_compared(began, now, said):
     before = RunRecord(**BEGAN | began)
     check_same_sources(Path("r"), replace(before, steps=7), before)
     check_same_sources(Path("r"), RunRecord(), before)
@@ -125,16 +125,16 @@ def test_what_a_run_began_with_is_compared(began, now, said):
         check_same_sources(Path("r"), before, RunRecord(**BEGAN | now))
 
 
-def test_a_base_model_is_recorded_when_a_run_begins(whole, load, tmp_path):
-    base = find_model(str(whole.folder))
+def test_the_base_model_is_recorded_when_a_run_starts(uninterrupted, load, tmp_path):
+    base = find_model(str(uninterrupted.folder))
     data = Data(splits={}, tokenizer=base.load_tokenizer(), report=DataReport(sha256="1"), base=base)
     sources = describe_sources(load(tmp_path), data)
-    assert sources.base_weights_sha256 == hash_file(whole.folder / "model.safetensors")
+    assert sources.base_weights_sha256 == hash_file(uninterrupted.folder / "model.safetensors")
     assert sources.to_dict().keys() >= BEGAN.keys()
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt"])
-def test_a_damaged_checkpoint_costs_steps_and_nothing_else(name, stopped, text, whole, train):
+def test_a_damaged_checkpoint_costs_only_some_steps(name, stopped, text, uninterrupted, train):
     file = stopped / "checkpoint-6" / name
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
@@ -143,23 +143,23 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(name, stopped, text, 
     run = train(stopped, f"data.path={text}", resume=True, during=trained.append)
     assert f"checkpoint-6 is damaged: {name} does not match its checksum" in run.shown
     assert trained[0] == 5
-    assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert hash_file(stopped / "model.safetensors") == hash_file(uninterrupted.folder / "model.safetensors")
 
 
-def test_what_a_killed_process_left_is_gone_after_resuming(stopped, text, whole, train):
+def test_leftovers_of_a_killed_process_are_removed_by_resuming(stopped, text, uninterrupted, train):
     shutil.copytree(stopped / "checkpoint-6", stopped / "checkpoint-8")
-    (stopped / "checkpoint-8" / "SHA256SUMS").write_text("")  # killed while it was saved
-    (stopped / ".staging-x1").mkdir()  # in the final save
+    (stopped / "checkpoint-8" / "SHA256SUMS").write_text("")  # killed while saving it
+    (stopped / ".staging-x1").mkdir()  # killed during the final save
     (stopped / ".staging-x1" / "model.safetensors").write_bytes(b"half")
     (stopped / ".run.json.77.tmp").touch()
     run = train(stopped, f"data.path={text}", resume=True)
     assert f"{stopped}/checkpoint-8 is incomplete: the run stopped while saving it" in run.shown
-    assert content(stopped).keys() == content(whole.folder).keys() - {"loss.png"}
-    assert hash_file(stopped / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert content(stopped).keys() == content(uninterrupted.folder).keys() - {"loss.png"}
+    assert hash_file(stopped / "model.safetensors") == hash_file(uninterrupted.folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("moved", [1, 2, 3])
-def test_a_run_that_was_killed_while_it_began_starts_again_with_resume(moved, text, train, tmp_path, monkeypatch):
+def test_a_run_killed_while_starting_starts_over_with_resume(moved, text, train, tmp_path, monkeypatch):
     replace, done = os.replace, []
 
     def move(source, target):
@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_while_it_began_starts_again_with_resume(moved, te
         ("tokenizer.json", b"{", "tokenizer"),
     ],
 )
-def test_broken_files_of_a_run_are_one_line(name, broken, said, stopped, text, train, monkeypatch):
+def test_damaged_files_of_a_run_are_a_one_line_error(name, broken, said, stopped, text, train, monkeypatch):
     monkeypatch.chdir(stopped)
     (stopped / name).write_bytes(broken)
     with pytest.raises(InputError, match=said) as error:
@@ -215,8 +215,8 @@ def test_broken_files_of_a_run_are_one_line(name, broken, said, stopped, text, t
         ("stateful_callbacks", {"x": {}}),
     ],
 )
-def test_a_trainer_state_of_wrong_types_is_one_line(name, value, stopped, text, train):
-    """As a tool that writes the checksums anew may leave it."""
+def test_a_trainer_state_with_wrong_types_is_a_one_line_error(name, value, stopped, text, train):
+    """As written by a tool that also updates the checksums."""
     checkpoint = stopped / "checkpoint-6"
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     (checkpoint / "trainer_state.json").write_text(json.dumps(state | {name: value}))
@@ -227,7 +227,7 @@ def test_a_trainer_state_of_wrong_types_is_one_line(name, value, stopped, text, 
 
 
 @pytest.mark.parametrize(("name", "value"), [("differentiable", True), ("betas", (0.5, 0.5)), ("weight_decay", "x")])
-def test_an_optimizer_with_other_settings_than_the_recipe_is_refused(name, value, stopped, text, train):
+def test_optimizer_settings_that_differ_from_the_recipe_are_refused(name, value, stopped, text, train):
     checkpoint = stopped / "checkpoint-6"
     state = torch.load(checkpoint / "optimizer.pt")
     state["param_groups"][0][name] = value
@@ -241,7 +241,7 @@ def test_an_optimizer_with_other_settings_than_the_recipe_is_refused(name, value
     ("name", "value"),
     [(name, value) for name in ("lr", "base_lrs", "_last_lr") for value in ([], ["x"], [0.5])] + [("lr_lambdas", [5])],
 )
-def test_a_schedule_with_other_rates_than_the_recipe_is_refused(name, value, stopped, text, train):
+def test_scheduled_rates_that_differ_from_the_recipe_are_refused(name, value, stopped, text, train):
     checkpoint = stopped / "checkpoint-6"
     file = checkpoint / ("optimizer.pt" if name == "lr" else "scheduler.pt")
     state = torch.load(file)
@@ -255,7 +255,7 @@ def test_a_schedule_with_other_rates_than_the_recipe_is_refused(name, value, sto
         train(stopped, f"data.path={text}", resume=True)
 
 
-def test_a_run_whose_schedule_depends_on_what_is_measured_resumes(text, train, tmp_path):
+def test_a_run_whose_schedule_depends_on_the_metrics_is_resumed(text, train, tmp_path):
     options = ["lr_scheduler_type=reduce_lr_on_plateau", "eval_strategy=steps", "eval_steps=2", "max_steps=6"]
     overrides = [f"data.path={text}", *(f"training.{option}" for option in options)]
     train(tmp_path / "whole", *overrides)
@@ -265,7 +265,7 @@ def test_a_run_whose_schedule_depends_on_what_is_measured_resumes(text, train, t
     assert hash_file(tmp_path / "run" / "model.safetensors") == hash_file(tmp_path / "whole" / "model.safetensors")
 
 
-def test_a_fault_that_is_not_the_checkpoints_is_not_blamed_on_it(stopped, text, train, monkeypatch):
+def test_an_unrelated_error_is_not_blamed_on_the_checkpoint(stopped, text, train, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("a bug")
 
@@ -276,7 +276,7 @@ def test_a_fault_that_is_not_the_checkpoints_is_not_blamed_on_it(stopped, text, 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "step"])
 @pytest.mark.parametrize("muon", [False, True])
-def test_moments_of_another_shape_are_refused_before_a_kernel_reads_past_them(name, muon, text, train, tmp_path):
+def test_optimizer_moments_of_the_wrong_shape_are_refused_before_use(name, muon, text, train, tmp_path):
     overrides = [f"data.path={text}", *(["training.muon_learning_rate=0.01"] if muon else [])]
     with pytest.raises(Interrupted):
         train(tmp_path / "run", *overrides, during=stop_at(4))
@@ -291,7 +291,7 @@ def test_moments_of_another_shape_are_refused_before_a_kernel_reads_past_them(na
         train(tmp_path / "run", *overrides, resume=True)
 
 
-def test_what_fails_after_the_first_step_is_no_fault_of_the_checkpoint(stopped, text, train):
+def test_an_error_after_the_first_step_is_not_blamed_on_the_checkpoint(stopped, text, train):
     def fail(step):
         if step == 8:
             raise RuntimeError("of its own")
@@ -300,14 +300,14 @@ def test_what_fails_after_the_first_step_is_no_fault_of_the_checkpoint(stopped, 
         train(stopped, f"data.path={text}", resume=True, during=fail)
 
 
-def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path, monkeypatch):
-    """In the middle of an epoch: transformers' Trainer would."""
+def test_a_run_stopped_after_its_last_step_takes_no_further_step(train, tmp_path, monkeypatch):
+    """In the middle of an epoch, where transformers' Trainer would take one."""
     from hfgpt.runs import run as module
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    whole = train(tmp_path / "whole", "training.max_steps=5")
+    uninterrupted = train(tmp_path / "whole", "training.max_steps=5")
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -315,8 +315,8 @@ def test_a_run_stopped_after_its_last_step_takes_no_further_one(train, tmp_path,
     trained = []
     run = train(tmp_path / "run", "training.max_steps=5", resume=True, during=trained.append)
     assert trained == []
-    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
-    assert run.metrics == whole.metrics
+    assert hash_file(run.folder / "model.safetensors") == hash_file(uninterrupted.folder / "model.safetensors")
+    assert run.metrics == uninterrupted.metrics
     assert json.loads((run.folder / "run.json").read_text())["resumed_from_step"] == 5
 
 
@@ -324,7 +324,7 @@ def test_a_run_stopped_during_its_evaluation_says_how_to_finish_it(train, tmp_pa
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    whole = train(tmp_path / "whole", "training.max_steps=5")
+    uninterrupted = train(tmp_path / "whole", "training.max_steps=5")
     with monkeypatch.context() as patch:
         patch.setattr(Pretraining, "measure", interrupt)
         with pytest.raises(Interrupted) as stopped:
@@ -334,7 +334,7 @@ def test_a_run_stopped_during_its_evaluation_says_how_to_finish_it(train, tmp_pa
         "--resume to finish"
     )
     run = train(tmp_path / "run", "training.max_steps=5", resume=True)
-    assert run.metrics == whole.metrics
+    assert run.metrics == uninterrupted.metrics
 
 
 def test_a_run_without_its_record_is_not_resumed(stopped, text, train):
@@ -343,21 +343,21 @@ def test_a_run_without_its_record_is_not_resumed(stopped, text, train):
         train(stopped, f"data.path={text}", resume=True)
 
 
-def test_the_best_model_is_also_saved_by_a_run_that_was_stopped_after_its_last_step(train, tmp_path, monkeypatch):
+def test_the_best_model_is_also_saved_by_a_run_stopped_after_its_last_step(train, tmp_path, monkeypatch):
     from hfgpt.runs import run as module
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     overrides = ["training.load_best_model_at_end=true", "training.eval_steps=2", "training.save_steps=2"]
-    overrides += ["training.learning_rate=3", "training.max_steps=6"]  # the first is the best
-    whole = train(tmp_path / "whole", *overrides)
+    overrides += ["training.learning_rate=3", "training.max_steps=6"]  # the first checkpoint is the best
+    uninterrupted = train(tmp_path / "whole", *overrides)
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", *overrides)
     run = train(tmp_path / "run", *overrides, resume=True)
-    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert hash_file(run.folder / "model.safetensors") == hash_file(uninterrupted.folder / "model.safetensors")
     assert hash_file(run.folder / "model.safetensors") != hash_file(run.folder / "checkpoint-6" / "model.safetensors")
 
 
@@ -373,10 +373,8 @@ BEST_IS_FIRST = [
     [(["training.max_steps=12"], [8, 12], [4, 8, 12]), (BEST_IS_FIRST, [2], [2, 4, 6])],
     ids=["the last two", "the best"],
 )
-def test_a_run_killed_before_it_removed_old_checkpoints_removes_them(
-    overrides, kept, left, train, tmp_path, monkeypatch
-):
-    def die(checkpoint):
+def test_old_checkpoints_that_a_killed_run_left_are_removed(overrides, kept, left, train, tmp_path, monkeypatch):
+    def interrupt(checkpoint):
         if steps(tmp_path / "run")[-1] == left[-1]:
             raise KeyboardInterrupt
         remove(checkpoint)
@@ -384,19 +382,19 @@ def test_a_run_killed_before_it_removed_old_checkpoints_removes_them(
     def steps(folder):
         return [step_of(path) for path in list_checkpoints(folder)]
 
-    whole, remove = train(tmp_path / "whole", *overrides), checkpoints.remove_checkpoint
-    assert steps(whole.folder) == kept
+    uninterrupted, remove = train(tmp_path / "whole", *overrides), checkpoints.remove_checkpoint
+    assert steps(uninterrupted.folder) == kept
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "remove_checkpoint", die)
+        patch.setattr(checkpoints, "remove_checkpoint", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", *overrides)
     assert steps(tmp_path / "run") == left
     run = train(tmp_path / "run", *overrides, resume=True)
-    assert content(run.folder).keys() == content(whole.folder).keys()
-    assert hash_file(run.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert content(run.folder).keys() == content(uninterrupted.folder).keys()
+    assert hash_file(run.folder / "model.safetensors") == hash_file(uninterrupted.folder / "model.safetensors")
 
 
-def test_an_interrupted_run_keeps_the_checkpoint_it_saved_then(train, tmp_path):
+def test_an_interrupted_run_keeps_the_checkpoint_saved_at_the_interrupt(train, tmp_path):
     with pytest.raises(Interrupted, match="stopped at step 5 of 6"):
         train(tmp_path / "run", *BEST_IS_FIRST, during=stop_at(5))
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-5"]
@@ -405,7 +403,7 @@ def test_an_interrupted_run_keeps_the_checkpoint_it_saved_then(train, tmp_path):
 CONSTANT = ("training.lr_scheduler_type=constant", "training.save_steps=3")
 
 
-def test_a_run_goes_further_where_the_learning_rate_does_not_depend_on_its_end(train, tmp_path):
+def test_a_run_can_be_extended_if_its_learning_rate_does_not_depend_on_its_length(train, tmp_path):
     long, short = tmp_path / "long", tmp_path / "short"
     train(long, *CONSTANT, "training.max_steps=9")
     train(short, *CONSTANT, "training.max_steps=5")
@@ -421,7 +419,7 @@ def test_a_run_goes_further_where_the_learning_rate_does_not_depend_on_its_end(t
     assert json.loads((short / "metrics.json").read_text()) == json.loads((long / "metrics.json").read_text())
 
 
-def test_elsewhere_the_way_to_train_longer_is_said(stopped, text, whole, train):
+def test_otherwise_the_message_explains_how_to_train_longer(stopped, text, uninterrupted, train):
     said = (
         rf"training.max_steps is 90, but was unset when the run in '{stopped}' started, and its learning-rate "
         rf"schedule \(linear\) depends on it; to train it further, start a new run from its weights with --model.path "
@@ -429,13 +427,12 @@ def test_elsewhere_the_way_to_train_longer_is_said(stopped, text, whole, train):
     )
     with pytest.raises(InputError, match=said):
         train(stopped, f"data.path={text}", "training.max_steps=90", resume=True)
-    said = (
-        rf"nothing to resume; to train it further, start a new run from its weights with --model.path {whole.folder}"
-    )
+    said = "nothing to resume; to train it further, start a new run from its weights with --model.path "
+    said += str(uninterrupted.folder)
     with pytest.raises(InputError, match=said):
-        train(whole.folder, f"data.path={text}", resume=True)
+        train(uninterrupted.folder, f"data.path={text}", resume=True)
 
 
-def test_evaluating_more_often_does_not_change_what_is_learned(whole, text, train, tmp_path):
+def test_evaluating_more_often_does_not_change_what_is_learned(uninterrupted, text, train, tmp_path):
     other = train(tmp_path / "run", f"data.path={text}", "training.eval_steps=2")
-    assert hash_file(other.folder / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
+    assert hash_file(other.folder / "model.safetensors") == hash_file(uninterrupted.folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""What a run leaves: exactly the files it should, with contents that agree; and which folders it refuses."""
+"""The run folder: exactly the expected files, with consistent contents; and which folders are refused."""
 
 import errno
 import hashlib
@@ -57,7 +57,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_the_files_of_a_run(finished):
     steps = read_json(finished.folder / "run.json")["steps"]
     names = {path.name for path in finished.folder.iterdir()}
-    # Of the checkpoints the last two, by default.
+    # By default the last two checkpoints are kept.
     assert names == FILES | {f"checkpoint-{steps}", f"checkpoint-{steps // 4 * 4 if steps % 4 else steps - 4}"}
     assert not list(finished.folder.rglob(".*"))
     package = Path(__file__).parents[2] / "hfgpt"
@@ -66,7 +66,7 @@ def test_the_files_of_a_run(finished):
     assert (finished.folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-def test_the_model_loads_as_any_other(finished):
+def test_the_model_loads_like_any_other(finished):
     model = AutoModelForCausalLM.from_pretrained(finished.folder)
     assert type(model) is HfGPTForCausalLM
     assert model.config.use_cache is True
@@ -91,13 +91,13 @@ def test_checkpoints_are_models_too(finished):
     assert all(torch.equal(tensor, final[name]) for name, tensor in last.state_dict().items())
 
 
-def test_the_code_beside_the_weights_is_named_in_the_config(finished):
+def test_the_config_refers_to_the_code_saved_with_the_weights(finished):
     auto_map = AutoConfig.from_pretrained(finished.folder).auto_map
     assert auto_map["AutoConfig"] == "configuration_hfgpt.HfGPTConfig"
     assert auto_map["AutoModelForCausalLM"] == "modeling_hfgpt.HfGPTForCausalLM"
 
 
-def test_run_json_says_what_happened(finished):
+def test_run_json_records_the_run(finished):
     run, folder = read_json(finished.folder / "run.json"), finished.folder
     data = TASKS["pretrain"].load(finished.recipe)
     assert run["weights_sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -108,7 +108,7 @@ def test_run_json_says_what_happened(finished):
     assert (run["precision"], run["attn_implementation"], run["processes"]) == ("float32", "sdpa", 1)
     assert run["resumed_from_step"] == 0
     assert run["versions"]["torch"] == torch.__version__
-    # Planned and measured, beside each other.
+    # Planned and measured values.
     plan, actual = run["plan"], run["actual"]
     blocks_per_step = finished.recipe.training.per_device_train_batch_size
     assert run["steps"] == plan["steps"] == 2 * -(-len(data.splits["train"]) // blocks_per_step)
@@ -119,15 +119,15 @@ def test_run_json_says_what_happened(finished):
     assert len(data.splits["train"]) % blocks_per_step
     assert run["tokens"] == 2 * len(data.splits["train"]) * 32
     assert actual["tokens_per_second"] == pytest.approx(run["tokens"] / actual["training_seconds"], rel=1e-9)
-    assert 0.5 < plan["memory_bytes"] / actual["peak_memory_bytes"] < 2, "the libraries and all"
+    assert 0.5 < plan["memory_bytes"] / actual["peak_memory_bytes"] < 2, "including the libraries"
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux lets a peak begin anew")
-def test_the_peak_of_memory_is_that_of_the_training(train, tmp_path, monkeypatch):
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux can reset the peak")
+def test_the_peak_memory_is_that_of_training(train, tmp_path, monkeypatch):
     probed = []
 
     def probe(*arguments, **options):
-        probed.append(len(b"x" * 2**28))  # held for a moment, as the probe's copy of the model is
+        probed.append(len(b"x" * 2**28))  # held for a moment, like the probe's copy of the model
         return 1000.0
 
     monkeypatch.setattr(estimate, "probe_tokens_per_second", probe)
@@ -138,7 +138,7 @@ def test_the_peak_of_memory_is_that_of_the_training(train, tmp_path, monkeypatch
     assert actual["peak_memory_bytes"] < process_memory_bytes() + 2**27
 
 
-def test_reports_agree(finished):
+def test_reports_are_consistent(finished):
     assert read_json(finished.folder / "metrics.json") == finished.metrics
     assert read_json(finished.folder / "data_report.json") == TASKS["pretrain"].load(finished.recipe).report.to_dict()
     log = [json.loads(line) for line in (finished.folder / "training_log.jsonl").read_text().splitlines()]
@@ -149,7 +149,7 @@ def test_reports_agree(finished):
     assert log[-1] == {"step": steps, "epoch": 2.0, **finished.metrics}
 
 
-def test_the_readme_says_what_was_measured(finished, monkeypatch):
+def test_the_readme_contains_the_metrics(finished, monkeypatch):
     _, front, text = (finished.folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     metrics = finished.metrics
@@ -163,7 +163,7 @@ def test_the_readme_says_what_was_measured(finished, monkeypatch):
         assert words in text
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
-    monkeypatch.chdir(finished.folder.parent)  # the card names the folder without where it lies
+    monkeypatch.chdir(finished.folder.parent)  # the card has the folder's name without its parent
     exec(code, names)
     assert type(names["pipe"].model) is HfGPTForCausalLM
 
@@ -185,20 +185,20 @@ def test_an_occupied_folder_is_refused(finished, load, train, tmp_path):
 
 @pytest.fixture
 def stopped(finished, load, tmp_path):
-    """A run that ended before its last steps; only what `check_run_folder` looks at."""
+    """An unfinished run; only the files that `check_run_folder` reads."""
     folder = tmp_path / "stopped"
     for step in (4, 8):
         (folder / f"checkpoint-{step}").mkdir(parents=True)
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
             (folder / f"checkpoint-{step}" / name).write_text(name)
     write_checksums(folder / "checkpoint-4")
-    (folder / "checkpoint-8" / "SHA256SUMS").touch()  # it was being saved
+    (folder / "checkpoint-8" / "SHA256SUMS").touch()  # incomplete: stopped while saving it
     values = {**finished.recipe.values, "training": {**finished.recipe.values["training"], "output_dir": str(folder)}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return folder
 
 
-def test_resume_takes_the_last_whole_checkpoint(stopped, load):
+def test_resume_uses_the_last_complete_checkpoint(stopped, load):
     assert check_run_folder(load(stopped), resume=True) == stopped / "checkpoint-4"
     with pytest.raises(InputError, match="already contains an unfinished run: pass --resume to continue it"):
         check_run_folder(load(stopped), resume=False)
@@ -208,14 +208,14 @@ def test_resume_takes_the_last_whole_checkpoint(stopped, load):
     "override",
     ["training.learning_rate=0.5", "training.weight_decay=0.5", "model.qkv_bias=False", "tokenizer.kind=bpe"],
 )
-def test_resume_of_another_recipe_names_the_key_and_both_values(override, stopped, load):
+def test_resuming_with_another_recipe_names_the_key_and_both_values(override, stopped, load):
     key, _, value = override.partition("=")
     said = rf"{re.escape(key)} is '?{value}'?, but was .* when the run in '.*' started: use the same recipe"
     with pytest.raises(InputError, match=said):
         check_run_folder(load(stopped, override), resume=True)
 
 
-def test_resume_may_change_what_is_watched(stopped, load):
+def test_resuming_may_change_logging_and_evaluation(stopped, load):
     overrides = [
         "evaluation.max_new_tokens=9",
         "training.logging_steps=5",
@@ -232,17 +232,17 @@ def test_a_run_that_was_moved_can_be_resumed(stopped, load):
     assert check_run_folder(load(moved), resume=True) == moved / "checkpoint-4"
 
 
-def test_resume_of_nothing_is_refused(load, tmp_path):
+def test_resuming_without_a_run_is_refused(load, tmp_path):
     for folder in (tmp_path / "missing", tmp_path):
         with pytest.raises(InputError, match=r"there is no run to resume in .*: leave out --resume to start one"):
             check_run_folder(load(folder), resume=True)
     assert os.listdir(tmp_path) == []
 
 
-def test_resume_of_a_finished_run_is_refused(finished, load, train, tmp_path):
+def test_resuming_a_finished_run_is_refused(finished, load, train, tmp_path):
     with pytest.raises(InputError, match="is finished: there is nothing to resume"):
         check_run_folder(load(finished.folder), resume=True)
-    # Also where its checkpoints were deleted, or never made.
+    # Also if its checkpoints were deleted or never saved.
     shutil.copytree(finished.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "recipe.yaml"))
     recipe = load(tmp_path / "run")
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe.values), encoding="utf-8")
@@ -258,7 +258,7 @@ time.sleep(60)
 """
 
 
-def test_a_folder_is_held_by_one_process_until_it_ends_or_dies(load, train, tmp_path):
+def test_a_folder_is_locked_by_one_process_until_it_exits(load, train, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
@@ -271,7 +271,7 @@ def test_a_folder_is_held_by_one_process_until_it_ends_or_dies(load, train, tmp_
     finally:
         holder.kill()
         holder.communicate()
-    with hold_folder(folder):  # a dead process holds nothing
+    with hold_folder(folder):  # a dead process holds no lock
         pass
     with hold_folder(folder), pytest.raises(InputError, match="another process"), hold_folder(folder):
         pass
@@ -287,7 +287,7 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", ".gitignore", "run.json"}
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_files_are_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_json(path, {"é": 1})
     assert path.read_text(encoding="utf-8") == '{\n  "é": 1\n}\n'
@@ -342,7 +342,7 @@ def test_weights_have_the_permissions_of_other_files(tmp_path):
         assert len(set(modes.values())) == 1, modes
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_any_work(load, tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_detected_before_any_work(load, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     below = tmp_path / "file" / "below"
     for check in (check_free, lambda folder: hold_folder(folder).__enter__()):
@@ -359,24 +359,24 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(load, tmp_path
                 with pytest.raises(InputError, match=f"cannot write to .*new': {fault} .*; choose"):
                     check(tmp_path / "new")
         check(tmp_path / "new" / "run")
-    assert os.listdir(tmp_path) == ["file"], "nothing is made"
+    assert os.listdir(tmp_path) == ["file"], "nothing is created"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can write everywhere")
-def test_a_folder_without_permission_is_found(tmp_path):
+def test_a_folder_without_permission_is_detected(tmp_path):
     (tmp_path / "private").mkdir(mode=0o500)
     with pytest.raises(InputError, match="Permission denied"):
         check_writable(tmp_path / "private" / "run")
 
 
-def test_a_path_is_pasted_into_a_shell_as_it_is():
+def test_a_quoted_path_can_be_pasted_into_a_shell():
     for path in ("runs/a", "a b", "it's", "-x", "$HOME", "故事"):
         assert [Path(word) for word in shlex.split(quote_path(Path(path)))] == [Path(path)]
-    assert quote_path("-x") == "./-x", "not an option"
+    assert quote_path("-x") == "./-x", "must not be read as an option"
 
 
 @pytest.mark.parametrize("existed", [True, False])
-def test_a_run_begins_whole_or_not_at_all(existed, finished, load, tmp_path):
+def test_a_run_folder_is_created_atomically(existed, finished, load, tmp_path):
     class Full(DataReport):
         def write(self, folder):
             raise OSError("no space left on device")

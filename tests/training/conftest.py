@@ -14,7 +14,7 @@ from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 TOKENS = Features({"input_ids": LargeList(Value("uint16"))})
-# Accelerate collects garbage after every training; what is imported by now is never any.
+# Accelerate runs the garbage collector after every training; what is imported by now need not be scanned.
 gc.freeze()
 
 

@@ -1,4 +1,4 @@
-"""Progress, log, curves and Ctrl-C, each by itself; `tests/runs` sees them work together."""
+"""Progress, log, curves and Ctrl-C in isolation; `tests/runs` tests them together."""
 
 import io
 import json
@@ -46,13 +46,13 @@ def text_console(terminal: bool = False, width: int = 200) -> Console:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The seconds that `time.perf_counter` shows, to be set by hand."""
+    """The value of `time.perf_counter`, set by the test."""
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
     return now
 
 
-def test_log_has_one_object_a_logging_step(tmp_path):
+def test_log_has_one_object_per_logging_step(tmp_path):
     callback, arguments = LogCallback(), SimpleNamespace(output_dir=str(tmp_path))
     assert read_log(tmp_path) == []
     callback.on_train_begin(arguments, state_at(0), None)
@@ -68,7 +68,7 @@ def test_log_has_one_object_a_logging_step(tmp_path):
     assert read_log(str(tmp_path)) == expected
 
 
-def test_the_last_step_is_logged_whatever_the_logging_steps():
+def test_the_last_step_is_always_logged():
     for step in (1, 2, 3):
         control = TrainerControl()
         LogCallback().on_step_end(None, state_at(step, max_steps=3), control)
@@ -94,7 +94,7 @@ def test_a_damaged_log_names_the_line(line, tmp_path):
         read_log(tmp_path)
 
 
-def test_log_of_a_resumed_run_drops_what_is_repeated(tmp_path):
+def test_log_of_a_resumed_run_drops_repeated_steps(tmp_path):
     arguments = SimpleNamespace(output_dir=str(tmp_path))
     first = LogCallback()
     first.on_train_begin(arguments, state_at(0), None)
@@ -110,22 +110,22 @@ def test_log_of_a_resumed_run_drops_what_is_repeated(tmp_path):
     assert (tmp_path / LOG_FILE).read_text() == ""
 
 
-def test_log_cut_by_a_crash_is_read_up_to_there(tmp_path):
+def test_a_log_truncated_by_a_crash_is_read_up_to_that_point(tmp_path):
     (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 4.0}\n{"step": 2, "lo')
     assert read_log(tmp_path) == [{"step": 1, "loss": 4.0}]
 
 
 def test_a_result_measured_again_after_a_crash_is_logged_once(tmp_path):
-    evaluated = {"step": 2, "eval_loss": 1.5, "eval_runtime": 0.1}  # while training
+    evaluated = {"step": 2, "eval_loss": 1.5, "eval_runtime": 0.1}  # during training
     (tmp_path / LOG_FILE).write_text(json.dumps(evaluated) + '\n{"step": 2, "eval_lo')
     for _ in range(2):
         log_result(tmp_path, {"step": 2, "eval_loss": 1.5})
     assert read_log(tmp_path) == [evaluated, {"step": 2, "eval_loss": 1.5}]
-    log_result(tmp_path, {"step": 4, "eval_loss": 1.25})  # the same run made longer
+    log_result(tmp_path, {"step": 4, "eval_loss": 1.25})  # the same run, extended
     assert [entry["step"] for entry in read_log(tmp_path)] == [2, 2, 4]
 
 
-def test_progress_away_from_a_terminal_is_a_line_a_logging_step(clock, capsys):
+def test_progress_without_a_terminal_is_a_line_per_logging_step(clock, capsys):
     console = text_console()
     callback = ProgressCallback(tokens_per_step=512, console=console)
     callback.on_train_begin(None, state_at(0), None)
@@ -170,7 +170,7 @@ def test_progress_on_a_terminal_is_a_bar():
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
-def test_progress_is_whole_on_a_terminal_of_any_width(width, clock):
+def test_progress_is_complete_on_a_terminal_of_any_width(width, clock):
     console = text_console(terminal=True, width=width)
     callback = ProgressCallback(tokens_per_step=100, console=console)
     callback.on_train_begin(None, state_at(0, max_steps=1000), None)
@@ -186,7 +186,7 @@ def test_progress_is_whole_on_a_terminal_of_any_width(width, clock):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_interrupt_saves_and_stops_the_second_ends_at_once(number):
+def test_the_first_interrupt_saves_and_stops_the_second_stops_at_once(number):
     before = signal.getsignal(number)
     console = text_console()
     with InterruptCallback(console) as callback:
@@ -196,7 +196,7 @@ def test_first_interrupt_saves_and_stops_the_second_ends_at_once(number):
         assert "a second signal stops immediately" in console.file.getvalue()
         control = callback.on_step_end(None, state_at(4), TrainerControl())
         assert (control.should_save, control.should_training_stop) == (True, True)
-        # The loss since the last logging step would be lost: Trainer keeps it in no checkpoint.
+        # The loss since the last logging step would be lost: Trainer does not save it in checkpoints.
         assert control.should_log
         # After the last step there is nothing to stop.
         control = callback.on_step_end(None, state_at(10), TrainerControl())
@@ -254,7 +254,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_all_processes_stop_after_the_same_step():
-    """The first is interrupted in step 5, the second would be in step 8."""
+    """The first process is interrupted in step 5, the second would be in step 8."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -266,7 +266,7 @@ def test_all_processes_stop_after_the_same_step():
     assert run.stdout.splitlines() == ["5 True", "5 True"]
 
 
-def test_interrupts_are_given_back_after_an_error():
+def test_signal_handlers_are_restored_after_an_error():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError), InterruptCallback(text_console()):
         raise RuntimeError
@@ -330,11 +330,11 @@ def test_notices_go_to_standard_error(capsys):
     stderr_console().print("a notice that must not be wrapped [/b] [red] " * 9)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("[/b] [red]") == 9, "no markup: it may be a path or what a model writes"
+    assert err.count("[/b] [red]") == 9, "no markup: it may be a path or generated text"
     assert err.count("\n") == 1
 
 
-def test_a_console_prints_what_others_wrote_as_it_is_and_never_as_commands():
+def test_a_console_prints_foreign_text_literally_and_never_as_commands():
     console = PlainConsole(file=io.StringIO(), width=100, force_terminal=True)
     console.print("label [/x] [bold]:smile: \x1b[2J\x9b2J\u202e", Text("styled", style="green"))
     table = Table("a\x1b[2J", show_header=True, box=None)

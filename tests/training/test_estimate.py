@@ -1,4 +1,4 @@
-"""Costs said before a run against what a run then has: weights, state, steps, operations; and the probe's manners."""
+"""Estimates compared with real runs: weights, optimizer state, steps, FLOPs; and probes without side effects."""
 
 import copy
 import math
@@ -32,12 +32,12 @@ def make_arguments(tmp_path):
     return build
 
 
-def test_flops_are_the_published_convention():
-    # Six operations a weight that is no position embedding (123.65M), and attention: 0.855 GFLOP a token.
+def test_flops_follow_the_published_convention():
+    # Six FLOPs per weight except position embeddings (123.65M), plus attention: 0.855 GFLOP per token.
     layers, width, length = 12, 768, 1024
     convention = 6 * 123_653_376 + 12 * layers * width * length
     assert convention == pytest.approx(0.855e9, rel=1e-3)
-    # The convention counts biases and norms too, which are added or multiplied once and are no matrices: 0.1 %.
+    # The convention also counts biases and norms, which are not matrices but added or multiplied once: 0.1 %.
     vectors = layers * (3 * width + width + 4 * width + width + 4 * width) + 2 * width
     config = HfGPTConfig()
     assert 6 * vectors < 0.001 * convention
@@ -48,8 +48,8 @@ def test_flops_are_the_published_convention():
 
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False, "intermediate_size": 48}])
-def test_flops_are_those_pytorch_counts(fields, make_model):
-    # Written-out attention, because the fused kernels do some of their products twice in the backward pass.
+def test_flops_equal_those_counted_by_pytorch(fields, make_model):
+    # Eager attention, because fused kernels compute some products twice in the backward pass.
     model = make_model(attn_implementation="eager", **fields)
     ids = torch.zeros(3, 20, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
@@ -59,7 +59,7 @@ def test_flops_are_those_pytorch_counts(fields, make_model):
 
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": False}])
 @pytest.mark.parametrize("muon", [None, 0.02])
-def test_parameters_and_state_are_those_of_a_run(fields, muon, make_model, make_trainer, make_arguments):
+def test_parameters_and_optimizer_state_are_those_of_a_run(fields, muon, make_model, make_trainer, make_arguments):
     model = make_model(**fields)
     model.model.embed_positions.weight.requires_grad_(False)
     estimate = estimate_run(model, make_arguments(muon_learning_rate=muon), 16, 100)
@@ -72,12 +72,12 @@ def test_parameters_and_state_are_those_of_a_run(fields, muon, make_model, make_
     assert estimate.weights_bytes == sum(p.nbytes for p in model.parameters())
     assert estimate.gradients_bytes == sum(p.grad.nbytes for p in trainable.values())
     states = [item for state in optimizer.state.values() for item in state.items()]
-    averages = [tensor for name, tensor in states if name != "step"]  # a single number per parameter
+    averages = [tensor for name, tensor in states if name != "step"]  # a single number per parameter tensor
     assert estimate.optimizer_bytes == sum(tensor.nbytes for tensor in averages)
 
 
 @pytest.mark.parametrize("fields", [{}, {"attn_implementation": "eager"}, {"num_hidden_layers": 6}], ids=str)
-def test_activations_are_about_what_the_backward_pass_keeps(fields, make_model, make_arguments):
+def test_activations_are_about_what_autograd_saves(fields, make_model, make_arguments):
     model = make_model(**fields)
     estimate = estimate_run(model, make_arguments(per_device_train_batch_size=4), 32, 100)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -161,11 +161,11 @@ def test_probe_changes_nothing(options, make_model, make_arguments):
     assert dict(zip(("random", "numpy", "torch"), unchanged, strict=True)) == dict.fromkeys(
         ("random", "numpy", "torch"), True
     )
-    # Trainer makes the run folder as soon as it is built; a plan writes nothing.
+    # Trainer creates the run folder when it is constructed; a plan writes nothing.
     assert not Path(arguments.output_dir).exists()
 
 
-def test_a_plan_is_an_estimate_and_a_probe(make_model, make_arguments, monkeypatch):
+def test_a_plan_combines_an_estimate_and_a_probe(make_model, make_arguments, monkeypatch):
     given = []
     monkeypatch.setattr(module, "probe_tokens_per_second", lambda *arguments: given.append(arguments) or 100.0)
     model, arguments = make_model(), make_arguments(max_steps=5)
@@ -182,7 +182,7 @@ def test_a_plan_is_an_estimate_and_a_probe(make_model, make_arguments, monkeypat
     assert plan == estimate
 
 
-def test_a_plan_says_what_its_memory_counts(make_model, make_arguments):
+def test_a_plan_says_what_its_memory_includes(make_model, make_arguments):
     estimate = estimate_run(make_model(), make_arguments(max_steps=5), 16, 100)
     estimate.tokens_per_second, estimate.device = 100.0, "CPU"
     on_device = re.sub(" +", " ", render_plan(estimate))
@@ -205,7 +205,7 @@ def test_a_plan_says_what_its_memory_counts(make_model, make_arguments):
     ],
     ids=str,
 )
-def test_native_bf16_of_a_processor(capabilities, native, monkeypatch):
+def test_native_bf16_on_a_cpu(capabilities, native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert hardware.has_native_bf16(torch.device("cpu")) is native
@@ -214,7 +214,7 @@ def test_native_bf16_of_a_processor(capabilities, native, monkeypatch):
     assert hardware.has_native_bf16(torch.device("cpu")) is False
 
 
-def test_native_bf16_of_other_devices(monkeypatch):
+def test_native_bf16_on_other_devices(monkeypatch):
     asked = {}
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.update(options) or True)
     assert hardware.has_native_bf16(torch.device("cuda")) is True
@@ -235,21 +235,21 @@ def test_devices_have_names(monkeypatch):
 def test_peak_memory_is_that_of_the_process():
     found = hardware.peak_memory_bytes(torch.device("cpu"))
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    # The kernel adds up its counters a little late, and starts a process from the peak of the one that started it.
+    # The kernel updates its counters with a delay, and a new process inherits the peak of its parent.
     assert 0.99 < found / (int(status["VmHWM"].split()[0]) * 1024) < 100
     now = hardware.process_memory_bytes()
     assert now <= found
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux lets a peak begin anew")
-def test_the_peak_begins_anew():
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux can reset the peak")
+def test_the_peak_can_be_reset():
     assert len(b"x" * 2**28) == 2**28
     before = hardware.peak_memory_bytes(torch.device("cpu"))
     assert hardware.reset_peak_memory(torch.device("cpu"))
     assert hardware.peak_memory_bytes(torch.device("cpu")) < before - 2**27
 
 
-def test_where_no_peak_begins_anew_it_is_of_the_process(monkeypatch):
+def test_if_the_peak_cannot_be_reset_it_is_that_of_the_process(monkeypatch):
     """As on macOS."""
     monkeypatch.setattr(hardware.sys, "platform", "darwin")
     monkeypatch.setattr(hardware.Path, "write_text", lambda self, text: (_ for _ in ()).throw(FileNotFoundError))

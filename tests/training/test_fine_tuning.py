@@ -1,4 +1,4 @@
-"""Fine-tuning through Trainer: the loss and its gradient are those of the rows, however they are cut or packed."""
+"""Fine-tuning with Trainer: loss and gradient do not depend on how rows are divided into batches or packed."""
 
 import datasets
 import numpy as np
@@ -14,7 +14,7 @@ from hfgpt.training.trainer import FineTuningArguments, HfGPTTrainer, HfGPTTrain
 
 
 def answer_rows(number=8, longest=20):
-    """Rows of random tokens of which the last third is learned."""
+    """Rows of random tokens, of which the last third are targets."""
     random = np.random.default_rng(0)
     rows = []
     for length in random.integers(4, longest, number):
@@ -62,8 +62,8 @@ def train_one_step(tmp_path, model, rows, batch, accumulation, **options):
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 
 
-def test_the_loss_of_answers_does_not_depend_on_how_a_batch_is_cut(tiny_config, tmp_path):
-    """1e-5: sums of float32 in another order."""
+def test_the_loss_of_answers_does_not_depend_on_micro_batches(tiny_config, tmp_path):
+    """1e-5: float32 sums in another order."""
     rows, results = answer_rows(), []
     for batch, accumulation in CUTS:
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_the_loss_of_answers_does_not_depend_on_how_a_batch_is_cut(tiny_config, 
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
-def test_the_loss_of_a_classifier_does_not_depend_on_how_a_batch_is_cut(tiny_config, tmp_path, weights):
+def test_the_loss_of_a_classifier_does_not_depend_on_micro_batches(tiny_config, tmp_path, weights):
     rows, results = label_rows(), []
     for batch, accumulation in CUTS:
         torch.manual_seed(0)
@@ -89,8 +89,8 @@ def test_the_loss_of_a_classifier_does_not_depend_on_how_a_batch_is_cut(tiny_con
         assert torch.allclose(trained, results[0][2], atol=1e-6)
 
 
-def test_packed_rows_give_the_loss_and_gradient_of_unpacked_ones(tiny_config):
-    """1e-6: sums of float32 in another order."""
+def test_packed_rows_give_the_same_loss_and_gradient_as_unpacked_ones(tiny_config):
+    """1e-6: float32 sums in another order."""
     rows = answer_rows(12, longest=15)
     packed = pack_rows(rows, 32)
     assert len(packed) < len(rows) / 2
@@ -106,12 +106,12 @@ def test_packed_rows_give_the_loss_and_gradient_of_unpacked_ones(tiny_config):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert torch.allclose(*gradients, atol=1e-6)
     assert gradients[0].abs().max() > 0.01
-    # Positions that ran on would let a row see the one before it.
+    # Without restarting positions, a row would attend to the previous one.
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
     assert abs(model(**batch, use_cache=False).loss.item() - losses[0]) > 1e-3
 
 
-def test_evaluation_during_training_is_of_rows(tiny_config, tmp_path):
+def test_evaluation_during_training_averages_over_rows(tiny_config, tmp_path):
     torch.manual_seed(0)
     model = HfGPTForSequenceClassification(tiny_config(num_labels=3))
     arguments = HfGPTTrainingArguments(

@@ -1,4 +1,4 @@
-"""Muon is torch's Muon, it gets the matrices it is made for, and it survives a checkpoint bit for bit."""
+"""Muon equals torch's Muon, gets the right matrices, and is restored exactly from a checkpoint."""
 
 import io
 import re
@@ -24,7 +24,7 @@ OPTIONS = [
 
 
 def step_both(options: dict, steps: int = 4) -> tuple[list[nn.Parameter], list[nn.Parameter], list[torch.Tensor]]:
-    """Parameters after some steps of our Muon and of torch's from the same start with the same gradients."""
+    """Parameters after some steps of our Muon and torch's, with the same initial values and gradients."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
@@ -32,7 +32,7 @@ def step_both(options: dict, steps: int = 4) -> tuple[list[nn.Parameter], list[n
     reference = torch.optim.Muon(theirs, lr=0.1, **options)
     for step in range(steps):
         for index, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            # A parameter without a gradient is left alone, as the last one is in the first step.
+            # A parameter without a gradient is not changed, like the last one in the first step.
             if step or index < len(SHAPES) - 1:
                 mine.grad = torch.randn(mine.shape, generator=generator)
                 other.grad = mine.grad.clone()
@@ -42,14 +42,14 @@ def step_both(options: dict, steps: int = 4) -> tuple[list[nn.Parameter], list[n
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_muon_does_torchs_update_in_float32(options, monkeypatch):
+def test_muon_computes_torchs_update_in_float32(options, monkeypatch):
     monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: False)
-    # torch's own code, made to stay in float32; a copy, as the conversion to bfloat16 is.
+    # torch's own code, kept in float32; a clone, since the conversion to bfloat16 copies, too.
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
     ours, theirs, start = step_both(options)
     for mine, other, before in zip(ours, theirs, start, strict=True):
         assert (other - before).abs().max() > 0.05
-        # Same arithmetic in another order: 1e-7 a rounding, of which five iterations make at most some hundreds.
+        # Same operations in another order: 1e-7 per rounding, at most a few hundred of them in five iterations.
         torch.testing.assert_close(mine, other, rtol=0, atol=2e-5)
 
 
@@ -90,23 +90,23 @@ def test_orthogonalize_keeps_directions_and_evens_out_singular_values(shape):
     smaller = min(shape[1:])
     left = torch.linalg.qr(torch.randn(shape[0], shape[1], smaller, dtype=torch.float64))[0]
     right = torch.linalg.qr(torch.randn(shape[0], shape[2], smaller, dtype=torch.float64))[0]
-    values = torch.logspace(-1.5, 0.5, smaller, dtype=torch.float64)  # a hundredfold range
+    values = torch.logspace(-1.5, 0.5, smaller, dtype=torch.float64)  # a range of 1 to 100
     matrices = left * values @ right.mT
     # In the directions of the singular vectors the result is diagonal, up to float64 rounding.
     found = left.mT @ orthogonalize(matrices, COEFFICIENTS, 5, 1e-7) @ right
     diagonal = found.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(found, torch.diag_embed(diagonal), rtol=0, atol=1e-10)
-    # Jordan et al. tuned the coefficients so that values end between about 0.7 and 1.2.
+    # Jordan et al. tuned the coefficients so that values end up between about 0.7 and 1.2.
     assert diagonal.min() > 0.65
     assert diagonal.max() < 1.25
 
 
-def test_orthogonalize_of_nothing_is_nothing():
+def test_orthogonalizing_zeros_gives_zeros():
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 4), COEFFICIENTS, 5, 1e-7), torch.zeros(1, 4, 4))
 
 
 def names_by_optimizer(model: nn.Module, optimizer: MuonWithAdamW) -> tuple[list[str], dict[str, float]]:
-    """Names of Muon's parameters, and of AdamW's with their weight decay; every one as often as it occurs."""
+    """Names of Muon's parameters, and of AdamW's with their weight decay, including duplicates."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     muon = [names[id(p)] for group in optimizer.muon.param_groups for p in group["params"]]
     adamw = [(names[id(p)], group["weight_decay"]) for group in optimizer.adamw.param_groups for p in group["params"]]
@@ -119,7 +119,7 @@ def names_by_optimizer(model: nn.Module, optimizer: MuonWithAdamW) -> tuple[list
 @pytest.mark.parametrize(
     "fields", [{}, {"tie_word_embeddings": False}, {"qkv_bias": False}], ids=["tied", "untied", "no qkv bias"]
 )
-def test_each_parameter_goes_to_its_optimizer_once(fields, make_model, make_trainer):
+def test_each_parameter_is_in_the_right_optimizer_once(fields, make_model, make_trainer):
     model = make_model(**fields)
     optimizer = make_trainer(model, muon_learning_rate=0.02, weight_decay=0.1).create_optimizer()
     muon, adamw = names_by_optimizer(model, getattr(optimizer, "optimizer", optimizer))
@@ -180,8 +180,8 @@ def train_steps(model: nn.Module, optimizer: MuonWithAdamW, steps: range):
         optimizer.zero_grad()
 
 
-def test_all_that_is_trained_may_be_matrices(make_model):
-    """As the updates of an adapter are: nothing is left for AdamW then."""
+def test_all_trained_parameters_may_be_matrices(make_model):
+    """As with an adapter: then no parameters are left for AdamW."""
     model = make_model().requires_grad_(False)
     (name, *_) = [name for name, _ in model.named_parameters() if name.endswith("up_proj.weight")]
     before = model.get_parameter(name).requires_grad_(True).detach().clone()
@@ -191,13 +191,13 @@ def test_all_that_is_trained_may_be_matrices(make_model):
     assert not torch.equal(model.get_parameter(name), before)
 
 
-def test_state_dict_goes_on_bit_for_bit(make_model):
+def test_resuming_from_a_state_dict_is_bit_identical(make_model):
     straight, stopped = make_model(), make_model()
     train_steps(straight, build_optimizer(straight), range(6))
     optimizer = build_optimizer(stopped)
     train_steps(stopped, optimizer, range(3))
     state = optimizer.state_dict()
-    # The form of every optimizer of torch, which FSDP and distributed checkpoints count on.
+    # The standard format of torch optimizers, which FSDP and distributed checkpoints rely on.
     assert state.keys() == {"state", "param_groups"}
     indices = [index for group in state["param_groups"] for index in group["params"]]
     assert sorted(indices) == sorted(state["state"]) == list(range(len(list(stopped.parameters()))))
@@ -211,7 +211,7 @@ def test_state_dict_goes_on_bit_for_bit(make_model):
     train_steps(resumed, optimizer, range(3, 6))
     for name, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
-    # The groups that a schedule writes to are those the two optimizers read, also after loading.
+    # The groups that a scheduler writes to are those the two optimizers read, also after loading.
     for group in optimizer.param_groups:
         group["lr"] = group["weight_decay"] = 0.0
     train_steps(resumed, optimizer, range(6, 7))
@@ -220,7 +220,7 @@ def test_state_dict_goes_on_bit_for_bit(make_model):
 
 
 class RatesSeen(TrainerCallback):
-    """The learning rates with which each step was taken, read from the two optimizers themselves."""
+    """Records the learning rates of each step, read from the two optimizers."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.rates = {}
@@ -245,10 +245,10 @@ def test_trainer_resumes_muon_and_schedules_both(make_model, make_blocks, make_t
     seen = RatesSeen()
     full = make_trainer(make_model(), make_blocks(200), callbacks=[seen], **options)
     full.train()
-    # Linear from the full rate to zero, exact in floating point up to its rounding.
+    # Linear from the full rate to zero, up to floating-point rounding.
     for step in range(6):
         assert seen.rates[step] == pytest.approx((0.06 * (6 - step) / 6, 0.006 * (6 - step) / 6), rel=1e-12)
-    # Another start would show if the checkpoint were not what is gone on with.
+    # Different initial weights would show if training did not continue from the checkpoint.
     resumed = make_trainer(make_model(initializer_range=0.1), make_blocks(200), callbacks=[seen], **options)
     resumed.train(resume_from_checkpoint=f"{full.args.output_dir}/checkpoint-3")
     assert seen.rates.keys() == {3, 4, 5}

@@ -1,4 +1,4 @@
-"""What Trainer computes is what it says: losses against a direct mean, checkpoints against what was trained."""
+"""Trainer reports what it computes: losses compared with a direct mean, checkpoints with the trained model."""
 
 import json
 import math
@@ -19,12 +19,12 @@ from hfgpt.training.checkpoints import find_last_checkpoint
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
-# Float32 sums over a few hundred tokens in another order.
+# Float32 sums over a few hundred tokens, in another order.
 ROUNDING = {"rel": 2e-6}
 
 
 def token_losses(model: nn.Module, rows: list[dict[str, torch.Tensor]], smoothing: float = 0.0) -> torch.Tensor:
-    """The loss of every target of some rows, one after the other: cross-entropy with the smoothed distribution."""
+    """The loss of every target of the rows, concatenated: cross-entropy with the smoothed distribution."""
     losses = []
     with torch.no_grad():
         for row in rows:
@@ -43,7 +43,7 @@ def logged(trainer, name: str) -> list[float]:
 
 
 def collate_plain_labels(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows as any other collator makes them: labels that the model, or Trainer, has to shift."""
+    """Batches as other collators make them: with labels that the model or Trainer has to shift."""
     return default_data_collator([{key: row[key] for key in row if key != "shift_labels"} for row in rows])
 
 
@@ -91,14 +91,14 @@ def test_plain_labels_are_shifted(smoothing, make_model, make_blocks, make_train
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_accumulation_does_not_change_the_update(smoothing, make_model, make_blocks, make_trainer):
-    # Documents of eleven tokens: rows count 14 or 15 targets each, so means of means would differ.
+    # Documents of eleven tokens: rows have 14 or 15 targets each, so a mean of means would differ.
     blocks = make_blocks(300, document_length=11, document_boundaries=True)
     updated = []
     for batch_size in (8, 4, 1):
         trainer = make_trainer(
             make_model(),
             blocks,
-            # A plain step shows the size of the gradient, which AdamW and clipping would hide.
+            # An SGD step shows the size of the gradient, which AdamW and clipping would hide.
             optim="sgd",
             learning_rate=0.5,
             max_grad_norm=0.0,
@@ -111,15 +111,15 @@ def test_accumulation_does_not_change_the_update(smoothing, make_model, make_blo
         updated.append(trainer.model.state_dict())
     start = make_model().state_dict()
     for name, tensor in updated[0].items():
-        if "k_proj.bias" not in name:  # moves every score of a query alike: no gradient
+        if "k_proj.bias" not in name:  # shifts all scores of a query equally: no gradient
             assert (tensor - start[name]).abs().max() > 1e-3
         for other in updated[1:]:
-            # Gradients of order one, summed in another order and multiplied by 0.5, twice.
+            # Gradients of order one, summed in another order and multiplied by 0.5 twice.
             torch.testing.assert_close(other[name], tensor, rtol=1e-5, atol=5e-6)
 
 
-def test_evaluation_weighs_tokens(make_model, make_blocks, make_trainer):
-    # The last block is moved back and predicts 3 tokens where the others predict 16.
+def test_evaluation_averages_over_tokens(make_model, make_blocks, make_trainer):
+    # The last block is moved back and predicts 3 tokens, the others 16.
     model, blocks = make_model(embd_pdrop=0.5), make_blocks(4 * 16 + 1 + 3, keep_tail=True)
     losses = token_losses(model.eval(), list(blocks))
     assert len(losses) == 4 * 16 + 3
@@ -132,12 +132,12 @@ def test_evaluation_weighs_tokens(make_model, make_blocks, make_trainer):
     assert metrics["eval_tokens"] == len(losses)
     assert metrics["eval_runtime"] > 0
     assert trainer.state.log_history[-1]["eval_loss"] == metrics["eval_loss"]
-    # Trainer's own mean of means would have been seen.
+    # Trainer's own mean of means would be detected.
     of_means = Trainer.evaluate(trainer)["eval_loss"]
     assert abs(of_means - metrics["eval_loss"]) > 1e-3
 
 
-def test_saved_model_is_the_trained_one(make_model, make_blocks, make_trainer, tmp_path):
+def test_the_saved_model_is_the_trained_one(make_model, make_blocks, make_trainer, tmp_path):
     blocks = make_blocks(100, keep_tail=True)
     options = {"per_device_train_batch_size": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 3}
     trainer = make_trainer(make_model(resid_pdrop=0.2), blocks, eval_dataset=blocks, **options)
@@ -147,14 +147,14 @@ def test_saved_model_is_the_trained_one(make_model, make_blocks, make_trainer, t
     for folder in (tmp_path / "saved", Path(trainer.args.output_dir) / "checkpoint-3"):
         fresh = HfGPTForCausalLM.from_pretrained(folder)
         again = make_trainer(fresh, eval_dataset=blocks).evaluate()
-        # The same float32 weights through the same code: the very same number.
+        # The same float32 weights and code: exactly the same number.
         assert again["eval_loss"] == evaluated["eval_loss"]
-        # Trainer trains with use_cache off and would save it so.
+        # Trainer disables use_cache during training and would save it disabled.
         assert json.loads((folder / "config.json").read_text())["use_cache"] is True
     assert trainer.model.config.use_cache is False
 
 
-def test_operations_are_tokens_times_operations_per_token(make_model, make_blocks, make_trainer):
+def test_flops_are_tokens_times_flops_per_token(make_model, make_blocks, make_trainer):
     trainer = make_trainer(
         make_model(), make_blocks(200), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2
     )
@@ -163,7 +163,7 @@ def test_operations_are_tokens_times_operations_per_token(make_model, make_block
 
 
 class SetWeights(TrainerCallback):
-    """Fills a weight before a step, as a diverging run would."""
+    """Sets a weight before a step to a value as in a diverging run."""
 
     def __init__(self, step: int, value: float):
         self.step, self.value = step, value
@@ -194,24 +194,24 @@ def test_non_finite_loss_ends_the_run(value, saves, make_model, make_blocks, mak
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_are_not_finite_are_no_checkpoint(make_model, make_blocks, make_trainer):
-    class SpoilGradient(TrainerCallback):
-        """The loss of the step is finite, the weights after it are not, and nothing is logged before the save."""
+def test_non_finite_weights_are_not_saved_as_a_checkpoint(make_model, make_blocks, make_trainer):
+    class OverflowGradient(TrainerCallback):
+        """The loss of the step is finite, but not the weights after it, and nothing is logged before saving."""
 
         def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
             if state.global_step + 1 == 4:
                 model.model.norm.weight.grad.fill_(math.inf)
 
     options = {"per_device_train_batch_size": 2, "logging_steps": 100, "save_strategy": "steps", "save_steps": 2}
-    trainer = make_trainer(make_model(), make_blocks(300), callbacks=[SpoilGradient()], max_steps=6, **options)
+    trainer = make_trainer(make_model(), make_blocks(300), callbacks=[OverflowGradient()], max_steps=6, **options)
     last = Path(trainer.args.output_dir) / "checkpoint-2"
     with pytest.raises(InputError, match=re.escape(str(last))):
         trainer.train()
     assert find_last_checkpoint(trainer.args.output_dir) == last
 
 
-def test_non_finite_values_are_seen_when_logged(make_model, make_blocks, make_trainer):
-    # What happens on an accelerator, where the loss of each step is not read.
+def test_non_finite_values_are_detected_when_logged(make_model, make_blocks, make_trainer):
+    # As on an accelerator, where the loss of each step is not read.
     trainer = make_trainer(make_model(), make_blocks(100))
     trainer.state.global_step = 5
     trainer.log({"loss": 1.0, "grad_norm": 2.0})
@@ -222,16 +222,16 @@ def test_non_finite_values_are_seen_when_logged(make_model, make_blocks, make_tr
 
 
 def overflow_at(trainer, steps: set[int]):
-    """Scales the loss as on an accelerator in float16, and lets the gradients of some steps overflow."""
+    """Scales the loss as with float16 on an accelerator, and makes the gradients of some steps overflow."""
 
-    def spoil(gradient):
+    def overflow(gradient):
         return gradient * math.inf if trainer.state.global_step + 1 in steps else gradient
 
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    trainer.model.model.norm.weight.register_hook(spoil)
+    trainer.model.model.norm.weight.register_hook(overflow)
 
 
-def test_a_step_that_the_gradient_scaler_skips_is_legal(make_model, make_blocks, make_trainer):
+def test_a_step_skipped_by_the_gradient_scaler_is_allowed(make_model, make_blocks, make_trainer):
     trainer = make_trainer(make_model(), make_blocks(300), max_steps=4, per_device_train_batch_size=2)
     overflow_at(trainer, {2, 3})
     trainer.train()
@@ -242,21 +242,21 @@ def test_a_step_that_the_gradient_scaler_skips_is_legal(make_model, make_blocks,
     json.dumps(trainer.state.log_history, allow_nan=False)
 
 
-def test_steps_skipped_until_the_loss_is_no_longer_scaled_up_end_the_run(make_model, make_blocks, make_trainer):
+def test_skipping_steps_until_the_loss_scale_is_too_small_ends_the_run(make_model, make_blocks, make_trainer):
     trainer = make_trainer(make_model(), make_blocks(300), max_steps=6, per_device_train_batch_size=2)
     overflow_at(trainer, {2, 3, 4, 5})
     with pytest.raises(InputError, match=r"^the gradient norm is (inf|nan) between steps 4 and 4\b"):
         trainer.train()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_whatever_the_gradient_scaler_skips(make_model, make_trainer):
+def test_a_non_finite_loss_ends_the_run_even_with_a_gradient_scaler(make_model, make_trainer):
     trainer = make_trainer(make_model())
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(InputError, match=r"^the loss is nan"):
         trainer.log({"loss": math.nan, "grad_norm": math.nan})
 
 
-def test_a_learning_rate_far_too_high_ends_the_run(make_model, make_blocks, make_trainer):
+def test_a_much_too_high_learning_rate_ends_the_run(make_model, make_blocks, make_trainer):
     trainer = make_trainer(
         make_model(), make_blocks(300), learning_rate=1e30, max_steps=9, per_device_train_batch_size=2
     )
@@ -301,7 +301,9 @@ def test_decay_all_parameters(muon, make_model, make_trainer):
 
 
 @pytest.mark.parametrize("cause", ["weights", "optimizer", "Ctrl-C"])
-def test_failed_checkpoint_leaves_no_part(cause, make_model, make_blocks, make_trainer, monkeypatch, tmp_path):
+def test_a_failed_checkpoint_leaves_no_partial_files(
+    cause, make_model, make_blocks, make_trainer, monkeypatch, tmp_path
+):
     if cause == "optimizer" and not Path("/dev/full").exists():
         pytest.skip("only Linux has a device that is always full")
     options = {"max_steps": 6, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 2}
@@ -318,7 +320,7 @@ def test_failed_checkpoint_leaves_no_part(cause, make_model, make_blocks, make_t
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         if cause == "Ctrl-C":
             raise KeyboardInterrupt
-        # Through a link, so that whatever happens to the file does not happen to the device.
+        # Through a link, so that removing the file does not affect the device.
         (tmp_path / "full").symlink_to("/dev/full")
         return write(content, tmp_path / "full", *args, **kwargs)
 
@@ -332,7 +334,7 @@ def test_failed_checkpoint_leaves_no_part(cause, make_model, make_blocks, make_t
     assert find_last_checkpoint(output_dir) == output_dir / "checkpoint-2"
 
 
-def test_a_full_disk_at_the_first_checkpoint_has_no_other_to_resume_from(
+def test_a_full_disk_at_the_first_checkpoint_leaves_nothing_to_resume_from(
     make_model, make_blocks, make_trainer, monkeypatch
 ):
     def fail(*args, **kwargs):
@@ -354,7 +356,7 @@ def test_a_full_disk_at_the_first_checkpoint_has_no_other_to_resume_from(
         ("tensorbord", "training.report_to is 'tensorbord'; it must be one of azure_ml, comet_ml, "),
     ],
 )
-def test_a_tool_to_report_to_that_is_not_installed(report_to, message, monkeypatch, tmp_path):
+def test_an_experiment_tracker_that_is_not_installed(report_to, message, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=re.escape(message)):
         HfGPTTrainingArguments(output_dir=str(tmp_path), report_to=report_to)

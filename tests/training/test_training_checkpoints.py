@@ -1,4 +1,4 @@
-"""Checkpoints: complete ones only, none that is damaged, and never one newer than the run."""
+"""Checkpoints: only complete and undamaged ones are used, and never one newer than the run."""
 
 import io
 import itertools
@@ -28,7 +28,7 @@ SAVING = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "st
 
 @pytest.fixture
 def output_dir(tmp_path):
-    """The checkpoints 9 and 10 are complete, 11 is not."""
+    """Checkpoints 9 and 10 are complete, 11 is not."""
     for step in (9, 10, 11):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -37,7 +37,7 @@ def output_dir(tmp_path):
         if step < 11:
             write_checksums(folder)
         else:
-            (folder / CHECKSUMS_FILE).touch()  # as it is while a checkpoint is saved
+            (folder / CHECKSUMS_FILE).touch()  # as while a checkpoint is being saved
     for name in ("checkpoint-best", "other-12"):
         (tmp_path / name).mkdir()
         (tmp_path / name / CHECKSUMS_FILE).touch()
@@ -49,13 +49,13 @@ def choose(output_dir):
     return choose_checkpoint(output_dir, console), console.file.getvalue()
 
 
-def test_checksums_are_those_of_sha256sum(output_dir):
+def test_checksums_match_sha256sum(output_dir):
     folder = output_dir / "checkpoint-9"
     assert set(read_checksums(folder)) == {"model.safetensors", *STATE}
     subprocess.run(["sha256sum", "--check", "--strict", "--quiet", CHECKSUMS_FILE], cwd=folder, check=True)
 
 
-def test_the_newest_complete_checkpoint_is_taken(output_dir):
+def test_the_newest_complete_checkpoint_is_used(output_dir):
     assert find_last_checkpoint(str(output_dir)) == output_dir / "checkpoint-10"
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-9", "checkpoint-10", "checkpoint-11"]
     chosen, shown = choose(output_dir)
@@ -65,7 +65,7 @@ def test_the_newest_complete_checkpoint_is_taken(output_dir):
     assert choose(output_dir / "missing") == (None, "")
 
 
-def test_a_checkpoint_without_checksums_is_neither_used_nor_taken_for_incomplete(output_dir):
+def test_a_checkpoint_without_checksums_is_neither_used_nor_treated_as_incomplete(output_dir):
     (output_dir / "checkpoint-11" / CHECKSUMS_FILE).unlink()
     with pytest.raises(InputError, match=r"checkpoint-11' has no SHA256SUMS .saved by an earlier version, or copied"):
         choose(output_dir)
@@ -74,7 +74,7 @@ def test_a_checkpoint_without_checksums_is_neither_used_nor_taken_for_incomplete
 
 @pytest.mark.parametrize("name", ["model.safetensors", *STATE])
 @pytest.mark.parametrize("damage", ["missing", "a flipped bit", "truncated"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(name, damage, output_dir):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(name, damage, output_dir):
     file = output_dir / "checkpoint-10" / name
     content = bytearray(file.read_bytes())
     content[3] ^= 1
@@ -97,14 +97,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(output_dir):
 
 
 @pytest.mark.parametrize("state", STATE)
-def test_a_checkpoint_saved_without_state_is_not_resumed_from(state, output_dir):
+def test_a_checkpoint_without_training_state_is_not_used(state, output_dir):
     (output_dir / "checkpoint-10" / state).unlink()
     write_checksums(output_dir / "checkpoint-10")
     assert choose(output_dir)[0] == output_dir / "checkpoint-9"
 
 
-def test_checkpoints_are_kept_by_step_whatever_the_clock_says(make_model, make_blocks, make_trainer, monkeypatch):
-    """After a clock set back, each new checkpoint looks like the oldest."""
+def test_checkpoints_are_kept_by_step_not_by_modification_time(make_model, make_blocks, make_trainer, monkeypatch):
+    """After the clock was set back, each new checkpoint looks like the oldest."""
     write, times = torch.save, iter(range(2_000_000_000, 0, -1_000_000))
 
     def write_earlier(content, path, *args, **kwargs):
@@ -120,7 +120,7 @@ def test_checkpoints_are_kept_by_step_whatever_the_clock_says(make_model, make_b
     assert trainer.args.save_total_limit == 2
 
 
-def test_as_many_checkpoints_are_kept_as_by_trainer(tmp_path):
+def test_the_same_checkpoints_are_kept_as_by_trainer(tmp_path):
     steps = (3, 9, 12, 101)
     for number, (limit, best) in enumerate(itertools.product((None, 1, 2, 3, 4, 5), (None, *steps, 6))):
         ours, theirs = tmp_path / f"ours{number}", tmp_path / f"theirs{number}"
@@ -132,15 +132,15 @@ def test_as_many_checkpoints_are_kept_as_by_trainer(tmp_path):
         assert not list(ours.glob(".*"))
 
 
-def test_of_a_finished_run_with_a_limit_of_1_the_best_checkpoint_is_kept(output_dir):
+def test_a_finished_run_with_a_limit_of_1_keeps_the_best_checkpoint(output_dir):
     remove_old_checkpoints(output_dir, 1, "elsewhere/checkpoint-9", keep_newest=False)
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-9"]
 
 
-def test_a_removal_that_was_killed_leaves_no_damaged_checkpoint(output_dir, monkeypatch):
+def test_a_killed_removal_leaves_no_damaged_checkpoint(output_dir, monkeypatch):
     write_checksums(output_dir / "checkpoint-11")
     with monkeypatch.context() as patch:
-        # Killed once the checksums are gone: what is left looks like a checkpoint of an earlier version.
+        # Killed after removing the checksums: the rest looks like a checkpoint of an earlier version.
         patch.setattr(shutil, "rmtree", lambda path, **options: (path / CHECKSUMS_FILE).unlink())
         remove_later_checkpoints(output_dir, 10)
         remove_old_checkpoints(output_dir, 1, None)
@@ -159,8 +159,8 @@ def keep_time(write):
 
 
 @pytest.mark.parametrize("name", [*STATE, "model.safetensors"])
-def test_a_hostile_checkpoint_is_one_line(name, make_model, make_blocks, make_trainer, tmp_path):
-    """Its checksums are right: whoever made it wrote those, too."""
+def test_a_malicious_checkpoint_is_a_one_line_error(name, make_model, make_blocks, make_trainer, tmp_path):
+    """Its checksums are valid: the attacker wrote them, too."""
     trainer = make_trainer(make_model(), make_blocks(200), **SAVING)
     trainer.train()
     folder, planted = list_checkpoints(trainer.args.output_dir)[-2], tmp_path / "planted"
@@ -181,7 +181,7 @@ def test_a_hostile_checkpoint_is_one_line(name, make_model, make_blocks, make_tr
 
 
 class Hostile:
-    """What a pickle would run."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
