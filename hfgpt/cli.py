@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hfgpt.errors import InputError, Interrupted, make_visible
+from hfgpt.errors import STOP_SIGNALS, InputError, Interrupted, make_visible
 from hfgpt.saving import check_model_path
 
 app = typer.Typer(
@@ -400,7 +400,8 @@ def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops, and cleans up, as Ctrl-C does
+    for number in {*STOP_SIGNALS} - {signal.SIGINT}:
+        signal.signal(number, signal.default_int_handler)  # stops, and cleans up, as Ctrl-C does
     try:
         "".join(sys.argv).encode()  # invalid UTF-8 arrives as lone surrogates, which tokenizers reject
         # click by default breaks the lines of help at 50 to 80 columns, whatever the width of the terminal.
@@ -475,7 +476,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _stop(message: str) -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # if exiting takes long, a second signal ends it immediately
     print(f"hfgpt: {make_visible(message)}", file=sys.stderr)
     sys.exit(130)  # the status that shells report after Ctrl-C

@@ -1,6 +1,7 @@
 """Exceptions that the command line reports in one line, and escaping of text for terminals."""
 
 import re
+import signal
 
 # Characters that move the cursor, change colors or reorder text: C0 except tab and line feed, DEL, C1, and Unicode's
 # bidirectional embeddings, overrides and isolates.
@@ -21,4 +22,8 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C stopped a run after saving a checkpoint or the weights; the message tells how to resume."""
+    """A signal stopped a run after saving a checkpoint or the weights; the message tells how to resume."""
+
+
+# Ctrl-C; what schedulers send when a job's time is over; and what they send some time before (SLURM's --signal).
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

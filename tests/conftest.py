@@ -25,7 +25,9 @@ def hub():
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """The command line sets handlers for the rest of its process, which here is the pytest process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    from hfgpt.errors import STOP_SIGNALS
+
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

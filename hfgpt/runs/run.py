@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
+from torch import distributed
 from transformers import PreTrainedModel, TrainerCallback
 
 from hfgpt.errors import InputError, Interrupted
@@ -57,7 +58,7 @@ def run(
     """
     is_main = recipe.training.process_index == 0
     console = console or stderr_console(quiet=not is_main)
-    with hold_folder(Path(recipe.training.output_dir), is_main):
+    with hold_folder(Path(recipe.training.output_dir), is_main), explained_disconnection():
         return _run_steps(recipe, resume, console, callbacks)
 
 
@@ -124,6 +125,21 @@ def build_trainer(recipe: Recipe, model: PreTrainedModel, data: Data) -> HfGPTTr
         processing_class=data.tokenizer,
         **TASKS[recipe.task].trainer_arguments(recipe, data),
     )
+
+
+@contextlib.contextmanager
+def explained_disconnection():
+    """Reports in one line that another process of the run has died, instead of the errors of gloo and NCCL."""
+    try:
+        yield
+    except RuntimeError as error:
+        # PyTorch raises a plain RuntimeError with gloo's message, and its own classes for NCCL and the rendezvous.
+        if not isinstance(error, distributed.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise InputError(
+            "the connection to another process of this run was lost: see the messages of the other processes, and "
+            "rerun the command with --resume"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from rich.table import Column
 from torch import distributed
 from transformers import TrainerCallback
 
-from hfgpt.errors import InputError
+from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.output import drawable
 from hfgpt.records import LOG_FILE
 from hfgpt.saving import write_text
@@ -99,13 +99,11 @@ class LogCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """On the first SIGINT (Ctrl-C) or SIGTERM, saves a checkpoint and stops; a second signal stops immediately.
+    """On the first of `STOP_SIGNALS`, saves a checkpoint and stops; a second signal stops immediately.
 
     All processes of a run stop after the same step, whichever of them was interrupted. Use as a context manager around
     `Trainer.train` in every process; `interrupted` tells afterwards whether the run was stopped.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, console: Console):
         self.console = console
@@ -116,7 +114,7 @@ class InterruptCallback(TrainerCallback):
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
-            self.previous = {number: signal.signal(number, self._interrupt) for number in self.SIGNALS}
+            self.previous = {number: signal.signal(number, self._interrupt) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception):

@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput, has_length
 from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.blocks import IGNORED
-from hfgpt.errors import InputError
+from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.models import fact_of, find_device, quiet_bars, save_labels
 from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_checksums, write_checksums
@@ -559,7 +559,7 @@ def _check_reporters(report_to: str | list[str] | None):
 
 def _start_worker(start: Callable[[int], None] | None, index: int):
     """Ignores signals in a worker; the main process stops its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if start is not None:
         start(index)

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerControl, TrainerState
 
-from hfgpt.errors import InputError
+from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.output import PlainConsole, stderr_console
 from hfgpt.training.callbacks import (
     LOG_FILE,
@@ -185,7 +185,7 @@ def test_progress_is_complete_on_a_terminal_of_any_width(width, clock):
         assert part in lines
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_interrupt_saves_and_stops_the_second_stops_at_once(number):
     before = signal.getsignal(number)
     console = text_console()
