@@ -102,7 +102,7 @@ def test_a_card_that_the_hub_rejects_creates_no_repository(hub, folder, skip_pau
         (404, "check the name and the login"),
         (409, "'me/model' was changed during the upload"),
         (500, "the Hub returned an error .*publish again later"),
-        ("cut", "cannot reach the Hub .*files that have arrived are not uploaded again"),
+        ("cut", "cannot reach the Hub .*files already uploaded are not sent again"),
     ],
 )
 def test_a_permanent_fault_is_a_one_line_error(hub, folder, skip_pauses, act, match):
