@@ -37,7 +37,8 @@ def register_loading():
     for theirs, ours in MODULES.items():
         # transformers adds the base model prefix to these names where needed.
         theirs, *ours = [name.removeprefix("model.").split("*.")[-1] for name in (theirs, *ours)]
-        for parameter in ("weight", "bias") if theirs != ours[0] else ():
+        parameters = ("weight",) if theirs in ("wte", "wpe") else ("weight", "bias")  # embeddings have no bias
+        for parameter in parameters if theirs != ours[0] else ():
             targets = [f"{name}.{parameter}" for name in ours]
             operations = [Transpose(0, 1)] if parameter == "weight" and ".c_" in theirs else []
             operations += [Chunk(0)] if len(ours) > 1 else []

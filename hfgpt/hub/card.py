@@ -1,7 +1,7 @@
 """The model card: typed data from a model's folder, rendered by the template `model_cards/card.md.jinja`.
 
-Every number on the card is from metrics.json, run.json, data_report.json or recipe.yaml in the folder; what was not
-measured is left out.
+Every number on the card is from metrics.json, run.json, data_report.json or recipe.yaml in the folder (memory in MiB
+instead of bytes); what was not measured is left out.
 
 Sources: Mitchell et al., "Model Cards for Model Reporting" (2019); huggingface_hub's `ModelCardData` for the metadata.
 """

@@ -70,6 +70,7 @@ def test_every_number_of_a_card_was_measured(folder):
     records = read_records(folder)
     known = values_of([records.run.to_dict(), records.metrics, records.data.to_dict(), records.recipe])
     figures = [value for value in known if isinstance(value, int | float) and not isinstance(value, bool)]
+    figures.append(records.run.actual["peak_memory_bytes"] / 2**20)  # the card shows MiB
     texts = " ".join(value for value in known if isinstance(value, str))
     texts = numbers_of(re.sub(r"(?<=\d)[-:+T](?=\d)", " ", texts))  # split dates and times into their numbers
 
