@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -109,7 +110,8 @@ def train_and_kill(task: str, folder: str, choices: list[int], seconds: float, d
 def read(folder: str, exact: bool) -> tuple[str, list]:
     """The hash of the weights, and the log without times; losses rounded unless `exact`."""
     entries = [json.loads(line) for line in (Path(folder) / "training_log.jsonl").read_text().splitlines()]
-    kept = [{name: value for name, value in entry.items() if "runtime" not in name} for entry in entries]
+    timed = re.compile("train_|.*_runtime")  # transformers' train_loss is that of the last try
+    kept = [{name: value for name, value in entry.items() if not timed.match(name)} for entry in entries]
     if not exact:
         kept = [{name: float(f"{value:.4g}") for name, value in entry.items()} for entry in kept]
     return hash_file(Path(folder) / "model.safetensors"), kept
@@ -143,9 +145,8 @@ def main():
         tries = train_and_kill(task, folder, arguments.processes, seconds, draws)
         same = read(folder, exact) == wanted
         equal += same
-        print(
-            f"{number + 1} {task}: killed {len(tries) - 1} times, processes {tries}: {'equal' if same else 'DIFFERS'}"
-        )
+        outcome = "equal" if same else "DIFFERENT"
+        print(f"{number + 1} {task}: killed {len(tries) - 1} times, processes {tries}: {outcome}", flush=True)
         if same:
             shutil.rmtree(folder)
     print(f"{equal} of {arguments.runs} runs are equal to those that were not killed")

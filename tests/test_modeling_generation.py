@@ -221,18 +221,15 @@ def test_generation_ends_exactly_at_the_context(use_cache, model):
     ids = make_ids(2, 30)
     assert generate(model, ids, 2, use_cache=use_cache).shape == (2, 32)
     for new_tokens in (3, 1000):
-        with pytest.raises(
-            ValueError, match=rf"prompt length 30 plus max_new_tokens {new_tokens}.*context length 32.*at most 2\b"
-        ):
+        match = rf"length 30 plus max_new_tokens {new_tokens}.*context length 32.*at most 2\b"
+        with pytest.raises(ValueError, match=match):
             generate(model, ids, new_tokens, use_cache=use_cache)
     with pytest.raises(ValueError, match=r"prompt length 30 plus max_new_tokens 10.*context length 32"):
         model.generate(ids, max_length=40)
     full = make_ids(2, 32)
     with pytest.raises(ValueError, match=r"prompt length 32 plus max_new_tokens 1.*context length 32.*at most 0\b"):
         generate(model, full, 1)
-    with pytest.raises(
-        ValueError, match=r"prompt length 40 plus max_new_tokens 5.*context length 32.*at most 0\b.*shorten"
-    ):
+    with pytest.raises(ValueError, match=r"length 40 plus max_new_tokens 5.*context length 32.*at most 0\b.*shorten"):
         generate(model, make_ids(2, 40), 5)
 
 
