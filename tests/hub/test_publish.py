@@ -745,13 +745,7 @@ def test_one_row_may_differ_when_measured_on_another_machine(
 
 
 def test_only_the_held_out_rows_are_measured(hub, run, tmp_path, skip_load_check):
-<<<<<<< HEAD
-    with pytest.raises(
-        InputError, match=r"--data\.validation_fraction would evaluate rows that the run did not hold out"
-    ):
-=======
     with pytest.raises(InputError, match=r"--data\.validation_fraction would evaluate rows that the run did not hold"):
->>>>>>> rebuild
         send(run / "checkpoint-2", "me/model", "--data.validation_fraction", "0.9")
 
 

@@ -350,7 +350,12 @@ def test_the_best_model_is_also_saved_by_a_run_stopped_after_its_last_step(train
         raise KeyboardInterrupt
 
     overrides = ["training.load_best_model_at_end=true", "training.eval_steps=2", "training.save_steps=2"]
-    overrides += ["training.learning_rate=3", "training.max_steps=6"]  # the first checkpoint is the best
+    # The first checkpoint is the best.
+    overrides += [
+        "training.metric_for_best_model=eval_loss",
+        "training.greater_is_better=true",
+        "training.max_steps=6",
+    ]
     uninterrupted = train(tmp_path / "whole", *overrides)
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_run", interrupt)
