@@ -471,12 +471,18 @@ def _explain_usage(error: UsageError) -> str:
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"hfgpt: {make_visible(' '.join(message.splitlines()))}", file=sys.stderr)
+    _report(" ".join(message.splitlines()))
     sys.exit(2)
 
 
 def _stop(message: str) -> NoReturn:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # if exiting takes long, a second signal ends it immediately
-    print(f"hfgpt: {make_visible(message)}", file=sys.stderr)
+    _report(message)
     sys.exit(130)  # the status that shells report after Ctrl-C
+
+
+def _report(message: str):
+    """Prints a message to stderr, with the rank of this process if there are several."""
+    process = f"process {os.environ.get('RANK')}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"hfgpt: {process}{make_visible(message)}", file=sys.stderr)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import datasets
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -145,6 +146,10 @@ class HfGPTTrainingArguments(TrainingArguments):
             )
         _check_reporters(self.report_to)
         device = torch.device("cpu") if self.use_cpu else find_device()
+        if device.type == "cpu" and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+            raise InputError(
+                "training.fsdp has no effect on a CPU, where each process holds the whole model: unset it"
+            )
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_native_bf16(device)
         if self.dataloader_pin_memory is None:

@@ -114,6 +114,14 @@ def test_a_global_batch_is_divided_into_batches():
     assert (pair.rows_per_step, pair.gradient_accumulation_steps) == (24, 3)
 
 
+def test_fsdp_on_a_cpu_is_refused(monkeypatch):
+    with pytest.raises(InputError, match=r"training\.fsdp has no effect on a CPU"):
+        arguments(fsdp="full_shard")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"training\.fsdp has no effect on a CPU"):
+        arguments()
+
+
 def test_a_global_batch_and_accumulation_are_refused_together():
     with pytest.raises(InputError, match="gradient_accumulation_steps is 2, but follows from"):
         arguments(global_batch_size=8, gradient_accumulation_steps=2)
