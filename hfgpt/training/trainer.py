@@ -147,9 +147,7 @@ class HfGPTTrainingArguments(TrainingArguments):
         _check_reporters(self.report_to)
         device = torch.device("cpu") if self.use_cpu else find_device()
         if device.type == "cpu" and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
-            raise InputError(
-                "training.fsdp has no effect on a CPU, where each process holds the whole model: unset it"
-            )
+            raise InputError("training.fsdp has no effect on a CPU, where each process has the whole model: unset it")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_native_bf16(device)
         if self.dataloader_pin_memory is None:
