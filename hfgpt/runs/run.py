@@ -1,6 +1,7 @@
 """A run: from a recipe to a folder with a model, in seven steps that are the same for every task."""
 
 import contextlib
+import datetime
 import re
 import time
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     task.check(recipe)
 
     # 2. The data: rows, splits, token ids.
-    with arguments.main_process_first():  # the other processes use its cache
+    with main_process_first():  # the other processes use its cache
         data = task.load(recipe, folder if resume else None)
 
     # 3. The model.
@@ -125,6 +126,19 @@ def build_trainer(recipe: Recipe, model: PreTrainedModel, data: Data) -> HfGPTTr
         processing_class=data.tokenizer,
         **TASKS[recipe.task].trainer_arguments(recipe, data),
     )
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """Runs a block in the main process before the others; they wait as long as it takes, which can be hours."""
+    state = PartialState()
+    if state.num_processes > 1:
+        patient = distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        if not state.is_main_process:
+            distributed.barrier(patient)
+    yield
+    if state.num_processes > 1 and state.is_main_process:
+        distributed.barrier(patient)
 
 
 @contextlib.contextmanager

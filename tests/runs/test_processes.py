@@ -13,7 +13,7 @@ from hfgpt.saving import hash_file
 
 TRAINING = (
     "training: {global_batch_size: 8, per_device_train_batch_size: 2, max_steps: 6, learning_rate: 0.01, "
-    "eval_strategy: steps, eval_steps: 3, save_steps: 3, logging_steps: 1, use_cpu: true, bf16: false}"
+    "eval_strategy: steps, eval_steps: 3, save_steps: 3, logging_steps: 1, use_cpu: true, bf16: false, ddp_timeout: 3}"
 )
 # Dropout everywhere. The epochs end with steps of 1 row (of 169), 6 (of 30) and 2 (of 42, of different lengths).
 RECIPES = {
@@ -42,7 +42,7 @@ evaluation: {max_answers: 2, max_new_tokens: 4}
 }
 # Forks share one import of torch.
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 from rich.console import Console
 from transformers import TrainerCallback
 from hfgpt.errors import Interrupted
@@ -53,6 +53,16 @@ from hfgpt.training import estimate
 probe = estimate.probe_tokens_per_second
 estimate.probe_tokens_per_second = lambda *args, **kwargs: probe(*args[:3], seconds=0.02)
 runs.plot_loss = lambda *args: None
+
+
+class Slow(type(runs.TASKS["pretrain"])):
+    def load(self, recipe, *args, **kwargs):
+        if recipe.training.world_size == 2 and recipe.training.process_index == 0:
+            time.sleep(4)  # longer than the others would wait for anything else
+        return super().load(recipe, *args, **kwargs)
+
+
+runs.TASKS["pretrain"] = Slow()
 
 
 class Stop(TrainerCallback):
