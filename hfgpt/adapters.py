@@ -188,7 +188,10 @@ def put_adapter_on(base: PreTrainedModel, path: str, revision: str | None = None
                 f"({len(keys)} in all); use the base model it was trained on"
             )
     if broken := next((name for name, value in saved.items() if not value.isfinite().all()), None):
-        raise InputError(f"the adapter '{path}' is damaged: {broken} has NaN or infinite values; use another copy")
+        raise InputError(
+            f"the adapter '{path}' contains NaN or infinite values in {broken} (the file is damaged, or training "
+            "diverged): use another copy or an earlier checkpoint"
+        )
     return adapted
 
 

@@ -178,7 +178,10 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ):
-    """Evaluate a model on all rows of --data.path: loss and perplexity, accuracy, or exact match."""
+    """Evaluate a model on all rows of a dataset: loss and perplexity, accuracy, or exact match.
+
+    Example: hfgpt evaluate runs/demo --data.path my_text.txt
+    """
     from hfgpt.recipe import SECTIONS, parse_sections
 
     if task not in (None, *SECTIONS):
@@ -228,7 +231,9 @@ def import_weights(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="A GPT-2 model (Hub id or folder), or a checkpoint file of nanoGPT or the book."
+            metavar="SOURCE",
+            help="A GPT-2 model (Hub id or folder, also OpenAI's TensorFlow files), or a checkpoint file of nanoGPT or "
+            "of Raschka's Build a Large Language Model (the book).",
         ),
     ],
     out: OutputFolder,
@@ -236,7 +241,7 @@ def import_weights(
         str, typer.Option("--format", help="auto, gpt2, nanogpt or book; auto detects the format.")
     ] = "auto",
     num_heads: Annotated[
-        int | None, typer.Option(help="Number of attention heads, if the file does not contain it.")
+        int | None, typer.Option(help="Number of attention heads, if not stored in the checkpoint.")
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -348,7 +353,7 @@ def inspect_data(
     recipe: RecipeName,
     rows: Annotated[int, typer.Option(help="Number of training rows to show.")] = 3,
 ):
-    """Show how a recipe's data is prepared: rows kept and dropped, blocks, and the tokens that are learned."""
+    """Show how a recipe's data is prepared: rows kept and dropped, blocks, and the tokens that have a loss."""
     from hfgpt.recipe import load_recipe
 
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)

@@ -251,7 +251,8 @@ class SavedModel:
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise InputError(
-                    f"the weights in '{path}' are damaged: {name} has NaN or infinite values; use another copy"
+                    f"the weights in '{path}' contain NaN or infinite values in {name} (the file is damaged, or "
+                    "training diverged): use another copy or an earlier checkpoint"
                 )
         return model.eval()
 

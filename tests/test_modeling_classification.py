@@ -1,7 +1,7 @@
 """The sequence classifier: which token it reads, and its losses.
 
 `CLOSE`: float32 sums over rows of another width are computed in another order, which changes these logits, of about 1,
-by up to 1e-6; reading a neighbouring token gives logits that are off by 0.01 or more.
+by up to 1e-6; reading a neighboring token gives logits that are off by 0.01 or more.
 """
 
 import pytest

@@ -57,7 +57,7 @@ def show_blocks(data: PretrainingData, rows: int) -> Iterator[Text]:
     for index in range(min(rows, len(blocks))):
         item = blocks[index]
         yield Text(f"\nblock {index} of {len(blocks):,}:")
-        yield colour_tokens(item["input_ids"].tolist(), item["shift_labels"].tolist(), data.tokenizer)
+        yield color_tokens(item["input_ids"].tolist(), item["shift_labels"].tolist(), data.tokenizer)
 
 
 @show_rows.register
@@ -84,10 +84,10 @@ def show_conversations(data: InstructionData, rows: int) -> Iterator[Text]:
     for index in range(min(rows, len(encoded))):
         row = encoded[index]
         yield Text(f"\nrow {index} of {len(encoded):,}:")
-        yield colour_tokens(row["input_ids"], row["shift_labels"], data.tokenizer)
+        yield color_tokens(row["input_ids"], row["shift_labels"], data.tokenizer)
 
 
-def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
+def color_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Text:
     """A row as text: tokens with a loss in alternating colors, the others dim and in « ».
 
     Args:
@@ -110,7 +110,7 @@ def colour_tokens(input_ids: Sequence[int], shift_labels: Sequence[int], tokeniz
 
 def _legend() -> Text:
     return Text.assemble(
-        "\nTokens in ", ("« »", CONTEXT_ONLY), " are context only; all others are learned: ", *_alternating()
+        "\nTokens in ", ("« »", CONTEXT_ONLY), " are context only; all others count toward the loss: ", *_alternating()
     )
 
 

@@ -138,9 +138,11 @@ def _check_heads(num_heads: int | None, width: int) -> int:
     known = next((size["num_attention_heads"] for size in PRESETS.values() if size["hidden_size"] == width), None)
     hint = f" (GPT-2 uses {known} at this width)" if known else ""
     if num_heads is None:
-        raise InputError(f"number of attention heads unknown (width {width}): pass --num-heads{hint}")
+        raise InputError(f"cannot infer the number of attention heads (hidden size {width}): pass --num-heads{hint}")
     if num_heads < 1 or width % num_heads:
-        raise InputError(f"{num_heads} attention heads do not divide width {width}: pass another --num-heads{hint}")
+        raise InputError(
+            f"hidden size {width} is not divisible by {num_heads} attention heads: pass another --num-heads{hint}"
+        )
     return num_heads
 
 

@@ -1,6 +1,6 @@
 """A token stream -> fixed-length blocks.
 
-A block with T predictions spans T + 1 tokens: neighbouring blocks share one token, so no prediction at a block
+A block with T predictions spans T + 1 tokens: neighboring blocks share one token, so no prediction at a block
 boundary is lost.
 """
 

@@ -69,21 +69,21 @@ class ClassificationDataArguments(SourceArguments):
 
 
 @dataclass
-class LabelledTexts:
+class LabeledTexts:
     """Rows of text and label.
 
     Args:
         splits: `train`, `validation` and `test`, each with the columns `text` and `label` (the name).
         labels: Class names in the order of their ids.
-        unlabelled: Texts that were dropped to balance the classes and are not in another split.
+        unlabeled: Texts that were dropped to balance the classes and are not in another split.
     """
 
     splits: datasets.DatasetDict
     labels: list[str]
-    unlabelled: list[str]
+    unlabeled: list[str]
 
 
-def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, report: DataReport) -> LabelledTexts:
+def load_labeled_texts(arguments: ClassificationDataArguments, seed: int, report: DataReport) -> LabeledTexts:
     """Reads rows of text and label, balances them, and splits them so that no text is in more than one split.
 
     Args:
@@ -110,12 +110,12 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
             f"data.path {arguments.path!r} has {found} ({report.reasons}), but a classifier needs at least two "
             "classes: check data.label_column"
         )
-    unlabelled: list[Row] = []
+    unlabeled: list[Row] = []
     if arguments.balance == "undersample":
-        rows["train"], unlabelled = _undersample(rows["train"], seed)
-        if unlabelled:
-            report.drop("left out to balance the classes", len(unlabelled))
-            report.rows_kept -= len(unlabelled)
+        rows["train"], unlabeled = _undersample(rows["train"], seed)
+        if unlabeled:
+            report.drop("left out to balance the classes", len(unlabeled))
+            report.rows_kept -= len(unlabeled)
     missing = {"validation": arguments.validation_fraction, "test": arguments.test_fraction}
     missing = {split: fraction for split, fraction in missing.items() if split not in rows}
     report.split_by = "rows" if missing else "given"
@@ -128,14 +128,14 @@ def load_labelled_texts(arguments: ClassificationDataArguments, seed: int, repor
     for split in SPLITS:
         _count(rows[split], report, split)
     evaluated = {row["text"] for split in ("validation", "test") for row in rows[split]}
-    return LabelledTexts(
+    return LabeledTexts(
         datasets.DatasetDict({split: datasets.Dataset.from_list(rows[split]) for split in SPLITS}),
         labels,
-        [row["text"] for row in unlabelled if row["text"] not in evaluated],
+        [row["text"] for row in unlabeled if row["text"] not in evaluated],
     )
 
 
-def load_all_labelled_texts(
+def load_all_labeled_texts(
     arguments: ClassificationDataArguments, labels: list[str], report: DataReport
 ) -> datasets.Dataset:
     """Reads rows of text and label to evaluate a classifier: all rows, or only `test_split` if it is set.

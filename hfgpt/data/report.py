@@ -147,7 +147,7 @@ class DataReport(Record):
         for name, split in self.splits.items():
             counts = dataclasses.asdict(split)
             labels = counts.pop("labels").items()
-            # Only the texts of pre-training are documents; labelled texts and conversations are rows.
+            # Only the texts of pre-training are documents; labeled texts and conversations are rows.
             rows = "documents" if split.characters and not labels else "rows"
             counts = {rows: counts.pop("documents"), **counts}
             tail = counts.pop("tail_tokens")

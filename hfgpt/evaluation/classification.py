@@ -224,9 +224,9 @@ def plot_confusion(result: ClassifierResult, path: Path, title: str):
     axes.imshow(confusion, cmap="Blues", vmin=0, vmax=largest)
     for row, counts in enumerate(confusion if len(confusion) <= 30 else []):  # otherwise the numbers do not fit
         for column, count in enumerate(counts):
-            colour = "white" if count > largest / 2 else "black"
+            color = "white" if count > largest / 2 else "black"
             share = f"{count:,}\n{count / max(sum(counts), 1):.0%}"
-            axes.text(column, row, share, ha="center", va="center", color=colour, fontsize=9)
+            axes.text(column, row, share, ha="center", va="center", color=color, fontsize=9)
     places = range(len(result.labels))
     labels = [drawable(label, f"class {index}") for index, label in enumerate(result.labels)]
     axes.set_xticks(places, labels, rotation=30 if len(labels) > 3 else 0)

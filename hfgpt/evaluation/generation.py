@@ -47,12 +47,13 @@ class SamplingArguments:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {smallest}")
         if not self.temperature > 0:
             raise InputError(
-                f"temperature is {self.temperature}; it must be above 0: for greedy decoding, set top_k to 1"
+                f"temperature is {self.temperature}; it must be above 0: for greedy decoding, use --greedy "
+                "(in a recipe: top_k: 1)"
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.greedy and self.num_samples > 1:
-            raise InputError(f"greedy generates one text, not {self.num_samples}: unset greedy or num_samples")
+            raise InputError(f"greedy generates one text, not {self.num_samples}: omit --greedy or --num-samples")
 
 
 def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

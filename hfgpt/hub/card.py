@@ -42,8 +42,8 @@ ARCHITECTURE = (
 # Name in metrics.json -> label on the card, and the Hub's name of the metric; None: not listed as a result.
 METRICS = {
     "eval_accuracy": ("accuracy", "accuracy"),
-    "eval_accuracy_low": ("accuracy, lower bound (Wilson interval)", None),
-    "eval_accuracy_high": ("accuracy, upper bound (Wilson interval)", None),
+    "eval_accuracy_low": ("accuracy, 95% confidence interval (Wilson), lower bound", None),
+    "eval_accuracy_high": ("accuracy, 95% confidence interval (Wilson), upper bound", None),
     "eval_macro_f1": ("macro F1", "f1"),
     "eval_loss": ("loss, nats", "loss"),
     "eval_perplexity": ("perplexity", "perplexity"),

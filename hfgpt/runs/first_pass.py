@@ -1,4 +1,4 @@
-"""The first pass of classification: language modelling on the training texts, in a subfolder of the run."""
+"""The first pass of classification: language modeling on the training texts, in a subfolder of the run."""
 
 import dataclasses
 import shutil
@@ -43,7 +43,7 @@ class FirstPass:
     def describe(self) -> str:
         """Text and cost in one line."""
         return (
-            f"first pass (section pretraining): language modelling on {len(self.blocks.stream):,} tokens of training "
+            f"first pass (section pretraining): language modeling on {len(self.blocks.stream):,} tokens of training "
             f"text; {describe_steps(self.estimate)}, about {self.estimate.seconds:,.0f} s"
         )
 

@@ -53,7 +53,7 @@ def describe_start(
     ]
     if is_new and recipe.model.path is None and data.labels is None:  # random weights
         size = model.config.vocab_size
-        lines.append(f"expected initial loss (uniform guess): ln {size} = {math.log(size):.3f}")
+        lines.append(f"expected initial loss (uniform over the vocabulary): ln {size} = {math.log(size):.3f}")
     return "\n".join(lines)
 
 

@@ -78,7 +78,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     # 3. The model.
     model = task.build(recipe, data)
 
-    # 4. The plan, with that of a first pass of language modelling if the recipe has one.
+    # 4. The plan, with that of a first pass of language modeling if the recipe has one.
     estimate = plan_run(model, arguments, data.row_length, data.train_rows, seconds=0.5)
     has_first_pass = recipe.pretraining and not is_first_pass_finished(recipe)
     first = prepare_first_pass(recipe, data, seconds=0.5) if has_first_pass else None

@@ -1,4 +1,4 @@
-"""Stage 7.1, classification: train a sequence classifier on labelled texts."""
+"""Stage 7.1, classification: train a sequence classifier on labeled texts."""
 
 import functools
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from hfgpt.data.classification import (
     ClassificationDataArguments,
     class_weights,
     encode_texts,
-    load_all_labelled_texts,
-    load_labelled_texts,
+    load_all_labeled_texts,
+    load_labeled_texts,
 )
 from hfgpt.data.collators import padding_collator, sorted_by_length
 from hfgpt.data.report import DataReport, counted
@@ -44,7 +44,7 @@ from hfgpt.tokenizer import wrap_in_end_of_text
 
 @dataclass(kw_only=True)
 class ClassificationData(Data):
-    """Labelled rows of token ids.
+    """Labeled rows of token ids.
 
     Args:
         rows: Split -> texts and labels.
@@ -56,7 +56,7 @@ class ClassificationData(Data):
 
 
 class Classification:
-    """Trains a sequence classifier on labelled texts; see `hfgpt.tasks.task.Task` for the methods."""
+    """Trains a sequence classifier on labeled texts; see `hfgpt.tasks.task.Task` for the methods."""
 
     measured_split = "test"
     only_for_training: ClassVar[dict[str, str]] = {
@@ -75,8 +75,8 @@ class Classification:
     ) -> ClassificationData:
         base = find_base_model(recipe.model)
         report = DataReport()
-        texts = load_labelled_texts(recipe.data, recipe.training.seed, report)
-        trained_on = [*texts.splits["train"]["text"], *texts.unlabelled]
+        texts = load_labeled_texts(recipe.data, recipe.training.seed, report)
+        trained_on = [*texts.splits["train"]["text"], *texts.unlabeled]
         tokenizer = find_tokenizer(recipe, base, tokenizer_folder, trained_on)
         warn_of_small_vocabulary(recipe, tokenizer, report)
         if recipe.data.end_of_text:
@@ -155,7 +155,7 @@ class Classification:
         console: Console | None = None,
     ) -> dict[str, Any]:
         model, tokenizer, labels = load_classifier(saved)
-        rows = load_all_labelled_texts(data, labels, DataReport())
+        rows = load_all_labeled_texts(data, labels, DataReport())
         context = model.config.max_position_embeddings
         length = min(data.max_length or context, tokenizer.model_max_length, context)
         encoded, cut = encode_texts(rows, tokenizer, labels, length)

@@ -203,7 +203,7 @@ def plot_loss(output_dir: str | Path, choices: int, unit: str = "token"):
             last = f"{label}: {points[-1][1]:.3f}"
             style = "o-" if len(points) == 1 and style == "-" else style  # a line through one point is invisible
             axes.plot(*zip(*points, strict=True), style, label=last, linewidth=1.2, markersize=4)
-    axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform guess, ln {choices}")
+    axes.axhline(math.log(choices), color="grey", linestyle=":", label=f"uniform distribution, ln {choices}")
     axes.set(xlabel="optimizer step", ylabel=f"loss (nats per {unit})", title=drawable(Path(output_dir).name, "loss"))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -107,11 +107,12 @@ class HfGPTTrainingArguments(TrainingArguments):
         num_train_epochs: Number of epochs, unless `max_steps` is set. From scratch: 10.
         warmup_steps: Number of warmup steps, or, below 1, their fraction of all steps. From scratch: 0.05.
         bf16: bfloat16 mixed precision; None: only if the hardware supports it natively, never if it is emulated.
-        global_batch_size: Rows per optimizer step, in all processes. The rows are divided into batches of at most
-            `per_device_train_batch_size`, and these among the processes, so that a run on another number of processes
-            takes the same steps. None: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes.
-        muon_learning_rate: If set, train the matrices in the blocks with Muon at this learning rate, and the rest with
-            AdamW at `learning_rate`; both use the same schedule.
+        global_batch_size: Total batch size (in rows) per optimizer step, across all processes. The rows are divided
+            into batches of at most `per_device_train_batch_size`, and these among the processes, so that a run on
+            another number of processes takes the same steps. None: `per_device_train_batch_size` x
+            `gradient_accumulation_steps` x processes.
+        muon_learning_rate: If set, train the weight matrices of the blocks with Muon at this learning rate, and the
+            rest with AdamW at `learning_rate`; both use the same schedule.
         muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
         decay_all_parameters: Whether to apply weight decay to biases and norms too, as in the book.
         disable_tqdm: Whether transformers' own progress bars are off.
@@ -163,8 +164,8 @@ class HfGPTTrainingArguments(TrainingArguments):
             rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
         elif self.gradient_accumulation_steps != 1:
             raise InputError(
-                f"training.gradient_accumulation_steps is {self.gradient_accumulation_steps}, but follows from "
-                "training.global_batch_size: remove one of them"
+                f"training.gradient_accumulation_steps is {self.gradient_accumulation_steps}, and cannot be "
+                "combined with training.global_batch_size, which determines it: remove one of them"
             )
         elif rows < processes:
             raise InputError(

@@ -120,9 +120,9 @@ def test_an_invalid_character_table_is_refused(content, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_heads": None}, "number of attention heads unknown (width 48): pass --num-heads"),
-        ({"num_heads": 5}, "5 attention heads do not divide width 48"),
-        ({"num_heads": -2}, "-2 attention heads do not divide width 48"),
+        ({"num_heads": None}, "cannot infer the number of attention heads (hidden size 48): pass --num-heads"),
+        ({"num_heads": 5}, "hidden size 48 is not divisible by 5 attention heads"),
+        ({"num_heads": -2}, "hidden size 48 is not divisible by -2 attention heads"),
         ({"format": "nanogpt"}, "these are not the weights of a nanogpt model"),
         ({"vocab_size": VOCAB + 1}, "the vocabulary has 91 tokens, but the checkpoint has only 90"),
         ({"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),

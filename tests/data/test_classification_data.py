@@ -1,4 +1,4 @@
-"""Labelled texts: reading, dropping, balancing and splitting. All checks are exact."""
+"""Labeled texts: reading, dropping, balancing and splitting. All checks are exact."""
 
 import collections
 import itertools
@@ -14,8 +14,8 @@ from hfgpt.data.classification import (
     ClassificationDataArguments,
     class_weights,
     encode_texts,
-    load_all_labelled_texts,
-    load_labelled_texts,
+    load_all_labeled_texts,
+    load_labeled_texts,
 )
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
@@ -32,7 +32,7 @@ def load(tmp_path):
             (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         arguments = {"path": str(tmp_path / "rows.jsonl"), **arguments}
         report = DataReport()
-        loaded = load_labelled_texts(ClassificationDataArguments(**arguments), seed, report)
+        loaded = load_labeled_texts(ClassificationDataArguments(**arguments), seed, report)
         splits = {name: list(zip(split["text"], split["label"], strict=True)) for name, split in loaded.splits.items()}
         return splits, loaded, report
 
@@ -76,7 +76,7 @@ def test_identical_texts_are_in_the_same_split(load, balance):
     shared = sum(1 for split in splits.values() for text, _ in split if sum(text == t for t, _ in split) > 1)
     assert report.kept_together == shared > 0
     # Rows dropped from a class are read, but are not in any split.
-    assert not set(loaded.unlabelled) & sides.keys()
+    assert not set(loaded.unlabeled) & sides.keys()
 
 
 def test_undersampling_takes_the_same_number_per_class_and_counts_the_rest(load):
@@ -84,7 +84,7 @@ def test_undersampling_takes_the_same_number_per_class_and_counts_the_rest(load)
     counts = collections.Counter(label for split in splits.values() for _, label in split)
     assert counts == {"a": 30, "b": 30}
     assert report.dropped == {"left out to balance the classes": 70}
-    assert (len(loaded.unlabelled), report.rows_kept) == (70, 60)
+    assert (len(loaded.unlabeled), report.rows_kept) == (70, 60)
     for name in SPLITS:
         assert len(set(report.splits[name].labels.values())) == 1, "validation and test are balanced too"
 
@@ -173,7 +173,7 @@ def test_a_validation_split_that_is_the_test_split_is_reported(load, tmp_path):
 
 def test_the_labels_of_a_hub_data_set_keep_their_names(load, monkeypatch):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    rows = {"text": [f"t{index}" for index in range(20)] + ["unlabelled"], "label": [0, 1] * 10 + [-1]}
+    rows = {"text": [f"t{index}" for index in range(20)] + ["unlabeled"], "label": [0, 1] * 10 + [-1]}
     split = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": split}))
     _, loaded, report = load(None, path="hub/set")
@@ -217,12 +217,12 @@ SMS = "ham\tOk lar...\nspam\tFree entry in a wkly comp to win\n"
 def test_the_recipe_reads_the_unmodified_sms_spam_collection(load, tmp_path, name):
     (tmp_path / name).write_text("".join(SMS.replace("\t", f"\t{index} ") for index in range(9)))
     recipe = load_recipe("spam", ["--data.path", str(tmp_path / name)]).data
-    rows = load_all_labelled_texts(recipe, ["ham", "spam"], DataReport())
+    rows = load_all_labeled_texts(recipe, ["ham", "spam"], DataReport())
     assert rows[:2] == {"text": ["0 Ok lar...", "0 Free entry in a wkly comp to win"], "label": ["ham", "spam"]}
     assert len(rows) == 18
     header = tmp_path / "header.tsv"
     header.write_text("label\tsms\n" + (tmp_path / name).read_text())
-    assert load_all_labelled_texts(replace(recipe, path=str(header)), ["ham", "spam"], DataReport())[:] == rows[:]
+    assert load_all_labeled_texts(replace(recipe, path=str(header)), ["ham", "spam"], DataReport())[:] == rows[:]
 
 
 @pytest.mark.parametrize(
@@ -297,11 +297,11 @@ def test_evaluation_uses_all_rows_or_one_split_with_its_labels(tmp_path):
         rows = [{"text": f"{name} {label} {index}", "label": label} for label in labels for index in range(3)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = {"path": str(tmp_path)}
-    assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 9
+    assert len(load_all_labeled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 9
     arguments["test_split"] = "test"
-    assert len(load_all_labelled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 3
+    assert len(load_all_labeled_texts(ClassificationDataArguments(**arguments), ["a", "b"], DataReport())) == 3
     with pytest.raises(InputError, match=r"has the label 'a', which is not one of the model's classes .no, yes."):
-        load_all_labelled_texts(ClassificationDataArguments(**arguments), ["no", "yes"], DataReport())
+        load_all_labeled_texts(ClassificationDataArguments(**arguments), ["no", "yes"], DataReport())
 
 
 def test_long_texts_are_truncated_and_counted():

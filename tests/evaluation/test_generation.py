@@ -133,7 +133,7 @@ def test_byte_level_tokenizers_know_every_text(tiny_config):
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be at least 1"),
         (
             {"temperature": 0.0},
-            "it must be above 0: for greedy decoding, set top_k to 1",
+            "it must be above 0: for greedy decoding, use --greedy",
         ),
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
         ({"top_k": -1}, "top_k is -1; it must be at least 0"),

@@ -108,7 +108,7 @@ def test_a_run_writes_all_files_and_its_metrics_match_the_saved_weights(here, fi
     assert record["task"] == "classify"
     for split, rows in (("validation", 6), ("test", 15)):
         assert f"  warning: the {split} split has only {rows} rows, and metrics on fewer than 100" in shown
-    stream = int(re.search(r"first pass \(section pretraining\): language modelling on (\d+) tokens", shown)[1])
+    stream = int(re.search(r"first pass \(section pretraining\): language modeling on (\d+) tokens", shown)[1])
     first, blocks = record["first_pass"], (stream - 1) // 16
     assert 32 < blocks < 48, "three batches of 16, the last one short"
     assert (first["steps"], first["tokens"]) == (5, (4 * 16 + blocks % 16) * 16)

@@ -123,7 +123,7 @@ def test_fsdp_on_a_cpu_is_refused(monkeypatch):
 
 
 def test_a_global_batch_and_accumulation_are_refused_together():
-    with pytest.raises(InputError, match="gradient_accumulation_steps is 2, but follows from"):
+    with pytest.raises(InputError, match="gradient_accumulation_steps is 2, and cannot be combined with"):
         arguments(global_batch_size=8, gradient_accumulation_steps=2)
     with pytest.raises(InputError, match="global_batch_size is 0; it must be at least 1"):
         arguments(global_batch_size=0)

@@ -293,7 +293,7 @@ def test_curves_show_the_log(tmp_path, monkeypatch):
     lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
     assert lines["training: 3.500"] == [(1, 4.0), (2, 3.5)]
     assert lines["validation: 3.750"] == [(2, 3.75)]
-    assert {height for _, height in lines["uniform guess, ln 61"]} == {math.log(61)}
+    assert {height for _, height in lines["uniform distribution, ln 61"]} == {math.log(61)}
     assert "nats" in axes.get_ylabel()
     assert not pyplot.get_fignums()
 
