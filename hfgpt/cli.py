@@ -232,8 +232,8 @@ def import_weights(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A GPT-2 model (Hub id or folder, also OpenAI's TensorFlow files), or a checkpoint file of nanoGPT or "
-            "of Raschka's Build a Large Language Model (the book).",
+            help="A GPT-2 model (Hub id or folder, also OpenAI's TensorFlow files), or a checkpoint of nanoGPT or of "
+            "Raschka's Build a Large Language Model (the book).",
         ),
     ],
     out: OutputFolder,

@@ -487,7 +487,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         ("generate runs/tiny @home --max-new-tokens 5", "the prompt '@home' has '@', which the tokenizer cannot"),
         ("generate runs/tiny Once --temperature 0", "temperature is 0.0; it must be above 0"),
-        ("generate runs/tiny Once --num-samples 2 --greedy", "greedy generates one text, not 2: unset greedy or"),
+        ("generate runs/tiny Once --num-samples 2 --greedy", "greedy generates one text, not 2: omit --greedy or"),
         ("import none.pt new", "'none.pt' does not exist: check the path"),
         (
             "import stories.txt new",
