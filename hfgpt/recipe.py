@@ -430,12 +430,10 @@ def _resolved_values(values: Namespace, sections: dict[str, Any]) -> dict[str, A
         for key, value in vars(values[section]).items():
             if key == "initialization" and values.model.path is not None:
                 continue
-            learned = section == "training" and key in LEARNED
+            learned = section == "training" and key in LEARNED  # as resolved on this machine (bf16)
             # Null is written only if it differs from the default: `pad_token: null` changes the tokenizer.
             if learned or value != defaults[key] or (value is not None and section != "training"):
-                # As resolved on this machine (bf16), but as given where it follows from the number of processes.
-                resolves = learned and key not in ("per_device_train_batch_size", "gradient_accumulation_steps")
-                kept[key] = _plain(getattr(arguments, key) if resolves else value)
+                kept[key] = _plain(getattr(arguments, key) if learned else value)
         resolved[section] = kept
     return resolved
 

@@ -119,15 +119,16 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
     """Trainer's arguments for the first pass: its section, with the hardware and optimizer settings of `training`."""
     arguments = recipe.pretraining
     rows, processes = arguments.per_device_train_batch_size, recipe.training.world_size
-    if rows < processes:
+    size = -(-rows // recipe.training.batches_per_step)
+    if -(-rows // size) < processes:
         raise InputError(
-            f"pretraining.per_device_train_batch_size is {rows}, but there are {processes} processes: raise it, or "
-            "use fewer processes"
+            f"pretraining.per_device_train_batch_size is {rows}, which cannot be divided among {processes} processes: "
+            f"set it to a multiple of {processes}"
         )
     return HfGPTTrainingArguments(
         output_dir=str(first_pass_folder(recipe)),
         max_steps=arguments.max_steps,
-        per_device_train_batch_size=-(-rows // recipe.training.batches_per_step),
+        per_device_train_batch_size=size,
         global_batch_size=rows,
         learning_rate=arguments.learning_rate,
         muon_learning_rate=arguments.muon_learning_rate,

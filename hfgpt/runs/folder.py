@@ -151,7 +151,8 @@ def keep_steps(arguments: HfGPTTrainingArguments, folder: Path):
             f"there are {arguments.world_size} processes, but a step of the run in '{folder}' has only "
             f"{counted(batches, 'batches')} of {before.rows_per_batch} rows: use at most {batches}"
         )
-    arguments.divide_steps(before.rows_per_step, before.rows_per_batch)
+    if arguments.world_size != before.processes:
+        arguments.global_batch_size, arguments.gradient_accumulation_steps = before.rows_per_step, 1
 
 
 def _is_longer(old: HfGPTTrainingArguments, new: HfGPTTrainingArguments) -> bool:
@@ -205,6 +206,11 @@ def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None):
         )
     if before:
         check_same_sources(folder, before, sources)
+    if checkpoint and before.rows_per_step is None:
+        raise InputError(
+            f"the run in '{folder}' was started by an earlier version of hfgpt, with another order of rows and other "
+            "dropout: finish it with that version, or start a new run"
+        )
     remove_later_checkpoints(folder, step_of(checkpoint) if checkpoint else 0)
     for name in (CARD_FILE, METRICS_FILE):  # of a finished run that is extended
         (folder / name).unlink(missing_ok=True)
@@ -242,11 +248,6 @@ def check_same_sources(folder: Path, before: RunRecord, now: RunRecord):
         raise InputError(
             f"the run in '{folder}' started in {before.precision}, but would continue in {now.precision}: pass "
             f"{flag.get(before.precision, '--training.bf16 false')}, {anew}"
-        )
-    if "processes" in changed and before.rows_per_step is None:
-        raise InputError(
-            f"the number of processes is {now.processes}, but was {before.processes} when the run in '{folder}' "
-            f"started with an earlier version: use the same number, {anew}"
         )
 
 

@@ -7,15 +7,18 @@ processes have equally many batches, and `group_by_length` draws from the global
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from hfgpt.data.blocks import IGNORED
+
+if TYPE_CHECKING:
+    from hfgpt.training.trainer import HfGPTTrainingArguments
 
 
 @dataclass
@@ -46,83 +49,65 @@ class RowOrder:
         return torch.randperm(self.rows, generator=generator).numpy()
 
 
-@dataclass
-class StepBatches(Sampler[np.ndarray]):
+class StepBatches(Sampler[list[int]]):
     """The batches of one process: a step is divided into batches, and each process takes consecutive ones.
 
-    Batch i of a step has the same rows for any number of processes. On several processes, each takes a power of two of
-    batches, so that sums of gradients are those of a single process (see `hfgpt.training.gradients`). A process that
-    has fewer batches takes a row whose index is inverted (~index) and whose labels are ignored instead.
+    Batch i of a step has the same rows for any number of processes. A process that has fewer batches than the others
+    takes the first row of the step in place of each missing one; its loss must not count.
 
     Args:
         order: The order of the rows.
-        batch_size: Most rows in a batch.
-        rows_per_step: Rows of an optimizer step, in all processes.
-        processes: Number of processes.
-        index: Index of this process.
-        drop_last: Whether to leave out the rows at the end of an epoch that do not fill a batch.
+        arguments: Batch size, rows per step, number of processes.
     """
 
-    order: RowOrder
-    batch_size: int
-    rows_per_step: int
-    processes: int = 1
-    index: int = 0
-    drop_last: bool = False
-    epoch: int = 0
+    def __init__(self, order: RowOrder, arguments: "HfGPTTrainingArguments"):
+        self.order, self.arguments, self.epoch = order, arguments, 0
+        left_out = order.rows % arguments.per_device_train_batch_size if arguments.dataloader_drop_last else 0
+        self.rows = order.rows - left_out
+        self.steps = -(-self.rows // arguments.rows_per_step)
 
     def set_epoch(self, epoch: int):
         """Selects the epoch whose batches are iterated over."""
         self.epoch = epoch
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in an epoch."""
-        return -(-self.rows // self.rows_per_step)
-
-    @property
-    def rows(self) -> int:
-        """Rows of an epoch."""
-        return self.order.rows // self.batch_size * self.batch_size if self.drop_last else self.order.rows
-
     def __len__(self) -> int:
-        steps, rest = divmod(self.rows, self.rows_per_step)
-        return steps * self._rounds(self.rows_per_step) + self._rounds(rest)
+        steps, rest = divmod(self.rows, self.arguments.rows_per_step)
+        rounds = [count_rounds(self.arguments, rows) for rows in (self.arguments.rows_per_step, rest)]
+        return steps * rounds[0] + rounds[1]
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        order = self.order.of_epoch(self.epoch)[: self.rows]
-        for start in range(0, self.rows, self.rows_per_step):
-            step = order[start : start + self.rows_per_step]
-            rounds = self._rounds(len(step))
-            for batch in range(self.index * rounds, (self.index + 1) * rounds):
-                first = batch * self.batch_size
-                yield step[first : first + self.batch_size] if first < len(step) else ~step[:1]
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size = self.order.of_epoch(self.epoch)[: self.rows], self.arguments.per_device_train_batch_size
+        for start in range(0, self.rows, self.arguments.rows_per_step):
+            step = order[start : start + self.arguments.rows_per_step]
+            rounds = count_rounds(self.arguments, len(step))
+            first = self.arguments.process_index * rounds * size
+            for place in range(first, first + rounds * size, size):
+                yield (step[place : place + size] if place < len(step) else step[:1]).tolist()
 
-    def _rounds(self, rows: int) -> int:
-        return count_rounds(rows, self.batch_size, self.processes)
-
-
-def count_rounds(rows: int, batch_size: int, processes: int) -> int:
-    """Number of batches that each process takes for a step of `rows` rows."""
-    rounds = -(-rows // (batch_size * processes))
-    return rounds if processes == 1 or not rounds else 1 << (rounds - 1).bit_length()
+    def count_batches(self, step: int) -> int:
+        """Number of batches with different rows in an optimizer step of the run, over all processes."""
+        start = step % self.steps * self.arguments.rows_per_step
+        rows = min(self.rows - start, self.arguments.rows_per_step)
+        return -(-rows // self.arguments.per_device_train_batch_size)
 
 
-class StepRows(Dataset):
-    """Rows by index; an inverted index gives the row with all labels ignored."""
+def count_rounds(arguments: "HfGPTTrainingArguments", rows: int) -> int:
+    """Number of batches that each process takes for a step of `rows` rows.
 
-    def __init__(self, rows: Any):
-        self.rows = rows
+    With a global batch size, on a CPU, it is a power of two, so that the sums of gradients are those of one process
+    (see `hfgpt.training.gradients`).
+    """
+    processes = arguments.world_size
+    rounds = -(-rows // (arguments.per_device_train_batch_size * processes))
+    if rounds and processes > 1 and arguments.global_batch_size is not None and arguments.device.type == "cpu":
+        return 1 << (rounds - 1).bit_length()
+    return rounds
 
-    def __len__(self) -> int:
-        return len(self.rows)
 
-    def __getitems__(self, indices: np.ndarray) -> list[Mapping[str, Any]]:
-        if indices[0] < 0:
-            return [_without_labels(self.rows[int(~index)]) for index in indices]
-        if hasattr(self.rows, "__getitems__"):
-            return self.rows.__getitems__(indices.tolist())
-        return [self.rows[index] for index in indices.tolist()]
+def ignore_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without labels to learn."""
+    names = {"labels", "shift_labels"} & batch.keys()
+    return {**batch, **{name: torch.full_like(batch[name], IGNORED) for name in names}}
 
 
 class EpochCallback(TrainerCallback):
@@ -130,10 +115,15 @@ class EpochCallback(TrainerCallback):
 
     Args:
         steps: Optimizer steps in an epoch.
+        rows: The dataset, which may depend on the epoch.
     """
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    def __init__(self, steps: int, rows: Any):
+        self.steps, self.rows = steps, rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if hasattr(self.rows, "set_epoch"):
+            self.rows.set_epoch(state.global_step // self.steps)
 
     def on_step_end(self, args, state, control, **kwargs):
         epochs, steps = divmod(state.global_step - 1, self.steps)
@@ -141,7 +131,7 @@ class EpochCallback(TrainerCallback):
 
 
 class StepLoader(DataLoader):
-    """A DataLoader over `StepRows` whose batches depend on the epoch."""
+    """A DataLoader whose batches depend on the epoch."""
 
     def set_epoch(self, epoch: int):
         """Selects the epoch whose batches are iterated over."""
@@ -158,13 +148,3 @@ def draw_seed(seed: int, step: int, batch: int) -> int:
     """
     digest = hashlib.blake2b(f"{seed}:{step}:{batch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1  # torch takes 63 bits
-
-
-def _without_labels(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _ignored(value) if name in ("labels", "shift_labels") else value for name, value in row.items()}
-
-
-def _ignored(value: Any) -> Any:
-    if torch.is_tensor(value):
-        return torch.full_like(value, IGNORED)
-    return [IGNORED] * len(value) if isinstance(value, Sequence) else IGNORED

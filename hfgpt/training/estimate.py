@@ -175,7 +175,7 @@ def probe_tokens_per_second(
                 continue
             backward_seconds = min(backward_seconds, per_row)
             optimizer_seconds = min(optimizer_seconds, ended - halfway)
-    rows_per_step = full * arguments.gradient_accumulation_steps
+    rows_per_step = arguments.rows_per_step / arguments.world_size
     return rows_per_step * block_size / (rows_per_step * backward_seconds + optimizer_seconds)
 
 

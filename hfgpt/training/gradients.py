@@ -17,11 +17,17 @@ class PairwiseSums:
     """
 
     def __init__(self, model: nn.Module):
+        self.model = model
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.sums: list[tuple[int, dict[nn.Parameter, torch.Tensor]]] = []  # number of batches, sum of each parameter
-        self.is_distributed = isinstance(model, DistributedDataParallel)
+        module = getattr(model, "_orig_mod", model)  # of a compiled model
+        self.is_distributed = isinstance(module, DistributedDataParallel)
         if self.is_distributed:
-            model.register_comm_hook(None, self._reduce)
+            module.register_comm_hook(None, self._reduce)
+
+    def clear(self):
+        """Forgets the batches of a step that was interrupted."""
+        self.sums.clear()
 
     def add(self, is_last: bool):
         """Adds the gradients of a batch; after the last one of a step, the sum is in the parameters."""
@@ -30,29 +36,32 @@ class PairwiseSums:
             return
         if not self.is_distributed:  # otherwise already added during the backward pass
             for parameter in self.parameters:
-                if parameter.grad is not None:
-                    self._add_earlier(parameter, parameter.grad)
+                self._add_earlier(parameter)
         self.sums.clear()
 
     def _set_aside(self):
         count, total = 1, {parameter: parameter.grad for parameter in self.parameters if parameter.grad is not None}
         while self.sums and self.sums[-1][0] == count:
             _, earlier = self.sums.pop()
-            for parameter, gradient in total.items():
-                gradient.add_(earlier[parameter])
+            for parameter, gradient in earlier.items():
+                total[parameter] = gradient + total[parameter] if parameter in total else gradient
             count *= 2
         self.sums.append((count, total))
         for parameter in self.parameters:
             parameter.grad = None
 
-    def _add_earlier(self, parameter: nn.Parameter, gradient: torch.Tensor):
+    def _add_earlier(self, parameter: nn.Parameter):
         for _, earlier in reversed(self.sums):
-            gradient.add_(earlier[parameter])
+            if parameter in earlier:
+                gradient = earlier[parameter]
+                parameter.grad = gradient if parameter.grad is None else gradient + parameter.grad
 
     def _reduce(self, state: None, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """The mean over all processes of the gradients in a bucket of DistributedDataParallel."""
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            self._add_earlier(parameter, gradient)
+            for _, earlier in reversed(self.sums):
+                if parameter in earlier:
+                    gradient.add_(earlier[parameter])
         reduced = torch.futures.Future()
         reduced.set_result(sum_pairwise(bucket.buffer()).div_(distributed.get_world_size()))
         return reduced

@@ -4,7 +4,9 @@ Each override documents what Trainer 5.23 does instead. Everything else, such as
 training, is Trainer's.
 """
 
+import copy
 import functools
+import itertools
 import math
 import shutil
 import signal
@@ -19,19 +21,27 @@ from typing import Any, Literal
 import datasets
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import TrainOutput, has_length
 
 from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
-from hfgpt.data.blocks import IGNORED
+from hfgpt.data.report import counted
 from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.models import fact_of, find_device, quiet_bars, save_labels
 from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_checksums, write_checksums
-from hfgpt.training.batches import EpochCallback, RowOrder, StepBatches, StepLoader, StepRows, count_rounds, draw_seed
+from hfgpt.training.batches import (
+    EpochCallback,
+    RowOrder,
+    StepBatches,
+    StepLoader,
+    count_rounds,
+    draw_seed,
+    ignore_labels,
+)
 from hfgpt.training.checkpoints import find_last_checkpoint, remove_old_checkpoints, step_of
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.gradients import PairwiseSums
@@ -156,38 +166,48 @@ class HfGPTTrainingArguments(TrainingArguments):
         # TrainingArguments rejects bf16 on a CPU unless use_cpu is set.
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
-        self._set_global_batch()
+        if self.world_size > 1 and not self.average_tokens_across_devices:
+            raise InputError(
+                "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
+                "among processes: leave it out"
+            )
+        if self.global_batch_size is not None:
+            self._check_global_batch(self.global_batch_size, self.world_size)
 
-    def _set_global_batch(self):
-        rows, processes = self.global_batch_size, self.world_size
-        if rows is None:
-            rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * processes
-        elif self.gradient_accumulation_steps != 1:
+    def _check_global_batch(self, rows: int, processes: int):
+        if self.gradient_accumulation_steps != 1:
             raise InputError(
-                f"training.gradient_accumulation_steps is {self.gradient_accumulation_steps}, and cannot be "
-                "combined with training.global_batch_size, which determines it: remove one of them"
+                f"training.gradient_accumulation_steps is {self.gradient_accumulation_steps}, and cannot be combined "
+                "with training.global_batch_size, which determines it: remove one of them"
             )
-        elif rows < processes:
+        if not self.has_fixed_batches:
             raise InputError(
-                f"training.global_batch_size is {rows}, but there are {processes} processes: raise it to at least "
-                f"{processes}, or use fewer processes"
+                "training.global_batch_size cannot be combined with auto_find_batch_size or train_sampling_strategy: "
+                "batch_rebalance, whose batches vary in size: remove one of them"
             )
-        self.divide_steps(rows, min(self.per_device_train_batch_size, -(-rows // processes)))
+        if self.batches_per_step < processes:
+            remedy = f"lower training.per_device_train_batch_size to at most {rows // processes}"
+            raise InputError(
+                f"training.global_batch_size is {rows}, which is only {counted(self.batches_per_step, 'batches')} of "
+                f"{self.per_device_train_batch_size} rows for {processes} processes: "
+                + (remedy if rows >= processes else f"raise it to at least {processes}")
+            )
+
+    @property
+    def has_fixed_batches(self) -> bool:
+        """Whether all batches have the same number of rows, except at the end of an epoch."""
+        return not self.auto_find_batch_size and self.train_sampling_strategy != "batch_rebalance"
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, in all processes."""
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return rows if self.global_batch_size is None else self.global_batch_size
 
     @property
     def batches_per_step(self) -> int:
-        """Number of batches of an optimizer step, in all processes."""
+        """Batches of an optimizer step, in all processes."""
         return -(-self.rows_per_step // self.per_device_train_batch_size)
-
-    def divide_steps(self, rows_per_step: int, batch_size: int):
-        """Sets the batch size, and the number of batches that each process takes per optimizer step.
-
-        Args:
-            rows_per_step: Rows per optimizer step, in all processes.
-            batch_size: Most rows in a batch.
-        """
-        self.rows_per_step, self.per_device_train_batch_size = rows_per_step, batch_size
-        self.gradient_accumulation_steps = count_rounds(rows_per_step, batch_size, self.world_size)
 
 
 @dataclass
@@ -262,14 +282,36 @@ class HfGPTTrainer(Trainer):
         args, kwargs: Arguments of `transformers.Trainer`; blocks of equal length do not need a collator.
     """
 
-    def __init__(self, *args, measure: Callable[..., Any] = measure_perplexity, **kwargs):
-        kwargs.setdefault("data_collator", default_data_collator)
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        *others,
+        measure: Callable[..., Any] = measure_perplexity,
+        **kwargs,
+    ):
+        is_stream = isinstance(train_dataset, IterableDataset) or not has_length(train_dataset)
+        # Whether the rows of each step are known in advance. Ranks of a tensor-parallel group must have the same rows,
+        # which accelerate's batches take care of.
+        self.has_step_batches = (
+            args.has_fixed_batches and not is_stream and getattr(args, "parallelism_config", None) is None
+        )
+        if args.global_batch_size is not None and train_dataset is not None:
+            if not self.has_step_batches:
+                raise InputError("training.global_batch_size needs a dataset with a length: remove it")
+            args = copy.copy(args)
+            args.gradient_accumulation_steps = count_rounds(args, args.rows_per_step)
+        super().__init__(model, args, data_collator or default_data_collator, train_dataset, *others, **kwargs)
         if self.args.n_gpu > 1:  # Trainer would use DataParallel, and scale some losses by the number of GPUs
             raise InputError(
                 f"this process sees {self.args.n_gpu} GPUs: use accelerate launch, or select one GPU with "
                 "CUDA_VISIBLE_DEVICES"
             )
+        self.batches: StepBatches | None = None
+        # Whether the current and the last batch only keep this process in step with the others.
+        self.is_filler = self.was_filler = False
         self.measure, self.sums = measure, None
         if self.args.muon_learning_rate is not None:
             self.optimizer_cls_and_kwargs = (
@@ -291,14 +333,9 @@ class HfGPTTrainer(Trainer):
 
         Workers ignore signals, which schedulers send to all processes of a job: the run must save first.
         """
-        loader = self._step_loader() if self._has_step_batches() else super().get_train_dataloader()
+        loader = self._step_loader() if self.has_step_batches else super().get_train_dataloader()
         loader.worker_init_fn = functools.partial(_start_worker, loader.worker_init_fn)
         return loader
-
-    def _has_step_batches(self) -> bool:
-        """Whether the rows of a step can be computed: not of a stream, nor if the batch size varies."""
-        varies = self.args.auto_find_batch_size or self.args.train_sampling_strategy == "batch_rebalance"
-        return has_length(self.train_dataset) and not varies
 
     def _step_loader(self) -> StepLoader:
         args, rows, collate = self.args, self.train_dataset, self.data_collator
@@ -314,19 +351,12 @@ class HfGPTTrainer(Trainer):
             self._row_lengths() if groups else None,
             args.rows_per_step,
         )
-        batches = StepBatches(
-            order,
-            args.per_device_train_batch_size,
-            args.rows_per_step,
-            args.world_size,
-            args.process_index,
-            args.dataloader_drop_last,
-        )
+        self.batches = StepBatches(order, args)
         self.remove_callback(EpochCallback)
-        self.add_callback(EpochCallback(batches.steps))
+        self.add_callback(EpochCallback(self.batches.steps, rows))
         return StepLoader(
-            StepRows(rows),
-            batch_sampler=batches,
+            rows,
+            batch_sampler=self.batches,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -350,25 +380,40 @@ class HfGPTTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's label smoothing shifts the labels itself, and so loses the last target of `shift_labels`."""
         if self.label_smoother is None or "shift_labels" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")})
-        loss = self.label_smoother(outputs, inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = loss if return_outputs else (loss, None)
+        else:
+            outputs = model(
+                **{name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+            )
+            loss = self.label_smoother(outputs, inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
+            if num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes
+        loss = loss * 0 if self.is_filler else loss
         return (loss, outputs) if return_outputs else loss
 
-    def get_batch_samples(self, *args, **kwargs):
-        batches, items = super().get_batch_samples(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer would count the labels of batches that only keep this process in step with the others."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
         first = self.args.process_index * len(batches)
-        self._indices = iter(range(first, first + len(batches)))  # of the batches in the step that begins
-        return batches, items
+        self.indices = iter(range(first, first + len(batches)))  # of the batches in the step that begins
+        real = self.batches.count_batches(self.state.global_step) - first if self.batches else len(batches)
+        learned = [batch if index < real else ignore_labels(batch) for index, batch in enumerate(batches)]
+        if self.sums:
+            self.sums.clear()
+        return batches, self._get_num_items_in_batch(learned, device)
 
     def training_step(self, model, *args, **kwargs):
         """Trainer's dropout and sums of gradients depend on the number of processes."""
-        torch.manual_seed(draw_seed(self.args.seed, self.state.global_step, next(self._indices)))
-        if self.sums is None and self.args.device.type == "cpu":
+        index = next(self.indices)
+        self.is_filler = self.batches is not None and index >= self.batches.count_batches(self.state.global_step)
+        torch.manual_seed(draw_seed(self.args.seed, self.state.global_step, index))
+        if self.args.device.type == "cpu" and (self.sums is None or self.sums.model is not model):
             self.sums = PairwiseSums(model)
-        loss = super().training_step(model, *args, **kwargs)
+        try:
+            loss = super().training_step(model, *args, **kwargs)
+        finally:
+            self.was_filler, self.is_filler = self.is_filler, False
         if self.sums:
             self.sums.add(is_last=self.accelerator.sync_gradients)
         # Reading the value is free on a CPU; on an accelerator it would synchronize every step, so `log` checks it.
@@ -425,7 +470,7 @@ class HfGPTTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> float:
         """Trainer iterates over all parameters at every micro-batch, and ignores attention and the output head."""
         config = getattr(self.model, "config", None)
-        if "labels" in inputs and not (inputs["labels"] != IGNORED).any():  # a row for a process without a batch
+        if self.was_filler:
             return 0
         if not isinstance(config, HfGPTConfig):
             return super().floating_point_ops(inputs)

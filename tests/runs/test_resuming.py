@@ -114,7 +114,6 @@ BEGAN = {
         ),
         ({"precision": "bfloat16, mixed"}, {"precision": "float32"}, "pass --training.bf16 true"),
         ({"precision": "float16, mixed"}, {"precision": "float32"}, "pass --training.fp16 true"),
-        ({}, {"processes": 1}, "is 1, but was 2 when the run in 'r' started with an earlier version: use the same"),
     ],
 )
 def test_the_inputs_a_run_started_with_are_compared(began, now, said):
