@@ -396,7 +396,8 @@ def demo(
 
 
 for _command in app.registered_commands:
-    _command.short_help = _command.callback.__doc__.partition("\n\n")[0]  # else the list of commands truncates it to one line
+    # Otherwise the list of commands truncates it to one line.
+    _command.short_help = _command.callback.__doc__.partition("\n\n")[0]
 
 
 def main() -> NoReturn:
