@@ -408,7 +408,8 @@ class HfGPTTrainer(Trainer):
         index = next(self.indices)
         self.is_filler = self.batches is not None and index >= self.batches.count_batches(self.state.global_step)
         torch.manual_seed(draw_seed(self.args.seed, self.state.global_step, index))
-        if self.args.device.type == "cpu" and (self.sums is None or self.sums.model is not model):
+        syncs_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        if self.args.device.type == "cpu" and not syncs_each and (self.sums is None or self.sums.model is not model):
             self.sums = PairwiseSums(model)
         try:
             loss = super().training_step(model, *args, **kwargs)
