@@ -7,18 +7,15 @@ processes have equally many batches, and `group_by_length` draws from the global
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from hfgpt.data.blocks import IGNORED
-
-if TYPE_CHECKING:
-    from hfgpt.training.trainer import HfGPTTrainingArguments
 
 
 @dataclass
@@ -57,10 +54,10 @@ class StepBatches(Sampler[list[int]]):
 
     Args:
         order: The order of the rows.
-        arguments: Batch size, rows per step, number of processes.
+        arguments: An `HfGPTTrainingArguments`: batch size, rows per step, number of processes.
     """
 
-    def __init__(self, order: RowOrder, arguments: "HfGPTTrainingArguments"):
+    def __init__(self, order: RowOrder, arguments: TrainingArguments):
         self.order, self.arguments, self.epoch = order, arguments, 0
         left_out = order.rows % arguments.per_device_train_batch_size if arguments.dataloader_drop_last else 0
         self.rows = order.rows - left_out
@@ -91,7 +88,7 @@ class StepBatches(Sampler[list[int]]):
         return -(-rows // self.arguments.per_device_train_batch_size)
 
 
-def count_rounds(arguments: "HfGPTTrainingArguments", rows: int) -> int:
+def count_rounds(arguments: TrainingArguments, rows: int) -> int:
     """Number of batches that each process takes for a step of `rows` rows.
 
     With a global batch size, on a CPU, it is a power of two, so that the sums of gradients are those of one process
