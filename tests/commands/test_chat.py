@@ -174,6 +174,7 @@ def test_the_description_of_a_model_comes_from_its_run_record(saved, tmp_path, c
 SCRIPT = """
 import fcntl, os, signal, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in background jobs
 from hfgpt import cli
 from hfgpt.evaluation.generation import TerminalStreamer
 put = TerminalStreamer.put
