@@ -151,7 +151,7 @@ def keep_steps(arguments: HfGPTTrainingArguments, folder: Path):
             f"there are {arguments.world_size} processes, but a step of the run in '{folder}' has only "
             f"{counted(batches, 'batches')} of {before.rows_per_batch} rows: use at most {batches}"
         )
-    if arguments.world_size != before.processes:
+    if arguments.rows_per_step != before.rows_per_step:
         arguments.global_batch_size, arguments.gradient_accumulation_steps = before.rows_per_step, 1
 
 
