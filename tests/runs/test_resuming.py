@@ -15,13 +15,14 @@ from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.models import find_model
 from hfgpt.records import RunRecord
-from hfgpt.runs.folder import check_same_sources, describe_sources
+from hfgpt.runs.folder import check_same_sources, describe_sources, keep_steps
 from hfgpt.saving import hash_file, write_checksums
 from hfgpt.tasks.pretrain import Pretraining
 from hfgpt.tasks.task import Data
 from hfgpt.training import checkpoints
+from hfgpt.training.batches import count_rounds
 from hfgpt.training.checkpoints import list_checkpoints, step_of
-from hfgpt.training.trainer import HfGPTTrainer
+from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 TEXT = "The fox saw the hen. The hen saw the fox. Neither said a word about it.\n" * 40
 
@@ -122,6 +123,21 @@ def test_the_inputs_a_run_started_with_are_compared(began, now, said):
     check_same_sources(Path("r"), RunRecord(), before)
     with pytest.raises(InputError, match=said):
         check_same_sources(Path("r"), before, RunRecord(**BEGAN | now))
+
+
+@pytest.mark.parametrize(("processes", "accumulated"), [(1, 2), (2, 1)])
+def test_steps_keep_their_rows_on_another_number_of_processes(processes, accumulated, tmp_path, monkeypatch):
+    """Of a run started on one process with accumulation and resumed on two, and then again on either number."""
+    RunRecord(processes=2, rows_per_step=16, rows_per_batch=8).write(tmp_path)
+    monkeypatch.setattr(HfGPTTrainingArguments, "world_size", processes)
+    arguments = HfGPTTrainingArguments(
+        str(tmp_path), use_cpu=True, per_device_train_batch_size=8, gradient_accumulation_steps=2
+    )
+    keep_steps(arguments, tmp_path)
+    assert (arguments.rows_per_step, count_rounds(arguments, 16)) == (16, accumulated)
+    monkeypatch.setattr(HfGPTTrainingArguments, "world_size", 3)
+    with pytest.raises(InputError, match=r"there are 3 processes, but a step .* has only 2 batches of 8 rows"):
+        keep_steps(arguments, tmp_path)
 
 
 def test_the_base_model_is_recorded_when_a_run_starts(uninterrupted, load, tmp_path):
