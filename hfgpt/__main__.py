@@ -2,4 +2,5 @@
 
 from hfgpt.cli import main
 
-main()
+if __name__ == "__main__":  # a process that this one starts imports it under another name
+    main()

@@ -86,6 +86,37 @@ def train(
     train_recipe(loaded, resume)
 
 
+@app.command(context_settings=TAKES_OVERRIDES)
+def prepare(
+    context: typer.Context,
+    recipe: RecipeName,
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="A folder, or a URL such as s3://bucket/data or hf://datasets/me/data."),
+    ],
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Prepare only this share of the source, so that N machines share the work."),
+    ] = None,
+    as_json: AsJson = False,
+):
+    """Tokenize the text of a pre-training recipe, of any size, for hfgpt train RECIPE --data.path OUT.
+
+    Run the same command again to resume after an interruption. Every shard may be prepared on another machine.
+    """
+    from hfgpt.recipe import load_recipe
+
+    loaded = load_recipe(recipe, _overrides(context), check_paths=True)
+    from hfgpt.commands.prepare import prepare as prepare_data
+    from hfgpt.commands.prepare import render_manifest
+
+    manifest = prepare_data(loaded, out, shard)
+    if as_json:
+        print(json.dumps({"finished": manifest is not None, **(manifest.to_dict() if manifest else {})}))
+    else:
+        _print(render_manifest(manifest, recipe, out))
+
+
 @app.command()
 def generate(
     model: Model,

@@ -9,10 +9,11 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -34,10 +35,27 @@ CODECS = {".gz": "gzip", ".zst": "zstd"}
 SUFFIXES = f"{', '.join(FAMILIES)}, and .gz or .zst of the first six"
 # A well-known file without a suffix: the SMS Spam Collection from the UCI archive (228).
 SUFFIX_OF = {"SMSSpamCollection": ".tsv"}
+PREPARATION_FILE = "preparation.json"  # in every folder of prepared data
 CHUNK = 1 << 20
+# Where a row of plain text or JSON Lines can end.
+ROW_ENDS = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n[ \t\r]*\n")}
 # Characters or bytes decompressed into memory together: a line, a row, a document, a .json file. A few compressed
 # kilobytes can expand to gigabytes; for other files, the size on disk tells how much memory they need.
 LONGEST_DECOMPRESSED = 2**27
+
+
+class Section(NamedTuple):
+    """A section of a file that can be read on its own: bytes of a text file, row groups of a Parquet file.
+
+    Args:
+        path: The file.
+        start: First byte, or row group.
+        stop: End, exclusive; None: the end of the file.
+    """
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
 
 
 def find_files(path: str) -> list[Path]:
@@ -48,29 +66,37 @@ def find_files(path: str) -> list[Path]:
             files are downloaded or taken from the datasets cache.
 
     Returns:
-        Files of one family (text, JSON, table or Parquet); empty if the path does not exist locally.
+        Files of one family (text, JSON, table or Parquet); empty if the path does not exist locally, or is prepared
+        data.
 
     Raises:
         InputError: No file has a supported type, the files have several types, or the URL cannot be read.
     """
     if is_url(path):
-        return _one_family(path, _download_files(path))
+        return one_family(path, download_files(path, [found for found, _ in list_urls(path)]))
     place = Path(path).expanduser()
     if place.is_file():
         if family(place) is None:
             kind = f"has the unsupported file type {place.suffix!r}" if place.suffix else "has no file extension"
             raise InputError(f"data.path {path!r} {kind}; supported: {SUFFIXES}")
         return [place]
+    if is_prepared(path):
+        return []
     if place.is_dir():
         found = [item for item in place.rglob("*") if not any(p[0] == "." for p in item.relative_to(place).parts)]
     elif glob.has_magic(path):
         found = [Path(item) for item in glob.glob(str(place), recursive=True)]
     else:
         return []
-    return _one_family(path, [item for item in found if item.is_file()])
+    return one_family(path, [item for item in found if item.is_file()])
 
 
-def _one_family(path: str, found: Iterable[Path]) -> list[Path]:
+def one_family(path: str, found: Iterable[Path]) -> list[Path]:
+    """The files of supported types, sorted.
+
+    Raises:
+        InputError: There is none, or they are of several types.
+    """
     files = sorted(item for item in found if family(item))
     if not files:
         raise InputError(
@@ -84,21 +110,55 @@ def _one_family(path: str, found: Iterable[Path]) -> list[Path]:
 
 
 def find_source(path: str) -> list[Path]:
-    """The files at `data.path`, see `find_files`; empty if the path may be a Hub dataset id.
+    """The files at `data.path`, see `find_files`; empty if it is prepared data, or may be a Hub dataset id.
 
     Raises:
         InputError: As `find_files`; or a path that must be local does not exist.
     """
     files = find_files(path)
-    if not files and looks_local(path):
+    if not files and looks_local(path) and not is_prepared(path):
         raise InputError(f"data.path {path!r} does not exist{nearest(path)}: check the path")
     return files
 
 
+def divide_file(path: Path, sample_by: str, size: int) -> list[tuple[Section, int]]:
+    """Divides a file between rows into sections; reading them in order gives the rows of the file.
+
+    JSON Lines, and text by line or paragraph, can be divided at any row, Parquet between row groups; other files are
+    one section.
+
+    Args:
+        path: A local file.
+        sample_by: What one row of a text file is.
+        size: Bytes per section, approximately.
+
+    Returns:
+        The sections, with their sizes in bytes.
+    """
+    suffix, compression = _suffixes(path)
+    total = path.stat().st_size
+    if suffix == ".parquet":
+        return _divide_row_groups(path, size)
+    by = {".jsonl": "line", ".txt": sample_by, ".md": sample_by}.get(suffix)
+    pattern = None if compression else ROW_ENDS.get(by)
+    cuts = [0]
+    if pattern:
+        with _open(path) as file:
+            while cuts[-1] + size < total and (cut := _find_end(file, cuts[-1] + size, pattern)):
+                cuts.append(cut)
+    cuts += [total] if cuts[-1] < total or len(cuts) == 1 else []
+    return [(Section(path, start, stop), stop - start) for start, stop in itertools.pairwise(cuts)]
+
+
 def read_rows(
-    path: Path, sample_by: str = "document", columns: list[str] | None = None, header: list[str] | None = None
+    path: Path,
+    sample_by: str = "document",
+    columns: list[str] | None = None,
+    header: list[str] | None = None,
+    start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Reads the rows of one local file of any supported type, with values unchanged.
+    """Reads the rows of one local file of any supported type, or of a section of it, with values unchanged.
 
     A row of a compressed file has at most `LONGEST_DECOMPRESSED` characters.
 
@@ -108,6 +168,7 @@ def read_rows(
         columns: Columns to read from a Parquet file. If all are numbers, a .csv or .tsv file is read without a header
             line, with columns named 0, 1, 2, ...
         header: Column names for a .csv or .tsv file without a header line.
+        start, stop: A section from `divide_file`.
 
     Yields:
         Column -> value.
@@ -120,7 +181,7 @@ def read_rows(
 
     def read_pieces() -> Iterator[str]:
         nonlocal held, lines
-        for piece in _read_text(path):
+        for piece in _read_text(path, start, stop):
             held += len(piece)
             lines += piece.count("\n")
             # Ordinary text is 3 to 10 times its compressed size.
@@ -137,9 +198,9 @@ def read_rows(
     elif suffix == ".json":
         rows = _read_json(path, read_pieces())
     elif suffix == ".jsonl":
-        rows = _read_json_lines(path, read_pieces())
+        rows = _read_json_lines(path, read_pieces(), start)
     elif suffix == ".parquet":
-        rows = _read_parquet(path, columns)
+        rows = _read_parquet(path, columns, start, stop)
     else:
         has_header = not (columns and all(name.isdigit() for name in columns))
         rows = _read_table(path, read_pieces(), has_header, header)
@@ -181,6 +242,11 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def is_prepared(path: str) -> bool:
+    """Whether a path is a local folder of `hfgpt prepare`, which may be incomplete."""
+    return not is_url(path) and Path(path, PREPARATION_FILE).expanduser().is_file()
+
+
 def without_secrets(path: str) -> str:
     """The path; of a URL, without credentials and query, which may contain secrets."""
     if not is_url(path):
@@ -201,24 +267,35 @@ def nearest(path: str) -> str:
     return f" (nearest: {place.parent / near[0]})" if near else ""
 
 
-def _download_files(url: str) -> list[Path]:
-    """Downloads the files of a URL; returns local paths that keep the file names."""
-    import datasets
+def list_urls(url: str) -> list[tuple[str, int | None]]:
+    """The URLs of the files of supported types at a URL, and their sizes in bytes if the server tells them.
+
+    Raises:
+        InputError: The URL cannot be read.
+    """
     import fsspec
 
     if urlsplit(url).username:
         raise InputError(f"data.path {without_secrets(url)!r} contains a user name: remove it, and log in another way")
-    try:
+    with explain_url(url):
         system, place = fsspec.url_to_fs(url)
         if glob.has_magic(place.partition("?")[0]):
-            places = system.glob(place)
+            places = system.glob(place, detail=True)
         else:
             # Web servers do not have folders, so a supported extension means a file.
             is_file = family(Path(urlsplit(url).path)) is not None
-            places = [place] if is_file or not system.isdir(place) else system.find(place)
-        urls = [system.unstrip_protocol(found) for found in places]
-        urls = [found for found in urls if family(Path(urlsplit(found).path))]
-        contents = datasets.DownloadManager().download(urls)
+            places = {place: {}} if is_file or not system.isdir(place) else system.find(place, detail=True)
+        urls = [(system.unstrip_protocol(found), about.get("size")) for found, about in places.items()]
+        return [(found, size) for found, size in urls if family(Path(urlsplit(found).path))]
+
+
+@contextlib.contextmanager
+def explain_url(url: str) -> Iterator[None]:
+    """Turns the errors of reading a URL into one line."""
+    try:
+        yield
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(
             f"data.path {without_secrets(url)!r} was not found, or its server does not answer: check the URL"
@@ -231,6 +308,19 @@ def _download_files(url: str) -> list[Path]:
         raise InputError(
             f"data.path {without_secrets(url)!r} cannot be read ({reason}): check the URL and the network"
         ) from error
+
+
+def download_files(url: str, urls: list[str]) -> list[Path]:
+    """Downloads files to the datasets cache; returns local paths that keep the file names.
+
+    Args:
+        url: `data.path`, for error messages.
+        urls: The files.
+    """
+    import datasets
+
+    with explain_url(url):
+        contents = datasets.DownloadManager().download(urls)
     return [_name_download(found, Path(content)) for found, content in zip(urls, contents, strict=True)]
 
 
@@ -281,27 +371,34 @@ def _open(path: Path) -> BinaryIO:
         raise InputError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
 
 
-def _read_bytes(path: Path) -> Iterator[bytes]:
+def _read_bytes(path: Path, start: int, stop: int | None) -> Iterator[bytes]:
     """The decompressed content in chunks."""
     compression = _suffixes(path)[1]
     with _open(path) as file:
+        if not compression:
+            file.seek(start)
+            left = path.stat().st_size - start if stop is None else stop - start
+            while left > 0 and (chunk := file.read(min(left, CHUNK))):
+                left -= len(chunk)
+                yield chunk
+            return
         # Both codecs verify checksums and read concatenated streams.
-        stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), CODECS[compression]) if compression else file
+        stream = pa.CompressedInputStream(pa.PythonFile(file, mode="r"), CODECS[compression])
         try:
             yield from iter(lambda: stream.read(CHUNK), b"")
         except OSError as error:
-            if not compression or error.errno is not None:
+            if error.errno is not None:
                 raise
             if "Truncated" in str(error):
                 raise InputError(f"{path} is truncated {compression} data: copy or compress it again") from error
             raise InputError(f"{path} is not valid {compression} data ({error}): compress it again") from error
 
 
-def _read_text(path: Path) -> Iterator[str]:
+def _read_text(path: Path, start: int, stop: int | None) -> Iterator[str]:
     """The decoded content in chunks, without a byte order mark; line endings are unchanged."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, at_start = 0, True
-    for chunk in itertools.chain(_read_bytes(path), [b""]):
+    offset, at_start = start, start == 0
+    for chunk in itertools.chain(_read_bytes(path, start, stop), [b""]):
         if b"\0" in chunk:
             raise InputError(f"{path} is not text: byte {offset + chunk.index(0)} is NUL; convert it to UTF-8 text")
         # Bytes of a character split across chunks: the decoder's offsets count from them.
@@ -360,15 +457,23 @@ def _read_json(path: Path, pieces: Iterable[str]) -> Iterator[dict[str, Any]]:
     return (_json_row(row, f"{path}: row {number}") for number, row in enumerate(rows, start=1))
 
 
-def _read_json_lines(path: Path, pieces: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _read_json_lines(path: Path, pieces: Iterable[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows from byte `start` on."""
+
+    def count_lines(number: int) -> int:
+        return number + sum(chunk.count(b"\n") for chunk in _read_bytes(path, 0, start)) if start else number
+
     for number, line in enumerate(_read_lines(pieces), start=1):
         if line.isspace():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _invalid_json(path, error, number) from error
-        yield _json_row(row, f"{path}: line {number}")
+            raise _invalid_json(path, error, count_lines(number)) from error
+        if isinstance(row, dict):
+            yield row
+        else:
+            yield _json_row(row, f"{path}: line {count_lines(number)}")
 
 
 def _invalid_json(path: Path, error: Exception, line: int | None = None) -> InputError:
@@ -416,20 +521,53 @@ def _read_table(
         raise InputError(f"{path} is not a valid table: {error} in row {number + 1}; fix or quote it") from error
 
 
-def _read_parquet(path: Path, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+def _read_parquet(
+    path: Path, columns: list[str] | None, start: int = 0, stop: int | None = None
+) -> Iterator[dict[str, Any]]:
     try:
         with _open(path) as stream, pq.ParquetFile(stream) as file:
             if not set(columns or []) <= set(file.schema_arrow.names):
                 columns = None  # the caller then reports the columns of the first row
             _check_sizes(path, file)
             # Small batches: a text that is stored once can be the value of many rows.
-            for batch in file.iter_batches(batch_size=16, columns=columns):
+            groups = range(file.num_row_groups)[start:stop]
+            for batch in file.iter_batches(batch_size=16, row_groups=groups, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a disk error
         fact = " ".join(str(error).split())
         raise InputError(f"{path} is not a valid Parquet file ({fact}): write it again") from error
+
+
+def _divide_row_groups(path: Path, size: int) -> list[tuple[Section, int]]:
+    """Consecutive row groups of a Parquet file with about `size` bytes in total."""
+    try:
+        with _open(path) as stream, pq.ParquetFile(stream) as file:
+            metadata = file.metadata
+            sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        raise InputError(f"{path} is not a valid Parquet file ({error}): write it again") from error
+    sections, start, held = [], 0, 0
+    for number, group in enumerate(sizes, start=1):
+        held += group
+        if held >= size or number == len(sizes):
+            sections.append((Section(path, start, number), held))
+            start, held = number, 0
+    return sections or [(Section(path), 0)]
+
+
+def _find_end(file: BinaryIO, position: int, pattern: re.Pattern) -> int | None:
+    """The end of the first match from `position` on, which is where a row starts; None if there is none."""
+    file.seek(position)
+    seen = b""
+    while chunk := file.read(CHUNK):
+        seen = seen[-1024:] + chunk  # blank lines may be divided between chunks
+        if found := pattern.search(seen):
+            return file.tell() - len(seen) + found.end()
+    return None
 
 
 def _check_sizes(path: Path, file: pq.ParquetFile):

@@ -5,8 +5,9 @@ Every stage adds to one `DataReport`; a run writes it to `data_report.json`, and
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
 from hfgpt.records import PLACE, PRIVATE, REQUIRED, Record
 
@@ -115,6 +116,18 @@ class DataReport(Record):
             The split's report, to be updated in place.
         """
         return self.splits.setdefault(name, SplitReport())
+
+    def merge(self, names: Sequence[str], name: str) -> Self:
+        """A copy in which splits are one split.
+
+        Args:
+            names: The splits.
+            name: Name of the new split; the copy has no other.
+        """
+        merged = SplitReport()
+        for size in set(vars(merged)) - {"labels"}:
+            setattr(merged, size, sum(getattr(self.split(split), size) for split in names))
+        return dataclasses.replace(self, splits={name: merged})
 
     def warn_if_small(self, name: str, unit: str) -> None:
         """Adds a warning if a split is too small for reliable metrics.

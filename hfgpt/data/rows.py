@@ -13,11 +13,13 @@ import datasets
 from huggingface_hub import HfApi
 
 from hfgpt.data.files import (
+    Section,
     describe_file,
     family,
     find_columns,
     find_source,
     hash_files,
+    is_prepared,
     nearest,
     read_rows,
     without_secrets,
@@ -68,6 +70,7 @@ class Reading:
         sample_by: What one row of a text file is.
         seed: Seed of synthetic rows.
         column_names: Column names for a .csv or .tsv file without a header line.
+        stream: Read a Hub dataset without downloading it completely, as is always done with a limit.
     """
 
     columns: dict[str, str]
@@ -76,6 +79,7 @@ class Reading:
     sample_by: str = "document"
     seed: int = 0
     column_names: list[str] | None = None
+    stream: bool = False
 
     @property
     def settings(self) -> list[Any]:
@@ -91,15 +95,22 @@ class Source:
         name: Path of the source.
         splits: Split -> function that reads its rows: `train`, and those of `Reading.splits` that the source has.
         version: JSON-compatible fingerprint of the rows; for files, their paths, sizes and timestamps.
-        files: Local files to read.
+        files: Split -> local files to read.
         tables: Split -> rows of a Hub dataset, already cached as Arrow tables.
+        streams: Split -> rows of a Hub dataset that are read without downloading it completely.
     """
 
     name: str
     splits: dict[str, Callable[[], Iterator[Row]]]
     version: list[Any]
-    files: list[Path] = field(default_factory=list)
+    files: dict[str, list[Path]] = field(default_factory=dict)
     tables: dict[str, datasets.Dataset] = field(default_factory=dict)
+    streams: dict[str, datasets.IterableDataset] = field(default_factory=dict)
+
+    @property
+    def all_files(self) -> list[Path]:
+        """The files of all splits."""
+        return list(itertools.chain.from_iterable(self.files.values()))
 
 
 def find_source_splits(source: SourceArguments, reading: Reading, report: DataReport) -> Source:
@@ -116,15 +127,19 @@ def find_source_splits(source: SourceArguments, reading: Reading, report: DataRe
     report.source = without_secrets(source.path)
     if source.path.startswith("synthetic:"):
         return _generate_rows(source.path, reading)
+    if is_prepared(source.path):
+        raise InputError(
+            f"data.path {source.path!r} has prepared tokens, which only pre-training can use: give the text"
+        )
     files = find_source(source.path)
     if not files:
         return _open_hub(source, reading)
-    splits = _divide_files(files, source, reading, report)
+    splits = divide_files(files, source, reading, report)
     return Source(
         source.path,
         {name: functools.partial(_read_files, split, source.path, reading) for name, split in splits.items()},
         [*reading.settings, {name: list(map(describe_file, split)) for name, split in splits.items()}],
-        [file for split in splits.values() for file in split],
+        splits,
     )
 
 
@@ -143,7 +158,7 @@ def open_rows(source: SourceArguments, reading: Reading, report: DataReport) -> 
         InputError: As `find_source_splits`; or the source cannot be read, or does not have a required column.
     """
     found = find_source_splits(source, reading, report)
-    report.sha256 = hash_files(found.files) if found.files else ""
+    report.sha256 = hash_files(found.all_files) if found.files else ""
     return {name: read() for name, read in found.splits.items()}
 
 
@@ -157,7 +172,7 @@ def is_unicode(text: str) -> bool:
 
 def _generate_rows(path: str, reading: Reading) -> Source:
     kinds = {
-        "synthetic:stories": lambda number, seed, split: ({"text": story} for story in generate_stories(number, seed)),
+        "synthetic:stories": _generate_stories,
         "synthetic:messages": generate_messages,
         "synthetic:instructions": generate_instructions,
     }
@@ -176,9 +191,13 @@ def _generate_rows(path: str, reading: Reading) -> Source:
     return Source(path, splits, [path, numbers, reading.seed])
 
 
+def _generate_stories(number: int, seed: int, split: str) -> Iterator[Row]:
+    return ({"text": story} for story in generate_stories(number, seed))
+
+
 def _open_hub(source: SourceArguments, reading: Reading) -> Source:
     # With a limit the rows are streamed, so that a huge dataset is not downloaded completely.
-    streaming = reading.limit is not None and not datasets.config.HF_HUB_OFFLINE
+    streaming = (reading.limit is not None or reading.stream) and not datasets.config.HF_HUB_OFFLINE
     revision = source.revision
     try:
         if streaming:  # pin the revision that is recorded
@@ -205,14 +224,22 @@ def _open_hub(source: SourceArguments, reading: Reading) -> Source:
     tables = {split: splits[name] for split, name in names.items()}
     for split, table in tables.items() if reading.limit else ():
         tables[split] = table.take(reading.limit) if streaming else table.select(range(min(reading.limit, len(table))))
-    rows = {name: functools.partial(_read_hub, table, source.path, reading.columns) for name, table in tables.items()}
+    rows = {name: functools.partial(read_hub, table, source.path, reading.columns) for name, table in tables.items()}
     if streaming:
-        return Source(source.path, rows, [source.path, source.name, revision, names, *reading.settings])
+        version = [source.path, source.name, revision, names, *reading.settings]
+        return Source(source.path, rows, version, streams=tables)
     fingerprints = {name: table._fingerprint for name, table in tables.items()}  # no public name for it
     return Source(source.path, rows, [names, fingerprints], tables=tables)
 
 
-def _read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, columns: dict[str, str]) -> Iterator[Row]:
+def read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, columns: dict[str, str]) -> Iterator[Row]:
+    """Reads the rows of a Hub dataset, with class labels as their names.
+
+    Args:
+        split: One of its splits.
+        path: The path of the source, for error messages.
+        columns: As in `Reading`.
+    """
     # A streamed dataset may not know its columns before the first row. Other columns, such as images, are not decoded.
     if columns and set(columns.values()) <= set(split.column_names or []):
         split = split.select_columns(list(columns.values()))
@@ -229,7 +256,7 @@ def _read_hub(split: datasets.Dataset | datasets.IterableDataset, path: str, col
             yield dict(zip(batch, values, strict=True))
 
 
-def _divide_files(
+def divide_files(
     files: list[Path], source: SourceArguments, reading: Reading, report: DataReport
 ) -> dict[str, list[Path]]:
     """Assigns files to splits by the words in their paths below the common folder."""
@@ -266,16 +293,26 @@ def _divide_files(
 
 
 def _read_files(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
-    return itertools.islice(_read_all(files, path, reading), reading.limit)
+    return itertools.islice(read_sections([Section(file) for file in files], path, reading), reading.limit)
 
 
-def _read_all(files: list[Path], path: str, reading: Reading) -> Iterator[Row]:
-    is_text, text = family(files[0]) == "text", reading.columns.get("text_column", "text")
-    for file in files:
-        if file.stat().st_size == 0 and len(files) == 1:
+def read_sections(sections: list[Section], path: str, reading: Reading) -> Iterator[Row]:
+    """Reads the rows of sections of files of one family.
+
+    Args:
+        sections: The sections, in order.
+        path: The path of the source, for error messages.
+        reading: How to read them; without its limit.
+
+    Raises:
+        InputError: A file is empty, cannot be read, or does not have a required column.
+    """
+    is_text, text = family(sections[0].path) == "text", reading.columns.get("text_column", "text")
+    for file, start, stop in sections:
+        if file.stat().st_size == 0 and len(sections) == 1:
             raise InputError(f"data.path {path!r} is an empty file: add text")
         asked = list(reading.columns.values())
-        rows = read_rows(file, reading.sample_by, asked or None)
+        rows = read_rows(file, reading.sample_by, asked or None, None, start, stop)
         if is_text:  # has a single column, under the name that the recipe uses
             rows = ({text: row["text"]} for row in rows)
         first = next(rows, None)

@@ -34,6 +34,17 @@ FORMAT_VERSION = 1  # part of the fingerprint: other versions are not found in t
 LONGEST_DOCUMENT = 2**31 - 1
 BATCH_BYTES = 1 << 24
 SOURCE_FILE = "source.json"
+# Keys that determine the tokens, in addition to `path` and the tokenizer.
+SETTINGS = (
+    "name",
+    "revision",
+    "train_split",
+    "validation_split",
+    "validation_fraction",
+    "text_column",
+    "sample_by",
+    "max_documents",
+)
 
 
 @dataclass
@@ -144,6 +155,26 @@ def shorten(documents: datasets.Dataset, sizes: SplitReport, characters: int) ->
     return map_rows(first, _cut, {"text": Value("string")}, {"start": 0, "stop": characters}, "Cutting")
 
 
+def reading_of(arguments: DataArguments, seed: int) -> Reading:
+    """How to read the documents of a source.
+
+    Args:
+        arguments: What to read.
+        seed: Seed of synthetic text.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+    _check_arguments(arguments)
+    return Reading(
+        columns={"text_column": arguments.text_column},
+        splits={"validation": arguments.validation_split},
+        limit=arguments.max_documents,
+        sample_by=arguments.sample_by,
+        seed=seed,
+    )
+
+
 def _check_arguments(arguments: DataArguments) -> None:
     if not arguments.path:
         raise InputError("data.path is not set: give a Hub id, a file, a folder or synthetic:stories")
@@ -159,14 +190,7 @@ def _check_arguments(arguments: DataArguments) -> None:
 
 def _read_splits(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, _Texts]:
     """Reads all splits of the source: `train`, and `validation` if it has one."""
-    _check_arguments(arguments)
-    reading = Reading(
-        columns={"text_column": arguments.text_column},
-        splits={"validation": arguments.validation_split},
-        limit=arguments.max_documents,
-        sample_by=arguments.sample_by,
-        seed=seed,
-    )
+    reading = reading_of(arguments, seed)
     source = find_source_splits(arguments, reading, report)
     tables, report.sha256 = _load_tables(source, arguments.text_column, cache_folder(arguments.cache_dir))
     splits = {name: _measure_texts(table, seed, report) for name, table in tables.items()}
@@ -218,7 +242,7 @@ def _keep(source: Source, column: str, folder: Path):
             # Later rows of a JSON file may not have the key: None, counted as "not text".
             rows[name] = _write_texts((row.get(column) for row in read()), folder / f"{name}.arrow")
         tables = {name: datasets.Dataset.from_file(str(folder / f"{name}.arrow")) for name in rows}
-    sha256 = hash_files(source.files) if source.files else _hash_texts(tables)
+    sha256 = hash_files(source.all_files) if source.files else _hash_texts(tables)
     write_json(folder / SOURCE_FILE, {"sha256": sha256, "rows": rows})
 
 
@@ -265,15 +289,19 @@ def _hash_texts(tables: dict[str, datasets.Dataset]) -> str:
     digest = hashlib.sha256()
     for table in tables.values():
         for text in table.data.column("text"):
-            if not _unusable(text.as_py()):
+            if not unusable_reason(text.as_py()):
                 data = text.as_py().encode()
                 digest.update(len(data).to_bytes(8, "little"))
                 digest.update(data)
     return digest.hexdigest()
 
 
-def _unusable(value: Any) -> str:
-    """The reason to drop a row; "" to keep it."""
+def unusable_reason(value: Any) -> str:
+    """The reason to drop a row; "" to keep it.
+
+    Args:
+        value: The value of its text column.
+    """
     if not isinstance(value, str):
         return "not text"
     return "" if value and not value.isspace() else "empty"
@@ -294,7 +322,7 @@ def _measure_texts(table: datasets.Dataset, seed: int, report: DataReport) -> _T
 
 def _measure(batch: pa.Table, seed: int, version: int) -> pa.Table:
     texts = [value.as_py() for value in batch["text"]]
-    reasons = [_unusable(text) for text in texts]
+    reasons = [unusable_reason(text) for text in texts]
     texts = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
     # Digests include the seed, so their order is the seeded permutation that splits the documents.
     digests = b"".join(seeded_digest(text, seed) for text in texts)

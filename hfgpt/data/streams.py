@@ -6,11 +6,14 @@ vocabularies). A later run with the same texts and tokenizer uses the cached tok
 
 import bisect
 import functools
+import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import datasets
 import numpy as np
@@ -29,6 +32,7 @@ BATCH_CHARACTERS = 1 << 20
 BYTES_PER_PROCESS = 8 << 20
 # GPT-2's pre-tokenizer always splits between these two characters, in any context.
 CUT = re.compile(r"[!-~]\n(?=[!-~])")
+NO_END = "the tokenizer does not have an eos_token to end documents with: set tokenizer.eos_token"
 
 
 class TokenStream:
@@ -47,8 +51,12 @@ class TokenStream:
         chunks = documents.data.column("input_ids").chunks
         self._pieces = [chunk.flatten().to_numpy() for chunk in chunks]
         self._starts = list(itertools.accumulate(map(len, self._pieces), initial=0))
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        chunks = self.documents.data.column("input_ids").chunks
         lengths = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
-        self.offsets = np.cumsum(np.concatenate([[0], *lengths]))
+        return np.cumsum(np.concatenate([[0], *lengths]))
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -97,45 +105,77 @@ def tokenize_documents(
         InputError: The tokenizer is not a fast one, does not have an end-of-text token, or produces no tokens.
         OSError: The disk is full or not writable.
     """
-    if not tokenizer.is_fast:
-        raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer: use one with a tokenizer.json")
-    if append_eos and tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer does not have an eos_token to end documents with: set tokenizer.eos_token")
+    encoding = Encoding.of(tokenizer)
+    if append_eos and encoding.end is None:
+        raise InputError(NO_END)
     if num_proc is not None and num_proc < 1:
         raise InputError(f"data.num_proc is {num_proc}; it must be at least 1 (unset: one process per core)")
     if num_proc is None:
-        num_proc = min(_cores(), documents.data.nbytes // BYTES_PER_PROCESS, len(documents))
-    backend = _plain_backend(tokenizer)
+        num_proc = min(count_cores(), documents.data.nbytes // BYTES_PER_PROCESS, len(documents))
     arguments = {
-        "backend": backend.to_str(),
-        "encode_special_tokens": backend.encode_special_tokens,
-        "end": [tokenizer.eos_token_id] if append_eos else [],
+        "backend": encoding.backend,
+        "encode_special_tokens": encoding.encode_special_tokens,
+        "end": [encoding.end] if append_eos else [],
         "version": FORMAT_VERSION,
     }
-    features = {"input_ids": LargeList(Value(_token_type(backend)))}
+    features = {"input_ids": LargeList(Value(encoding.token_type))}
     stream = TokenStream(map_rows(documents, _encode, features, arguments, "Tokenizing", num_proc))
     if not len(stream):
         raise InputError("the tokenizer produces no tokens for this text: add text, or choose another tokenizer")
     return stream
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy without the truncation and padding settings of earlier calls."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    # Not serialized: whether "<|endoftext|>" in a text is encoded as plain text rather than as the special token.
-    backend.encode_special_tokens = tokenizer.backend_tokenizer.encode_special_tokens
-    return backend
+@dataclass(frozen=True)
+class Encoding:
+    """How texts become token ids: plain values, so that other processes can encode in the same way.
+
+    Args:
+        backend: The tokenizer as JSON, without the truncation and padding settings of earlier calls.
+        encode_special_tokens: Whether "<|endoftext|>" in a text is encoded as plain text rather than as the special
+            token; not part of the JSON.
+        end: Id of the end-of-text token; None: there is none.
+        token_type: `uint16` if all ids fit, else `uint32`.
+    """
+
+    backend: str
+    encode_special_tokens: bool
+    end: int | None
+    token_type: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
+        """The encoding of a tokenizer.
+
+        Raises:
+            InputError: It is not a fast tokenizer.
+        """
+        if not tokenizer.is_fast:
+            raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer: use one with a tokenizer.json")
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        largest = max(backend.get_vocab(with_added_tokens=True).values())
+        special = tokenizer.backend_tokenizer.encode_special_tokens
+        return cls(backend.to_str(), special, tokenizer.eos_token_id, "uint16" if largest < 2**16 else "uint32")
+
+    def encode(self, texts: Sequence[str], append_eos: bool) -> pa.Table:
+        """The column `input_ids` of texts, as a LargeList; see `tokenize_documents`."""
+        end = [self.end] if append_eos else []
+        return _encode_texts(texts, self.backend, self.encode_special_tokens, end).cast(self.schema)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of token files."""
+        return datasets.Features({"input_ids": LargeList(Value(self.token_type))}).arrow_schema
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint; equal for tokenizers that give the same tokens."""
+        return hashlib.sha256(json.dumps([self.backend, self.encode_special_tokens, self.end]).encode()).hexdigest()
 
 
-def _token_type(backend: Tokenizer) -> str:
-    largest = max(backend.get_vocab(with_added_tokens=True).values())
-    return "uint16" if largest < 2**16 else "uint32"
-
-
-def _cores() -> int:
-    # On Linux, the cores available to this process rather than all cores of the machine.
+def count_cores() -> int:
+    """The cores available to this process, on Linux; elsewhere all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -143,10 +183,14 @@ def _encode(
     batch: pa.Table, backend: str, encode_special_tokens: bool, end: list[int], version: int
 ) -> dict[str, pa.Array]:
     """Tokenizes a batch of texts; runs in each process of `map`."""
+    return _encode_texts([text.as_py() for text in batch["text"]], backend, encode_special_tokens, end)
+
+
+def _encode_texts(texts: Sequence[str], backend: str, encode_special_tokens: bool, end: list[int]) -> pa.Table:
     tokenizer = _load_backend(backend)
     tokenizer.encode_special_tokens = encode_special_tokens
     tokens, ends, size = [], [0], 0
-    for pieces in _batch_pieces(batch["text"], _can_cut(backend)):
+    for pieces in _batch_pieces(texts, _can_cut(backend)):
         try:
             encodings = tokenizer.encode_batch_fast([text for text, _ in pieces], add_special_tokens=False)
         # The Rust library raises a bare Exception if the vocabulary has no unknown token.
@@ -199,11 +243,11 @@ def _cut_text(text: str, can_cut: bool) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def _batch_pieces(texts: Iterable[pa.Scalar], can_cut: bool) -> Iterator[list[tuple[str, bool]]]:
+def _batch_pieces(texts: Iterable[str], can_cut: bool) -> Iterator[list[tuple[str, bool]]]:
     """Batches of about BATCH_CHARACTERS characters, as lists of (piece, whether it ends a document)."""
     batch, size = [], 0
     for text in texts:
-        pieces = list(_cut_text(text.as_py(), can_cut))
+        pieces = list(_cut_text(text, can_cut))
         for number, piece in enumerate(pieces, start=1):
             batch.append((piece, number == len(pieces)))
             size += len(piece)

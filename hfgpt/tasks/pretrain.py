@@ -20,9 +20,10 @@ from transformers import (
 
 from hfgpt.building import find_base_model
 from hfgpt.data.blocks import BlockDataset, count_blocks
+from hfgpt.data.prepared import SPLITS, PreparedData, find_prepared
 from hfgpt.data.report import DataReport, counted
-from hfgpt.data.sources import DataArguments, load_all_documents, load_documents, shorten
-from hfgpt.data.streams import TokenStream, tokenize_documents
+from hfgpt.data.sources import SETTINGS, DataArguments, load_all_documents, load_documents, shorten
+from hfgpt.data.streams import Encoding, TokenStream, tokenize_documents
 from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts, unknown_token_id
@@ -31,6 +32,7 @@ from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured
+from hfgpt.tokenizer import load_tokenizer
 from hfgpt.training.estimate import Estimate
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
@@ -70,14 +72,15 @@ class Pretraining:
         self, recipe: Recipe, tokenizer_folder: Path | None = None, characters: int | None = None
     ) -> PretrainingData:
         base = find_base_model(recipe.model)
-        report = DataReport()
-        documents, share = load_texts(recipe, report, characters)
-        tokenizer = find_tokenizer(recipe, base, tokenizer_folder, (row["text"] for row in documents["train"]))
+        if prepared := find_prepared(recipe.data.path):
+            text = open_prepared(recipe, base, prepared, tokenizer_folder)
+        else:
+            text = tokenize_source(recipe, base, tokenizer_folder, characters)
+        tokenizer, report, share = text.tokenizer, text.report, text.share
         warn_of_small_vocabulary(recipe, tokenizer, report)
         block_size = context_length(recipe, base) if recipe.data.block_size is None else recipe.data.block_size
         blocks = {}
-        for split, texts in documents.items():
-            stream = tokenize(texts, tokenizer, recipe.data)
+        for split, stream in text.streams.items():
             blocks[split] = BlockDataset(
                 stream,
                 block_size,
@@ -86,7 +89,7 @@ class Pretraining:
                 keep_tail=split == "validation",
                 name=f"the {split} split of {recipe.data.path}",
             )
-            count_blocks(blocks[split], unknown_token_id(tokenizer), report, split)
+            count_blocks(blocks[split], None if prepared else unknown_token_id(tokenizer), report, split)
         report.warn_if_small("validation", "tokens")
         if share is None:
             share = len(blocks["train"]) / rows_of_steps(recipe.training)
@@ -121,8 +124,7 @@ class Pretraining:
         self, saved: SavedModel, data: DataArguments, evaluation: EvaluationArguments, console: Console | None = None
     ) -> dict[str, Any]:
         model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM)
-        report = DataReport()
-        stream = tokenize(load_all_documents(data, report), tokenizer, data)
+        stream, report = read_all_tokens(data, tokenizer)
         context = model.config.max_position_embeddings
         block_size = context if data.block_size is None else data.block_size
         if block_size > context:
@@ -148,6 +150,93 @@ class Pretraining:
 
     def following(self, folder: str) -> str:
         return f"hfgpt generate {folder} 'your prompt'"
+
+
+@dataclass
+class Tokens:
+    """Tokenized text.
+
+    Args:
+        streams: Split -> tokens.
+        tokenizer: Their tokenizer.
+        report: The data report, before blocks are counted.
+        share: Fraction of the training text in the stream; None if its total size is unknown.
+    """
+
+    streams: dict[str, TokenStream]
+    tokenizer: PreTrainedTokenizerBase
+    report: DataReport
+    share: float | None = 1.0
+
+
+def tokenize_source(recipe: Recipe, base: SavedModel | None, folder: Path | None, characters: int | None) -> Tokens:
+    """Reads and tokenizes the text of a recipe.
+
+    Args:
+        recipe: Its sections `data`, `tokenizer` and `training`.
+        base: The base model.
+        folder: Folder of a run to resume, whose tokenizer is reused.
+        characters: Tokenize only about this many characters of each split, enough for a plan; None: all.
+    """
+    report = DataReport()
+    documents, share = load_texts(recipe, report, characters)
+    tokenizer = find_tokenizer(recipe, base, folder, (row["text"] for row in documents["train"]))
+    streams = {split: tokenize(texts, tokenizer, recipe.data) for split, texts in documents.items()}
+    return Tokens(streams, tokenizer, report, share)
+
+
+def open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedData, folder: Path | None) -> Tokens:
+    """Opens prepared data, as `tokenize_source` would have tokenized its source.
+
+    Raises:
+        InputError: It was prepared with another tokenizer, or with other values of keys that the recipe sets.
+    """
+    settings, defaults = prepared.manifest.preparation.settings, DataArguments()
+    for name in SETTINGS:
+        value, was = getattr(recipe.data, name), settings.get(f"data.{name}")
+        if value not in (was, getattr(defaults, name)):
+            raise InputError(
+                f"data.{name} is {value!r}, but {prepared.place} was prepared with {was!r}: remove the key, or "
+                "prepare the text again"
+            )
+    # A new tokenizer was trained by `hfgpt prepare`.
+    is_new = base is None and recipe.tokenizer.path is None and folder is None
+    tokenizer = find_tokenizer(recipe, base, prepared.tokenizer if is_new else folder, ())
+    for name, value in vars(recipe.tokenizer).items() if is_new else ():
+        was = settings.get(f"tokenizer.{name}", value)
+        if value != was:
+            raise InputError(
+                f"tokenizer.{name} is {value!r}, but {prepared.place} was prepared with {was!r}: change it, or "
+                "prepare the text again"
+            )
+    check_same_tokenizer(tokenizer, prepared)
+    return Tokens({split: prepared.stream(split) for split in SPLITS}, tokenizer, prepared.report)
+
+
+def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, prepared: PreparedData):
+    """Checks that data was prepared with this tokenizer.
+
+    Raises:
+        InputError: It was not.
+    """
+    # Both are serialized by this version of tokenizers.
+    other = load_tokenizer(prepared.tokenizer, pad_token=None, add_eos=False)
+    if Encoding.of(tokenizer).sha256 != Encoding.of(other).sha256:
+        raise InputError(
+            f"{prepared.place} was prepared with another tokenizer ({len(other):,} tokens) than the model's "
+            f"({len(tokenizer):,}): prepare the text again with this recipe, or set tokenizer.path to "
+            f"{prepared.tokenizer}"
+        )
+
+
+def read_all_tokens(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenStream, DataReport]:
+    """The tokens to evaluate a model on: of all documents, or of `validation_split` if it is set."""
+    if prepared := find_prepared(data.path):
+        check_same_tokenizer(tokenizer, prepared)
+        splits = ["validation"] if data.validation_split else SPLITS
+        return prepared.stream(*splits), prepared.report.merge(splits, "validation")
+    report = DataReport()
+    return tokenize(load_all_documents(data, report), tokenizer, data), report
 
 
 def load_texts(

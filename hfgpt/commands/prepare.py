@@ -1,0 +1,251 @@
+"""`hfgpt prepare`: tokenizes the text of a pre-training recipe into a data set that training opens at once."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from hfgpt.building import find_base_model
+from hfgpt.data.parts import Part, find_parts, fingerprint_parts
+from hfgpt.data.prepared import (
+    FORMAT_VERSION,
+    SPLITS,
+    TOKENIZER_FOLDER,
+    Folder,
+    Manifest,
+    PartRecord,
+    Preparation,
+    TokenFile,
+    read_part_records,
+    read_preparation,
+)
+from hfgpt.data.processes import run_in_processes
+from hfgpt.data.report import DataReport, counted
+from hfgpt.data.sources import SETTINGS, reading_of
+from hfgpt.data.streams import NO_END, Encoding, count_cores
+from hfgpt.data.writing import (
+    Job,
+    Output,
+    SplitRules,
+    finish_preparation,
+    list_jobs,
+    read_training_texts,
+    tokenize_part,
+)
+from hfgpt.errors import InputError
+from hfgpt.evaluation.generation import unknown_token_id
+from hfgpt.output import stderr_console
+from hfgpt.recipe import Recipe
+from hfgpt.saving import check_writable, hash_file, quote_path
+from hfgpt.tasks.preparation import find_tokenizer
+from hfgpt.tokenizer import load_tokenizer
+
+SAMPLE_CHARACTERS = 1 << 20  # tokenized to estimate the size
+
+
+def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console | None = None) -> Manifest | None:
+    """Tokenizes the text of a recipe, in several processes; finished parts of an earlier call are kept.
+
+    Args:
+        recipe: A pre-training recipe; its sections `data`, `tokenizer` and `model`, and `training.seed`.
+        out: Folder or URL for the data.
+        shard: `I/N`: only every Nth part, starting with the Ith, so that N machines share the work; None: all parts.
+        console: Shows progress; None: stderr.
+
+    Returns:
+        The manifest; None if parts of other shards are not finished.
+
+    Raises:
+        InputError: The recipe, source, folder or tokenizer cannot be used, or the folder has other data.
+        OSError: The disk is full or not writable.
+    """
+    console = console or stderr_console()
+    if recipe.task != "pretrain":
+        raise InputError(f"the task of the recipe is {recipe.task}; only the text of pre-training can be prepared")
+    index, number = _parse_shard(shard)
+    reading = dataclasses.replace(reading_of(recipe.data, recipe.training.seed), stream=True)
+    report = DataReport()
+    parts = find_parts(recipe.data, reading, report)
+    fraction = None if "validation" in parts else recipe.data.validation_fraction
+    jobs = list_jobs(parts, SplitRules(recipe.data.text_column, recipe.training.seed, fraction))
+    if number > len(jobs):
+        raise InputError(f"--shard is {shard}, but {report.source} has only {counted(len(jobs), 'parts')}: lower N")
+    folder = _open_folder(out)
+    tokenizer = _find_tokenizer(recipe, folder, jobs)
+    preparation = _agree(recipe, folder, report, parts, tokenizer)
+    waiting = _list_waiting(folder, jobs, preparation, console)[index - 1 :: number]
+    encoding = Encoding.of(tokenizer)
+    if waiting:
+        _describe(folder, report, waiting, jobs, encoding, console)
+    identity = hashlib.sha256(json.dumps(preparation.to_dict(), sort_keys=True).encode()).hexdigest()
+    output = Output(out, identity, encoding, unknown_token_id(tokenizer))
+    _tokenize(output, waiting, recipe.data.num_proc, console)
+    return finish_preparation(folder, preparation)
+
+
+def render_manifest(manifest: Manifest | None, recipe: str, out: str) -> str:
+    """The result as text for the terminal.
+
+    Args:
+        manifest: From `prepare`.
+        recipe: The recipe, as the user named it.
+        out: The folder or URL.
+    """
+    if manifest is None:
+        return "this shard is finished; others are not"
+    size = sum(file.size for split in SPLITS for file in manifest.files(split))
+    return (
+        f"{manifest.report.summary()}\n{out} is complete: {_readable(size)}; train with: hfgpt train "
+        f"{quote_path(recipe)} --data.path {quote_path(out)}"
+    )
+
+
+def _parse_shard(shard: str | None) -> tuple[int, int]:
+    if shard is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--shard is '{shard}'; it must be I/N with I from 1 to N, such as 2/8")
+    return int(found[1]), int(found[2])
+
+
+def _open_folder(out: str) -> Folder:
+    """The folder; empty, or of an earlier call."""
+    folder = Folder(out)
+    if folder.is_local:
+        check_writable(folder.path())
+        if folder.path().is_dir():
+            strange = {path.name for path in folder.path().iterdir() if path.name[0] != "."} - {TOKENIZER_FOLDER}
+            if strange and not folder.exists(Preparation.FILE):
+                raise InputError(f"'{out}' has other files, such as {min(strange)}: choose a new folder")
+    return folder
+
+
+def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[Job]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe; a trained one is kept in the folder."""
+    base = find_base_model(recipe.model)
+    is_trained = base is None and recipe.tokenizer.path is None
+    if is_trained and folder.exists(f"{TOKENIZER_FOLDER}/tokenizer.json"):
+        with tempfile.TemporaryDirectory() as copy:
+            for name in folder.list(TOKENIZER_FOLDER):
+                Path(copy, name).write_bytes(folder.read(f"{TOKENIZER_FOLDER}/{name}"))
+            tokenizer = load_tokenizer(copy, pad_token=None, add_eos=False)
+    else:
+        tokenizer = find_tokenizer(recipe, base, None, read_training_texts(jobs))
+    if tokenizer.eos_token_id is None:
+        raise InputError(NO_END)
+    return tokenizer
+
+
+def _agree(
+    recipe: Recipe,
+    folder: Folder,
+    report: DataReport,
+    parts: dict[str, list[Part]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Preparation:
+    """Writes what the data is made from, or checks that an earlier process prepared the same."""
+    settings = {f"data.{name}": getattr(recipe.data, name) for name in SETTINGS}
+    settings["training.seed"] = recipe.training.seed
+    if recipe.model.path is None and recipe.tokenizer.path is None:
+        settings |= {f"tokenizer.{name}": value for name, value in vars(recipe.tokenizer).items()}
+    preparation = Preparation(
+        version=FORMAT_VERSION,
+        source=report.source,
+        source_sha256=fingerprint_parts(parts),
+        tokenizer_sha256=Encoding.of(tokenizer).sha256,
+        settings=settings,
+        split_by="given" if "validation" in parts else "documents",
+        parts={split: len(found) for split, found in parts.items()},
+    )
+    if earlier := read_preparation(folder):
+        preparation.compare(earlier, str(folder))
+        return preparation
+    with tempfile.TemporaryDirectory() as copy:
+        tokenizer.save_pretrained(copy)
+        for path in sorted(Path(copy).iterdir()):
+            folder.write(f"{TOKENIZER_FOLDER}/{path.name}", path.read_bytes())
+    folder.write_record(Preparation.FILE, preparation)
+    return preparation
+
+
+def _list_waiting(folder: Folder, jobs: list[Job], preparation: Preparation, console: Console) -> list[Job]:
+    """The jobs whose part is not finished, or is damaged."""
+    records, waiting = read_part_records(folder), []
+    for job in jobs:
+        record = records.get(job.name)
+        damaged = [file.file for file in record.files.values() if not _is_whole(folder, file)] if record else []
+        for name in damaged:
+            console.print(f"{name} is missing or damaged: preparing {job.name} again")
+        if record is None or damaged:
+            waiting.append(job)
+    if finished := len(jobs) - len(waiting):
+        console.print(f"already finished: {finished:,} of {counted(len(jobs), 'parts')}")
+    return waiting
+
+
+def _is_whole(folder: Folder, file: TokenFile) -> bool:
+    if not folder.is_local:
+        return folder.exists(file.file)
+    path = folder.path(file.file)
+    return path.is_file() and path.stat().st_size == file.size and hash_file(path) == file.sha256
+
+
+def _describe(
+    folder: Folder, report: DataReport, waiting: list[Job], jobs: list[Job], encoding: Encoding, console: Console
+):
+    """Prints the size of the source, and how much disk space its tokens need."""
+    sizes = [job.part.bytes for job in jobs]
+    known = None not in sizes
+    size = f"{_readable(sum(sizes))} in " if known else ""
+    console.print(f"{report.source}: {size}{counted(len(jobs), 'parts')}, {len(waiting):,} to prepare")
+    texts, held = [], 0
+    for text in read_training_texts([dataclasses.replace(jobs[0], is_alone=False)]):
+        texts.append(text[:SAMPLE_CHARACTERS])
+        held += len(texts[-1])
+        if held >= SAMPLE_CHARACTERS:
+            break
+    read = sum(len(text.encode()) for text in texts)
+    if not known or not read:
+        return
+    table = encoding.encode(texts, append_eos=True)
+    per_byte = table.nbytes / read
+    need = sum(job.part.bytes for job in waiting) * per_byte
+    free = shutil.disk_usage(folder.path()).free if folder.is_local else None
+    on = f"; {_readable(free)} are free" if free is not None else ""
+    console.print(f"{folder}: about {_readable(need)} of tokens if the source is uncompressed text{on}")
+    if free is not None and free < need:
+        console.print(f"warning: {folder} may not have enough space")
+
+
+def _tokenize(output: Output, waiting: list[Job], num_proc: int | None, console: Console):
+    start, tokens = time.perf_counter(), 0
+    num_proc = min(num_proc or count_cores(), len(waiting))
+    for finished, record in enumerate(_records(output, waiting, num_proc), start=1):
+        new = sum(file.tokens for file in record.files.values())
+        tokens += new
+        speed = tokens / (time.perf_counter() - start)
+        console.print(
+            f"{record.name}: {counted(new, 'tokens')} ({finished:,} of {len(waiting):,}, {speed:,.0f} tokens/s)"
+        )
+
+
+def _records(output: Output, jobs: list[Job], num_proc: int) -> Iterator[PartRecord]:
+    return (record for _, record in run_in_processes(functools.partial(tokenize_part, output), jobs, num_proc))
+
+
+def _readable(size: float) -> str:
+    """A number of bytes, as in `1.2 GB`."""
+    for unit, step in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= step:
+            return f"{size / step:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"

@@ -1,0 +1,170 @@
+"""A source of any size -> parts, which are read one by one and in any process.
+
+Reading the parts of a split in order gives exactly its rows. Which parts there are depends only on the source, not on
+the number of processes or machines that read them.
+"""
+
+import functools
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import datasets
+
+from hfgpt.data.files import (
+    LONGEST_DECOMPRESSED,
+    Section,
+    divide_file,
+    explain_url,
+    is_url,
+    list_urls,
+    one_family,
+    without_secrets,
+)
+from hfgpt.data.report import DataReport
+from hfgpt.data.rows import Reading, Row, SourceArguments, divide_files, find_source_splits, read_hub, read_sections
+from hfgpt.errors import InputError
+
+PART_BYTES = 1 << 26
+# Every part becomes one or two open files of the run that trains on it; many systems allow 1,024.
+MOST_PARTS = 256
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive rows of one split.
+
+    Args:
+        read: Reads the rows; can be pickled.
+        version: JSON-compatible fingerprint of the rows. Equal on all machines that have the same files, with the same
+            times.
+        bytes: Size in the source, compressed if that is; None: unknown.
+    """
+
+    read: Callable[[], Iterator[Row]]
+    version: list[Any]
+    bytes: int | None = None
+
+
+def find_parts(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, list[Part]]:
+    """Finds a source and divides each of its splits into parts.
+
+    Files are divided by size. A Hub dataset is streamed, and divided into its files. Synthetic data, and the first
+    rows of a source (`reading.limit`), are a single part.
+
+    Args:
+        source: What to find.
+        reading: How to read it; with `stream`.
+        report: `source` and `unused_files` are set.
+
+    Returns:
+        Split -> parts.
+
+    Raises:
+        InputError: As `find_source_splits`; or a document is too large to be held in memory.
+    """
+    if is_url(source.path) and reading.limit is None:
+        report.source = without_secrets(source.path)
+        return _find_url_parts(source, reading, report)
+    found = find_source_splits(source, reading, report)
+    if reading.limit is None and found.files:
+        return {split: _group_sections(files, source.path, reading) for split, files in found.files.items()}
+    if reading.limit is None and (tables := found.streams or found.tables):
+        return {split: _divide_table(table, found.version, source, reading) for split, table in tables.items()}
+    return {split: [Part(read, [found.version, split])] for split, read in found.splits.items()}
+
+
+def fingerprint_parts(parts: dict[str, list[Part]]) -> str:
+    """SHA-256 of the versions of all parts."""
+    versions = {split: [part.version for part in found] for split, found in parts.items()}
+    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+
+
+def _group_sections(files: list[Path], path: str, reading: Reading) -> list[Part]:
+    """Parts of at least PART_BYTES (the last may be smaller), at most about MOST_PARTS."""
+    size = max(PART_BYTES, sum(file.stat().st_size for file in files) // MOST_PARTS)
+    parts, held, total = [], [], 0
+    for file in files:
+        for section, length in divide_file(file, reading.sample_by, size):
+            _check_memory(section, length, reading)
+            held, total = [*held, section], total + length
+            if total >= size:
+                parts.append(_section_part(held, total, path, reading))
+                held, total = [], 0
+    return [*parts, _section_part(held, total, path, reading)] if held or not parts else parts
+
+
+def _section_part(sections: list[Section], size: int, path: str, reading: Reading) -> Part:
+    version = []
+    for file, start, stop in sections:
+        found = file.stat()
+        version.append([file.name, found.st_size, int(found.st_mtime), start, stop])
+    return Part(functools.partial(read_sections, sections, path, reading), version, size)
+
+
+def _check_memory(section: Section, size: int, reading: Reading):
+    """Refuses what would be held in memory as a whole."""
+    suffix = section.path.suffix
+    is_document = suffix in (".txt", ".md") and reading.sample_by == "document"
+    if size > LONGEST_DECOMPRESSED and (is_document or suffix == ".json"):
+        remedy = "set data.sample_by to paragraph or line" if is_document else "convert it to JSON Lines"
+        what = "is one document" if is_document else "is one JSON value"
+        raise InputError(f"{section.path} {what} of {size:,} bytes, the limit is {LONGEST_DECOMPRESSED:,}: {remedy}")
+
+
+def _find_url_parts(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, list[Part]]:
+    """Parts of whole files at a URL, each downloaded when it is read."""
+    urls = {Path(urlsplit(url).path): (url, size) for url, size in list_urls(source.path)}
+    splits = divide_files(one_family(source.path, urls), source, reading, report)
+    return {split: _group_urls([urls[file] for file in files], reading) for split, files in splits.items()}
+
+
+def _group_urls(urls: list[tuple[str, int | None]], reading: Reading) -> list[Part]:
+    sizes = [size for _, size in urls if size is not None]
+    known, wanted = len(sizes) == len(urls), max(PART_BYTES, sum(sizes) // MOST_PARTS)
+    parts, held, total = [], [], 0
+    for number, (url, size) in enumerate(urls, start=1):
+        held, total = [*held, url], total + (size or 0)
+        if not known or total >= wanted or number == len(urls):
+            version = [[without_secrets(url) for url in held], total]
+            parts.append(Part(functools.partial(_read_urls, held, reading), version, total if known else None))
+            held, total = [], 0
+    return parts
+
+
+def _read_urls(urls: list[str], reading: Reading) -> Iterator[Row]:
+    """Downloads each file to a temporary folder, and reads it."""
+    import fsspec
+
+    for url in urls:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, Path(urlsplit(url).path).name)
+            with explain_url(url):
+                system, place = fsspec.url_to_fs(url)
+                system.get_file(place, str(file))
+            for section, length in divide_file(file, reading.sample_by, PART_BYTES):
+                _check_memory(section, length, reading)
+                if length:
+                    yield from read_sections([section], without_secrets(url), reading)
+
+
+def _divide_table(
+    table: datasets.Dataset | datasets.IterableDataset, version: list[Any], source: SourceArguments, reading: Reading
+) -> list[Part]:
+    if isinstance(table, datasets.IterableDataset):
+        number, size = min(table.num_shards, MOST_PARTS), None
+    else:  # downloaded before, and the Hub cannot be reached
+        size = max(PART_BYTES, table.data.nbytes // MOST_PARTS)
+        number = max(min(table.data.nbytes // size, len(table)), 1)
+        size = table.data.nbytes // number
+    parts = []
+    for index in range(number):
+        shard = table.shard(num_shards=number, index=index, contiguous=True)
+        read = functools.partial(read_hub, shard, source.path, reading.columns)
+        parts.append(Part(read, [version, number, index], size))
+    return parts

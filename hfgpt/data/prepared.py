@@ -1,0 +1,373 @@
+"""Prepared data: the token files that `hfgpt prepare` writes, in a folder or at any URL that fsspec can write to.
+
+prepared.json       the manifest, written last: all parts, with sizes and checksums, and the data report
+preparation.json    what the data is made from; every process that writes parts checks it
+tokenizer/          the tokenizer
+train/, validation/ one Arrow file per part, with a row of token ids per document
+README.md           a dataset card, with which `datasets.load_dataset` finds the splits
+parts/              only until all parts are finished: the record of each, and a digest of each document
+"""
+
+import contextlib
+import json
+import os
+import posixpath
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+from urllib.parse import urlsplit
+
+import datasets
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from hfgpt.data.files import PREPARATION_FILE, family, is_prepared, is_url, without_secrets
+from hfgpt.data.report import DataReport
+from hfgpt.data.streams import TokenStream
+from hfgpt.errors import InputError
+from hfgpt.records import PLACE, REQUIRED, Record
+
+FORMAT_VERSION = 1
+TOKENIZER_FOLDER, RECORDS_FOLDER = "tokenizer", "parts"
+SPLITS = ("train", "validation")
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+{files}---
+
+Token ids, one document per row, prepared by `hfgpt prepare` for `hfgpt train RECIPE --data.path FOLDER`. The tokenizer
+is in `tokenizer/`; `prepared.json` lists the files with their sizes, numbers of tokens and checksums.
+"""
+
+
+@dataclass(kw_only=True)
+class TokenFile(Record):
+    """One Arrow file of a split.
+
+    Args:
+        file: Its path in the folder.
+        documents, characters, bytes: Documents, and the sizes of their texts.
+        tokens, unknown_tokens: Tokens, and how many of them are the unknown token.
+        size: Bytes of the file.
+        sha256: SHA-256 of the file.
+    """
+
+    file: Annotated[str, REQUIRED]
+    documents: Annotated[int, REQUIRED]
+    characters: Annotated[int, REQUIRED]
+    bytes: Annotated[int, REQUIRED]
+    tokens: Annotated[int, REQUIRED]
+    unknown_tokens: Annotated[int, REQUIRED]
+    size: Annotated[int, REQUIRED]
+    sha256: Annotated[str, REQUIRED]
+
+
+@dataclass(kw_only=True)
+class PartRecord(Record):
+    """A finished part of the source.
+
+    Args:
+        name: The part, such as `train-00007`.
+        preparation: SHA-256 of what the data is made from.
+        rows_read: Rows of the part.
+        dropped: Reason -> rows dropped.
+        files: Split -> token file; none for a split without a document of this part.
+    """
+
+    name: Annotated[str, REQUIRED]
+    preparation: Annotated[str, REQUIRED]
+    rows_read: Annotated[int, REQUIRED]
+    dropped: Annotated[dict[str, int], REQUIRED]
+    files: Annotated[dict[str, TokenFile], REQUIRED]
+
+
+@dataclass(kw_only=True)
+class Preparation(Record):
+    """What prepared data is made from.
+
+    Args:
+        version: Version of the format.
+        source: Source of the text.
+        source_sha256: Fingerprint of the source: names, sizes and times of files, or the commit of a Hub dataset.
+        tokenizer_sha256: Fingerprint of the tokenizer.
+        settings: Recipe key -> value, of the keys that determine the tokens.
+        split_by: As in the data report.
+        parts: Split of the source -> number of parts.
+    """
+
+    FILE: ClassVar[str] = PREPARATION_FILE
+
+    version: Annotated[int, REQUIRED]
+    source: Annotated[str, REQUIRED, PLACE]
+    source_sha256: Annotated[str, REQUIRED]
+    tokenizer_sha256: Annotated[str, REQUIRED]
+    settings: Annotated[dict[str, Any], REQUIRED]
+    split_by: Annotated[str, REQUIRED]
+    parts: Annotated[dict[str, int], REQUIRED]
+
+    def compare(self, earlier: "Preparation", out: str):
+        """Checks that an earlier process prepared the same data.
+
+        Raises:
+            InputError: It did not.
+        """
+        different = [
+            f"{key} was {earlier.settings.get(key)!r} and is {value!r}"
+            for key, value in self.settings.items()
+            if earlier.settings.get(key) != value
+        ]
+        names = {"version": "the version of the format", "source": "data.path", "tokenizer_sha256": "the tokenizer"}
+        names |= {"source_sha256": "the files of the source (names, sizes or times)", "parts": "the number of parts"}
+        different += [what for name, what in names.items() if getattr(self, name) != getattr(earlier, name)]
+        if different:
+            raise InputError(
+                f"{out} was prepared from something else: {'; '.join(different)}; choose another folder, or delete it"
+            )
+
+
+@dataclass(kw_only=True)
+class Manifest(Record):
+    """All parts of prepared data.
+
+    Args:
+        preparation: What the data is made from.
+        report: The data report, before blocks are counted.
+        parts: Name -> part.
+    """
+
+    FILE: ClassVar[str] = "prepared.json"
+
+    preparation: Annotated[Preparation, REQUIRED]
+    report: Annotated[DataReport, REQUIRED]
+    parts: Annotated[dict[str, PartRecord], REQUIRED]
+
+    def files(self, split: str) -> list[TokenFile]:
+        """The token files of a split, in the order of the stream."""
+        return [part.files[split] for _, part in sorted(self.parts.items()) if split in part.files]
+
+
+class Folder:
+    """A folder at a local path or a URL, whose files appear complete or not at all.
+
+    Args:
+        place: The path or URL.
+
+    Raises:
+        InputError: It cannot be opened.
+    """
+
+    def __init__(self, place: str):
+        self.place = place
+        with self._explain("open"):
+            self._system, self._root = fsspec.url_to_fs(place if is_url(place) else str(Path(place).expanduser()))
+        self.is_local = isinstance(self._system, LocalFileSystem)
+
+    def __str__(self) -> str:
+        return without_secrets(self.place)
+
+    def path(self, name: str = "") -> Path:
+        """The local path of a file."""
+        return Path(self._root, name)
+
+    def exists(self, name: str) -> bool:
+        """Whether a file exists."""
+        with self._explain("read"):
+            self._system.invalidate_cache()
+            return self._system.exists(self._join(name))
+
+    def list(self, name: str) -> list[str]:
+        """The names of the files in a subfolder; none if it does not exist."""
+        with self._explain("read"):
+            self._system.invalidate_cache()
+            found = self._system.find(self._join(name), maxdepth=1)
+        return sorted(posixpath.basename(path) for path in found)
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file; None if it does not exist."""
+        with self._explain("read"):
+            try:
+                return self._system.cat_file(self._join(name))
+            except FileNotFoundError:
+                return None
+
+    def read_object(self, name: str) -> dict[str, Any] | None:
+        """The object in a JSON file; None if the file does not exist.
+
+        Raises:
+            InputError: It is not valid JSON.
+        """
+        content = self.read(name)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError as error:
+            raise InputError(f"'{self}/{name}' is not valid JSON ({error}): delete it and prepare again") from error
+
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        """A path for a local file, which on success is moved or uploaded to `name` if it exists."""
+        target = self.path(name)
+        if self.is_local:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent if self.is_local else None) as folder:
+            temporary = Path(folder, target.name)
+            yield temporary
+            if not temporary.exists():
+                return
+            if self.is_local:
+                with open(temporary, "rb+") as file:
+                    os.fsync(file)
+                os.replace(temporary, target)
+            else:
+                with self._explain("write to"):
+                    self._system.put_file(str(temporary), self._join(name))
+
+    def write(self, name: str, content: str | bytes):
+        """Writes a file."""
+        with self.new_file(name) as file:
+            file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def write_record(self, name: str, record: Record):
+        """Writes a record as JSON."""
+        self.write(name, json.dumps(record.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    def remove(self, name: str):
+        """Removes a subfolder, if it exists."""
+        with self._explain("write to"):
+            if self._system.exists(self._join(name)):
+                self._system.rm(self._join(name), recursive=True)
+
+    def _join(self, name: str) -> str:
+        return posixpath.join(self._root, name) if name else self._root
+
+    @contextlib.contextmanager
+    def _explain(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except ImportError as error:
+            raise InputError(f"cannot {action} '{self}', which needs another package ({error}): install it") from error
+        except OSError as error:
+            if error.errno is not None and self.place and not is_url(self.place):
+                raise  # names the local file
+            raise self._failed(action, error) from error
+        # Buckets and their libraries raise all kinds of errors, and only the user can fix them.
+        except Exception as error:
+            raise self._failed(action, error) from error
+
+    def _failed(self, action: str, error: Exception) -> InputError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return InputError(f"cannot {action} '{self}' ({reason}): check the URL, the login and the network")
+
+
+@dataclass
+class PreparedData:
+    """Prepared data, with its files on this machine.
+
+    Args:
+        place: The folder or URL.
+        manifest: The manifest.
+        files: Split -> local token files.
+        tokenizer: Local folder of the tokenizer.
+    """
+
+    place: str
+    manifest: Manifest
+    files: dict[str, list[Path]]
+    tokenizer: Path
+    report: DataReport = field(init=False)
+
+    def __post_init__(self):
+        self.report = self.manifest.report
+
+    def stream(self, *splits: str) -> TokenStream:
+        """The token stream of one or more splits.
+
+        Raises:
+            InputError: A file is missing or damaged.
+        """
+        parts = []
+        for split in splits:
+            for path, file in zip(self.files[split], self.manifest.files(split), strict=True):
+                size = path.stat().st_size if path.is_file() else None
+                if size != file.size:
+                    fault = "is missing" if size is None else f"has {size:,} bytes, not {file.size:,}"
+                    raise InputError(
+                        f"{file.file} of {self.place} {fault}: run the same hfgpt prepare again, which repairs it"
+                    )
+                parts.append(datasets.Dataset.from_file(str(path)))
+        return TokenStream(datasets.concatenate_datasets(parts))
+
+
+def find_prepared(place: str | None) -> PreparedData | None:
+    """Prepared data at a path or URL, downloaded if it is remote; None if there is something else.
+
+    Raises:
+        InputError: It is incomplete or damaged.
+    """
+    if not place or not (is_prepared(place) or (is_url(place) and not family(Path(urlsplit(place).path)))):
+        return None
+    folder = Folder(place)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        if preparation := read_preparation(folder):
+            finished, total = len(read_part_records(folder)), sum(preparation.parts.values())
+            raise InputError(
+                f"{place} is incomplete, {finished:,} of {total:,} parts are finished: run the same hfgpt prepare "
+                "again to finish it"
+            )
+        return None
+    if manifest.preparation.version != FORMAT_VERSION:
+        raise InputError(
+            f"{place} has version {manifest.preparation.version} of the format, this hfgpt reads {FORMAT_VERSION}: "
+            "prepare it again"
+        )
+    names = {split: [file.file for file in manifest.files(split)] for split in SPLITS}
+    if folder.is_local:
+        files = {split: [folder.path(name) for name in found] for split, found in names.items()}
+        return PreparedData(place, manifest, files, folder.path(TOKENIZER_FOLDER))
+    return _download(place, folder, manifest, names)
+
+
+def _download(place: str, folder: Folder, manifest: Manifest, names: dict[str, list[str]]) -> PreparedData:
+    """Downloads the files to the datasets cache, where later runs find them."""
+    manager = datasets.DownloadManager()
+    urls = {split: [posixpath.join(place, name) for name in found] for split, found in names.items()}
+    tokenizer = datasets.config.HF_CACHE_HOME
+    with folder._explain("read"):
+        files = {split: [Path(file) for file in manager.download(found)] for split, found in urls.items()}
+        tokenizer = Path(datasets.config.HF_CACHE_HOME, "hfgpt", "tokenizers", manifest.preparation.tokenizer_sha256)
+        tokenizer.mkdir(parents=True, exist_ok=True)
+        for name in folder.list(TOKENIZER_FOLDER):
+            content = folder.read(f"{TOKENIZER_FOLDER}/{name}")
+            temporary = tokenizer / f".{name}.{os.getpid()}.tmp"
+            temporary.write_bytes(content)
+            os.replace(temporary, tokenizer / name)
+    return PreparedData(place, manifest, files, tokenizer)
+
+
+def read_preparation(folder: Folder) -> Preparation | None:
+    """What the data in a folder is made from; None if nothing was prepared there."""
+    content = folder.read_object(Preparation.FILE)
+    return Preparation.from_dict(content, Path(str(folder), Preparation.FILE)) if content else None
+
+
+def read_manifest(folder: Folder) -> Manifest | None:
+    """The manifest; None if not all parts are finished."""
+    content = folder.read_object(Manifest.FILE)
+    return Manifest.from_dict(content, Path(str(folder), Manifest.FILE)) if content else None
+
+
+def read_part_records(folder: Folder) -> dict[str, PartRecord]:
+    """The records of finished parts, by name."""
+    manifest = read_manifest(folder)
+    records = dict(manifest.parts) if manifest else {}
+    for name in folder.list(RECORDS_FOLDER):
+        found = folder.read_object(f"{RECORDS_FOLDER}/{name}") if name.endswith(".json") else None
+        if found is not None:
+            record = PartRecord.from_dict(found, Path(str(folder), RECORDS_FOLDER, name))
+            records[record.name] = record
+    return records

@@ -1,0 +1,338 @@
+"""Writes prepared data: tokenizes the parts of a source, one after the other or in several processes.
+
+The memory of a process does not depend on the size of a part: its rows are read once, as a stream, or twice if the
+part is all of its split, to count the documents first.
+"""
+
+import array
+import contextlib
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hfgpt.data.parts import Part
+from hfgpt.data.prepared import (
+    CARD,
+    RECORDS_FOLDER,
+    SPLITS,
+    Folder,
+    Manifest,
+    PartRecord,
+    Preparation,
+    TokenFile,
+    read_manifest,
+    read_part_records,
+)
+from hfgpt.data.report import DataReport
+from hfgpt.data.rows import is_unicode
+from hfgpt.data.sources import unusable_reason
+from hfgpt.data.splits import divide, seeded_digest
+from hfgpt.data.streams import BATCH_CHARACTERS, Encoding
+from hfgpt.errors import InputError
+from hfgpt.saving import hash_file
+
+SIZES = ("documents", "characters", "bytes", "tokens", "unknown_tokens")
+BUCKETS = 16  # digests are compared in this many steps, to bound the memory
+
+
+@dataclass(frozen=True)
+class SplitRules:
+    """How the documents of a source are divided.
+
+    Args:
+        column: Column of the text.
+        seed: Seed of the split.
+        validation_fraction: Fraction of the documents for validation; None: the source has both splits.
+    """
+
+    column: str
+    seed: int
+    validation_fraction: float | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A part to tokenize.
+
+    Args:
+        name: Name of the part.
+        split: Its split in the source.
+        part: The part.
+        is_alone: Whether it is all of its split.
+        rules: How its documents are divided.
+        dropped: Reason -> numbers of the usable documents to leave out.
+    """
+
+    name: str
+    split: str
+    part: Part
+    is_alone: bool
+    rules: SplitRules
+    dropped: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how the tokens of a part are written.
+
+    Args:
+        out: Folder or URL of the prepared data.
+        preparation: SHA-256 of what the data is made from.
+        encoding: The tokenizer.
+        unknown_id: Id of the unknown token; None: there is none.
+    """
+
+    out: str
+    preparation: str
+    encoding: Encoding
+    unknown_id: int | None
+
+
+def list_jobs(parts: dict[str, list[Part]], rules: SplitRules) -> list[Job]:
+    """One job per part, in the order of the stream."""
+    return [
+        Job(f"{split}-{number:05}", split, part, len(found) == 1, rules)
+        for split, found in parts.items()
+        for number, part in enumerate(found)
+    ]
+
+
+@dataclass
+class _Division:
+    """Where the documents of a part go.
+
+    Args:
+        choose: Number of the usable document and its digest -> split.
+        append_eos: Split -> whether each document ends with an end-of-text token.
+        cut: Number of characters for training, if a single document is divided; else None.
+    """
+
+    choose: Callable[[int, int], str]
+    append_eos: dict[str, bool]
+    cut: int | None = None
+
+
+def tokenize_part(output: Output, job: Job) -> PartRecord:
+    """Writes the token files of a part, and then its record.
+
+    Raises:
+        InputError: The part cannot be read or tokenized.
+        OSError: The disk is full or not writable.
+    """
+    folder, report, digests = Folder(output.out), DataReport(), array.array("Q")
+    division = _divide_documents(job)
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(_open_writer(folder, output, job, split, append_eos))
+            for split, append_eos in division.append_eos.items()
+        }
+        for split, text, digest in _assign_documents(job, division, report):
+            writers[split].add(text)
+            if digest is not None:
+                digests.append(digest)
+        files = {split: writer.finish() for split, writer in writers.items()}
+    # The files are complete now.
+    record = PartRecord(
+        name=job.name,
+        preparation=output.preparation,
+        rows_read=report.rows_read,
+        dropped=report.dropped,
+        files={split: file for split, file in files.items() if file},
+    )
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(digests, dtype=np.uint64))
+    folder.write(f"{RECORDS_FOLDER}/{job.name}.npy", buffer.getvalue())
+    folder.write_record(f"{RECORDS_FOLDER}/{job.name}.json", record)
+    return record
+
+
+def read_training_texts(jobs: list[Job]) -> Iterator[str]:
+    """The texts of the training split."""
+    for job in jobs:
+        if job.split == "train":
+            for split, text, _ in _assign_documents(job, _divide_documents(job), DataReport()):
+                if split == "train":
+                    yield text
+
+
+def read_digests(job: Job) -> np.ndarray:
+    """The uint64 digest of each usable document of a part."""
+    return np.array(array.array("Q", (digest for _, digest in _read_documents(job, DataReport()))), dtype=np.uint64)
+
+
+def _read_documents(job: Job, report: DataReport) -> Iterator[tuple[str, int]]:
+    """The documents of a part, with their digests; other rows are counted as dropped."""
+    reasons = {number: reason for reason, numbers in job.dropped.items() for number in numbers.tolist()}
+    for number, row in enumerate(job.part.read()):
+        value = row.get(job.rules.column)
+        value = value if isinstance(value, str) and is_unicode(value) else None
+        report.rows_read += 1
+        if reason := unusable_reason(value) or reasons.get(number):
+            report.drop(reason)
+        else:
+            yield value, int.from_bytes(seeded_digest(value, job.rules.seed), "little")
+
+
+def _assign_documents(job: Job, division: _Division, report: DataReport) -> Iterator[tuple[str, str, int | None]]:
+    """Split, text and digest of each document; if a single document is divided, its second half has no digest."""
+    for number, (text, digest) in enumerate(_read_documents(job, report)):
+        if division.cut is None:
+            yield division.choose(number, digest), text, digest
+        else:
+            yield "train", text[: division.cut], digest
+            yield "validation", text[division.cut :], None
+
+
+def _divide_documents(job: Job) -> _Division:
+    """Divides the only part of a source exactly, as `hfgpt.data.sources` does, and others by threshold.
+
+    Both choose the documents with the smallest digests for validation, but the exact number of documents is known only
+    after all parts have been read.
+    """
+    fraction = job.rules.validation_fraction
+    if not job.is_alone:
+        if fraction is None:
+            return _Division(lambda number, digest: job.split, {job.split: True})
+        limit = int(fraction * 2**64)
+        return _Division(
+            lambda number, digest: "validation" if digest < limit else "train", dict.fromkeys(SPLITS, True)
+        )
+    digests = read_digests(job)
+    if fraction is None:
+        return _Division(lambda number, digest: job.split, {job.split: len(digests) > 1})
+    if len(digests) < 2:
+        text = next((text for text, _ in _read_documents(job, DataReport())), "")
+        return _Division(lambda number, digest: "train", dict.fromkeys(SPLITS, False), _cut(text, fraction))
+    _, text_of, copies = np.unique(digests, return_inverse=True, return_counts=True)
+    if len(copies) == 1:
+        raise InputError(
+            f"all {len(digests)} documents have the same text, so validation would repeat training: add other texts, "
+            "or set data.validation_split"
+        )
+    sides = divide(copies, [fraction])[text_of]
+    counts = {split: int((sides == side).sum()) for side, split in enumerate(SPLITS)}
+    return _Division(
+        lambda number, digest: SPLITS[sides[number]], {split: count > 1 for split, count in counts.items()}
+    )
+
+
+def _cut(text: str, fraction: float) -> int:
+    cut = int(len(text) * (1 - fraction))
+    if text and not 0 < cut < len(text):
+        raise InputError(
+            f"data.validation_fraction {fraction} of one document of {len(text):,} characters leaves a split empty: "
+            "add text or change the fraction"
+        )
+    return cut
+
+
+class _Writer:
+    """Writes one token file; `finish` before its context ends."""
+
+    def __init__(self, path: Path, name: str, output: Output, append_eos: bool):
+        self._path, self._name, self._append_eos = path, name, append_eos
+        self._encoding, self._unknown_id = output.encoding, output.unknown_id
+        self._texts: list[str] = []
+        self._held = 0
+        self._writer = pa.ipc.new_stream(str(path), output.encoding.schema)
+        self._sizes = dict.fromkeys(SIZES, 0)
+
+    def add(self, text: str):
+        self._texts.append(text)
+        self._held += len(text)
+        if self._held >= BATCH_CHARACTERS:
+            self._flush()
+
+    def finish(self) -> TokenFile | None:
+        """Completes the file; None if it has no documents."""
+        self._flush()
+        self._writer.close()
+        if not self._sizes["documents"]:
+            self._path.unlink()
+            return None
+        return TokenFile(file=self._name, size=self._path.stat().st_size, sha256=hash_file(self._path), **self._sizes)
+
+    def _flush(self):
+        if not self._texts:
+            return
+        table = self._encoding.encode(self._texts, self._append_eos)
+        self._writer.write_table(table)
+        tokens = table.column("input_ids").combine_chunks().flatten()
+        unknown = 0 if self._unknown_id is None else int(np.count_nonzero(tokens.to_numpy() == self._unknown_id))
+        size = sum(len(text.encode()) for text in self._texts)
+        for name, count in zip(SIZES, (len(self._texts), self._held, size, len(tokens), unknown), strict=True):
+            self._sizes[name] += count
+        self._texts, self._held = [], 0
+
+
+@contextlib.contextmanager
+def _open_writer(folder: Folder, output: Output, job: Job, split: str, append_eos: bool) -> Iterator[_Writer]:
+    name = f"{split}/{job.name}.arrow"
+    with folder.new_file(name) as path:
+        yield _Writer(path, name, output, append_eos)
+
+
+def finish_preparation(folder: Folder, preparation: Preparation) -> Manifest | None:
+    """Writes the manifest when all parts are finished; None if some are not.
+
+    Raises:
+        InputError: A split is empty.
+    """
+    records = read_part_records(folder)
+    if manifest := read_manifest(folder):
+        folder.remove(RECORDS_FOLDER)  # of parts that were damaged later
+        return manifest
+    if len(records) < sum(preparation.parts.values()):
+        return None
+    report = DataReport(source=preparation.source, split_by=preparation.split_by)
+    for record in records.values():
+        report.rows_read += record.rows_read
+        for reason, rows in record.dropped.items():
+            report.drop(reason, rows)
+        for split, file in record.files.items():
+            sizes = report.split(split)
+            for name in SIZES:
+                setattr(sizes, name, getattr(sizes, name) + getattr(file, name))
+    for split in SPLITS:
+        if not report.split(split).tokens:
+            raise InputError(
+                f"the {split} split of {preparation.source} is empty ({report.reasons}): add text, change "
+                "data.validation_fraction, or check data.text_column"
+            )
+    _count_duplicates(folder, records, report)
+    if preparation.split_by == "documents" and report.rows_kept == 1:
+        report.split_by = "position"
+    manifest = Manifest(preparation=preparation, report=report, parts=dict(sorted(records.items())))
+    report.sha256 = _hash_parts(manifest)
+    folder.write("README.md", CARD.format(files="".join(f"  - split: {s}\n    path: {s}/*.arrow\n" for s in SPLITS)))
+    folder.write_record(Manifest.FILE, manifest)
+    folder.remove(RECORDS_FOLDER)
+    return manifest
+
+
+def _hash_parts(manifest: Manifest) -> str:
+    """SHA-256 of the checksums of all token files, in the format of `sha256sum`."""
+    files = [file for split in SPLITS for file in manifest.files(split)]
+    return hashlib.sha256("".join(f"{file.sha256}  {file.file}\n" for file in files).encode()).hexdigest()
+
+
+def _count_duplicates(folder: Folder, records: dict[str, PartRecord], report: DataReport):
+    """Counts texts that occur more than once, and those in both splits if the source has both."""
+    digests: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+    for name in records:
+        content = folder.read(f"{RECORDS_FOLDER}/{name}.npy")
+        digests[name.split("-")[0]].append(np.load(io.BytesIO(content), allow_pickle=False))
+    report.rows_kept = sum(len(part) for parts in digests.values() for part in parts)
+    for bucket in range(BUCKETS):
+        found = {
+            split: np.concatenate([part[part >> 60 == bucket] for part in parts] or [np.array([], np.uint64)])
+            for split, parts in digests.items()
+        }
+        together = np.concatenate(list(found.values()))
+        report.duplicated += len(together) - len(np.unique(together))
+        report.leaked += int(np.isin(found["validation"], found["train"]).sum())
