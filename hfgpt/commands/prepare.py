@@ -82,7 +82,7 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     folder = _open_folder(out)
     tokenizer = _find_tokenizer(recipe, folder, jobs)
     preparation = _agree(recipe, folder, report, parts, tokenizer)
-    waiting = _list_waiting(folder, jobs, preparation, console)[index - 1 :: number]
+    waiting = _list_waiting(folder, jobs[index - 1 :: number], console)
     encoding = Encoding.of(tokenizer)
     if waiting:
         _describe(folder, report, waiting, jobs, encoding, console)
@@ -178,7 +178,7 @@ def _agree(
     return preparation
 
 
-def _list_waiting(folder: Folder, jobs: list[Job], preparation: Preparation, console: Console) -> list[Job]:
+def _list_waiting(folder: Folder, jobs: list[Job], console: Console) -> list[Job]:
     """The jobs whose part is not finished, or is damaged."""
     records, waiting = read_part_records(folder), []
     for job in jobs:

@@ -1,0 +1,393 @@
+"""Prepared data has exactly the tokens that training makes of the source, in parts of any size."""
+
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from hfgpt.commands.prepare import prepare
+from hfgpt.data import files, parts, writing
+from hfgpt.data.files import divide_file, read_rows
+from hfgpt.data.prepared import Manifest, find_prepared
+from hfgpt.errors import InputError
+from hfgpt.recipe import load_recipe
+from hfgpt.tasks import TASKS
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "to", "old", "red", "barn", "near", "lake"]
+
+
+def write_texts(number, seed=0):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(3, 40))) + "." for _ in range(number)]
+
+
+def write_lines(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Builds a recipe for a source in `tmp_path`, with overrides of section `data` and others."""
+    monkeypatch.chdir(tmp_path)
+    base = {
+        "tokenizer": {"kind": "bpe", "vocab_size": 300},
+        "model": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 16},
+        "data": {"cache_dir": str(tmp_path / ".cache"), "num_proc": 1},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(base))
+
+    def build(path, **overrides):
+        values = {"data.path": str(path), **{key.replace("__", "."): value for key, value in overrides.items()}}
+        return load_recipe("r.yaml", [f"--{key}={value}" for key, value in values.items()])
+
+    return build
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
+    monkeypatch.setattr(writing, "BATCH_CHARACTERS", 500)
+
+
+def prepare_quietly(recipe, out="out", shard=None):
+    said = io.StringIO()
+    return prepare(recipe, str(out), shard, Console(file=said, width=200)), said.getvalue()
+
+
+def load_streams(recipe):
+    data = TASKS["pretrain"].load(recipe)
+    return {split: blocks.stream[:] for split, blocks in data.splits.items()}, data
+
+
+def report_of(data):
+    report = data.report.to_dict()
+    report.pop("sha256")
+    return report
+
+
+def assert_prepared_as_loaded(recipe, source, **overrides):
+    """Prepared data gives the streams, document boundaries, tokenizer and report of the source."""
+    expected, direct = load_streams(recipe(source, **overrides))
+    prepare_quietly(recipe(source, **overrides))
+    streams, data = load_streams(recipe("out", **overrides))
+    for split in ("train", "validation"):
+        assert streams[split].tolist() == expected[split].tolist()
+        assert data.splits[split].stream.offsets.tolist() == direct.splits[split].stream.offsets.tolist()
+        assert streams[split].dtype == np.uint16
+    assert data.tokenizer.backend_tokenizer.to_str() == direct.tokenizer.backend_tokenizer.to_str()
+    assert report_of(data) == report_of(direct)
+    return data
+
+
+@pytest.mark.parametrize("sample_by", ["document", "paragraph", "line"])
+def test_one_part_gives_what_training_makes_of_the_source(recipe, tmp_path, sample_by):
+    texts = write_texts(60)
+    (tmp_path / "a.txt").write_text("\n\n".join([*texts, texts[3], "  "]))
+    data = assert_prepared_as_loaded(recipe, "a.txt", data__sample_by=sample_by)
+    assert data.report.split_by == ("position" if sample_by == "document" else "documents")
+
+
+def test_many_parts_with_a_given_validation_split_give_the_same_streams(recipe, tmp_path, small_parts):
+    texts = write_texts(200)
+    write_lines(tmp_path / "d/train-0.jsonl", [*texts[:90], "", texts[0]])
+    write_lines(tmp_path / "d/train-1.jsonl", texts[90:150])
+    write_lines(tmp_path / "d/valid.jsonl", [*texts[150:], texts[1]])
+    data = assert_prepared_as_loaded(recipe, "d")
+    manifest = Manifest.read(tmp_path / "out")
+    assert len(manifest.files("train")) > 5
+    assert len(manifest.files("validation")) > 2
+    assert (data.report.leaked, data.report.duplicated, data.report.dropped) == (1, 2, {"empty": 1})
+
+
+def test_unknown_tokens_are_counted_as_in_training(recipe, tmp_path, small_parts):
+    texts = write_texts(40)
+    write_lines(tmp_path / "d/train.jsonl", texts)
+    write_lines(tmp_path / "d/valid.jsonl", [*texts[:5], "αβγ"])
+    data = assert_prepared_as_loaded(recipe, "d", tokenizer__kind="char")
+    assert data.report.splits["validation"].unknown_tokens == 3
+
+
+def test_parts_divide_validation_by_text(recipe, tmp_path, small_parts):
+    texts = write_texts(600)
+    write_lines(tmp_path / "a.jsonl", texts + texts[:100])
+    manifest, said = prepare_quietly(recipe("a.jsonl"))
+    _, data = load_streams(recipe("out"))
+    documents = {
+        split: [data.tokenizer.decode(row, skip_special_tokens=True) for row in stream.documents["input_ids"]]
+        for split, stream in ((split, blocks.stream) for split, blocks in data.splits.items())
+    }
+    assert sorted(documents["train"] + documents["validation"]) == sorted(texts + texts[:100])
+    assert not set(documents["train"]) & set(documents["validation"])
+    assert 40 < len(documents["validation"]) < 100
+    assert (manifest.report.duplicated, manifest.report.split_by, manifest.report.leaked) == (100, "documents", 0)
+    assert f"a.jsonl: {(tmp_path / 'a.jsonl').stat().st_size / 1e3:.1f} kB in " in said
+
+
+def read_all(folder):
+    """The content of the files, without times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_shards_and_processes_give_the_same_files(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
+    write_lines(tmp_path / "a.jsonl", write_texts(150))
+    prepare_quietly(recipe("a.jsonl"), "whole")
+    source = recipe("a.jsonl")
+    assert prepare_quietly(source, "shards", "2/2")[0] is None
+    with pytest.raises(InputError, match=r"shards is incomplete, \d of \d parts are finished: run the same hfgpt"):
+        find_prepared("shards")
+    assert prepare_quietly(source, "shards", "1/2")[0] is not None
+    prepare_quietly(recipe("a.jsonl", data__num_proc=2), "processes")
+    assert read_all(tmp_path / "whole") == read_all(tmp_path / "shards") == read_all(tmp_path / "processes")
+
+
+def test_finished_parts_are_kept_and_damaged_ones_repaired(recipe, tmp_path, small_parts, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", write_texts(150))
+    prepare_quietly(recipe("a.jsonl"), "whole")
+    real, tokenized = writing.tokenize_part, []
+
+    def stop_at_third(output, job):
+        tokenized.append(job.name)
+        if len(tokenized) == 3:
+            raise KeyboardInterrupt
+        return real(output, job)
+
+    monkeypatch.setattr("hfgpt.commands.prepare.tokenize_part", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_quietly(recipe("a.jsonl"))
+    _, said = prepare_quietly(recipe("a.jsonl"))
+    assert "already finished: 2 of " in said
+    assert tokenized[:4] == ["train-00000", "train-00001", "train-00002", "train-00002"]
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "whole")
+
+    damaged = tmp_path / "out/train/train-00001.arrow"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    (tmp_path / "out/train/train-00000.arrow").unlink()
+    with pytest.raises(InputError, match=r"train-00000\.arrow of out is missing: run the same hfgpt prepare again"):
+        load_streams(recipe("out"))
+    tokenized.clear()
+    tokenized += ["", "", ""]
+    _, said = prepare_quietly(recipe("a.jsonl"))
+    assert tokenized[3:] == ["train-00000", "train-00001"]
+    assert "train/train-00001.arrow is missing or damaged: preparing train-00001 again" in said
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data__text_column": "id"}, "data.text_column was 'text' and is 'id'"),
+        ({"tokenizer__vocab_size": 290}, "tokenizer.vocab_size was 300 and is 290"),
+        ({"training__seed": 7}, "training.seed was 42 and is 7"),
+    ],
+)
+def test_a_folder_with_other_data_is_refused(recipe, tmp_path, changed, message):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    prepare_quietly(recipe("a.jsonl"))
+    with pytest.raises(InputError, match=f"^out was prepared from something else: {message}.*choose another folder"):
+        prepare_quietly(recipe("a.jsonl", **changed))
+
+
+def test_a_changed_source_is_refused(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    prepare_quietly(recipe("a.jsonl"))
+    os.utime(tmp_path / "a.jsonl", (0, 0))
+    with pytest.raises(InputError, match="something else: the files of the source"):
+        prepare_quietly(recipe("a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data__sample_by": "line"}, "data.sample_by is 'line', but out was prepared with 'document'"),
+        ({"tokenizer__kind": "char"}, "tokenizer.kind is 'char', but out was prepared with 'bpe'"),
+        ({"tokenizer__path": "other"}, r"out was prepared with another tokenizer \(300 tokens\)"),
+    ],
+)
+def test_training_with_other_settings_is_refused(recipe, tmp_path, changed, message):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    prepare_quietly(recipe("a.jsonl"))
+    shutil.copytree(tmp_path / "out/tokenizer", tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["Ġa"], vocab["Ġt"] = vocab["Ġt"], vocab["Ġa"]
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match=message):
+        load_streams(recipe("out", **changed))
+
+
+def test_prepared_data_is_refused_by_other_tasks_and_as_a_source(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    prepare_quietly(recipe("a.jsonl"))
+    for action in (lambda: prepare_quietly(recipe("out"), "again"), lambda: classify(tmp_path)):
+        with pytest.raises(InputError, match="'out' has prepared tokens, which only pre-training can use"):
+            action()
+
+
+def classify(tmp_path):
+    (tmp_path / "c.yaml").write_text("task: classify\nmodel: {hidden_size: 8, num_attention_heads: 1}\n")
+    TASKS["classify"].load(load_recipe("c.yaml", ["--data.path=out"]))
+
+
+def test_folders_with_other_files_and_bad_shards_are_refused(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/README.md").write_text("my notes")
+    with pytest.raises(InputError, match=r"'mine' has other files, such as README.md: choose a new folder"):
+        prepare_quietly(recipe("a.jsonl"), "mine")
+    for shard in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(InputError, match=f"--shard is '{shard}'; it must be I/N"):
+            prepare_quietly(recipe("a.jsonl"), "out", shard)
+    with pytest.raises(InputError, match=r"--shard is 1/2, but a.jsonl has only 1 part: lower N"):
+        prepare_quietly(recipe("a.jsonl"), "out", "1/2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "line.txt", "paragraph.md", "csv"])
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_sections_of_a_file_have_exactly_its_rows(tmp_path, monkeypatch, kind, chunk):
+    monkeypatch.setattr(files, "CHUNK", chunk)
+    texts = [text + ("\n\n é\t" if i % 3 else "") for i, text in enumerate(write_texts(40))]
+    path = tmp_path / f"a.{kind.split('.', 1)[-1] if 'txt' in kind or 'md' in kind else kind}"
+    if kind.startswith("jsonl"):
+        data = "\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode()
+        path.write_bytes(gzip.compress(data) if kind.endswith("gz") else b"\xef\xbb\xbf" + data)
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=3)
+    elif kind == "csv":
+        path.write_text("text,id\n" + "".join(f'"{text}",1\n' for text in texts))
+    else:
+        path.write_text("\r\n \t\r\n".join(texts) + "\n", newline="")
+    sample_by = kind.split(".")[0]
+    whole = list(read_rows(path, sample_by))
+    for size in (1, 50, 300, 10**6):
+        sections = [section for section, _ in divide_file(path, sample_by, size)]
+        rows = [row for file, start, stop in sections for row in read_rows(file, sample_by, start=start, stop=stop)]
+        assert rows == whole
+    assert sum(bytes_ for _, bytes_ in divide_file(path, sample_by, 50)) >= path.stat().st_size // 2
+    if kind in ("jsonl", "parquet", "line.txt", "paragraph.md"):
+        assert len(divide_file(path, sample_by, 1)) > 10
+
+
+def test_errors_in_a_section_name_the_line_of_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 20 + "{oops\n")
+    (file, start, stop), _ = divide_file(path, "document", 100)[-1]
+    with pytest.raises(InputError, match="in line 21, column 2"):
+        list(read_rows(file, start=start, stop=stop))
+
+
+def test_documents_that_do_not_fit_into_memory_are_refused(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "LONGEST_DECOMPRESSED", 1000)
+    (tmp_path / "a.txt").write_text("word " * 300)
+    with pytest.raises(InputError, match=r"a.txt is one document of 1,500 bytes, the limit is 1,000: set data.sample"):
+        prepare_quietly(recipe("a.txt"))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "word"}] * 100))
+    with pytest.raises(InputError, match=r"a.json is one JSON value of 1,800 bytes.*: convert it to JSON Lines"):
+        prepare_quietly(recipe("a.json"))
+
+
+def test_other_programs_read_prepared_data(recipe, tmp_path, small_parts):
+    write_lines(tmp_path / "a.jsonl", write_texts(150))
+    prepare_quietly(recipe("a.jsonl"))
+    streams, _ = load_streams(recipe("out"))
+    loaded = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / ".hf"))
+    for split, stream in streams.items():
+        assert [token for row in loaded[split]["input_ids"] for token in row] == stream.tolist()
+
+
+def test_data_is_prepared_in_and_read_from_a_remote_folder(recipe, tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / ".hf"))
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / ".hf/downloads"))
+    write_lines(tmp_path / "a.jsonl", write_texts(80))
+    prepare_quietly(recipe("a.jsonl"))
+    _, said = prepare_quietly(recipe("a.jsonl"), "memory://bucket/data")
+    _, again = prepare_quietly(recipe("a.jsonl"), "memory://bucket/data")
+    assert "train-00001" in said
+    assert "already finished: 5 of 5 parts" in again
+    assert "train-00001" not in again
+    expected, _ = load_streams(recipe("out"))
+    streams, _ = load_streams(recipe("memory://bucket/data"))
+    assert {split: stream.tolist() for split, stream in streams.items()} == {
+        split: stream.tolist() for split, stream in expected.items()
+    }
+
+
+def test_remote_files_are_read_part_by_part(recipe, tmp_path, small_parts):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    texts = write_texts(90)
+    for number in range(3):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[30 * number : 30 * number + 30])
+        memory.pipe_file(f"/texts/train-{number}.jsonl", lines.encode())
+    memory.pipe_file("/texts/valid.jsonl", json.dumps({"text": "the cat sat"}).encode())
+    manifest, _ = prepare_quietly(recipe("memory://texts"))
+    assert list(manifest.parts) == ["train-00000", "train-00001", "train-00002", "validation-00000"]
+    _, data = load_streams(recipe("out"))
+    rows = data.splits["train"].stream.documents["input_ids"]
+    assert [data.tokenizer.decode(row, skip_special_tokens=True) for row in rows] == texts
+
+
+def test_a_full_disk_leaves_finished_parts(recipe, tmp_path, small_parts, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", write_texts(150))
+    real, calls = os.fsync, []
+
+    def fill(file):
+        calls.append(file)
+        if len(calls) == 8:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fill)
+    with pytest.raises(OSError, match="No space left"):
+        prepare_quietly(recipe("a.jsonl"))
+    monkeypatch.undo()
+    assert not list((tmp_path / "out").rglob(".part-*"))
+    assert not (tmp_path / "out/prepared.json").exists()
+
+
+MEASURE = """
+import resource, sys
+from tokenizers import Tokenizer, models, pre_tokenizers
+from hfgpt.data.parts import find_parts
+from hfgpt.data.report import DataReport
+from hfgpt.data.rows import Reading, SourceArguments
+from hfgpt.data.streams import Encoding
+from hfgpt.data.writing import Output, SplitRules, list_jobs, tokenize_part
+
+backend = Tokenizer(models.WordLevel({"[end]": 0, "[other]": 1, "the": 2}, unk_token="[other]"))
+backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+output = Output("out", "", Encoding(backend.to_str(), False, 0, "uint16"), 1)
+for name in ("small", "large"):
+    reading = Reading({"text_column": "text"}, {"validation": None})
+    parts = find_parts(SourceArguments(f"{name}.jsonl"), reading, DataReport())
+    for job in list_jobs(parts, SplitRules("text", 0, 0.1)):
+        tokenize_part(output, job)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    text = " ".join(["internationalization"] * 100)
+    for name, rows in (("small", 2_000), ("large", 25_000)):
+        lines = (json.dumps({"text": f"{number} {text}"}) + "\n" for number in range(rows))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    assert (tmp_path / "large.jsonl").stat().st_size > 50_000_000
+    result = subprocess.run([sys.executable, "-c", MEASURE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    small, large = map(int, result.stdout.split())
+    assert large < small + 64, "MiB"
