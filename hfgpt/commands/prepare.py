@@ -3,26 +3,28 @@
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from hfgpt.building import find_base_model
+from hfgpt.data.duplicates import find_repeated
 from hfgpt.data.parts import Part, find_parts, fingerprint_parts
 from hfgpt.data.prepared import (
     FORMAT_VERSION,
+    RECORDS_FOLDER,
     SPLITS,
     TOKENIZER_FOLDER,
     Folder,
     Manifest,
-    PartRecord,
     Preparation,
     TokenFile,
     read_part_records,
@@ -33,12 +35,14 @@ from hfgpt.data.report import DataReport, counted
 from hfgpt.data.sources import SETTINGS, reading_of
 from hfgpt.data.streams import NO_END, Encoding, count_cores
 from hfgpt.data.writing import (
+    REASONS,
     Job,
     Output,
-    SplitRules,
+    Rules,
     finish_preparation,
     list_jobs,
     read_training_texts,
+    sign_part,
     tokenize_part,
 )
 from hfgpt.errors import InputError
@@ -76,10 +80,15 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     report = DataReport()
     parts = find_parts(recipe.data, reading, report)
     fraction = None if "validation" in parts else recipe.data.validation_fraction
-    jobs = list_jobs(parts, SplitRules(recipe.data.text_column, recipe.training.seed, fraction))
+    rules = Rules(recipe.data.text_column, recipe.training.seed, fraction, recipe.data.deduplicate)
+    jobs = list_jobs(parts, rules)
+    if shard and rules.deduplicate:
+        raise InputError(f"--shard {shard} cannot remove the duplicates of other shards: unset data.deduplicate")
     if number > len(jobs):
         raise InputError(f"--shard is {shard}, but {report.source} has only {counted(len(jobs), 'parts')}: lower N")
     folder = _open_folder(out)
+    if rules.deduplicate:
+        jobs = _drop_repeated(folder, jobs, fingerprint_parts(parts), recipe.data.num_proc, console)
     tokenizer = _find_tokenizer(recipe, folder, jobs)
     preparation = _agree(recipe, folder, report, parts, tokenizer)
     waiting = _list_waiting(folder, jobs[index - 1 :: number], console)
@@ -128,6 +137,28 @@ def _open_folder(out: str) -> Folder:
             if strange and not folder.exists(Preparation.FILE):
                 raise InputError(f"'{out}' has other files, such as {min(strange)}: choose a new folder")
     return folder
+
+
+def _drop_repeated(folder: Folder, jobs: list[Job], source: str, num_proc: int | None, console: Console) -> list[Job]:
+    """The jobs, without repeated documents; which ones these are is kept until all parts are finished."""
+    name, rules = f"{RECORDS_FOLDER}/repeated.npz", jobs[0].rules
+    version = json.dumps([source, dataclasses.astuple(rules)])
+    kept = folder.read(name)
+    found = dict(np.load(io.BytesIO(kept), allow_pickle=False)) if kept else {}
+    if str(found.pop("version", "")) != version:
+        console.print(f"looking for {REASONS[rules.deduplicate]}s")
+        results = run_in_processes(sign_part, jobs, _count_processes(num_proc, jobs))
+        signatures = {job.name: result for job, result in results}
+        repeated = find_repeated([signatures[job.name] for job in jobs])
+        found = {job.name: indices for job, indices in zip(jobs, repeated, strict=True)}
+        buffer = io.BytesIO()
+        np.savez(buffer, version=version, **found)
+        folder.write(name, buffer.getvalue())
+    return [dataclasses.replace(job, repeated=found[job.name]) for job in jobs]
+
+
+def _count_processes(num_proc: int | None, jobs: list[Job]) -> int:
+    return min(num_proc or count_cores(), len(jobs))
 
 
 def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[Job]) -> PreTrainedTokenizerBase:
@@ -229,18 +260,14 @@ def _describe(
 
 def _tokenize(output: Output, waiting: list[Job], num_proc: int | None, console: Console):
     start, tokens = time.perf_counter(), 0
-    num_proc = min(num_proc or count_cores(), len(waiting))
-    for finished, record in enumerate(_records(output, waiting, num_proc), start=1):
+    results = run_in_processes(functools.partial(tokenize_part, output), waiting, _count_processes(num_proc, waiting))
+    for finished, (_, record) in enumerate(results, start=1):
         new = sum(file.tokens for file in record.files.values())
         tokens += new
         speed = tokens / (time.perf_counter() - start)
         console.print(
             f"{record.name}: {counted(new, 'tokens')} ({finished:,} of {len(waiting):,}, {speed:,.0f} tokens/s)"
         )
-
-
-def _records(output: Output, jobs: list[Job], num_proc: int) -> Iterator[PartRecord]:
-    return (record for _, record in run_in_processes(functools.partial(tokenize_part, output), jobs, num_proc))
 
 
 def _readable(size: float) -> str:

@@ -44,6 +44,7 @@ SETTINGS = (
     "text_column",
     "sample_by",
     "max_documents",
+    "deduplicate",
 )
 
 
@@ -58,6 +59,8 @@ class DataArguments(SourceArguments):
         sample_by: What one document is in .txt and .md files: `document` (the whole file), `paragraph` (separated by
             blank lines) or `line`.
         max_documents: Read only the first N rows of each split; for synthetic text, the number of rows to generate.
+        deduplicate: Repeated texts that `hfgpt prepare` removes, keeping the first: `exact` (the same text) or `near`
+            (also most texts that share 80 % of their word 5-grams); None: no texts.
         block_size: Tokens predicted per block; None: the model's context length.
         stride: Tokens between the starts of consecutive blocks; None: `block_size`, no overlap.
         document_boundaries: Keep documents in a block separate: positions restart at each document, and attention does
@@ -71,6 +74,7 @@ class DataArguments(SourceArguments):
     text_column: str = "text"
     sample_by: Literal["document", "paragraph", "line"] = "document"
     max_documents: int | None = None
+    deduplicate: Literal["exact", "near"] | None = None
     block_size: int | None = None
     stride: int | None = None
     document_boundaries: bool = False
@@ -184,6 +188,8 @@ def _check_arguments(arguments: DataArguments) -> None:
         )
     if arguments.max_documents is not None and arguments.max_documents < 1:
         raise InputError(f"data.max_documents is {arguments.max_documents}; it must be at least 1 (unset: no limit)")
+    if arguments.deduplicate not in (None, "exact", "near"):
+        raise InputError(f"data.deduplicate is {arguments.deduplicate!r}; it must be exact or near (unset: keep all)")
     if arguments.sample_by not in ("document", "paragraph", "line"):
         raise InputError(f"data.sample_by is {arguments.sample_by!r}; it must be document, paragraph or line")
 
@@ -191,6 +197,11 @@ def _check_arguments(arguments: DataArguments) -> None:
 def _read_splits(arguments: DataArguments, seed: int, report: DataReport) -> dict[str, _Texts]:
     """Reads all splits of the source: `train`, and `validation` if it has one."""
     reading = reading_of(arguments, seed)
+    if arguments.deduplicate:
+        raise InputError(
+            f"data.deduplicate is {arguments.deduplicate!r}, and only hfgpt prepare removes repeated texts: run hfgpt "
+            "prepare RECIPE OUT, and train with --data.path OUT"
+        )
     source = find_source_splits(arguments, reading, report)
     tables, report.sha256 = _load_tables(source, arguments.text_column, cache_folder(arguments.cache_dir))
     splits = {name: _measure_texts(table, seed, report) for name, table in tables.items()}

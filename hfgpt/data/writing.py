@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from hfgpt.data.duplicates import BANDS, sign_texts
 from hfgpt.data.parts import Part
 from hfgpt.data.prepared import (
     CARD,
@@ -37,22 +38,25 @@ from hfgpt.errors import InputError
 from hfgpt.saving import hash_file
 
 SIZES = ("documents", "characters", "bytes", "tokens", "unknown_tokens")
+REASONS = {"exact": "duplicate", "near": "near-duplicate"}
 BUCKETS = 16  # digests are compared in this many steps, to bound the memory
 
 
 @dataclass(frozen=True)
-class SplitRules:
-    """How the documents of a source are divided.
+class Rules:
+    """Which rows of a source become documents of which split.
 
     Args:
         column: Column of the text.
         seed: Seed of the split.
         validation_fraction: Fraction of the documents for validation; None: the source has both splits.
+        deduplicate: As the recipe key.
     """
 
     column: str
     seed: int
     validation_fraction: float | None
+    deduplicate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,16 @@ class Job:
         split: Its split in the source.
         part: The part.
         is_alone: Whether it is all of its split.
-        rules: How its documents are divided.
-        dropped: Reason -> numbers of the usable documents to leave out.
+        rules: What becomes of its rows.
+        repeated: Indices of the documents to leave out, because they repeat others.
     """
 
     name: str
     split: str
     part: Part
     is_alone: bool
-    rules: SplitRules
-    dropped: dict[str, np.ndarray] = field(default_factory=dict)
+    rules: Rules
+    repeated: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Output:
     unknown_id: int | None
 
 
-def list_jobs(parts: dict[str, list[Part]], rules: SplitRules) -> list[Job]:
+def list_jobs(parts: dict[str, list[Part]], rules: Rules) -> list[Job]:
     """One job per part, in the order of the stream."""
     return [
         Job(f"{split}-{number:05}", split, part, len(found) == 1, rules)
@@ -160,6 +164,20 @@ def read_training_texts(jobs: list[Job]) -> Iterator[str]:
                     yield text
 
 
+def sign_part(job: Job) -> np.ndarray:
+    """Signatures of the documents of a part, from which `find_repeated` finds duplicates, or near-duplicates."""
+    if job.rules.deduplicate == "exact":
+        return read_digests(job)[:, None]
+    signatures, texts, held = [np.empty((0, BANDS), dtype=np.uint64)], [], 0
+    for text, _ in _read_documents(job, DataReport()):
+        texts.append(text)
+        held += len(text)
+        if held >= BATCH_CHARACTERS:
+            signatures.append(sign_texts(texts))
+            texts, held = [], 0
+    return np.concatenate([*signatures, sign_texts(texts)])
+
+
 def read_digests(job: Job) -> np.ndarray:
     """The uint64 digest of each usable document of a part."""
     return np.array(array.array("Q", (digest for _, digest in _read_documents(job, DataReport()))), dtype=np.uint64)
@@ -167,15 +185,19 @@ def read_digests(job: Job) -> np.ndarray:
 
 def _read_documents(job: Job, report: DataReport) -> Iterator[tuple[str, int]]:
     """The documents of a part, with their digests; other rows are counted as dropped."""
-    reasons = {number: reason for reason, numbers in job.dropped.items() for number in numbers.tolist()}
-    for number, row in enumerate(job.part.read()):
+    repeated, number = set(job.repeated.tolist()), 0
+    for row in job.part.read():
         value = row.get(job.rules.column)
         value = value if isinstance(value, str) and is_unicode(value) else None
         report.rows_read += 1
-        if reason := unusable_reason(value) or reasons.get(number):
+        if reason := unusable_reason(value):
             report.drop(reason)
+            continue
+        if number in repeated:
+            report.drop(REASONS[job.rules.deduplicate])
         else:
             yield value, int.from_bytes(seeded_digest(value, job.rules.seed), "little")
+        number += 1
 
 
 def _assign_documents(job: Job, division: _Division, report: DataReport) -> Iterator[tuple[str, str, int | None]]:

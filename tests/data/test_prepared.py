@@ -135,6 +135,38 @@ def test_parts_divide_validation_by_text(recipe, tmp_path, small_parts):
     assert f"a.jsonl: {(tmp_path / 'a.jsonl').stat().st_size / 1e3:.1f} kB in " in said
 
 
+@pytest.mark.parametrize(("kind", "reason"), [("exact", "duplicate"), ("near", "near-duplicate")])
+def test_repeated_texts_are_removed_and_counted(recipe, tmp_path, small_parts, kind, reason):
+    texts = write_texts(100)
+    long = [" ".join(random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=100)) for i in range(20)]
+    similar = [text[:-1] + "!" for text in long]
+    write_lines(tmp_path / "d/train.jsonl", [*texts, *long, texts[7], "", *similar[:10], texts[99]])
+    write_lines(tmp_path / "d/valid.jsonl", [*write_texts(20, seed=1), texts[0], *similar[10:]])
+    for num_proc in (1, 2):
+        manifest, said = prepare_quietly(
+            recipe("d", data__deduplicate=kind, data__num_proc=num_proc), f"out{num_proc}"
+        )
+        removed = 3 if kind == "exact" else 3 + len(similar)
+        assert manifest.report.dropped == {reason: removed, "empty": 1}
+        assert (manifest.report.duplicated, manifest.report.leaked) == (0, 0)
+        assert f"looking for {reason}s" in said
+    first, second = (load_streams(recipe(f"out{n}", data__deduplicate=kind))[0] for n in (1, 2))
+    assert all(first[split].tolist() == second[split].tolist() for split in first)
+    _, data = load_streams(recipe("out1"))
+    rows = data.splits["train"].stream.documents["input_ids"]
+    kept = [*texts, *long, *(similar[:10] if kind == "exact" else [])]
+    assert [data.tokenizer.decode(row, skip_special_tokens=True) for row in rows] == kept
+
+
+def test_deduplication_is_refused_where_it_would_not_be_done(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(20))
+    source = recipe("a.jsonl", data__deduplicate="exact")
+    with pytest.raises(InputError, match="only hfgpt prepare removes repeated texts: run hfgpt prepare RECIPE OUT"):
+        load_streams(source)
+    with pytest.raises(InputError, match="--shard 1/1 cannot remove the duplicates of other shards"):
+        prepare_quietly(source, "out", "1/1")
+
+
 def read_all(folder):
     """The content of the files, without times."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -367,7 +399,7 @@ from hfgpt.data.parts import find_parts
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, SourceArguments
 from hfgpt.data.streams import Encoding
-from hfgpt.data.writing import Output, SplitRules, list_jobs, tokenize_part
+from hfgpt.data.writing import Output, Rules, list_jobs, tokenize_part
 
 backend = Tokenizer(models.WordLevel({"[end]": 0, "[other]": 1, "the": 2}, unk_token="[other]"))
 backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -375,7 +407,7 @@ output = Output("out", "", Encoding(backend.to_str(), False, 0, "uint16"), 1)
 for name in ("small", "large"):
     reading = Reading({"text_column": "text"}, {"validation": None})
     parts = find_parts(SourceArguments(f"{name}.jsonl"), reading, DataReport())
-    for job in list_jobs(parts, SplitRules("text", 0, 0.1)):
+    for job in list_jobs(parts, Rules("text", 0, 0.1)):
         tokenize_part(output, job)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
