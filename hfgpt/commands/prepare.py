@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import re
@@ -28,7 +27,6 @@ from hfgpt.data.prepared import (
     Preparation,
     TokenFile,
     read_part_records,
-    read_preparation,
 )
 from hfgpt.data.processes import run_in_processes
 from hfgpt.data.report import DataReport, counted
@@ -43,15 +41,15 @@ from hfgpt.data.writing import (
     list_jobs,
     read_training_texts,
     sign_part,
+    start_preparation,
     tokenize_part,
 )
 from hfgpt.errors import InputError
-from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.saving import check_writable, hash_file, quote_path
 from hfgpt.tasks.preparation import find_tokenizer
-from hfgpt.tokenizer import load_tokenizer
+from hfgpt.tokenizer import load_tokenizer, unknown_token_id
 
 SAMPLE_CHARACTERS = 1 << 20  # tokenized to estimate the size
 
@@ -95,8 +93,7 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     encoding = Encoding.of(tokenizer)
     if waiting:
         _describe(folder, report, waiting, jobs, encoding, console)
-    identity = hashlib.sha256(json.dumps(preparation.to_dict(), sort_keys=True).encode()).hexdigest()
-    output = Output(out, identity, encoding, unknown_token_id(tokenizer))
+    output = Output(out, preparation.sha256, encoding, unknown_token_id(tokenizer))
     _tokenize(output, waiting, recipe.data.num_proc, console)
     return finish_preparation(folder, preparation)
 
@@ -184,7 +181,7 @@ def _agree(
     parts: dict[str, list[Part]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Preparation:
-    """Writes what the data is made from, or checks that an earlier process prepared the same."""
+    """What the data is made from; written, or compared with that of an earlier process."""
     settings = {f"data.{name}": getattr(recipe.data, name) for name in SETTINGS}
     settings["training.seed"] = recipe.training.seed
     if recipe.model.path is None and recipe.tokenizer.path is None:
@@ -198,14 +195,7 @@ def _agree(
         split_by="given" if "validation" in parts else "documents",
         parts={split: len(found) for split, found in parts.items()},
     )
-    if earlier := read_preparation(folder):
-        preparation.compare(earlier, str(folder))
-        return preparation
-    with tempfile.TemporaryDirectory() as copy:
-        tokenizer.save_pretrained(copy)
-        for path in sorted(Path(copy).iterdir()):
-            folder.write(f"{TOKENIZER_FOLDER}/{path.name}", path.read_bytes())
-    folder.write_record(Preparation.FILE, preparation)
+    start_preparation(folder, preparation, tokenizer)
     return preparation
 
 

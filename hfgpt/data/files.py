@@ -36,6 +36,7 @@ SUFFIXES = f"{', '.join(FAMILIES)}, and .gz or .zst of the first six"
 # A well-known file without a suffix: the SMS Spam Collection from the UCI archive (228).
 SUFFIX_OF = {"SMSSpamCollection": ".tsv"}
 PREPARATION_FILE = "preparation.json"  # in every folder of prepared data
+TOKENS_SUFFIX = ".ds"  # of datatrove's token files
 CHUNK = 1 << 20
 # Where a row of plain text or JSON Lines can end.
 ROW_ENDS = {"line": re.compile(rb"\n"), "paragraph": re.compile(rb"\n[ \t\r]*\n")}
@@ -66,8 +67,8 @@ def find_files(path: str) -> list[Path]:
             files are downloaded or taken from the datasets cache.
 
     Returns:
-        Files of one family (text, JSON, table or Parquet); empty if the path does not exist locally, or is prepared
-        data.
+        Files of one family (text, JSON, table or Parquet); empty if the path does not exist locally, or has
+        tokens.
 
     Raises:
         InputError: No file has a supported type, the files have several types, or the URL cannot be read.
@@ -75,12 +76,12 @@ def find_files(path: str) -> list[Path]:
     if is_url(path):
         return one_family(path, download_files(path, [found for found, _ in list_urls(path)]))
     place = Path(path).expanduser()
-    if place.is_file():
+    if place.is_file() and place.suffix != TOKENS_SUFFIX:
         if family(place) is None:
             kind = f"has the unsupported file type {place.suffix!r}" if place.suffix else "has no file extension"
             raise InputError(f"data.path {path!r} {kind}; supported: {SUFFIXES}")
         return [place]
-    if is_prepared(path):
+    if place.is_dir() and (is_prepared(path) or find_token_files(path)):
         return []
     if place.is_dir():
         found = [item for item in place.rglob("*") if not any(p[0] == "." for p in item.relative_to(place).parts)]
@@ -110,13 +111,13 @@ def one_family(path: str, found: Iterable[Path]) -> list[Path]:
 
 
 def find_source(path: str) -> list[Path]:
-    """The files at `data.path`, see `find_files`; empty if it is prepared data, or may be a Hub dataset id.
+    """The files at `data.path`, see `find_files`; empty if it has tokens, or may be a Hub dataset id.
 
     Raises:
         InputError: As `find_files`; or a path that must be local does not exist.
     """
     files = find_files(path)
-    if not files and looks_local(path) and not is_prepared(path):
+    if not files and looks_local(path) and not has_tokens(path):
         raise InputError(f"data.path {path!r} does not exist{nearest(path)}: check the path")
     return files
 
@@ -245,6 +246,19 @@ def is_url(path: str) -> bool:
 def is_prepared(path: str) -> bool:
     """Whether a path is a local folder of `hfgpt prepare`, which may be incomplete."""
     return not is_url(path) and Path(path, PREPARATION_FILE).expanduser().is_file()
+
+
+def has_tokens(path: str) -> bool:
+    """Whether a local path has tokens rather than text."""
+    return is_prepared(path) or bool(find_token_files(path))
+
+
+def find_token_files(path: str) -> list[Path]:
+    """The token files of datatrove in a local folder, or the one at a path; sorted."""
+    place = Path(path).expanduser()
+    if is_url(path) or not place.exists():
+        return []
+    return [place] if place.suffix == TOKENS_SUFFIX else sorted(place.glob(f"*{TOKENS_SUFFIX}"))
 
 
 def without_secrets(path: str) -> str:

@@ -9,6 +9,7 @@ parts/              only until all parts are finished: the record of each, and a
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import posixpath
@@ -107,6 +108,11 @@ class Preparation(Record):
     settings: Annotated[dict[str, Any], REQUIRED]
     split_by: Annotated[str, REQUIRED]
     parts: Annotated[dict[str, int], REQUIRED]
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of all entries."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def compare(self, earlier: "Preparation", out: str):
         """Checks that an earlier process prepared the same data.

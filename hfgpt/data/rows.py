@@ -18,8 +18,8 @@ from hfgpt.data.files import (
     family,
     find_columns,
     find_source,
+    has_tokens,
     hash_files,
-    is_prepared,
     nearest,
     read_rows,
     without_secrets,
@@ -127,10 +127,8 @@ def find_source_splits(source: SourceArguments, reading: Reading, report: DataRe
     report.source = without_secrets(source.path)
     if source.path.startswith("synthetic:"):
         return _generate_rows(source.path, reading)
-    if is_prepared(source.path):
-        raise InputError(
-            f"data.path {source.path!r} has prepared tokens, which only pre-training can use: give the text"
-        )
+    if has_tokens(source.path):
+        raise InputError(f"data.path {source.path!r} has tokens, which only pre-training can use: give the text")
     files = find_source(source.path)
     if not files:
         return _open_hub(source, reading)

@@ -8,12 +8,14 @@ import array
 import contextlib
 import hashlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.duplicates import BANDS, sign_texts
 from hfgpt.data.parts import Part
@@ -21,6 +23,7 @@ from hfgpt.data.prepared import (
     CARD,
     RECORDS_FOLDER,
     SPLITS,
+    TOKENIZER_FOLDER,
     Folder,
     Manifest,
     PartRecord,
@@ -28,6 +31,7 @@ from hfgpt.data.prepared import (
     TokenFile,
     read_manifest,
     read_part_records,
+    read_preparation,
 )
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import is_unicode
@@ -119,6 +123,22 @@ class _Division:
     choose: Callable[[int, int], str]
     append_eos: dict[str, bool]
     cut: int | None = None
+
+
+def start_preparation(folder: Folder, preparation: Preparation, tokenizer: PreTrainedTokenizerBase):
+    """Writes what the data is made from, and the tokenizer; or checks that an earlier process prepared the same.
+
+    Raises:
+        InputError: It did not.
+    """
+    if earlier := read_preparation(folder):
+        preparation.compare(earlier, str(folder))
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        tokenizer.save_pretrained(copy)
+        for path in sorted(Path(copy).iterdir()):
+            folder.write(f"{TOKENIZER_FOLDER}/{path.name}", path.read_bytes())
+    folder.write_record(Preparation.FILE, preparation)
 
 
 def tokenize_part(output: Output, job: Job) -> PartRecord:

@@ -20,19 +20,21 @@ from transformers import (
 
 from hfgpt.building import find_base_model
 from hfgpt.data.blocks import BlockDataset, count_blocks
+from hfgpt.data.files import find_token_files, hash_files
 from hfgpt.data.prepared import SPLITS, PreparedData, find_prepared
 from hfgpt.data.report import DataReport, counted
 from hfgpt.data.sources import SETTINGS, DataArguments, load_all_documents, load_documents, shorten
 from hfgpt.data.streams import Encoding, TokenStream, tokenize_documents
+from hfgpt.data.token_files import named_tokenizer, open_token_files
 from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
-from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts, unknown_token_id
+from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured
-from hfgpt.tokenizer import load_tokenizer
+from hfgpt.tokenizer import load_tokenizer, unknown_token_id
 from hfgpt.training.estimate import Estimate
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
@@ -74,6 +76,8 @@ class Pretraining:
         base = find_base_model(recipe.model)
         if prepared := find_prepared(recipe.data.path):
             text = open_prepared(recipe, base, prepared, tokenizer_folder)
+        elif recipe.data.path and (files := find_token_files(recipe.data.path)):
+            text = open_tokens(recipe, base, files, tokenizer_folder)
         else:
             text = tokenize_source(recipe, base, tokenizer_folder, characters)
         tokenizer, report, share = text.tokenizer, text.report, text.share
@@ -211,6 +215,41 @@ def open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedDat
             )
     check_same_tokenizer(tokenizer, prepared)
     return Tokens({split: prepared.stream(split) for split in SPLITS}, tokenizer, prepared.report)
+
+
+def open_tokens(recipe: Recipe, base: SavedModel | None, files: list[Path], folder: Path | None) -> Tokens:
+    """Opens token files of datatrove.
+
+    Raises:
+        InputError: The recipe does not give their tokenizer, or a file is damaged.
+    """
+    name = named_tokenizer(files[0])[0]
+    if base is None and recipe.tokenizer.path is None and folder is None:
+        raise InputError(
+            f"data.path {recipe.data.path!r} has tokens of the tokenizer {name or '(unknown)'!r}: set tokenizer.path"
+        )
+    tokenizer = find_tokenizer(recipe, base, folder, ())
+    streams = open_token_files(files, recipe.data.validation_fraction)
+    report = DataReport(source=recipe.data.path, sha256=hash_files(files), split_by="documents")
+    for split, stream in streams.items():
+        if stream.largest_id() >= len(tokenizer):
+            raise InputError(
+                f"data.path {recipe.data.path!r} has the token id {stream.largest_id()}, but the tokenizer has only "
+                f"{len(tokenizer):,} tokens: set tokenizer.path to {name or 'the one that made it'}"
+            )
+        report.split(split).documents = len(stream.documents)
+        report.rows_read += len(stream.documents)
+    report.rows_kept = report.rows_read
+    # Bits per byte need the text of the validation split.
+    sizes = report.split("validation")
+    for row in streams["validation"].documents:
+        text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        sizes.characters, sizes.bytes = sizes.characters + len(text), sizes.bytes + len(text.encode())
+    report.warnings.append(
+        f"the tokens were made with the tokenizer {name or '(unknown)'!r}; whether the recipe's is the same cannot be "
+        "checked"
+    )
+    return Tokens(streams, tokenizer, report)
 
 
 def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, prepared: PreparedData):

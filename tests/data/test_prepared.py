@@ -266,7 +266,7 @@ def test_prepared_data_is_refused_by_other_tasks_and_as_a_source(recipe, tmp_pat
     write_lines(tmp_path / "a.jsonl", write_texts(50))
     prepare_quietly(recipe("a.jsonl"))
     for action in (lambda: prepare_quietly(recipe("out"), "again"), lambda: classify(tmp_path)):
-        with pytest.raises(InputError, match="'out' has prepared tokens, which only pre-training can use"):
+        with pytest.raises(InputError, match="'out' has tokens, which only pre-training can use"):
             action()
 
 
