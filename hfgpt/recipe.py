@@ -366,13 +366,15 @@ def _build_parser(task: str) -> tuple[ArgumentParser, Namespace]:
 def _build(kind: type, values: Namespace) -> Any:
     """The dataclass of a section, including nested ones, from parsed values."""
     hints = typing.get_type_hints(kind)
-    built = {
-        name: _build(hints[name], value)
-        if isinstance(value, Namespace) and dataclasses.is_dataclass(hints[name])
-        else value
-        for name, value in vars(values).items()
-    }
-    return kind(**built)
+    return kind(**{name: _build_value(hints[name], value) for name, value in vars(values).items()})
+
+
+def _build_value(hint: Any, value: Any) -> Any:
+    """A value, with dataclasses instead of namespaces."""
+    if isinstance(value, list):
+        (items,) = typing.get_args(_without_none(hint)) or (Any,)
+        return [_build_value(items, item) for item in value]
+    return _build(hint, value) if isinstance(value, Namespace) and dataclasses.is_dataclass(hint) else value
 
 
 def _find_empty(section: str, content: dict[str, Any], kind: type) -> Iterator[str]:
@@ -383,6 +385,11 @@ def _find_empty(section: str, content: dict[str, Any], kind: type) -> Iterator[s
             yield from _find_empty(f"{section}.{name}", value, hints[name])
         elif value is None and not _allows_none(hints[name]):
             yield f"{section}.{name}"
+
+
+def _without_none(hint: Any) -> Any:
+    """`list[str]` of `list[str] | None`."""
+    return next((kind for kind in typing.get_args(hint) if typing.get_origin(kind) is list), hint)
 
 
 def _allows_none(hint: Any) -> bool:

@@ -258,14 +258,6 @@ def _build_gpt2(vocab: dict[str, int], merges: list[tuple[str, str]], **names: s
     return GPT2Tokenizer(vocab, merges, clean_up_tokenization_spaces=False, **names)
 
 
-def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id of the unknown token; None if the tokenizer can encode any text.
-
-    Byte-level tokenizers can. GPT-2's declares its end-of-text token as the unknown token, but never uses it as such.
-    """
-    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
-
-
 def build_char_tokenizer(ids: dict[str, int]) -> PreTrainedTokenizerFast:
     """A tokenizer with exactly these characters and no special tokens, as for nanoGPT's datasets.
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"records", "output"},
     {"data", "adapters"},
     {"tokenizer", "evaluation"},
-    {"conversion"},
+    {"conversion", "datatrove"},
     {"models"},
     {"building"},
     {"training", "hub"},

@@ -45,11 +45,12 @@ from hfgpt.data.writing import (
     tokenize_part,
 )
 from hfgpt.errors import InputError
+from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.saving import check_writable, hash_file, quote_path
 from hfgpt.tasks.preparation import find_tokenizer
-from hfgpt.tokenizer import load_tokenizer, unknown_token_id
+from hfgpt.tokenizer import load_tokenizer
 
 SAMPLE_CHARACTERS = 1 << 20  # tokenized to estimate the size
 
@@ -74,25 +75,23 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     if recipe.task != "pretrain":
         raise InputError(f"the task of the recipe is {recipe.task}; only the text of pre-training can be prepared")
     index, number = _parse_shard(shard)
-    reading = dataclasses.replace(reading_of(recipe.data, recipe.training.seed), stream=True)
-    report = DataReport()
-    parts = find_parts(recipe.data, reading, report)
-    fraction = None if "validation" in parts else recipe.data.validation_fraction
-    rules = Rules(recipe.data.text_column, recipe.training.seed, fraction, recipe.data.deduplicate)
-    jobs = list_jobs(parts, rules)
-    if shard and rules.deduplicate:
+    sources = _find_sources(recipe)
+    jobs = list_jobs([(source.parts, source.rules) for source in sources])
+    name = sources[0].name if len(sources) == 1 else f"mixture of {len(sources)} sources"
+    if shard and recipe.data.deduplicate:
         raise InputError(f"--shard {shard} cannot remove the duplicates of other shards: unset data.deduplicate")
     if number > len(jobs):
-        raise InputError(f"--shard is {shard}, but {report.source} has only {counted(len(jobs), 'parts')}: lower N")
+        raise InputError(f"--shard is {shard}, but {name} has only {counted(len(jobs), 'parts')}: lower N")
     folder = _open_folder(out)
-    if rules.deduplicate:
-        jobs = _drop_repeated(folder, jobs, fingerprint_parts(parts), recipe.data.num_proc, console)
+    if recipe.data.deduplicate:
+        jobs = _drop_repeated(folder, jobs, recipe.data.num_proc, console)
     tokenizer = _find_tokenizer(recipe, folder, jobs)
-    preparation = _agree(recipe, folder, report, parts, tokenizer)
+    preparation = _describe_preparation(recipe, name, sources, jobs, tokenizer)
+    start_preparation(folder, preparation, tokenizer)
     waiting = _list_waiting(folder, jobs[index - 1 :: number], console)
     encoding = Encoding.of(tokenizer)
     if waiting:
-        _describe(folder, report, waiting, jobs, encoding, console)
+        _describe_size(folder, name, waiting, jobs, encoding, console)
     output = Output(out, preparation.sha256, encoding, unknown_token_id(tokenizer))
     _tokenize(output, waiting, recipe.data.num_proc, console)
     return finish_preparation(folder, preparation)
@@ -113,6 +112,27 @@ def render_manifest(manifest: Manifest | None, recipe: str, out: str) -> str:
         f"{manifest.report.summary()}\n{out} is complete: {_readable(size)}; train with: hfgpt train "
         f"{quote_path(recipe)} --data.path {quote_path(out)}"
     )
+
+
+@dataclasses.dataclass
+class _Source:
+    """A source of a mixture."""
+
+    name: str
+    weight: float
+    parts: dict[str, list[Part]]
+    rules: Rules
+
+
+def _find_sources(recipe: Recipe) -> list[_Source]:
+    sources, seed = [], recipe.training.seed
+    for arguments, weight in recipe.data.sources():
+        report = DataReport()
+        parts = find_parts(arguments, dataclasses.replace(reading_of(arguments, seed), stream=True), report)
+        fraction = None if "validation" in parts else arguments.validation_fraction
+        rules = Rules(arguments.text_column, seed, fraction, arguments.deduplicate)
+        sources.append(_Source(report.source, weight, parts, rules))
+    return sources
 
 
 def _parse_shard(shard: str | None) -> tuple[int, int]:
@@ -136,10 +156,10 @@ def _open_folder(out: str) -> Folder:
     return folder
 
 
-def _drop_repeated(folder: Folder, jobs: list[Job], source: str, num_proc: int | None, console: Console) -> list[Job]:
+def _drop_repeated(folder: Folder, jobs: list[Job], num_proc: int | None, console: Console) -> list[Job]:
     """The jobs, without repeated documents; which ones these are is kept until all parts are finished."""
     name, rules = f"{RECORDS_FOLDER}/repeated.npz", jobs[0].rules
-    version = json.dumps([source, dataclasses.astuple(rules)])
+    version = fingerprint_parts([job.part for job in jobs]) + json.dumps(dataclasses.astuple(rules))
     kept = folder.read(name)
     found = dict(np.load(io.BytesIO(kept), allow_pickle=False)) if kept else {}
     if str(found.pop("version", "")) != version:
@@ -164,7 +184,7 @@ def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[Job]) -> PreTrain
     is_trained = base is None and recipe.tokenizer.path is None
     if is_trained and folder.exists(f"{TOKENIZER_FOLDER}/tokenizer.json"):
         with tempfile.TemporaryDirectory() as copy:
-            for name in folder.list(TOKENIZER_FOLDER):
+            for name in folder.list_names(TOKENIZER_FOLDER):
                 Path(copy, name).write_bytes(folder.read(f"{TOKENIZER_FOLDER}/{name}"))
             tokenizer = load_tokenizer(copy, pad_token=None, add_eos=False)
     else:
@@ -174,29 +194,26 @@ def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[Job]) -> PreTrain
     return tokenizer
 
 
-def _agree(
-    recipe: Recipe,
-    folder: Folder,
-    report: DataReport,
-    parts: dict[str, list[Part]],
-    tokenizer: PreTrainedTokenizerBase,
+def _describe_preparation(
+    recipe: Recipe, name: str, sources: list[_Source], jobs: list[Job], tokenizer: PreTrainedTokenizerBase
 ) -> Preparation:
-    """What the data is made from; written, or compared with that of an earlier process."""
-    settings = {f"data.{name}": getattr(recipe.data, name) for name in SETTINGS}
+    """What the data is made from."""
+    settings = {f"data.{key}": getattr(recipe.data, key) for key in SETTINGS}
+    settings["data.mixture"] = [vars(source) for source in recipe.data.mixture] if recipe.data.mixture else None
     settings["training.seed"] = recipe.training.seed
     if recipe.model.path is None and recipe.tokenizer.path is None:
-        settings |= {f"tokenizer.{name}": value for name, value in vars(recipe.tokenizer).items()}
-    preparation = Preparation(
+        settings |= {f"tokenizer.{key}": value for key, value in vars(recipe.tokenizer).items()}
+    given = [source.rules.validation_fraction is None for source in sources]
+    return Preparation(
         version=FORMAT_VERSION,
-        source=report.source,
-        source_sha256=fingerprint_parts(parts),
+        source=name,
+        source_sha256=fingerprint_parts([job.part for job in jobs]),
         tokenizer_sha256=Encoding.of(tokenizer).sha256,
         settings=settings,
-        split_by="given" if "validation" in parts else "documents",
-        parts={split: len(found) for split, found in parts.items()},
+        split_by="given" if all(given) else "documents",
+        parts={split: sum(job.split == split for job in jobs) for split in SPLITS},
+        weights=[source.weight for source in sources],
     )
-    start_preparation(folder, preparation, tokenizer)
-    return preparation
 
 
 def _list_waiting(folder: Folder, jobs: list[Job], console: Console) -> list[Job]:
@@ -221,14 +238,14 @@ def _is_whole(folder: Folder, file: TokenFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size and hash_file(path) == file.sha256
 
 
-def _describe(
-    folder: Folder, report: DataReport, waiting: list[Job], jobs: list[Job], encoding: Encoding, console: Console
+def _describe_size(
+    folder: Folder, name: str, waiting: list[Job], jobs: list[Job], encoding: Encoding, console: Console
 ):
     """Prints the size of the source, and how much disk space its tokens need."""
     sizes = [job.part.bytes for job in jobs]
     known = None not in sizes
     size = f"{_readable(sum(sizes))} in " if known else ""
-    console.print(f"{report.source}: {size}{counted(len(jobs), 'parts')}, {len(waiting):,} to prepare")
+    console.print(f"{name}: {size}{counted(len(jobs), 'parts')}, {len(waiting):,} to prepare")
     texts, held = [], 0
     for text in read_training_texts([dataclasses.replace(jobs[0], is_alone=False)]):
         texts.append(text[:SAMPLE_CHARACTERS])

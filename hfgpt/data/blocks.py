@@ -4,10 +4,14 @@ A block with T predictions spans T + 1 tokens: neighboring blocks share one toke
 boundary is lost.
 """
 
+import bisect
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
-from hfgpt.data.report import DataReport, counted
+from hfgpt.data.report import DataReport, ShareReport, counted
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 
@@ -92,6 +96,14 @@ class BlockDataset(torch.utils.data.Dataset):
             shift_labels[starts[starts > 0] - 1] = IGNORED
         return {key: torch.from_numpy(value) for key, value in item.items()}
 
+    def first_tokens(self) -> list[int]:
+        """The first token, which is never predicted."""
+        return self.stream[:1].tolist()
+
+    def largest_id(self) -> int:
+        """The largest token id; must be below the model's vocabulary size."""
+        return self.stream.largest_id()
+
     @property
     def tail_tokens(self) -> int:
         """Tokens at the end of the stream that no block predicts."""
@@ -113,12 +125,80 @@ class BlockDataset(torch.utils.data.Dataset):
         return total - int(np.maximum(last - first + 1, 0).sum())
 
 
-def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataReport, split: str) -> None:
+class MixedBlocks(torch.utils.data.Dataset):
+    """Blocks of several sources, one after the other.
+
+    Args:
+        sources: The blocks of each source.
+        weights: The share of each source. Every block occurs at least once, and those of a source that is smaller than
+            its share several times, spread evenly. None: every block occurs once.
+
+    Raises:
+        InputError: A source is shorter than a block.
+    """
+
+    def __init__(self, sources: Sequence[BlockDataset], weights: Sequence[float] | None = None):
+        self.sources = sources
+        self.block_size = max(blocks.block_size for blocks in sources)
+        for number, blocks in enumerate(sources, start=1):
+            if blocks.block_size < self.block_size:
+                raise InputError(
+                    f"the validation text of source {number} of the mixture has only {len(blocks.stream):,} tokens, "
+                    f"less than a block of {self.block_size}: add text, or lower data.block_size"
+                )
+        self.sizes = [len(blocks) for blocks in sources]
+        if weights is not None:
+            shares = np.array(weights) / sum(weights)
+            total = max(size / share for size, share in zip(self.sizes, shares, strict=True))
+            self.sizes = [max(round(total * share), size) for size, share in zip(self.sizes, shares, strict=True)]
+        self._ends = list(itertools.accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        index = range(len(self))[index]
+        source = bisect.bisect_right(self._ends, index)
+        blocks, size = self.sources[source], self.sizes[source]
+        return blocks[(index - self._ends[source] + size) * len(blocks) // size]
+
+    def first_tokens(self) -> list[int]:
+        """The first token of each source, which is never predicted."""
+        return [token for blocks in self.sources for token in blocks.first_tokens()]
+
+    def largest_id(self) -> int:
+        """The largest token id; must be below the model's vocabulary size."""
+        return max(blocks.largest_id() for blocks in self.sources)
+
+
+def count_mixture(blocks: MixedBlocks, report: DataReport, split: str):
+    """Records the sizes of a mixture's streams and blocks in the report; see `count_blocks`.
+
+    Args:
+        blocks: The blocks of one epoch.
+        report: Updated in place.
+        split: Name of the split, such as `train`.
+    """
+    sizes = report.split(split)
+    sizes.tokens = sizes.predicted_tokens = sizes.tail_tokens = 0
+    for number, (source, size) in enumerate(zip(blocks.sources, blocks.sizes, strict=True), start=1):
+        own, repeats = DataReport(source=report.source), size / len(source)
+        count_blocks(source, own, split)
+        sizes.tokens += own.split(split).tokens
+        # With document boundaries, blocks differ in this, and some may be repeated once more than others.
+        sizes.predicted_tokens += round(own.split(split).predicted_tokens * repeats)
+        sizes.tail_tokens += own.split(split).tail_tokens
+        if split == "train":
+            share = ShareReport(len(source.stream), size / len(blocks), size, repeats)
+            report.mixture[str(number)] = share
+    sizes.blocks = len(blocks)
+
+
+def count_blocks(blocks: BlockDataset, report: DataReport, split: str):
     """Records the sizes of a split's token stream and blocks in the report.
 
     Args:
         blocks: The blocks of one epoch.
-        unknown_id: Id of the unknown token; None if the tokenizer can encode any text.
         report: Updated in place.
         split: Name of the split, such as `train`.
 
@@ -127,8 +207,6 @@ def count_blocks(blocks: BlockDataset, unknown_id: int | None, report: DataRepor
     """
     sizes = report.split(split)
     sizes.tokens = len(blocks.stream)
-    if unknown_id is not None:
-        sizes.unknown_tokens = blocks.stream.count(unknown_id)
     sizes.blocks = len(blocks)
     sizes.predicted_tokens = blocks.predicted_tokens
     if sizes.predicted_tokens < 1:

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,9 @@ def find_parts(source: SourceArguments, reading: Reading, report: DataReport) ->
     return {split: [Part(read, [found.version, split])] for split, read in found.splits.items()}
 
 
-def fingerprint_parts(parts: dict[str, list[Part]]) -> str:
+def fingerprint_parts(parts: Iterable[Part]) -> str:
     """SHA-256 of the versions of all parts."""
-    versions = {split: [part.version for part in found] for split, found in parts.items()}
-    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([part.version for part in parts]).encode()).hexdigest()
 
 
 def _group_sections(files: list[Path], path: str, reading: Reading) -> list[Part]:

@@ -24,11 +24,13 @@ import datasets
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from hfgpt.data.cache import cache_folder
 from hfgpt.data.files import PREPARATION_FILE, family, is_prepared, is_url, without_secrets
 from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.records import PLACE, REQUIRED, Record
+from hfgpt.saving import appearing_folder
 
 FORMAT_VERSION = 1
 TOKENIZER_FOLDER, RECORDS_FOLDER = "tokenizer", "parts"
@@ -76,6 +78,7 @@ class PartRecord(Record):
         rows_read: Rows of the part.
         dropped: Reason -> rows dropped.
         files: Split -> token file; none for a split without a document of this part.
+        source: Index of its source in the mixture.
     """
 
     name: Annotated[str, REQUIRED]
@@ -83,6 +86,7 @@ class PartRecord(Record):
     rows_read: Annotated[int, REQUIRED]
     dropped: Annotated[dict[str, int], REQUIRED]
     files: Annotated[dict[str, TokenFile], REQUIRED]
+    source: int = 0
 
 
 @dataclass(kw_only=True)
@@ -97,6 +101,7 @@ class Preparation(Record):
         settings: Recipe key -> value, of the keys that determine the tokens.
         split_by: As in the data report.
         parts: Split of the source -> number of parts.
+        weights: The share of each source of a mixture; one source: 1.
     """
 
     FILE: ClassVar[str] = PREPARATION_FILE
@@ -108,6 +113,7 @@ class Preparation(Record):
     settings: Annotated[dict[str, Any], REQUIRED]
     split_by: Annotated[str, REQUIRED]
     parts: Annotated[dict[str, int], REQUIRED]
+    weights: list[float] = field(default_factory=lambda: [1.0])
 
     @property
     def sha256(self) -> str:
@@ -150,9 +156,10 @@ class Manifest(Record):
     report: Annotated[DataReport, REQUIRED]
     parts: Annotated[dict[str, PartRecord], REQUIRED]
 
-    def files(self, split: str) -> list[TokenFile]:
-        """The token files of a split, in the order of the stream."""
-        return [part.files[split] for _, part in sorted(self.parts.items()) if split in part.files]
+    def files(self, split: str, source: int | None = None) -> list[TokenFile]:
+        """The token files of a split, or those of one source, in the order of the stream."""
+        parts = (part for _, part in sorted(self.parts.items()) if source in (None, part.source))
+        return [part.files[split] for part in parts if split in part.files]
 
 
 class Folder:
@@ -184,7 +191,7 @@ class Folder:
             self._system.invalidate_cache()
             return self._system.exists(self._join(name))
 
-    def list(self, name: str) -> list[str]:
+    def list_names(self, name: str) -> list[str]:
         """The names of the files in a subfolder; none if it does not exist."""
         with self._explain("read"):
             self._system.invalidate_cache()
@@ -229,6 +236,12 @@ class Folder:
             else:
                 with self._explain("write to"):
                     self._system.put_file(str(temporary), self._join(name))
+
+    def download(self, names: list[str]) -> list[Path]:
+        """Downloads files to the datasets cache; returns their local paths."""
+        with self._explain("read"):
+            manager = datasets.DownloadManager()
+            return [Path(path) for path in manager.download([posixpath.join(self.place, name) for name in names])]
 
     def write(self, name: str, content: str | bytes):
         """Writes a file."""
@@ -276,35 +289,42 @@ class PreparedData:
     Args:
         place: The folder or URL.
         manifest: The manifest.
-        files: Split -> local token files.
+        files: Name of each token file -> its local path.
         tokenizer: Local folder of the tokenizer.
     """
 
     place: str
     manifest: Manifest
-    files: dict[str, list[Path]]
+    files: dict[str, Path]
     tokenizer: Path
-    report: DataReport = field(init=False)
 
-    def __post_init__(self):
-        self.report = self.manifest.report
+    @property
+    def weights(self) -> list[float]:
+        """The share of each source of a mixture."""
+        return self.manifest.preparation.weights
 
-    def stream(self, *splits: str) -> TokenStream:
+    def stream(self, *splits: str, source: int | None = None) -> TokenStream:
         """The token stream of one or more splits.
 
+        Args:
+            splits: The splits, in order.
+            source: Index of a source of a mixture; None: all.
+
         Raises:
-            InputError: A file is missing or damaged.
+            InputError: A file is missing or damaged, or there are none.
         """
         parts = []
-        for split in splits:
-            for path, file in zip(self.files[split], self.manifest.files(split), strict=True):
-                size = path.stat().st_size if path.is_file() else None
-                if size != file.size:
-                    fault = "is missing" if size is None else f"has {size:,} bytes, not {file.size:,}"
-                    raise InputError(
-                        f"{file.file} of {self.place} {fault}: run the same hfgpt prepare again, which repairs it"
-                    )
-                parts.append(datasets.Dataset.from_file(str(path)))
+        for file in (file for split in splits for file in self.manifest.files(split, source)):
+            path = self.files[file.file]
+            size = path.stat().st_size if path.is_file() else None
+            if size != file.size:
+                fault = "is missing" if size is None else f"has {size:,} bytes, not {file.size:,}"
+                raise InputError(
+                    f"{file.file} of {self.place} {fault}: run the same hfgpt prepare again, which repairs it"
+                )
+            parts.append(datasets.Dataset.from_file(str(path)))
+        if not parts:
+            raise InputError(f"source {source} of {self.place} has no text for {', '.join(splits)}: add text")
         return TokenStream(datasets.concatenate_datasets(parts))
 
 
@@ -331,28 +351,31 @@ def find_prepared(place: str | None) -> PreparedData | None:
             f"{place} has version {manifest.preparation.version} of the format, this hfgpt reads {FORMAT_VERSION}: "
             "prepare it again"
         )
-    names = {split: [file.file for file in manifest.files(split)] for split in SPLITS}
+    names = [file.file for split in SPLITS for file in manifest.files(split)]
     if folder.is_local:
-        files = {split: [folder.path(name) for name in found] for split, found in names.items()}
+        files = {name: folder.path(name) for name in names}
         return PreparedData(place, manifest, files, folder.path(TOKENIZER_FOLDER))
-    return _download(place, folder, manifest, names)
-
-
-def _download(place: str, folder: Folder, manifest: Manifest, names: dict[str, list[str]]) -> PreparedData:
-    """Downloads the files to the datasets cache, where later runs find them."""
-    manager = datasets.DownloadManager()
-    urls = {split: [posixpath.join(place, name) for name in found] for split, found in names.items()}
-    tokenizer = datasets.config.HF_CACHE_HOME
-    with folder._explain("read"):
-        files = {split: [Path(file) for file in manager.download(found)] for split, found in urls.items()}
-        tokenizer = Path(datasets.config.HF_CACHE_HOME, "hfgpt", "tokenizers", manifest.preparation.tokenizer_sha256)
-        tokenizer.mkdir(parents=True, exist_ok=True)
-        for name in folder.list(TOKENIZER_FOLDER):
-            content = folder.read(f"{TOKENIZER_FOLDER}/{name}")
-            temporary = tokenizer / f".{name}.{os.getpid()}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, tokenizer / name)
+    # Downloaded to the caches, where later runs find the files.
+    files = dict(zip(names, folder.download(names), strict=True))
+    tokenizer = cache_folder(None) / "tokenizers" / manifest.preparation.tokenizer_sha256
+    with appearing_copy(tokenizer) as copy:
+        for name in folder.list_names(TOKENIZER_FOLDER) if copy else ():
+            (copy / name).write_bytes(folder.read(f"{TOKENIZER_FOLDER}/{name}"))
     return PreparedData(place, manifest, files, tokenizer)
+
+
+@contextlib.contextmanager
+def appearing_copy(folder: Path) -> Iterator[Path | None]:
+    """As `appearing_folder`; None if the folder exists, and another process may create it meanwhile."""
+    if folder.is_dir():
+        yield None
+        return
+    try:
+        with appearing_folder(folder) as staging:
+            yield staging
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def read_preparation(folder: Folder) -> Preparation | None:
@@ -371,7 +394,7 @@ def read_part_records(folder: Folder) -> dict[str, PartRecord]:
     """The records of finished parts, by name."""
     manifest = read_manifest(folder)
     records = dict(manifest.parts) if manifest else {}
-    for name in folder.list(RECORDS_FOLDER):
+    for name in folder.list_names(RECORDS_FOLDER):
         found = folder.read_object(f"{RECORDS_FOLDER}/{name}") if name.endswith(".json") else None
         if found is not None:
             record = PartRecord.from_dict(found, Path(str(folder), RECORDS_FOLDER, name))

@@ -49,6 +49,23 @@ class SplitReport(Record):
 
 
 @dataclass
+class ShareReport(Record):
+    """The share of one source in the training blocks of a mixture.
+
+    Args:
+        tokens: Tokens of its training text.
+        weight: Its share of the blocks, from 0 to 1.
+        blocks: Its blocks per epoch.
+        repeats: How often each of them occurs in an epoch, on average.
+    """
+
+    tokens: int = 0
+    weight: float = 1.0
+    blocks: int = 0
+    repeats: float = 1.0
+
+
+@dataclass
 class DataReport(Record):
     """What was read from a source and what was done with it.
 
@@ -70,6 +87,7 @@ class DataReport(Record):
             "" (not split).
         unused_files: Files of the folder that are not in any split.
         splits: Split name -> sizes.
+        mixture: Number of a source, from 1 -> its share of the training blocks; empty: there is one source.
         warnings: Anything that may surprise the author of the recipe, one line each.
     """
 
@@ -89,6 +107,7 @@ class DataReport(Record):
     split_by: str = ""
     unused_files: Annotated[list[str], PRIVATE] = field(default_factory=list)
     splits: Annotated[dict[str, SplitReport], REQUIRED] = field(default_factory=dict)
+    mixture: dict[str, ShareReport] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, rows: int = 1) -> None:
@@ -168,5 +187,10 @@ class DataReport(Record):
             sizes += [f"{counted(tail, 'tokens')} left over (dropped)"] if tail else []
             sizes += [f"{size:,} {label}" for label, size in labels if size]
             lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")
+        for name, share in self.mixture.items():
+            lines.append(
+                f"  source {name}: {share.weight:.1%} of the training blocks, {share.blocks:,} per epoch from "
+                f"{counted(share.tokens, 'tokens')}, each {share.repeats:.2f} times"
+            )
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)

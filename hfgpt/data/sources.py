@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,31 @@ SETTINGS = (
 )
 
 
+@dataclass(kw_only=True)
+class MixtureSource:
+    """One source of a mixture.
+
+    Args:
+        path: As `data.path`.
+        weight: Its share of the training blocks, relative to those of the other sources.
+        name, revision, train_split, validation_split, text_column, sample_by: As the keys of the section `data`;
+            None: its values.
+    """
+
+    path: str
+    weight: float = 1.0
+    name: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    validation_split: str | None = None
+    text_column: str | None = None
+    sample_by: Literal["document", "paragraph", "line"] | None = None
+
+    def __post_init__(self):
+        if not 0 < self.weight < float("inf"):
+            raise InputError(f"data.mixture has the weight {self.weight} for {self.path}; it must be above 0")
+
+
 @dataclass
 class DataArguments(SourceArguments):
     """The recipe's section `data` for pre-training, in addition to the source of the text.
@@ -61,6 +86,9 @@ class DataArguments(SourceArguments):
         max_documents: Read only the first N rows of each split; for synthetic text, the number of rows to generate.
         deduplicate: Repeated texts that `hfgpt prepare` removes, keeping the first: `exact` (the same text) or `near`
             (also most texts that share 80 % of their word 5-grams); None: no texts.
+        mixture: Sources that `hfgpt prepare` mixes, instead of `path`: a list of {path, weight}, each optionally with
+            its own name, revision, splits, text_column and sample_by. Every block of every source occurs in an epoch;
+            those of a source that is smaller than its share occur several times.
         block_size: Tokens predicted per block; None: the model's context length.
         stride: Tokens between the starts of consecutive blocks; None: `block_size`, no overlap.
         document_boundaries: Keep documents in a block separate: positions restart at each document, and attention does
@@ -75,11 +103,29 @@ class DataArguments(SourceArguments):
     sample_by: Literal["document", "paragraph", "line"] = "document"
     max_documents: int | None = None
     deduplicate: Literal["exact", "near"] | None = None
+    mixture: list[MixtureSource] | None = None
     block_size: int | None = None
     stride: int | None = None
     document_boundaries: bool = False
     num_proc: int | None = None
     cache_dir: str | None = None
+
+    def sources(self) -> list[tuple["DataArguments", float]]:
+        """The sources that `hfgpt prepare` reads, with their weights; `path` is one source.
+
+        Raises:
+            InputError: The mixture is empty.
+        """
+        if self.mixture is None:
+            return [(self, 1.0)]
+        if not self.mixture:
+            raise InputError("data.mixture is empty: list sources, or set data.path")
+        found = []
+        for source in self.mixture:
+            own = {name: value for name, value in vars(source).items() if value is not None}
+            weight = own.pop("weight")
+            found.append((replace(self, mixture=None, **own), weight))
+        return found
 
 
 @dataclass
@@ -180,6 +226,10 @@ def reading_of(arguments: DataArguments, seed: int) -> Reading:
 
 
 def _check_arguments(arguments: DataArguments) -> None:
+    if arguments.mixture is not None:
+        raise InputError(
+            "data.mixture is mixed by hfgpt prepare: run hfgpt prepare RECIPE OUT, and train with --data.path OUT"
+        )
     if not arguments.path:
         raise InputError("data.path is not set: give a Hub id, a file, a folder or synthetic:stories")
     if not 0 < arguments.validation_fraction < 1:

@@ -73,6 +73,7 @@ class Job:
         part: The part.
         is_alone: Whether it is all of its split.
         rules: What becomes of its rows.
+        source: Index of the source in the mixture.
         repeated: Indices of the documents to leave out, because they repeat others.
     """
 
@@ -81,6 +82,7 @@ class Job:
     part: Part
     is_alone: bool
     rules: Rules
+    source: int = 0
     repeated: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
@@ -101,13 +103,18 @@ class Output:
     unknown_id: int | None
 
 
-def list_jobs(parts: dict[str, list[Part]], rules: Rules) -> list[Job]:
-    """One job per part, in the order of the stream."""
-    return [
-        Job(f"{split}-{number:05}", split, part, len(found) == 1, rules)
-        for split, found in parts.items()
-        for number, part in enumerate(found)
-    ]
+def list_jobs(sources: list[tuple[dict[str, list[Part]], Rules]]) -> list[Job]:
+    """One job per part of the sources of a mixture, in the order of the streams; the training parts first."""
+    jobs = []
+    for split in SPLITS:
+        found = [
+            (source, part, len(parts[split]) == 1, rules)
+            for source, (parts, rules) in enumerate(sources)
+            for part in parts.get(split, ())
+        ]
+        for number, (source, part, is_alone, rules) in enumerate(found):
+            jobs.append(Job(f"{split}-{number:05}", split, part, is_alone, rules, source))
+    return jobs
 
 
 @dataclass
@@ -167,6 +174,7 @@ def tokenize_part(output: Output, job: Job) -> PartRecord:
         rows_read=report.rows_read,
         dropped=report.dropped,
         files={split: file for split, file in files.items() if file},
+        source=job.source,
     )
     buffer = io.BytesIO()
     np.save(buffer, np.array(digests, dtype=np.uint64))

@@ -9,7 +9,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hfgpt.data.report import counted
 from hfgpt.errors import InputError, make_visible
-from hfgpt.tokenizer import unknown_token_id
 
 
 class TerminalStreamer(TextStreamer):
@@ -55,6 +54,14 @@ class SamplingArguments:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.greedy and self.num_samples > 1:
             raise InputError(f"greedy generates one text, not {self.num_samples}: omit --greedy or --num-samples")
+
+
+def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id of the unknown token; None if the tokenizer can encode any text.
+
+    Byte-level tokenizers can. GPT-2's declares its end-of-text token as the unknown token, but never uses it as such.
+    """
+    return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, context: int) -> list[int]:

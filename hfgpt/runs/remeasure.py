@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from hfgpt.data.files import find_files, is_url, looks_local
+from hfgpt.data.files import find_files, has_tokens, is_url, looks_local
 from hfgpt.errors import InputError
 from hfgpt.hub.folder import FolderRecords, explained_records
 from hfgpt.models import find_device, find_model
@@ -79,7 +79,7 @@ def _find_rows(records: FolderRecords, overrides: Sequence[str]) -> Recipe | Non
     if "--data.path" in options:
         return recipe
     source = _source(records)
-    if looks_local(source) and not find_files(source):
+    if looks_local(source) and not (find_files(source) or has_tokens(source)):
         return None
     recipe.data.path = source
     return recipe

@@ -34,11 +34,12 @@ from hfgpt.evaluation.classification import (
     plot_confusion,
     predict,
 )
+from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.models import SavedModel, load_classifier
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured, flips
-from hfgpt.tokenizer import unknown_token_id, wrap_in_end_of_text
+from hfgpt.tokenizer import wrap_in_end_of_text
 
 
 @dataclass(kw_only=True)

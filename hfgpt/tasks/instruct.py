@@ -27,6 +27,7 @@ from hfgpt.data.report import DataReport, counted
 from hfgpt.data.templates import BEFORE_INPUT, render_letters, set_chat_template, write_inputs
 from hfgpt.errors import InputError
 from hfgpt.evaluation import AnswerEvaluationArguments
+from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.evaluation.instructions import Answer, encode_question, generate_answers, match_answers
 from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
@@ -37,7 +38,6 @@ from hfgpt.records import ANSWERS_FILE, JUDGEMENTS_FILE
 from hfgpt.saving import check_writable, write_text
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured, flips
-from hfgpt.tokenizer import unknown_token_id
 
 
 @dataclass(kw_only=True)

@@ -1,12 +1,10 @@
 """Stage 6, pre-training: train a causal language model on text."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
@@ -19,33 +17,27 @@ from transformers import (
 )
 
 from hfgpt.building import find_base_model
-from hfgpt.data.blocks import BlockDataset, count_blocks
-from hfgpt.data.files import find_token_files, hash_files
-from hfgpt.data.prepared import SPLITS, PreparedData, find_prepared
+from hfgpt.data.blocks import BlockDataset, MixedBlocks, count_blocks, count_mixture
 from hfgpt.data.report import DataReport, counted
-from hfgpt.data.sources import SETTINGS, DataArguments, load_all_documents, load_documents, shorten
-from hfgpt.data.streams import Encoding, TokenStream, tokenize_documents
-from hfgpt.data.token_files import named_tokenizer, open_token_files
+from hfgpt.data.sources import DataArguments
 from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
 from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
-from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
+from hfgpt.tasks.preparation import build_recipe_model, context_length, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured
-from hfgpt.tokenizer import load_tokenizer, unknown_token_id
+from hfgpt.tasks.text import Tokens, load_all_tokens, load_tokens
 from hfgpt.training.estimate import Estimate
 from hfgpt.training.trainer import HfGPTTrainingArguments
-
-DOCUMENTS = 10_000  # read to plan a run of a given number of steps
 
 
 @dataclass(kw_only=True)
 class PretrainingData(Data):
     """Blocks of both splits; validation predicts every token but the first exactly once."""
 
-    splits: dict[str, BlockDataset]
+    splits: dict[str, BlockDataset | MixedBlocks]
 
     @property
     def row_length(self) -> int:
@@ -74,26 +66,11 @@ class Pretraining:
         self, recipe: Recipe, tokenizer_folder: Path | None = None, characters: int | None = None
     ) -> PretrainingData:
         base = find_base_model(recipe.model)
-        if prepared := find_prepared(recipe.data.path):
-            text = open_prepared(recipe, base, prepared, tokenizer_folder)
-        elif recipe.data.path and (files := find_token_files(recipe.data.path)):
-            text = open_tokens(recipe, base, files, tokenizer_folder)
-        else:
-            text = tokenize_source(recipe, base, tokenizer_folder, characters)
+        text = load_tokens(recipe, base, tokenizer_folder, characters)
         tokenizer, report, share = text.tokenizer, text.report, text.share
         warn_of_small_vocabulary(recipe, tokenizer, report)
         block_size = context_length(recipe, base) if recipe.data.block_size is None else recipe.data.block_size
-        blocks = {}
-        for split, stream in text.streams.items():
-            blocks[split] = BlockDataset(
-                stream,
-                block_size,
-                recipe.data.stride if split == "train" else recipe.evaluation.stride,
-                document_boundaries=recipe.data.document_boundaries,
-                keep_tail=split == "validation",
-                name=f"the {split} split of {recipe.data.path}",
-            )
-            count_blocks(blocks[split], None if prepared else unknown_token_id(tokenizer), report, split)
+        blocks = {split: build_blocks(text, split, recipe, block_size) for split in text.streams}
         report.warn_if_small("validation", "tokens")
         if share is None:
             share = len(blocks["train"]) / rows_of_steps(recipe.training)
@@ -128,7 +105,7 @@ class Pretraining:
         self, saved: SavedModel, data: DataArguments, evaluation: EvaluationArguments, console: Console | None = None
     ) -> dict[str, Any]:
         model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM)
-        stream, report = read_all_tokens(data, tokenizer)
+        stream, report = load_all_tokens(data, tokenizer)
         context = model.config.max_position_embeddings
         block_size = context if data.block_size is None else data.block_size
         if block_size > context:
@@ -141,7 +118,7 @@ class Pretraining:
             keep_tail=True,
             name=f"the text of {data.path}",
         )
-        count_blocks(blocks, unknown_token_id(tokenizer), report, "validation")
+        count_blocks(blocks, report, "validation")
         return measure_blocks(model, tokenizer, blocks, report, batch_size=8)
 
     def describe(self, metrics: Mapping[str, Any]) -> str:
@@ -156,157 +133,35 @@ class Pretraining:
         return f"hfgpt generate {folder} 'your prompt'"
 
 
-@dataclass
-class Tokens:
-    """Tokenized text.
-
-    Args:
-        streams: Split -> tokens.
-        tokenizer: Their tokenizer.
-        report: The data report, before blocks are counted.
-        share: Fraction of the training text in the stream; None if its total size is unknown.
-    """
-
-    streams: dict[str, TokenStream]
-    tokenizer: PreTrainedTokenizerBase
-    report: DataReport
-    share: float | None = 1.0
-
-
-def tokenize_source(recipe: Recipe, base: SavedModel | None, folder: Path | None, characters: int | None) -> Tokens:
-    """Reads and tokenizes the text of a recipe.
-
-    Args:
-        recipe: Its sections `data`, `tokenizer` and `training`.
-        base: The base model.
-        folder: Folder of a run to resume, whose tokenizer is reused.
-        characters: Tokenize only about this many characters of each split, enough for a plan; None: all.
-    """
-    report = DataReport()
-    documents, share = load_texts(recipe, report, characters)
-    tokenizer = find_tokenizer(recipe, base, folder, (row["text"] for row in documents["train"]))
-    streams = {split: tokenize(texts, tokenizer, recipe.data) for split, texts in documents.items()}
-    return Tokens(streams, tokenizer, report, share)
-
-
-def open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedData, folder: Path | None) -> Tokens:
-    """Opens prepared data, as `tokenize_source` would have tokenized its source.
-
-    Raises:
-        InputError: It was prepared with another tokenizer, or with other values of keys that the recipe sets.
-    """
-    settings, defaults = prepared.manifest.preparation.settings, DataArguments()
-    for name in SETTINGS:
-        value, was = getattr(recipe.data, name), settings.get(f"data.{name}")
-        if value not in (was, getattr(defaults, name)):
-            raise InputError(
-                f"data.{name} is {value!r}, but {prepared.place} was prepared with {was!r}: remove the key, or "
-                "prepare the text again"
-            )
-    # A new tokenizer was trained by `hfgpt prepare`.
-    is_new = base is None and recipe.tokenizer.path is None and folder is None
-    tokenizer = find_tokenizer(recipe, base, prepared.tokenizer if is_new else folder, ())
-    for name, value in vars(recipe.tokenizer).items() if is_new else ():
-        was = settings.get(f"tokenizer.{name}", value)
-        if value != was:
-            raise InputError(
-                f"tokenizer.{name} is {value!r}, but {prepared.place} was prepared with {was!r}: change it, or "
-                "prepare the text again"
-            )
-    check_same_tokenizer(tokenizer, prepared)
-    return Tokens({split: prepared.stream(split) for split in SPLITS}, tokenizer, prepared.report)
-
-
-def open_tokens(recipe: Recipe, base: SavedModel | None, files: list[Path], folder: Path | None) -> Tokens:
-    """Opens token files of datatrove.
-
-    Raises:
-        InputError: The recipe does not give their tokenizer, or a file is damaged.
-    """
-    name = named_tokenizer(files[0])[0]
-    if base is None and recipe.tokenizer.path is None and folder is None:
-        raise InputError(
-            f"data.path {recipe.data.path!r} has tokens of the tokenizer {name or '(unknown)'!r}: set tokenizer.path"
-        )
-    tokenizer = find_tokenizer(recipe, base, folder, ())
-    streams = open_token_files(files, recipe.data.validation_fraction)
-    report = DataReport(source=recipe.data.path, sha256=hash_files(files), split_by="documents")
-    for split, stream in streams.items():
-        if stream.largest_id() >= len(tokenizer):
-            raise InputError(
-                f"data.path {recipe.data.path!r} has the token id {stream.largest_id()}, but the tokenizer has only "
-                f"{len(tokenizer):,} tokens: set tokenizer.path to {name or 'the one that made it'}"
-            )
-        report.split(split).documents = len(stream.documents)
-        report.rows_read += len(stream.documents)
-    report.rows_kept = report.rows_read
-    # Bits per byte need the text of the validation split.
-    sizes = report.split("validation")
-    for row in streams["validation"].documents:
-        text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
-        sizes.characters, sizes.bytes = sizes.characters + len(text), sizes.bytes + len(text.encode())
-    report.warnings.append(
-        f"the tokens were made with the tokenizer {name or '(unknown)'!r}; whether the recipe's is the same cannot be "
-        "checked"
-    )
-    return Tokens(streams, tokenizer, report)
-
-
-def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, prepared: PreparedData):
-    """Checks that data was prepared with this tokenizer.
-
-    Raises:
-        InputError: It was not.
-    """
-    # Both are serialized by this version of tokenizers.
-    other = load_tokenizer(prepared.tokenizer, pad_token=None, add_eos=False)
-    if Encoding.of(tokenizer).sha256 != Encoding.of(other).sha256:
-        raise InputError(
-            f"{prepared.place} was prepared with another tokenizer ({len(other):,} tokens) than the model's "
-            f"({len(tokenizer):,}): prepare the text again with this recipe, or set tokenizer.path to "
-            f"{prepared.tokenizer}"
-        )
-
-
-def read_all_tokens(data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenStream, DataReport]:
-    """The tokens to evaluate a model on: of all documents, or of `validation_split` if it is set."""
-    if prepared := find_prepared(data.path):
-        check_same_tokenizer(tokenizer, prepared)
-        splits = ["validation"] if data.validation_split else SPLITS
-        return prepared.stream(*splits), prepared.report.merge(splits, "validation")
-    report = DataReport()
-    return tokenize(load_all_documents(data, report), tokenizer, data), report
-
-
-def load_texts(
-    recipe: Recipe, report: DataReport, characters: int | None
-) -> tuple[Mapping[str, Dataset], float | None]:
-    """The texts of both splits, or about `characters` characters of each, enough for a plan.
-
-    Returns:
-        The texts, and the fraction of the training text that was read; None if its total size is unknown.
-    """
-    if not characters:
-        return load_documents(recipe.data, recipe.training.seed, report), 1.0
-    arguments, has_steps = recipe.data, recipe.training.max_steps > 0
-    if has_steps and (arguments.max_documents or DOCUMENTS) >= DOCUMENTS:
-        # The length of the run is known, so a large dataset need not be read or downloaded completely.
-        arguments = dataclasses.replace(arguments, max_documents=DOCUMENTS)
-    documents = load_documents(arguments, recipe.training.seed, report)
-    sizes = report.split("train")
-    share = None if has_steps and report.rows_read >= DOCUMENTS else min(characters / sizes.characters, 1.0)
-    return {split: shorten(texts, report.split(split), characters) for split, texts in documents.items()}, share
-
-
 def rows_of_steps(arguments: HfGPTTrainingArguments) -> int:
     """Training rows used by `max_steps` steps."""
     return arguments.max_steps * arguments.rows_per_step
 
 
-def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> TokenStream:
-    """The texts as one token stream, with an end-of-text token after each."""
-    # A single text may be only a part of a document, cut by position, without its end.
-    return tokenize_documents(texts, tokenizer, num_proc=data.num_proc, append_eos=len(texts) > 1)
+def build_blocks(text: Tokens, split: str, recipe: Recipe, block_size: int) -> BlockDataset | MixedBlocks:
+    """The blocks of one split, which are counted in the report.
+
+    Raises:
+        InputError: The text is shorter than a block.
+    """
+    is_training = split == "train"
+    sources = [
+        BlockDataset(
+            stream,
+            block_size,
+            recipe.data.stride if is_training else recipe.evaluation.stride,
+            document_boundaries=recipe.data.document_boundaries,
+            keep_tail=not is_training,
+            name=f"the {split} split of {recipe.data.path}",
+        )
+        for stream in text.streams[split]
+    ]
+    if len(sources) == 1:
+        count_blocks(sources[0], text.report, split)
+        return sources[0]
+    blocks = MixedBlocks(sources, text.weights if is_training else None)
+    count_mixture(blocks, text.report, split)
+    return blocks
 
 
 def check_blocks(model: PreTrainedModel, data: PretrainingData):
@@ -324,7 +179,7 @@ def check_blocks(model: PreTrainedModel, data: PretrainingData):
     known = max(data.tokenizer.get_vocab().values())
     if known < model.config.vocab_size:
         return
-    largest = max(blocks.stream.largest_id() for blocks in data.splits.values())
+    largest = max(blocks.largest_id() for blocks in data.splits.values())
     if largest >= model.config.vocab_size:
         raise InputError(
             f"the text has the token id {largest}, but the model's vocab_size is {model.config.vocab_size}: use the "
@@ -335,7 +190,7 @@ def check_blocks(model: PreTrainedModel, data: PretrainingData):
 def measure_blocks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    blocks: BlockDataset,
+    blocks: BlockDataset | MixedBlocks,
     report: DataReport,
     batch_size: int,
 ) -> dict[str, Any]:
@@ -354,9 +209,9 @@ def measure_blocks(
     sizes = report.splits["validation"]
     if sizes.unknown_tokens:
         return result.to_dict() | {"eval_unknown_tokens": sizes.unknown_tokens}
-    # The first token is not predicted, so its bytes are not counted.
-    first = tokenizer.decode(blocks.stream[:1], skip_special_tokens=True)
-    result.bytes = sizes.bytes - len(first.encode())
+    # The first token of each source is not predicted, so its bytes are not counted.
+    first = [tokenizer.decode([token], skip_special_tokens=True) for token in blocks.first_tokens()]
+    result.bytes = sizes.bytes - sum(len(text.encode()) for text in first)
     return result.to_dict()
 
 

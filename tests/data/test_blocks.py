@@ -425,18 +425,18 @@ def test_a_split_without_predictions_is_refused():
     with pytest.raises(
         InputError, match=r"^the validation split of a.txt has no tokens to predict, since each document is"
     ):
-        count_blocks(blocks, None, DataReport(source="a.txt"), "validation")
+        count_blocks(blocks, DataReport(source="a.txt"), "validation")
 
 
 def test_the_report_contains_the_sizes_of_the_blocks():
     report = DataReport()
-    count_blocks(BlockDataset(stream_of(4612), 256), 7, report, "train")
+    count_blocks(BlockDataset(stream_of(4612), 256), report, "train")
     assert json.loads(json.dumps(report.to_dict()))["splits"]["train"] == {
         "documents": 0,
         "characters": 0,
         "bytes": 0,
         "tokens": 4612,
-        "unknown_tokens": 1,
+        "unknown_tokens": 0,
         "blocks": 18,
         "predicted_tokens": 4608,
         "tail_tokens": 3,

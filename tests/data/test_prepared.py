@@ -4,10 +4,12 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -165,6 +167,62 @@ def test_deduplication_is_refused_where_it_would_not_be_done(recipe, tmp_path):
         load_streams(source)
     with pytest.raises(InputError, match="--shard 1/1 cannot remove the duplicates of other shards"):
         prepare_quietly(source, "out", "1/1")
+
+
+def test_a_mixture_has_every_block_and_the_given_shares(recipe, tmp_path, small_parts):
+    write_lines(tmp_path / "a.jsonl", write_texts(150))
+    write_lines(tmp_path / "b/train.jsonl", write_texts(40, seed=1))
+    write_lines(tmp_path / "b/valid.jsonl", write_texts(10, seed=2))
+    (tmp_path / "c.txt").write_text("\n".join(write_texts(30, seed=3)))
+    mixture = [
+        {"path": "a.jsonl", "weight": 2},
+        {"path": "b"},
+        {"path": "c.txt", "weight": 1, "sample_by": "line"},
+    ]
+    settings = json.loads((tmp_path / "r.yaml").read_text())
+    settings["data"]["mixture"] = mixture
+    (tmp_path / "r.yaml").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"^data.mixture is mixed by hfgpt prepare: run hfgpt prepare RECIPE OUT"):
+        load_streams(load_recipe("r.yaml", []))
+    manifest, said = prepare_quietly(load_recipe("r.yaml", []))
+    assert "mixture of 3 sources: " in said
+    assert [part.source for name, part in sorted(manifest.parts.items()) if name[0] == "v"] == [1]
+    data = TASKS["pretrain"].load(recipe("out"))
+    blocks, report = data.splits["train"], data.report
+
+    alone = {}
+    for number, source in enumerate(mixture):
+        del settings["data"]["mixture"]
+        settings["tokenizer"] = {"path": "out/tokenizer"}
+        settings["data"]["sample_by"] = source.get("sample_by", "document")
+        (tmp_path / "alone.yaml").write_text(json.dumps(settings))
+        prepare_quietly(load_recipe("alone.yaml", [f"--data.path={source['path']}"]), f"alone{number}")
+        alone[number] = TASKS["pretrain"].load(load_recipe("alone.yaml", [f"--data.path=alone{number}"])).splits
+        settings["data"]["mixture"] = mixture
+    sizes = [len(splits["train"]) for splits in alone.values()]
+    expected = [
+        max(size / share for size, share in zip(sizes, (0.5, 0.25, 0.25), strict=True)) * s for s in (0.5, 0.25, 0.25)
+    ]
+    assert blocks.sizes == [round(size) for size in expected]
+    rows = [tuple(blocks[index]["input_ids"].tolist()) for index in range(len(blocks))]
+    start = 0
+    for number, size in enumerate(blocks.sizes):
+        own = [tuple(row["input_ids"].tolist()) for row in alone[number]["train"]]
+        found = rows[start : start + size]
+        assert list(dict.fromkeys(found)) == list(dict.fromkeys(own)), "every block, in order"
+        times = [found.count(row) / own.count(row) for row in own]
+        assert max(times) - min(times) <= 1
+        start += size
+    validation = data.splits["validation"]
+    assert validation.sizes == [len(splits["validation"]) for splits in alone.values()]
+    assert report.splits["validation"].predicted_tokens == sum(
+        splits["validation"].predicted_tokens for splits in alone.values()
+    )
+    assert report.mixture["1"].weight == pytest.approx(0.5, abs=0.01)
+    assert "source 1: 50.0% of the training blocks" in report.summary()
+    assert data.splits["validation"].first_tokens() == [
+        int(splits["validation"].stream[0:1][0]) for splits in alone.values()
+    ]
 
 
 def read_all(folder):
@@ -407,7 +465,7 @@ output = Output("out", "", Encoding(backend.to_str(), False, 0, "uint16"), 1)
 for name in ("small", "large"):
     reading = Reading({"text_column": "text"}, {"validation": None})
     parts = find_parts(SourceArguments(f"{name}.jsonl"), reading, DataReport())
-    for job in list_jobs(parts, Rules("text", 0, 0.1)):
+    for job in list_jobs([(parts, Rules("text", 0, 0.1))]):
         tokenize_part(output, job)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
@@ -423,3 +481,65 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     assert result.returncode == 0, result.stderr
     small, large = map(int, result.stdout.split())
     assert large < small + 64, "MiB"
+
+
+def write_for_datatrove(data, rank, world_size):
+    from datatrove.data import Document
+
+    for number, text in enumerate(write_texts(300)[rank::world_size]):
+        yield Document(text=text, id=str(number))
+
+
+def run_pipeline(block, tasks, folder):
+    from datatrove.executor import LocalPipelineExecutor
+
+    LocalPipelineExecutor([write_for_datatrove, block], tasks=tasks, workers=1, logging_dir=str(folder)).run()
+
+
+@pytest.fixture
+def tokenizer_folder(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(300))
+    prepare_quietly(recipe("a.jsonl"), "first")
+    return str(tmp_path / "first/tokenizer")
+
+
+def test_a_datatrove_pipeline_prepares_data(recipe, tmp_path, tokenizer_folder):
+    from hfgpt.datatrove import PrepareTokens
+
+    run_pipeline(PrepareTokens("out", tokenizer_folder, validation_fraction=0.2), 3, tmp_path / "logs")
+    _, data = load_streams(recipe("out", tokenizer__path=tokenizer_folder))
+    texts = [
+        data.tokenizer.decode(row, skip_special_tokens=True)
+        for blocks in data.splits.values()
+        for row in blocks.stream.documents["input_ids"]
+    ]
+    assert sorted(texts) == sorted(write_texts(300))
+    assert 30 < len(data.splits["validation"].stream.documents) < 90
+    assert (data.report.rows_read, data.report.source) == (300, "datatrove")
+
+
+def test_token_files_of_datatrove_are_read(recipe, tmp_path, tokenizer_folder):
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    block = DocumentTokenizer("tokens", f"{tokenizer_folder}/tokenizer.json", eos_token="<|endoftext|>", seed=1)
+    run_pipeline(block, 2, tmp_path / "logs")
+    _, data = load_streams(recipe("tokens", tokenizer__path=tokenizer_folder, data__validation_fraction="0.2"))
+    texts = {
+        split: [data.tokenizer.decode(row, skip_special_tokens=True) for row in blocks.stream.documents["input_ids"]]
+        for split, blocks in data.splits.items()
+    }
+    assert sorted(texts["train"] + texts["validation"]) == sorted(write_texts(300))
+    assert len(texts["validation"]) == 60
+    assert data.report.splits["validation"].bytes == sum(len(text.encode()) for text in texts["validation"])
+    copy = pickle.loads(pickle.dumps(data.splits["train"].stream))
+    assert copy[:].tolist() == data.splits["train"].stream[:].tolist()
+
+    with pytest.raises(InputError, match=r"has tokens of the tokenizer '.*tokenizer.json': set tokenizer.path"):
+        load_streams(recipe("tokens"))
+    file = next((tmp_path / "tokens").glob("*.ds"))
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(InputError, match=r"\.ds has [\d,]+ bytes, but its index says [\d,]+ tokens of 2 bytes"):
+        load_streams(recipe("tokens", tokenizer__path=tokenizer_folder))
+    Path(f"{file}.index").unlink()
+    with pytest.raises(InputError, match=r"\.ds does not have its index .*: tokenize with save_index=True"):
+        load_streams(recipe("tokens", tokenizer__path=tokenizer_folder))

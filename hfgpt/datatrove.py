@@ -18,7 +18,8 @@ from hfgpt.data.prepared import FORMAT_VERSION, Folder, Preparation
 from hfgpt.data.streams import NO_END, Encoding
 from hfgpt.data.writing import Job, Output, Rules, finish_preparation, start_preparation, tokenize_part
 from hfgpt.errors import InputError
-from hfgpt.tokenizer import load_tokenizer, unknown_token_id
+from hfgpt.evaluation.generation import unknown_token_id
+from hfgpt.tokenizer import load_tokenizer
 
 
 class PrepareTokens(PipelineStep):
