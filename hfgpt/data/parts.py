@@ -30,7 +30,7 @@ from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, Row, SourceArguments, divide_files, find_source_splits, read_hub, read_sections
 from hfgpt.errors import InputError
 
-PART_BYTES = 1 << 26
+PART_BYTES = 1 << 24
 # Every part becomes one or two open files of the run that trains on it; many systems allow 1,024.
 MOST_PARTS = 256
 
