@@ -27,6 +27,7 @@ from hfgpt.demo_corpus import generate_stories
 TOKEN = "hf_SecretSecretSecret"
 COMMANDS = [
     "train",
+    "prepare",
     "generate",
     "chat",
     "classify",

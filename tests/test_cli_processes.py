@@ -9,6 +9,7 @@ import pytest
 
 COMMANDS = [
     "train",
+    "prepare",
     "generate",
     "chat",
     "classify",

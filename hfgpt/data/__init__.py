@@ -5,6 +5,9 @@ splits.py           which texts go to validation and test
 sources.py          rows of text -> documents, split for training and validation; cache.py caches them for the next run
 streams.py          documents -> one stream of tokens
 blocks.py           one stream of tokens -> fixed-length blocks
+parts.py            a source of any size -> parts; writing.py tokenizes them in processes.py, prepared.py is their format
+duplicates.py       repeated texts in a source of any size
+token_files.py      datatrove's token files
 classification.py   rows of text and label -> balanced, split, encoded
 instructions.py     rows of instructions or chats -> token ids and targets; templates.py has the chat templates
 collators.py        rows -> tensors
