@@ -7,7 +7,7 @@ from hfgpt.tasks import TASKS
 from hfgpt.training.estimate import Estimate, describe_steps, plan_run
 
 SECONDS = 2.0  # of the benchmark
-CHARACTERS = 1 << 23  # of text to tokenize; the total number of tokens is estimated from these
+CHARACTERS = 1 << 21  # of text to tokenize; the total number of tokens is estimated from these
 
 
 def plan_recipe(recipe: Recipe) -> Estimate:

@@ -5,7 +5,8 @@ splits.py           which texts go to validation and test
 sources.py          rows of text -> documents, split for training and validation; cache.py caches them for the next run
 streams.py          documents -> one stream of tokens
 blocks.py           one stream of tokens -> fixed-length blocks
-parts.py            a source of any size -> parts; writing.py tokenizes them in processes.py, prepared.py is their format
+parts.py            a source of any size -> parts
+writing.py          parts -> prepared data, in several processes (processes.py); prepared.py is its format
 duplicates.py       repeated texts in a source of any size
 token_files.py      datatrove's token files
 classification.py   rows of text and label -> balanced, split, encoded

@@ -185,11 +185,13 @@ def tokenize_part(output: Output, job: Job) -> PartRecord:
 
 def read_training_texts(jobs: list[Job]) -> Iterator[str]:
     """The texts of the training split."""
-    for job in jobs:
-        if job.split == "train":
-            for split, text, _ in _assign_documents(job, _divide_documents(job), DataReport()):
-                if split == "train":
-                    yield text
+    return (text for job in jobs if job.split == "train" for split, text in read_texts(job) if split == "train")
+
+
+def read_texts(job: Job) -> Iterator[tuple[str, str]]:
+    """Split and text of each document of a part."""
+    for split, text, _ in _assign_documents(job, _divide_documents(job), DataReport()):
+        yield split, text
 
 
 def sign_part(job: Job) -> np.ndarray:

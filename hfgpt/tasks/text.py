@@ -8,12 +8,14 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hfgpt.data.files import find_token_files, hash_files
+from hfgpt.data.files import find_files, find_token_files, hash_files, is_url
+from hfgpt.data.parts import find_parts
 from hfgpt.data.prepared import SPLITS, PreparedData, find_prepared
 from hfgpt.data.report import DataReport
-from hfgpt.data.sources import SETTINGS, DataArguments, load_all_documents, load_documents, shorten
+from hfgpt.data.sources import SETTINGS, DataArguments, load_all_documents, load_documents, reading_of, shorten
 from hfgpt.data.streams import Encoding, TokenStream, tokenize_documents
 from hfgpt.data.token_files import named_tokenizer, open_token_files
+from hfgpt.data.writing import Rules, list_jobs, read_texts
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.models import SavedModel
@@ -22,6 +24,7 @@ from hfgpt.tasks.preparation import find_tokenizer
 from hfgpt.tokenizer import load_tokenizer
 
 DOCUMENTS = 10_000  # read to plan a run of a given number of steps
+LARGE = 4  # parts of a source that is only sampled for a plan
 
 
 @dataclass
@@ -101,14 +104,37 @@ def _load_texts(
     """
     if not characters:
         return load_documents(recipe.data, recipe.training.seed, report), 1.0
-    arguments, has_steps = recipe.data, recipe.training.max_steps > 0
-    if has_steps and (arguments.max_documents or DOCUMENTS) >= DOCUMENTS:
-        # The length of the run is known, so a large dataset need not be read or downloaded completely.
-        arguments = dataclasses.replace(arguments, max_documents=DOCUMENTS)
-    documents = load_documents(arguments, recipe.training.seed, report)
-    sizes = report.split("train")
-    share = None if has_steps and report.rows_read >= DOCUMENTS else min(characters / sizes.characters, 1.0)
+    if not (sample := _sample_large_source(recipe, report)):
+        arguments, has_steps = recipe.data, recipe.training.max_steps > 0
+        if has_steps and (arguments.max_documents or DOCUMENTS) >= DOCUMENTS:
+            # The length of the run is known, so a large dataset need not be read or downloaded completely.
+            arguments = dataclasses.replace(arguments, max_documents=DOCUMENTS)
+        documents = load_documents(arguments, recipe.training.seed, report)
+        sample = documents, None if has_steps and report.rows_read >= DOCUMENTS else 1.0
+    documents, share = sample
+    if share is not None:
+        share *= min(characters / report.split("train").characters, 1.0)
     return {split: shorten(texts, report.split(split), characters) for split, texts in documents.items()}, share
+
+
+def _sample_large_source(recipe: Recipe, report: DataReport) -> tuple[dict[str, Dataset], float] | None:
+    """The first part of each split of large local files, and its fraction of the training text; None: not large."""
+    data, seed = recipe.data, recipe.training.seed
+    if not data.path or is_url(data.path) or data.max_documents or not find_files(data.path):
+        return None
+    parts = find_parts(data, reading_of(data, seed), report)
+    sizes = [part.bytes for part in parts["train"]]
+    if len(sizes) < LARGE:
+        return None
+    fraction = None if "validation" in parts else data.validation_fraction
+    jobs = [job for job in list_jobs([(parts, Rules(data.text_column, seed, fraction))]) if job.name[-5:] == "00000"]
+    texts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for job in jobs:
+        for split, text in read_texts(job):
+            texts[split].append(text)
+    for split, found in texts.items():
+        report.split(split).characters = sum(map(len, found))
+    return {split: Dataset.from_dict({"text": found}) for split, found in texts.items()}, sizes[0] / sum(sizes)
 
 
 def _open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedData, folder: Path | None) -> Tokens:

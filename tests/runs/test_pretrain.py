@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from hfgpt.commands import plan
 from hfgpt.commands.merge import merge
 from hfgpt.commands.plan import plan_recipe
+from hfgpt.data import parts
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import DataArguments, load_documents
 from hfgpt.errors import InputError, Interrupted
@@ -24,7 +25,7 @@ from hfgpt.evaluation import EvaluationArguments
 from hfgpt.models import find_model
 from hfgpt.recipe import load_recipe, section_types
 from hfgpt.runs.run import run
-from hfgpt.tasks import TASKS, pretrain
+from hfgpt.tasks import TASKS, text
 from hfgpt.tasks.preparation import context_length
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
@@ -381,7 +382,7 @@ def test_a_plan_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     lines = [json.dumps({"text": f"Story {number} of the hens and the fox."}) for number in range(3000)]
     (tmp_path / "many.jsonl").write_text("\n".join([*lines, "not even JSON"]))
     (tmp_path / "r.yaml").write_text("model: {hidden_size: 16, num_hidden_layers: 1, max_position_embeddings: 32}\n")
-    monkeypatch.setattr(pretrain, "DOCUMENTS", 500)
+    monkeypatch.setattr(text, "DOCUMENTS", 500)
     monkeypatch.setattr(plan, "CHARACTERS", 4000)
     monkeypatch.setattr(plan, "SECONDS", 0.01)
     options = ["--data.path", str(tmp_path / "many.jsonl"), "--data.cache_dir", str(tmp_path / "cache")]
@@ -401,3 +402,10 @@ def test_a_plan_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     exact = make_plan("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
     assert exact.share == 1
     assert epoch.steps == pytest.approx(exact.steps, rel=0.1)
+
+    # Of a source of several parts, only the first is read.
+    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    (tmp_path / "many.jsonl").write_text("\n".join([*lines, "not even JSON"]))
+    sampled = make_plan("--training.num_train_epochs", "1", "--training.per_device_train_batch_size", "1")
+    assert sampled.share == pytest.approx(1 / 8, rel=0.05)
+    assert sampled.steps == pytest.approx(exact.steps, rel=0.05)
