@@ -607,6 +607,7 @@ def test_the_commands_and_options_are_stable():
         "keys": "SECTION --task --json",
         "merge": "ADAPTER OUT --tolerance",
         "plan": "RECIPE --json",
+        "prepare": "RECIPE OUT --shard --json",
         "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
         "recipes": "--json",
         "train": "RECIPE --resume",
