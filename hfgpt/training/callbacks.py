@@ -143,8 +143,11 @@ class InterruptCallback(TrainerCallback):
 
 def append_log(output_dir: str | Path, entry: dict):
     """Appends an entry, which must have a `step`, to a run's `training_log.jsonl`."""
-    with open(Path(output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    try:
+        with open(Path(output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+    except PermissionError:  # a mounted bucket, where files can be replaced but not extended
+        _write_log(output_dir, [*read_log(output_dir), entry])
 
 
 def log_result(output_dir: str | Path, entry: dict):
