@@ -25,8 +25,6 @@ from packaging.requirements import Requirement
 import hfgpt
 from hfgpt.data.files import find_source, is_url
 from hfgpt.errors import InputError
-from hfgpt.evaluation.judge import API_KEY
-from hfgpt.hub.card import TEMPLATE, card_folder
 from hfgpt.recipe import Recipe, find_recipe, recipe_folder
 from hfgpt.records import RECIPE_FILE
 from hfgpt.saving import appearing_folder, quote_path
@@ -200,6 +198,8 @@ def find_secret_names(recipe: Recipe) -> list[str]:
     Raises:
         InputError: A necessary one is not set.
     """
+    from hfgpt.evaluation.judge import API_KEY  # imports torch
+
     names = ["HF_TOKEN"]
     judge = getattr(recipe.evaluation, "judge", None)
     if judge and judge.base_url and os.environ.get(API_KEY):  # not every endpoint needs one
@@ -239,6 +239,8 @@ def write_job_folder(run: str, recipe: Recipe, file: Path | None) -> Path:
         recipe: The recipe.
         file: The file of the recipe; None: it is part of the package.
     """
+    from hfgpt.hub.card import TEMPLATE, card_folder  # imports torch, which a misspelled flavor does not wait for
+
     package = Path(hfgpt.__file__).parent
     sources = {f"hfgpt/{path.relative_to(package)}": path for path in package.rglob("*") if path.is_file()}
     sources |= {f"hfgpt/recipes/{path.name}": path for path in recipe_folder().glob("*.yaml")}
