@@ -216,7 +216,9 @@ def test_the_number_of_gpus_is_that_of_the_flavor():
 
 
 def http_error(status: int) -> HfHubHTTPError:
-    return HfHubHTTPError("no", response=SimpleNamespace(status_code=status, headers={}), server_message="not today")
+    return HfHubHTTPError(
+        "no", response=SimpleNamespace(status_code=status, headers={}, request=None), server_message="not today"
+    )
 
 
 @pytest.mark.parametrize(
