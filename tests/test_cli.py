@@ -608,7 +608,7 @@ def test_the_commands_and_options_are_stable():
         "plan": "RECIPE --json",
         "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
         "recipes": "--json",
-        "train": "RECIPE --resume",
+        "train": "RECIPE --resume --on --submit --timeout --namespace",
     }
     found = {
         name: " ".join(

@@ -131,7 +131,7 @@ def test_several_machines_meet_at_the_address_of_the_first(monkeypatch):
     assert (parsed.rdzv_backend, parsed.rdzv_endpoint) == ("static", "10.0.0.1:29500")
 
 
-def test_what_accelerate_would_silently_change_is_refused(monkeypatch, tmp_path):
+def test_a_precision_that_accelerate_would_silently_change_is_refused(monkeypatch, tmp_path):
     def arguments(**values):
         return HfGPTTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **values)
 
@@ -141,9 +141,6 @@ def test_what_accelerate_would_silently_change_is_refused(monkeypatch, tmp_path)
         arguments(bf16=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert arguments(bf16=True).mixed_precision == "bf16", "the recipe decides"
-    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    with pytest.raises(InputError, match="the accelerate file has a parallelism_config"):
-        arguments()
 
 
 @pytest.fixture

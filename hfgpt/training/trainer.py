@@ -8,7 +8,6 @@ import copy
 import functools
 import itertools
 import math
-import os
 import shutil
 import signal
 import time
@@ -167,7 +166,7 @@ class HfGPTTrainingArguments(TrainingArguments):
         # TrainingArguments rejects bf16 on a CPU unless use_cpu is set.
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
-        _check_launcher(self)
+        _check_precision(self)
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise InputError(
                 "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
@@ -609,18 +608,12 @@ def _check_reporters(report_to: str | list[str] | None):
             raise InputError(f"training.report_to is '{name}', which is not installed: run {command}")
 
 
-def _check_launcher(arguments: HfGPTTrainingArguments):
-    """Checks what the configuration file of `accelerate launch` adds to the recipe.
+def _check_precision(arguments: HfGPTTrainingArguments):
+    """Checks that the file of `accelerate launch` does not set another precision than the recipe, which is recorded.
 
     Raises:
-        InputError: The run would have another precision than the recipe says, or processes that do not work together.
+        InputError: It does.
     """
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
-        # Accelerate expects a model that is already divided, and otherwise neither divides it nor sums the gradients.
-        raise InputError(
-            "the accelerate file has a parallelism_config, which hfgpt does not support for training: remove it, and "
-            "to divide a model among GPUs use FSDP (recipes/machines/fsdp.yaml)"
-        )
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
     if (launched := getattr(arguments, "mixed_precision", precision)) != precision:
         raise InputError(
