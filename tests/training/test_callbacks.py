@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,13 +21,11 @@ from transformers import TrainerControl, TrainerState
 
 from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.output import PlainConsole, stderr_console
-from hfgpt.training import callbacks
 from hfgpt.training.callbacks import (
     LOG_FILE,
     InterruptCallback,
     LogCallback,
     ProgressCallback,
-    append_log,
     log_result,
     plot_loss,
     read_log,
@@ -111,18 +108,6 @@ def test_log_of_a_resumed_run_drops_repeated_steps(tmp_path):
     # A new run in the folder starts a new log.
     LogCallback().on_train_begin(arguments, state_at(0), None)
     assert (tmp_path / LOG_FILE).read_text() == ""
-
-
-def test_a_log_in_a_mounted_bucket_is_replaced(tmp_path, monkeypatch):
-    def refuse_to_extend(path, mode, **options):
-        if Path(path).exists():
-            raise PermissionError(1, "Operation not permitted")
-        return open(path, mode, **options)
-
-    monkeypatch.setattr(callbacks, "open", refuse_to_extend, raising=False)
-    for step in (1, 2, 3):
-        append_log(tmp_path, {"step": step})
-    assert (tmp_path / LOG_FILE).read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 def test_a_log_truncated_by_a_crash_is_read_up_to_that_point(tmp_path):
