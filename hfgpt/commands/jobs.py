@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from packaging.requirements import Requirement
 
 import hfgpt
+from hfgpt.data.cache import cache_folder
 from hfgpt.data.files import find_source, is_url
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe, find_recipe, recipe_folder
@@ -217,9 +218,7 @@ def build_job(
     """The job that trains a recipe; the folder to upload is written to the Hugging Face cache."""
     source = find_recipe(name)
     file = None if source.parent == recipe_folder() else source  # the package has the others
-    run = re.sub(
-        r"[^\w-]", "-", Path(recipe.training.output_dir).name
-    )  # also a label, which allows no other characters
+    run = re.sub("[^A-Za-z0-9_-]", "-", Path(recipe.training.output_dir).name)  # it is also a label of the job
     folder, place = write_job_folder(run, recipe, file), f"/runs/{run}"
     several = ["torchrun", "--standalone", f"--nproc_per_node={arguments.gpus}"]
     words = ["exec", "uv", "run", "--no-project", "--with-requirements", "/job/requirements.txt"]
@@ -250,9 +249,9 @@ def write_job_folder(run: str, recipe: Recipe, file: Path | None) -> Path:
     contents = {name: path.read_bytes() for name, path in sorted(sources.items()) if "__pycache__" not in name}
     contents["requirements.txt"] = "".join(f"{line}\n" for line in find_requirements(recipe)).encode()
     digest = hashlib.sha256(repr(contents).encode()).hexdigest()
-    folder = Path(constants.HF_HOME) / "hfgpt-jobs" / f"{run}-{digest[:12]}"
+    folder = cache_folder(None) / "jobs" / f"{run}-{digest[:12]}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(exist_ok=True)
         with appearing_folder(folder) as staging:
             for name, content in contents.items():
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +271,7 @@ def find_requirements(recipe: Recipe) -> list[str]:
         raise InputError("hfgpt is not installed, so its requirements are unknown: install it with pip") from error
     extra = "quantization" if recipe.model.load_in_4bit else ""
     needed = [entry for entry in requirements if entry.marker is None or entry.marker.evaluate({"extra": extra})]
-    return [*(f"{entry.name}{entry.specifier}" for entry in needed), *REPORTERS & set(recipe.training.report_to)]
+    return [*(f"{entry.name}{entry.specifier}" for entry in needed), *sorted(REPORTERS & {*recipe.training.report_to})]
 
 
 @contextmanager

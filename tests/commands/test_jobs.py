@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
-from huggingface_hub import HfApi, JobHardware, Volume, constants
+from huggingface_hub import HfApi, JobHardware, Volume
 from huggingface_hub.cli.hf import app
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -32,7 +33,7 @@ STUB = '#!/bin/bash\nshift 4\nprintf "%s\\n" "$PYTHONPATH" "$@" > "$RECORD"\n'
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", tmp_path / "home")
     monkeypatch.setattr(jobs, "get_token", lambda: TOKEN)
     monkeypatch.setattr(jobs, "HfApi", FakeApi)
     FakeApi.calls, FakeApi.error = [], None
@@ -108,7 +109,7 @@ def test_a_job_is_submitted_with_a_private_bucket_and_the_token_only_as_a_secret
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("name", ["mine.yaml", "demo"])
 def test_the_first_attempt_starts_the_run_and_the_next_resumes_it(place, name, resume):
-    recipe = load_recipe(name, ["--training.output_dir", "elsewhere/my run"])
+    recipe = load_recipe(name, ["--training.output_dir", "elsewhere/my rün"])
     job = build_job(name, recipe, ["--data.max_documents", "7 "], JobArguments("cpu-xl"), "me", resume)
     (place / "bin").mkdir()
     (place / "bin" / "uv").write_text(STUB)
@@ -121,10 +122,10 @@ def test_the_first_attempt_starts_the_run_and_the_next_resumes_it(place, name, r
         return (place / "words").read_text().splitlines()
 
     expected = ["/job", "python", "-m", "hfgpt", "train", f"{job.folder}/mine.yaml" if "." in name else name]
-    expected += ["--data.max_documents", "7 ", "--training.output_dir", f"{place}/runs/my-run"]
+    expected += ["--data.max_documents", "7 ", "--training.output_dir", f"{place}/runs/my-r-n"]
     assert words() == [*expected, "--resume"] if resume else expected
-    (place / "runs" / "my-run").mkdir(parents=True)
-    (place / "runs" / "my-run" / "recipe.yaml").touch()
+    (place / "runs" / "my-r-n").mkdir(parents=True)
+    (place / "runs" / "my-r-n" / "recipe.yaml").touch()
     assert words() == [*expected, "--resume"]
 
 

@@ -23,8 +23,8 @@ from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
 from hfgpt.saving import (
-    append_text,
     appearing_folder,
+    append_text,
     check_free,
     check_writable,
     quote_path,
