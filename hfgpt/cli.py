@@ -76,10 +76,29 @@ def train(
     context: typer.Context,
     recipe: RecipeName,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint.")] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="FLAVOR", help="Hardware of HF Jobs to train on; show the job without submitting it."),
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="With --on: submit the job.")] = False,
+    timeout: Annotated[str | None, typer.Option(help="With --on: time limit of the job (default: 4h).")] = None,
+    namespace: Annotated[
+        str | None, typer.Option(help="With --on: user or organization that runs the job (default: you).")
+    ] = None,
 ):
     """Train a model from a recipe; override any key with --section.key value."""
     from hfgpt.recipe import load_recipe
 
+    job = {"submit": submit, "timeout": timeout, "namespace": namespace}
+    if on is not None:
+        from hfgpt.commands.jobs import JobArguments, train_on_job
+
+        arguments = JobArguments(on, **{key: value for key, value in job.items() if value is not None})
+        loaded = load_recipe(recipe, _overrides(context), check_paths=True)
+        _print(train_on_job(recipe, loaded, context.args, arguments, resume))
+        return
+    if unused := [key for key, value in job.items() if value]:
+        raise InputError(f"--{unused[0]} only applies to HF Jobs: also pass --on FLAVOR, such as --on a10g-small")
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
     from hfgpt.commands.train import train as train_recipe
 

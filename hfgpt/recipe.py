@@ -133,7 +133,7 @@ def load_recipe(name: str, overrides: list[str] | None = None, check_paths: bool
     10
     ```
     """
-    path, overrides = _find_recipe(name), overrides or []
+    path, overrides = find_recipe(name), overrides or []
     tree, lines = _read_yaml(path)
 
     def where(key: str) -> str:
@@ -262,7 +262,12 @@ def first_difference(
     return None
 
 
-def _find_recipe(name: str) -> Path:
+def find_recipe(name: str) -> Path:
+    """The file of a recipe, from its name or path.
+
+    Raises:
+        InputError: There is none.
+    """
     path = Path(name)
     if path.is_file():
         return path

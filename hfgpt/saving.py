@@ -30,6 +30,17 @@ def write_text(path: Path, text: str):
         temporary.unlink(missing_ok=True)
 
 
+def append_text(path: Path, text: str):
+    """Adds text to the end of a file, which may not exist; in a mounted bucket, by replacing the file."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except PermissionError:
+        if not path.exists():
+            raise
+        write_text(path, path.read_text(encoding="utf-8") + text)
+
+
 def write_json(path: Path, content: dict[str, Any]):
     """Writes a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -136,7 +147,8 @@ def check_writable(folder: Path):
     if not above.is_dir():
         raise InputError(f"cannot create '{folder}': '{above}' is not a directory; choose another path")
     try:
-        with tempfile.TemporaryFile(dir=above) as file:
+        # Not a TemporaryFile: a mounted bucket cannot remove a file that is being written.
+        with tempfile.NamedTemporaryFile(dir=above, prefix=".", suffix=".tmp") as file:
             file.write(bytes(4096))
     except OSError as error:
         # The error in /proc and similar file systems.

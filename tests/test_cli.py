@@ -610,7 +610,7 @@ def test_the_commands_and_options_are_stable():
         "prepare": "RECIPE OUT --shard --json",
         "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
         "recipes": "--json",
-        "train": "RECIPE --resume",
+        "train": "RECIPE --resume --on --submit --timeout --namespace",
     }
     found = {
         name: " ".join(

@@ -32,6 +32,8 @@ def test_wheel_contains_every_recipe_and_every_file_of_the_package(installed):
         expected = {path.relative_to(source) for path in source.glob(pattern) if path.suffix != ".pyc"}
         assert {path.suffix for path in expected} == ({".py", ".toml"} if source.name == "hfgpt" else {".yaml"})
         assert expected <= {path.relative_to(target) for path in target.glob(pattern)}
+    machines = [{path.name for path in (root / "recipes/machines").iterdir()} for root in (ROOT, installed / "hfgpt")]
+    assert machines[0] == machines[1]
     assert [path.name for path in (installed / "hfgpt/model_cards").iterdir()] == ["card.md.jinja"]
     assert not (installed / "tests").exists()
 

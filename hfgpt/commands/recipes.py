@@ -51,4 +51,7 @@ def render_recipes(recipes: Sequence[RecipeSummary], width: int | None) -> str:
         width: Columns to wrap lines at; None: lines are not wrapped.
     """
     entries = [f"{found.name}\n{wrap_text(found.purpose, width, 4)}\n    {found.command}\n" for found in recipes]
-    return "\n".join([*entries, f"The files are in {recipes[0].file.parent}"])
+    folder = recipes[0].file.parent
+    return "\n".join(
+        [*entries, f"The files are in {folder}; those for several GPUs and machines in {folder / 'machines'}"]
+    )

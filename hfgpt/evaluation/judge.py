@@ -15,6 +15,7 @@ import requests
 
 from hfgpt.errors import InputError
 from hfgpt.evaluation.instructions import Answer
+from hfgpt.saving import append_text, write_text
 
 API_KEY = "HFGPT_JUDGE_API_KEY"
 PROMPT = """Here is a question, a correct answer to it, and an answer to be judged.
@@ -96,26 +97,22 @@ def judge_answers(answers: Sequence[Answer], arguments: JudgeArguments, path: Pa
     ]
     kept = _read(path)
     scores = {line["prompt"]: line["score"] for line in kept if line["judge"] == arguments.model}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
-    with open(path, "a", encoding="utf-8") as file:
-        for prompt in prompts:
-            if prompt not in scores:
-                entry = {"judge": arguments.model, "prompt": prompt}
-                try:
-                    reply = _ask(arguments, prompt, max_tokens=16)
-                except requests.ConnectionError as error:
-                    done = f"{len(scores)} of {len(chosen)} answers have been judged in {path}"
-                    raise InputError(f"{_unreachable(arguments, error)}; {done}") from error
-                except (requests.RequestException, ValueError) as error:
-                    entry |= {"score": None, "error": " ".join(str(error).split())}
-                else:
-                    entry |= {"score": read_score(reply), "reply": reply}
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                if entry["score"] is not None:
-                    scores[prompt] = entry["score"]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    for prompt in prompts:
+        if prompt not in scores:
+            entry = {"judge": arguments.model, "prompt": prompt}
+            try:
+                reply = _ask(arguments, prompt, max_tokens=16)
+            except requests.ConnectionError as error:
+                done = f"{len(scores)} of {len(chosen)} answers have been judged in {path}"
+                raise InputError(f"{_unreachable(arguments, error)}; {done}") from error
+            except (requests.RequestException, ValueError) as error:
+                entry |= {"score": None, "error": " ".join(str(error).split())}
+            else:
+                entry |= {"score": read_score(reply), "reply": reply}
+            append_text(path, json.dumps(entry) + "\n")
+            if entry["score"] is not None:
+                scores[prompt] = entry["score"]
     given = [scores[prompt] for prompt in prompts if prompt in scores]
     result: dict[str, float | int] = {"judge_scored": len(given), "judge_failures": len(prompts) - len(given)}
     return ({"judge_score": sum(given) / len(given)} if given else {}) | result

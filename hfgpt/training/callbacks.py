@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.output import drawable
 from hfgpt.records import LOG_FILE
-from hfgpt.saving import write_text
+from hfgpt.saving import append_text, write_text
 
 # Name in the log -> label and style of its curve in loss.png.
 CURVES = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
@@ -143,8 +143,7 @@ class InterruptCallback(TrainerCallback):
 
 def append_log(output_dir: str | Path, entry: dict):
     """Appends an entry, which must have a `step`, to a run's `training_log.jsonl`."""
-    with open(Path(output_dir) / LOG_FILE, "a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_text(Path(output_dir) / LOG_FILE, json.dumps(entry) + "\n")
 
 
 def log_result(output_dir: str | Path, entry: dict):

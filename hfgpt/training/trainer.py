@@ -166,6 +166,7 @@ class HfGPTTrainingArguments(TrainingArguments):
         # TrainingArguments rejects bf16 on a CPU unless use_cpu is set.
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
+        _check_precision(self)
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise InputError(
                 "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
@@ -605,6 +606,20 @@ def _check_reporters(report_to: str | list[str] | None):
         if not any(map(find_spec, found)):
             command = f"pip install {packages.get(name, name)}"
             raise InputError(f"training.report_to is '{name}', which is not installed: run {command}")
+
+
+def _check_precision(arguments: HfGPTTrainingArguments):
+    """Checks that the file of `accelerate launch` does not set another precision than the recipe, which is recorded.
+
+    Raises:
+        InputError: It does.
+    """
+    precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
+    if (launched := getattr(arguments, "mixed_precision", precision)) != precision:
+        raise InputError(
+            f"mixed_precision is {launched} in the accelerate file, but training.{launched} is false: set "
+            f'mixed_precision to "no", and training.{launched} to true if you want it'
+        )
 
 
 def _start_worker(start: Callable[[int], None] | None, index: int):

@@ -41,4 +41,6 @@ def test_lines_fit_the_terminal_but_commands_are_not_wrapped(width):
         assert found.purpose in " ".join(shown.split())
     others = [line for line in lines if not line.startswith(("    hfgpt ", "The files are in "))]
     assert max(map(len, others)) <= (width or 104)
-    assert lines[-1] == f"The files are in {Path(FOUND[0].file).parent}"
+    folder = Path(FOUND[0].file).parent
+    assert lines[-1] == f"The files are in {folder}; those for several GPUs and machines in {folder / 'machines'}"
+    assert (folder / "machines").is_dir()

@@ -18,12 +18,13 @@ import yaml
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from hfgpt import HfGPTForCausalLM
+from hfgpt import HfGPTForCausalLM, saving
 from hfgpt.data.report import DataReport
 from hfgpt.errors import InputError
 from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
 from hfgpt.saving import (
     appearing_folder,
+    append_text,
     check_free,
     check_writable,
     quote_path,
@@ -342,6 +343,21 @@ def test_weights_have_the_permissions_of_other_files(tmp_path):
         assert len(set(modes.values())) == 1, modes
 
 
+def test_a_file_in_a_mounted_bucket_is_replaced_instead_of_extended(tmp_path, monkeypatch):
+    def refuse_to_extend(path, mode, **options):
+        if mode == "a" and (path.exists() or path.parent != tmp_path):
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        return open(path, mode, **options)
+
+    monkeypatch.setattr(saving, "open", refuse_to_extend, raising=False)
+    for number in (1, 2, 3):
+        append_text(tmp_path / "log", f"{number}\n")
+    assert (tmp_path / "log").read_text() == "1\n2\n3\n"
+    with pytest.raises(PermissionError):
+        append_text(tmp_path / "below" / "log", "1\n")
+    assert os.listdir(tmp_path) == ["log"]
+
+
 def test_an_unwritable_folder_is_detected_before_any_work(load, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     below = tmp_path / "file" / "below"
@@ -355,7 +371,7 @@ def test_an_unwritable_folder_is_detected_before_any_work(load, tmp_path, monkey
                 raise OSError(number, os.strerror(number))
 
             with monkeypatch.context() as patch:
-                patch.setattr(tempfile, "TemporaryFile", fail)
+                patch.setattr(tempfile, "NamedTemporaryFile", fail)
                 with pytest.raises(InputError, match=f"cannot write to .*new': {fault} .*; choose"):
                     check(tmp_path / "new")
         check(tmp_path / "new" / "run")
