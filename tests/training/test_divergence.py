@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hfgpt.adapters import AdapterArguments, add_adapters
+from hfgpt.adapters import AdapterArguments, attach_adapter
 from hfgpt.errors import InputError
 from hfgpt.training.divergence import find_rollbacks
 from hfgpt.training.trainer import HfGPTTrainingArguments
@@ -39,11 +39,13 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("muon", [None, 0.02])
 def test_a_rollback_restores_weights_and_optimizer_and_keeps_step_and_rate(
-    value, muon, make_model, make_blocks, make_trainer
+    value, muon, make_model, make_blocks, make_trainer, tmp_path
 ):
     options = {**ROLLING, "lr_scheduler_type": "linear", "muon_learning_rate": muon}
     whole, diverging = Diverge(), Diverge(6, value=value)
-    make_trainer(make_model(), make_blocks(300), callbacks=[whole], **options).train()
+    make_trainer(
+        make_model(), make_blocks(300), callbacks=[whole], output_dir=str(tmp_path / "whole"), **options
+    ).train()
     trainer = make_trainer(make_model(), make_blocks(300), callbacks=[diverging], **options)
     seen = []
     trainer.add_callback(type("Rows", (TrainerCallback,), {})())
@@ -66,7 +68,6 @@ def test_a_rollback_restores_weights_and_optimizer_and_keeps_step_and_rate(
 
 
 def test_the_optimizer_of_the_checkpoint_is_restored(make_model, make_blocks, make_trainer):
-    """Step 7 from the state of step 4 is what a run resumed from there would do with the rows and the rate of step 7."""
     diverging = Diverge(6)
     trainer = make_trainer(make_model(), make_blocks(300), callbacks=[diverging], **ROLLING)
     moments = {}
@@ -99,12 +100,12 @@ def test_a_resumed_run_rolls_back_in_the_same_way(resumed_from, make_model, make
     assert same(resumed.model.state_dict(), whole.model.state_dict())
 
 
-def test_an_adapter_is_rolled_back(make_model, make_blocks, make_trainer):
+def test_an_adapter_is_rolled_back(make_model, make_blocks, make_trainer, tmp_path):
     def adapted():
-        return add_adapters(make_model(), AdapterArguments(r=2))
+        return attach_adapter(make_model(), AdapterArguments(r=2), "CAUSAL_LM")
 
     whole, diverging = Diverge(), Diverge(6)
-    make_trainer(adapted(), make_blocks(300), callbacks=[whole], **ROLLING).train()
+    make_trainer(adapted(), make_blocks(300), callbacks=[whole], output_dir=str(tmp_path / "whole"), **ROLLING).train()
     trainer = make_trainer(adapted(), make_blocks(300), callbacks=[diverging], **ROLLING)
     trainer.train()
     assert find_rollbacks(trainer.state.log_history) == [{"from_step": 6, "to_step": 4}]
