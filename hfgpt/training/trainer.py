@@ -188,8 +188,11 @@ class HfGPTTrainingArguments(TrainingArguments):
                 "training.on_divergence is rollback, which needs checkpoints with the optimizer: unset "
                 "training.save_strategy: no and training.save_only_model"
             )
-        if self.on_divergence == "rollback" and self.deepspeed:
-            raise InputError("training.on_divergence is rollback, which does not support training.deepspeed: unset it")
+        for name in ("deepspeed", "auto_find_batch_size"):
+            if self.on_divergence == "rollback" and getattr(self, name):
+                raise InputError(
+                    f"training.on_divergence is rollback, which does not support training.{name}: unset it"
+                )
 
     def _check_global_batch(self, rows: int, processes: int):
         if self.gradient_accumulation_steps != 1:
@@ -525,9 +528,10 @@ class HfGPTTrainer(Trainer):
         self.log({ROLLBACK: step_of(self.last_checkpoint)})
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        if not math.isfinite(logs.get("grad_norm", 0.0)):  # a step that the gradient scaler skipped
-            scale = self.accelerator.scaler.get_scale()
-            logs = {name: value for name, value in logs.items() if name != "grad_norm"} | {"loss_scale": scale}
+        scaler = self.accelerator.scaler
+        if scaler and not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that the scaler skipped
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
+            logs["loss_scale"] = scaler.get_scale()
         if self.speed and "loss" in logs:
             logs |= self.speed.measure(self.state.global_step, self.state.max_steps)
         super().log(logs, start_time)
@@ -662,6 +666,7 @@ class HfGPTTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer takes an extra step when it resumes at `max_steps`, as does a run that stopped after training."""
+        self.last_checkpoint, self.rolled_back_at = None, 0
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         self.last_checkpoint = Path(resume_from_checkpoint)

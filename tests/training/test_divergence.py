@@ -179,6 +179,10 @@ def test_a_damaged_checkpoint_is_not_restored(make_model, make_blocks, make_trai
             "is rollback, which needs checkpoints with the optimizer",
         ),
         ({"on_divergence": "rollback", "save_only_model": True}, "is rollback, which needs checkpoints with the"),
+        (
+            {"on_divergence": "rollback", "auto_find_batch_size": True},
+            "does not support training.auto_find_batch_size",
+        ),
         ({"max_rollbacks": 0}, "training.max_rollbacks is 0; it must be at least 1"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TrainerState
 
+from hfgpt.runs import training
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import PEAK_TFLOPS, PRECISIONS, find_peak_flops, process_memory_bytes
 from hfgpt.training.speed import SpeedMeter, describe_speed, describe_time_left
@@ -78,6 +79,19 @@ def test_the_peak_of_a_device(name, precision, tflops, monkeypatch):
 
 def test_the_peak_of_a_cpu_is_unknown():
     assert find_peak_flops(CPU, "float32") is None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_mfu_is_relative_to_all_devices_and_needs_all_weights_to_be_trained(
+    frozen, make_model, make_trainer, monkeypatch
+):
+    monkeypatch.setattr(training, "find_peak_flops", lambda device, precision: {"bfloat16": 5e12}[precision])
+    trainer = make_trainer(make_model(), bf16=True)
+    trainer.model.model.norm.weight.requires_grad = not frozen
+    monkeypatch.setattr(type(trainer.args), "world_size", 4)
+    meter = training.build_meter(trainer, SimpleNamespace(tokens_per_step=7, flops_per_token=8.0))
+    assert (meter.tokens_per_step, meter.flops_per_token) == (7, 8.0)
+    assert meter.peak_flops == (None if frozen else 4 * 5e12)
 
 
 def test_each_device_is_listed_once_and_narrower_types_are_not_slower():
