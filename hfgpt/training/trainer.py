@@ -40,7 +40,13 @@ from hfgpt.training.batches import (
     draw_seed,
     ignore_labels,
 )
-from hfgpt.training.checkpoints import find_damage, find_last_checkpoint, remove_old_checkpoints, step_of
+from hfgpt.training.checkpoints import (
+    find_damage,
+    find_last_checkpoint,
+    list_checkpoints,
+    remove_old_checkpoints,
+    step_of,
+)
 from hfgpt.training.divergence import ROLLBACK, find_rollbacks
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.gradients import PairwiseSums
@@ -127,8 +133,8 @@ class HfGPTTrainingArguments(TrainingArguments):
         muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
         decay_all_parameters: Whether to apply weight decay to biases and norms too, as in the book.
         on_divergence: What to do if the loss or the gradient norm is not finite: `stop`, or `rollback` to the weights
-            and the optimizer state of the last checkpoint and go on with the next batches, at the same step and
-            learning rate. It is noticed at the same step on a CPU, on an accelerator at the next logging step,
+            and the optimizer state of the last checkpoint and continue with the next batches, at the same step and
+            learning rate. On a CPU it is noticed at the same step, on an accelerator at the next logging step,
             evaluation or checkpoint.
         max_rollbacks: Number of rollbacks after which a run that diverges again stops.
         disable_tqdm: Whether transformers' own progress bars are off.
@@ -334,7 +340,7 @@ class HfGPTTrainer(Trainer):
         self.is_filler = self.was_filler = False
         self.measure, self.sums = measure, None
         self.speed: SpeedMeter | None = None  # adds speed and memory to the log
-        self.last_checkpoint: Path | None = None  # that this object saved or resumed from
+        self.last_scheduled: Path | None = None  # the checkpoint to roll back to
         self.rolled_back_at = 0  # step of the last rollback
         self.checks_each_step = self.args.device.type == "cpu"  # an accelerator would have to be waited for
         self.save_error: Exception | None = None
@@ -490,15 +496,15 @@ class HfGPTTrainer(Trainer):
 
     def _advise_after_divergence(self) -> str:
         advice = "start a new run with a lower training.learning_rate or training.max_grad_norm"
-        if self.last_checkpoint is None:
+        if (last := find_last_checkpoint(self.args.output_dir)) is None:
             return advice
-        advice += f", from the last checkpoint with --model.path {quote_path(self.last_checkpoint)}"
+        advice += f", from the last checkpoint with --model.path {quote_path(last)}"
         if self.args.on_divergence == "stop":
             advice += ", or pass --resume --training.on_divergence rollback"
         return advice
 
     def _roll_back(self, fault: str):
-        """Restores weights and optimizer of the last checkpoint; the run goes on with the batches of the next step.
+        """Restores weights and optimizer of the last checkpoint; the run continues with the rows of the next step.
 
         The step and the learning-rate schedule are kept, so every other step takes the same rows at the same rate as
         in a run without divergence. The log is the record of rollbacks; being part of every checkpoint, it makes a run
@@ -507,25 +513,37 @@ class HfGPTTrainer(Trainer):
         Raises:
             InputError: There is no checkpoint, or there have been too many rollbacks.
         """
-        rollbacks = len(find_rollbacks(self.state.log_history))
-        if self.last_checkpoint is None:
-            raise InputError(f"{fault}, before the first checkpoint: {self._advise_after_divergence()}")
+        rollbacks, checkpoint = len(find_rollbacks(self.state.log_history)), self.last_scheduled
+        if checkpoint is None:
+            raise InputError(
+                f"{fault}, before the first checkpoint of training.save_strategy: {self._advise_after_divergence()}"
+            )
         if rollbacks >= self.args.max_rollbacks:
             done = f"after {counted(rollbacks, 'rollbacks')} (training.max_rollbacks)"
             raise InputError(f"{fault}, {done}: {self._advise_after_divergence()}")
-        if damage := find_damage(self.last_checkpoint):
-            raise InputError(f"{fault}, and '{self.last_checkpoint}' is damaged: {damage}; rerun with --resume")
-        folder = str(self.last_checkpoint)
+        if damage := find_damage(checkpoint):
+            raise InputError(f"{fault}, and '{checkpoint}' is damaged: {damage}; rerun the command with --resume")
         rates = [group["lr"] for group in self.optimizer.param_groups]
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
-        self._load_from_checkpoint(folder, self.model_wrapped if self.is_fsdp_enabled else None)
-        self._load_optimizer_and_scheduler(folder)
-        self._load_scaler(folder)
+        self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        self._load_scaler(str(checkpoint))
         self.lr_scheduler.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.rolled_back_at = self._globalstep_last_logged = self.state.global_step
-        self.log({ROLLBACK: step_of(self.last_checkpoint)})
+        self.log({ROLLBACK: step_of(checkpoint)})
+
+    def _is_scheduled(self, state: TrainerState) -> bool:
+        """Whether a checkpoint is one of `save_strategy`, and not of a run that was stopped, or that ended, there.
+
+        A run that is stopped and resumed rolls back to the same checkpoint as one that is not stopped.
+        """
+        if self.args.save_strategy == SaveStrategy.STEPS:
+            return state.global_step % state.save_steps == 0
+        if self.args.save_strategy == SaveStrategy.EPOCH:
+            return float(state.epoch).is_integer()
+        return state.global_step == state.best_global_step
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         scaler = self.accelerator.scaler
@@ -607,7 +625,8 @@ class HfGPTTrainer(Trainer):
             if not read_checksums(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        self.last_checkpoint = folder
+        if self._is_scheduled(self.state):
+            self.last_scheduled = folder
         self._remove_old_checkpoints()
         self.accelerator.wait_for_everyone()  # a process that exits now may stop the others
 
@@ -661,17 +680,19 @@ class HfGPTTrainer(Trainer):
 
     def _remove_old_checkpoints(self, finished: bool = False):
         if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            remove_old_checkpoints(self.args.output_dir, limit, best, keep_newest=not finished)
+            limit, kept = self.args.save_total_limit, [self.state.best_model_checkpoint]
+            if self.args.on_divergence == "rollback" and not finished:
+                kept.append(self.last_scheduled)
+            remove_old_checkpoints(self.args.output_dir, limit, list(filter(None, kept)), keep_newest=not finished)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer takes an extra step when it resumes at `max_steps`, as does a run that stopped after training."""
-        self.last_checkpoint, self.rolled_back_at = None, 0
+        self.last_scheduled, self.rolled_back_at = None, 0
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
-        self.last_checkpoint = Path(resume_from_checkpoint)
         with _readable(resume_from_checkpoint):
-            state = _read_state(self.last_checkpoint)
+            state = _read_state(Path(resume_from_checkpoint))
+        self.last_scheduled = self._find_last_scheduled(Path(resume_from_checkpoint))
         if not 0 < self.args.max_steps <= state.global_step:
             return super().train(resume_from_checkpoint, **kwargs)
         self._load_from_checkpoint(resume_from_checkpoint)
@@ -680,6 +701,16 @@ class HfGPTTrainer(Trainer):
             self._load_best_model()
         self._remove_old_checkpoints(finished=True)
         return TrainOutput(state.global_step, math.nan, {})
+
+    def _find_last_scheduled(self, resumed: Path) -> Path | None:
+        """The newest checkpoint of `save_strategy`, up to that which a run is resumed from."""
+        earlier = [path for path in list_checkpoints(resumed.parent) if step_of(path) <= step_of(resumed)]
+        for checkpoint in reversed(earlier):
+            if read_checksums(checkpoint) and (checkpoint / "trainer_state.json").is_file():
+                with _readable(str(checkpoint)):
+                    if self._is_scheduled(_read_state(checkpoint)):
+                        return checkpoint
+        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with _readable(resume_from_checkpoint):

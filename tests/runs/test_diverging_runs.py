@@ -60,8 +60,8 @@ def test_a_run_that_diverges_stops_and_can_be_resumed_with_rollback(diverging, t
         train(run, *options)
     assert "\n" not in str(error.value)
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-4"]
-    with pytest.raises(Interrupted, match="stopped at step 7 of 9"):
-        train(run, *options, ROLLBACK, resume=True, during=stop_at(7))
+    with pytest.raises(Interrupted, match="stopped at step 5 of 9"):
+        train(run, *options, ROLLBACK, resume=True, during=stop_at(5))
     train(run, *options, ROLLBACK, resume=True)
     assert hash_file(run / "model.safetensors") == hash_file(whole.folder / "model.safetensors")
     assert RunRecord.read(run).rollbacks == RunRecord.read(whole.folder).rollbacks
@@ -184,11 +184,9 @@ def test_processes_roll_back_together_again_and_again_and_on_another_number_of_t
     assert [row["rollback_to_step"] for row in state["log_history"] if row["step"] == 5] == [3]
 
 
-@pytest.mark.parametrize(
-    ("rank", "full", "file"), [(0, "optimizer", "optimizer.pt"), (1, "rng_state_1", "rng_state_1.pth")]
-)
-def test_if_the_disk_of_one_process_is_full_all_stop_with_the_reason(rank, full, file, folder):
-    said = [(folder / f"checkpoint-6-{full}.{process}.txt").read_text() for process in range(2)]
+@pytest.mark.parametrize(("rank", "file"), [(0, "optimizer.pt"), (1, "rng_state_1.pth")])
+def test_if_the_disk_of_one_process_is_full_all_stop_with_the_reason(rank, file, folder):
+    said = [(folder / f"checkpoint-6-{file}.{process}.txt").read_text() for process in range(2)]
     path = f"two/checkpoint-6/{file}"
     assert said[rank] == f"OSError: [Errno 28] No space left on device: '{path}'"
     assert said[1 - rank] == (

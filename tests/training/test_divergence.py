@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hfgpt.adapters import AdapterArguments, attach_adapter
 from hfgpt.errors import InputError
+from hfgpt.training.checkpoints import find_damage, list_checkpoints, step_of
 from hfgpt.training.divergence import find_rollbacks
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
@@ -100,6 +102,46 @@ def test_a_resumed_run_rolls_back_in_the_same_way(resumed_from, make_model, make
     assert same(resumed.model.state_dict(), whole.model.state_dict())
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("stopped_at", [5, 7])
+def test_a_stopped_run_rolls_back_to_the_same_checkpoint(
+    limit, stopped_at, make_model, make_blocks, make_trainer, tmp_path
+):
+    """And not to the checkpoint that was saved because the run was stopped."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == stopped_at:
+                control.should_save = control.should_training_stop = True
+
+    options = {**ROLLING, "save_total_limit": limit}
+    whole = make_trainer(
+        make_model(), make_blocks(300), callbacks=[Diverge(6)], output_dir=str(tmp_path / "whole"), **options
+    )
+    whole.train()
+    stopped = make_trainer(make_model(), make_blocks(300), callbacks=[Diverge(6), Stop()], **options)
+    stopped.train()
+    kept = [step_of(checkpoint) for checkpoint in list_checkpoints(stopped.args.output_dir)]
+    assert kept == [stopped_at - 1, stopped_at]
+    resumed = make_trainer(make_model(), make_blocks(300), callbacks=[Diverge(6)], **options)
+    resumed.train(resume_from_checkpoint=f"{stopped.args.output_dir}/checkpoint-{stopped_at}")
+    assert find_rollbacks(resumed.state.log_history) == [{"from_step": 6, "to_step": 4}]
+    assert same(resumed.model.state_dict(), whole.model.state_dict())
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_checkpoints_at_the_end_of_an_epoch_are_rolled_back_to(step, make_model, make_blocks, make_trainer):
+    """An epoch has three steps; the weights of a step that diverges at its end are not saved."""
+    options = {**ROLLING, "save_strategy": "epoch", "save_total_limit": None}
+    trainer = make_trainer(make_model(), make_blocks(100), callbacks=[Diverge(step)], **options)
+    trainer.train()
+    assert find_rollbacks(trainer.state.log_history) == [{"from_step": step, "to_step": 3}]
+    checkpoints = list_checkpoints(trainer.args.output_dir)
+    assert [step_of(checkpoint) for checkpoint in checkpoints] == [3, 6, 9]
+    assert list(map(find_damage, checkpoints)) == [None] * 3
+    assert all(value.isfinite().all() for value in load_file(checkpoints[1] / "model.safetensors").values())
+
+
 def test_an_adapter_is_rolled_back(make_model, make_blocks, make_trainer, tmp_path):
     def adapted():
         return attach_adapter(make_model(), AdapterArguments(r=2), "CAUSAL_LM")
@@ -113,7 +155,9 @@ def test_an_adapter_is_rolled_back(make_model, make_blocks, make_trainer, tmp_pa
     assert not same(trainer.model.state_dict(), whole.weights[4]), "the restored weights are trained"
 
 
-def test_on_an_accelerator_divergence_is_noticed_at_the_next_logging_step(make_model, make_blocks, make_trainer):
+def test_on_an_accelerator_divergence_is_noticed_at_the_next_logging_step(
+    make_model, make_blocks, make_trainer, tmp_path
+):
     options = {**ROLLING, "logging_steps": 3, "max_steps": 12}
     trainer = make_trainer(make_model(), make_blocks(500), callbacks=[Diverge(7)], **options)
     trainer.checks_each_step = False
@@ -121,11 +165,9 @@ def test_on_an_accelerator_divergence_is_noticed_at_the_next_logging_step(make_m
     # The checkpoint of step 8 was due before the next logging step, and is not saved with the weights that diverged.
     assert find_rollbacks(trainer.state.log_history) == [{"from_step": 8, "to_step": 6}]
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [3, 6, 9, 12]
-    stopped = make_trainer(
-        make_model(), make_blocks(500), callbacks=[Diverge(8)], **options | {"on_divergence": "stop"}
-    )
+    options |= {"on_divergence": "stop", "save_steps": 6, "output_dir": str(tmp_path / "stopped")}
+    stopped = make_trainer(make_model(), make_blocks(500), callbacks=[Diverge(8)], **options)
     stopped.checks_each_step = False
-    stopped.args.save_steps = stopped.state.save_steps = 6
     with pytest.raises(InputError, match=r"^the loss is nan between steps 7 and 9: .*checkpoint-6, or pass --resume "):
         stopped.train()
 
@@ -156,7 +198,10 @@ def test_too_many_rollbacks_end_the_run(make_model, make_blocks, make_trainer):
 def test_without_a_checkpoint_there_is_no_rollback(make_model, make_blocks, make_trainer, tmp_path):
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)  # of another run
     trainer = make_trainer(make_model(), make_blocks(300), callbacks=[Diverge(2)], **ROLLING)
-    with pytest.raises(InputError, match=r"^the loss is nan at step 2, before the first checkpoint: start a new run"):
+    with pytest.raises(
+        InputError,
+        match=r"^the loss is nan at step 2, before the first checkpoint of training.save_strategy: start a new run",
+    ):
         trainer.train()
 
 
