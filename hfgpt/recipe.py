@@ -69,6 +69,8 @@ RESUMABLE = (
     "training.dataloader_p",  # pin_memory, persistent_workers, prefetch_factor
     "training.report_to",
     "training.run_name",
+    "training.on_divergence",
+    "training.max_rollbacks",
 )
 
 

@@ -183,6 +183,7 @@ class RunRecord(TrainingRecord, Environment):
     device: str | None = None
     attn_implementation: str | None = None
     first_pass: TrainingRecord | None = None
+    rollbacks: Annotated[list[dict[str, int]] | None, END] = None
     samples: Annotated[Samples | None, END, ADAPTER] = None
     checkpoint: bool | None = None
     measured_again: Annotated[str | None, END] = None

@@ -170,7 +170,8 @@ def test_train_reports_on_stderr_and_saves_a_model(here):
     for line in (
         r"stories.txt: 1 row read, 1 kept",
         r"training: 20 steps of 256 tokens on average; about \d+ s at [\d,]+ tokens/s",
-        r"step 20/20  validation \d\.\d{3}  [\d,]+ tokens/s",
+        r"step 20/20  loss \d\.\d{3}  [\d,]+ tokens/s  MFU n/a  memory \d+\.\d\d GiB  0:00:00 left",
+        r"step 20/20  validation \d\.\d{3}",
         r"sample: Once.*",
         r"saved to runs/tiny\. Next: hfgpt generate runs/tiny .*",
     ):

@@ -28,6 +28,8 @@ STAYING = {
 }
 # Trainer's files for resuming from a checkpoint; an error outside a checkpoint.
 STATE = re.compile(r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state.*\.pth|training_args\.bin|trainer_state\.json")
+# Files below the folder `wandb` that Weights & Biases creates in WANDB_DIR: one folder per run, and links to the last.
+WANDB_FILE = re.compile(r"(offline-)?run-\d{8}_\d{6}-\w+/|latest-run|debug(-internal)?\.log$|settings$")
 # Each begins with a literal prefix, with which `re` skips quickly through large files. All characters are printable:
 # fewer than one match in a thousand gigabytes of random bytes is expected.
 SECRETS = (
@@ -147,9 +149,11 @@ def _kind_of_folder(path: Path) -> str | None:
     """What a subfolder is, such as the model that a first pass saves; None: unknown."""
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json", "trainer_state.json")):
         return "a checkpoint" if re.fullmatch(r"checkpoint-\d+", path.name) else "another model"
-    files = [file.name for file in path.rglob("*") if not file.is_dir()]
-    logs = files and all(name.startswith("events.out.tfevents.") for name in files)
-    return "TensorBoard logs" if logs else None
+    files = [file.relative_to(path) for file in path.rglob("*") if not file.is_dir()]
+    if files and all(file.name.startswith("events.out.tfevents.") for file in files):
+        return "TensorBoard logs"
+    is_wandb = path.name == "wandb" and all(WANDB_FILE.match(file.as_posix()) for file in files)
+    return "W&B logs" if is_wandb and files else None
 
 
 def _fault_of_tensors(path: Path) -> str | None:

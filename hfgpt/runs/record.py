@@ -13,6 +13,7 @@ from hfgpt.records import RunRecord, Samples, TrainingRecord
 from hfgpt.runs.folder import record_base
 from hfgpt.runs.training import Training
 from hfgpt.tasks.task import Data
+from hfgpt.training.divergence import find_rollbacks
 from hfgpt.training.hardware import describe_device
 
 
@@ -39,6 +40,7 @@ def describe_run(recipe: Recipe, training: Training, data: Data, samples: dict[s
         attn_implementation=network.config._attn_implementation,
         first_pass=TrainingRecord.read(first_pass_folder(recipe)) if recipe.pretraining else None,
         samples=Samples(**samples),
+        rollbacks=find_rollbacks(training.trainer.state.log_history) or None,
     )
     record.actual["total_seconds"] = time.perf_counter() - started
     if is_adapted(model):

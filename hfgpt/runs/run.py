@@ -32,6 +32,7 @@ from hfgpt.tasks.task import Data, Measured
 from hfgpt.training.callbacks import log_result, plot_loss
 from hfgpt.training.checkpoints import list_checkpoints
 from hfgpt.training.estimate import plan_run
+from hfgpt.training.trackers import check_login
 from hfgpt.training.trainer import HfGPTTrainer
 
 
@@ -70,6 +71,8 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     # 1. The run folder: free, or with the run to resume. Also check what will be needed at the end of the run.
     checkpoint = check_run_folder(recipe, resume, console)
     task.check(recipe)
+    if is_main:  # the only process that reports
+        check_login(arguments.report_to)
 
     # 2. The data: rows, splits, token ids.
     with main_process_first():  # the other processes use its cache

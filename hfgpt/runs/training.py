@@ -14,7 +14,9 @@ from hfgpt.saving import staged_files
 from hfgpt.training.callbacks import InterruptCallback, LogCallback, ProgressCallback
 from hfgpt.training.checkpoints import step_of
 from hfgpt.training.estimate import Estimate
-from hfgpt.training.hardware import peak_memory_bytes, reset_peak_memory
+from hfgpt.training.hardware import find_peak_flops, peak_memory_bytes, reset_peak_memory
+from hfgpt.training.speed import SpeedMeter
+from hfgpt.training.trackers import explained_errors
 from hfgpt.training.trainer import HfGPTTrainer
 
 
@@ -55,7 +57,7 @@ def run_training(
 
     Raises:
         Interrupted: Ctrl-C; a checkpoint was saved.
-        InputError: The loss is not finite, or the disk is full.
+        InputError: The loss is not finite, the disk is full, or an experiment tracker failed.
     """
     if checkpoint:
         console.print(
@@ -63,15 +65,16 @@ def run_training(
             f"{step_of(checkpoint) * estimate.tokens_per_step:,} of {estimate.tokens:,}); same data order and dropout",
             highlight=False,
         )
-    progress = ProgressCallback(estimate.tokens_per_step, console)
+    progress = ProgressCallback(console)
     interrupt = InterruptCallback(console)
+    trainer.speed = build_meter(trainer, estimate)
     trainer.remove_callback(PrinterCallback)  # prints every logged dictionary
-    for callback in (LogCallback(), progress, interrupt, *callbacks):
+    for callback in (trainer.speed, LogCallback(), progress, interrupt, *callbacks):
         trainer.add_callback(callback)
     peak_of = "training" if reset_peak_memory(trainer.args.device) else "process"  # excludes the benchmark's copy
     begun = time.perf_counter()
     try:
-        with interrupt:
+        with interrupt, explained_errors(trainer.args.report_to):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
@@ -83,6 +86,16 @@ def run_training(
     seconds, peak_memory = time.perf_counter() - begun, (peak_memory_bytes(trainer.args.device), peak_of)
     first_step = step_of(checkpoint) if checkpoint else 0
     return Training(trainer, estimate, first_step, seconds, peak_memory)
+
+
+def build_meter(trainer: HfGPTTrainer, estimate: Estimate) -> SpeedMeter:
+    """The meter of a training's speed; without MFU if some weights are frozen, which takes fewer FLOPs."""
+    arguments, peak = trainer.args, None
+    if all(parameter.requires_grad for parameter in trainer.model.parameters()):
+        mixed = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else None
+        peak = find_peak_flops(arguments.device, mixed or ("tf32" if arguments.tf32 else "float32"))
+    everything = peak * arguments.world_size if peak else None
+    return SpeedMeter(estimate.tokens_per_step, estimate.flops_per_token, everything, arguments.device)
 
 
 def save_run(trainer: HfGPTTrainer, folder: Path):

@@ -4,7 +4,6 @@ import json
 import math
 import signal
 import threading
-import time
 from pathlib import Path
 
 import torch
@@ -19,22 +18,22 @@ from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.output import drawable
 from hfgpt.records import LOG_FILE
 from hfgpt.saving import append_text, write_text
+from hfgpt.training.divergence import ROLLBACK
+from hfgpt.training.speed import describe_speed, describe_time_left
 
 # Name in the log -> label and style of its curve in loss.png.
 CURVES = (("loss", "training", "-"), ("eval_loss", "validation", "o-"), ("test_loss", "test", "D"))
-WIDE = 100  # columns that the progress bar and all values need on one line
+WIDE = 140  # columns that the progress bar and all values need on one line
 
 
 class ProgressCallback(TrainerCallback):
-    """A progress bar with loss, tokens per second and remaining time; without a terminal, one line per logging step.
+    """A progress bar with loss, speed and remaining time; without a terminal, one line per logging step.
 
     Args:
-        tokens_per_step: Tokens predicted per optimizer step, over all devices.
         console: The console to print to; stderr, so that stdout stays clean.
     """
 
-    def __init__(self, tokens_per_step: int, console: Console):
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, console: Console):
         self.console = console
         steps, status, left = MofNCompleteColumn(), "{task.fields[status]}", TimeRemainingColumn()
         if console.width >= WIDE:
@@ -42,30 +41,37 @@ class ProgressCallback(TrainerCallback):
         else:  # the values go on a second line instead of being cut off
             columns = [BarColumn(10), steps, TextColumn(status, table_column=Column()), left]
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.loss = self.eval_loss = ""
+        self.loss = self.eval_loss = self.speed = ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, status="")
             self.progress.start()
-        self.start, self.first_step, self.evaluating = time.perf_counter(), state.global_step, 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.progress.update(self.task, completed=state.global_step, status=self._status(state))
+            status = _join(self.loss, self.eval_loss, self.speed)
+            self.progress.update(self.task, completed=state.global_step, status=status)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
         if not self.console.is_terminal:
-            self.loss = self.eval_loss = ""  # a line shows only values of its own step
+            self.loss = self.eval_loss = self.speed = ""  # a line shows only values of its own step
         if "loss" in logs:
-            self.loss = f"loss {logs['loss']:.3f}"
+            self.loss, self.speed = f"loss {logs['loss']:.3f}", describe_speed(logs)
         if "eval_loss" in logs:
             self.eval_loss = f"validation {logs['eval_loss']:.3f}"
-            self.evaluating += logs["eval_runtime"]
-        if not self.console.is_terminal and ("loss" in logs or "eval_loss" in logs):
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {self._status(state)}", highlight=False)
+        if ROLLBACK in logs:
+            self.console.print(
+                f"step {state.global_step}: training diverged; restored the weights and the optimizer state of step "
+                f"{logs[ROLLBACK]}",
+                highlight=False,
+            )
+        if not self.console.is_terminal and (self.loss or self.eval_loss):
+            step = f"step {state.global_step}/{state.max_steps}"
+            line = _join(step, self.loss, self.eval_loss, self.speed, describe_time_left(logs))
+            self.console.print(line, highlight=False)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.close()
@@ -74,10 +80,9 @@ class ProgressCallback(TrainerCallback):
         """Restores the terminal; also called if training fails."""
         self.progress.stop()
 
-    def _status(self, state) -> str:
-        seconds = time.perf_counter() - self.start - self.evaluating
-        rate = (state.global_step - self.first_step) * self.tokens_per_step / max(seconds, 1e-9)
-        return "  ".join(part for part in (self.loss, self.eval_loss, f"{rate:,.0f} tokens/s") if part)
+
+def _join(*parts: str) -> str:
+    return "  ".join(filter(None, parts))
 
 
 class LogCallback(TrainerCallback):

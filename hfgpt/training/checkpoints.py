@@ -1,6 +1,7 @@
 """Checkpoints of a run: verify them, choose one to resume from, and remove old ones."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -86,21 +87,23 @@ def remove_later_checkpoints(output_dir: str | Path, step: int):
             remove_checkpoint(checkpoint)
 
 
-def remove_old_checkpoints(output_dir: str | Path, limit: int | None, best: str | None, keep_newest: bool = True):
+def remove_old_checkpoints(
+    output_dir: str | Path, limit: int | None, needed: Sequence[str | Path] = (), keep_newest: bool = True
+):
     """Removes the oldest checkpoints beyond a limit, like Trainer, but ordered by step and each one atomically.
 
     Args:
         output_dir: The run folder.
         limit: Number of checkpoints to keep; None: all.
-        best: The checkpoint of the best model, which is always kept; None: no best model.
-        keep_newest: Whether to keep the newest in addition to the best if the limit is 1; a finished run does not need
+        needed: Checkpoints that are always kept, such as that of the best model.
+        keep_newest: Whether to keep the newest in addition to these if the limit is 1; a finished run does not need
             it.
     """
     checkpoints = list_checkpoints(output_dir)
     if limit is None or not checkpoints:
         return
-    kept = {Path(best).name} if best else set()
-    if keep_newest or limit > 1 or not best:
+    kept = {Path(checkpoint).name for checkpoint in needed}
+    if keep_newest or limit > 1 or not kept:
         kept.add(checkpoints[-1].name)
     others = [checkpoint for checkpoint in checkpoints if checkpoint.name not in kept]
     for checkpoint in others[: max(len(checkpoints) - max(limit, len(kept)), 0)]:

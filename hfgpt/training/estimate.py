@@ -142,6 +142,7 @@ def probe_tokens_per_second(
     """
     arguments = copy.copy(arguments)
     arguments.eval_strategy = IntervalStrategy.NO  # Trainer would require an evaluation dataset
+    arguments.report_to = []
     with _unchanged_random_state(), tempfile.TemporaryDirectory() as folder:
         arguments.output_dir = folder  # Trainer creates it
         try:

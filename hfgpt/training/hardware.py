@@ -1,4 +1,4 @@
-"""Hardware of this machine: device name, native bfloat16, memory."""
+"""Hardware of this machine: device name, native bfloat16, peak FLOP/s, memory."""
 
 import platform
 import re
@@ -10,6 +10,30 @@ from pathlib import Path
 import torch
 
 from hfgpt.data.report import counted
+
+# Peak TFLOP/s of dense matrix products in bfloat16, float16, TF32 and float32, the first three on matrix units with
+# sums in float32; 0: not supported. The names are PyTorch's, without the vendor; a device that is not listed, such as
+# a part of one (MIG) or a laptop's, is unknown. Sources: the vendors' data sheets, halved where they count sparsity;
+# for GeForce, NVIDIA's white papers on the architectures GA102, Ada and Blackwell.
+PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
+PEAK_TFLOPS = {
+    ("B200",): (2250, 2250, 1125, 75),
+    ("H100 80GB HBM3", "H200"): (989.4, 989.4, 494.7, 66.9),
+    ("H100 NVL", "H200 NVL"): (835.5, 835.5, 417.5, 60),
+    ("H100 PCIe",): (756, 756, 378, 51),
+    ("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"): (312, 312, 156, 19.5),
+    ("L40S",): (362, 362, 183, 91.6),
+    ("L4",): (121, 121, 60, 30.3),
+    ("A10",): (125, 125, 62.5, 31.2),
+    ("A10G",): (70, 70, 35, 35),
+    ("T4",): (0, 65, 0, 8.1),
+    ("V100-SXM2-16GB", "V100-SXM2-32GB"): (0, 125, 0, 15.7),
+    ("V100-PCIE-16GB", "V100-PCIE-32GB"): (0, 112, 0, 14),
+    ("GeForce RTX 3090",): (71, 71, 35.6, 35.6),
+    ("GeForce RTX 4090",): (165.2, 165.2, 82.6, 82.6),
+    ("GeForce RTX 5090",): (209.5, 209.5, 104.8, 104.8),
+    ("Instinct MI300X", "Instinct MI300X OAM"): (1307.4, 1307.4, 653.7, 163.4),
+}
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -23,6 +47,15 @@ def has_native_bf16(device: torch.device) -> bool:
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         return any(_cpu_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def find_peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of a device in one of `PRECISIONS`; None if it is a CPU, or not in `PEAK_TFLOPS`."""
+    if device.type != "cuda":
+        return None
+    name = re.sub(r"^((NVIDIA|Tesla|AMD) )+", "", torch.cuda.get_device_name(device))
+    peaks = next((peaks for names, peaks in PEAK_TFLOPS.items() if name in names), None)
+    return peaks[PRECISIONS.index(precision)] * 1e12 or None if peaks else None
 
 
 def describe_device(device: torch.device) -> str:

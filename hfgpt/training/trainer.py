@@ -14,17 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 
 from hfgpt.adapters import is_adapted
 from hfgpt.configuration_hfgpt import HfGPTConfig
@@ -42,11 +40,20 @@ from hfgpt.training.batches import (
     draw_seed,
     ignore_labels,
 )
-from hfgpt.training.checkpoints import find_last_checkpoint, remove_old_checkpoints, step_of
+from hfgpt.training.checkpoints import (
+    find_damage,
+    find_last_checkpoint,
+    list_checkpoints,
+    remove_old_checkpoints,
+    step_of,
+)
+from hfgpt.training.divergence import ROLLBACK, find_rollbacks
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.gradients import PairwiseSums
 from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
+from hfgpt.training.speed import SpeedMeter
+from hfgpt.training.trackers import check_installed
 
 # The arguments that affect the result of training. The recipe.yaml of a run contains all of them, so that it keeps its
 # meaning if a default changes, here or in transformers.
@@ -65,7 +72,7 @@ LIMITS = (
         "at least 1",
         lambda value: value >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
-        "global_batch_size block_size",
+        "global_batch_size block_size max_rollbacks",
     ),
     ("above 0", lambda value: 0 < value < math.inf, "num_train_epochs logging_steps eval_steps save_steps"),
     (
@@ -125,6 +132,11 @@ class HfGPTTrainingArguments(TrainingArguments):
             rest with AdamW at `learning_rate`; both use the same schedule.
         muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
         decay_all_parameters: Whether to apply weight decay to biases and norms too, as in the book.
+        on_divergence: What to do if the loss or the gradient norm is not finite: `stop`, or `rollback` to the weights
+            and the optimizer state of the last checkpoint and continue with the next batches, at the same step and
+            learning rate. On a CPU it is noticed at the same step, on an accelerator at the next logging step,
+            evaluation or checkpoint.
+        max_rollbacks: Number of rollbacks after which a run that diverges again stops.
         disable_tqdm: Whether transformers' own progress bars are off.
         push_to_hub: Not supported: use the section `hub`.
     """
@@ -134,6 +146,8 @@ class HfGPTTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = None
     muon_momentum: float = 0.95
     decay_all_parameters: bool = False
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    max_rollbacks: int = 3
     logging_steps: float = 10
     # Trainer's default synchronizes with the device at every micro-batch, and hides non-finite losses.
     logging_nan_inf_filter: bool = False
@@ -155,7 +169,7 @@ class HfGPTTrainingArguments(TrainingArguments):
                 "training.push_to_hub would push checkpoints without the model's code and hide errors: set "
                 "hub.repo_id instead"
             )
-        _check_reporters(self.report_to)
+        check_installed(self.report_to)
         device = torch.device("cpu") if self.use_cpu else find_device()
         if device.type == "cpu" and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
             raise InputError("training.fsdp has no effect on a CPU, where each process has the whole model: unset it")
@@ -174,6 +188,18 @@ class HfGPTTrainingArguments(TrainingArguments):
             )
         if self.global_batch_size is not None:
             self._check_global_batch(self.global_batch_size, self.world_size)
+        if self.on_divergence not in ("stop", "rollback"):
+            raise InputError(f"training.on_divergence is '{self.on_divergence}'; it must be stop or rollback")
+        if self.on_divergence == "rollback" and (self.save_strategy == SaveStrategy.NO or self.save_only_model):
+            raise InputError(
+                "training.on_divergence is rollback, which needs checkpoints with the optimizer: unset "
+                "training.save_strategy: no and training.save_only_model"
+            )
+        for name in ("deepspeed", "auto_find_batch_size"):
+            if self.on_divergence == "rollback" and getattr(self, name):
+                raise InputError(
+                    f"training.on_divergence is rollback, which does not support training.{name}: unset it"
+                )
 
     def _check_global_batch(self, rows: int, processes: int):
         if self.gradient_accumulation_steps != 1:
@@ -314,6 +340,11 @@ class HfGPTTrainer(Trainer):
         # Whether the current and the last batch only keep this process in step with the others.
         self.is_filler = self.was_filler = False
         self.measure, self.sums = measure, None
+        self.speed: SpeedMeter | None = None  # adds speed and memory to the log
+        self.last_scheduled: Path | None = None  # the checkpoint to roll back to
+        self.rolled_back_at = 0  # step of the last rollback
+        self.checks_each_step = self.args.device.type == "cpu"  # an accelerator would have to be waited for
+        self.save_error: Exception | None = None
         if self.args.muon_learning_rate is not None:
             self.optimizer_cls_and_kwargs = (
                 MuonFactory,
@@ -418,34 +449,111 @@ class HfGPTTrainer(Trainer):
             self.was_filler, self.is_filler = self.is_filler, False
         if self.sums:
             self.sums.add(is_last=self.accelerator.sync_gradients)
-        # Reading the value is free on a CPU; on an accelerator it would synchronize every step, so `log` checks it.
-        if loss.device.type == "cpu":
-            self._refuse_non_finite(loss.item(), f"at step {self.state.global_step + 1}")
         return loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None):
-        last = self.state.log_history[-1]["step"] if self.state.log_history else 0
-        where = f"between steps {last + 1} and {self.state.global_step}"
-        if "loss" in logs:
-            self._refuse_non_finite(logs["loss"], where)
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            # float16 gradients overflow occasionally: the scaler then skips the step and halves its scale. At a scale
-            # below 1 the gradient itself is too large: DeepSpeed and Megatron also stop then.
-            scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 0.0
-            if scale < 1:
-                self._refuse_non_finite(logs["grad_norm"], where, "the gradient norm")
-            logs = {name: value for name, value in logs.items() if name != "grad_norm"} | {"loss_scale": scale}
-        super().log(logs, start_time)
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, **kwargs):
+        """Trainer logs non-finite values and goes on, and saves such weights.
 
-    def _refuse_non_finite(self, value: float, where: str, name: str = "the loss"):
-        if math.isfinite(value):
-            return
-        last = find_last_checkpoint(self.args.output_dir)
-        remedy = f", from the last checkpoint with --model.path {quote_path(last)}" if last else ""
-        raise InputError(
-            f"{name} is {value} {where}: start a new run with a lower training.learning_rate or "
-            f"training.max_grad_norm{remedy}"
-        )
+        On a CPU, every step is checked. On an accelerator, the losses since the last logging step are checked together
+        when Trainer waits for the device anyway: at the next logging step, evaluation or checkpoint. All processes
+        come to the same result at the same step.
+        """
+        control, step = self.control, self.state.global_step
+        writes = control.should_evaluate or control.should_save
+        if step > self.rolled_back_at and (writes or control.should_log or self.checks_each_step):
+            fault = self._find_divergence(tr_loss, grad_norm, check_weights=writes)
+            if fault and self.args.on_divergence == "stop":
+                raise InputError(f"{fault}: {self._advise_after_divergence()}")
+            if fault:
+                self._roll_back(fault)
+                tr_loss.zero_()
+        begun = time.perf_counter()
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        if self.speed:
+            self.speed.leave_out(time.perf_counter() - begun)
+
+    def _find_divergence(self, loss: torch.Tensor, grad_norm: torch.Tensor | float | None, check_weights: bool):
+        """What is not finite in any process, with the step, in words; None: all is finite.
+
+        Args:
+            loss: Sum of the losses since the last logging step.
+            grad_norm: Gradient norm of the last step.
+            check_weights: Whether to check the weights, too.
+        """
+        finite = not check_weights or all(parameter.isfinite().all() for parameter in self.model.parameters())
+        norm = 0.0 if grad_norm is None else float(grad_norm)
+        # float16 gradients overflow occasionally: the scaler then skips the step and halves its scale. At a scale
+        # below 1 the gradient itself is too large: DeepSpeed and Megatron also stop then.
+        if not math.isfinite(norm) and self.accelerator.scaler and self.accelerator.scaler.get_scale() >= 1:
+            norm = 0.0
+        values = torch.tensor([loss.item(), norm, 0.0 if finite else math.nan], device=self.args.device)
+        names = ("the loss", "the gradient norm", "a weight")
+        for name, value in zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True):
+            if not math.isfinite(value):
+                first, last = self._globalstep_last_logged + 1, self.state.global_step
+                is_exact = first == last or self.checks_each_step or name == "the gradient norm"
+                return f"{name} is {value} " + (f"at step {last}" if is_exact else f"between steps {first} and {last}")
+        return None
+
+    def _advise_after_divergence(self) -> str:
+        advice = "start a new run with a lower training.learning_rate or training.max_grad_norm"
+        if (last := find_last_checkpoint(self.args.output_dir)) is None:
+            return advice
+        advice += f", from the last checkpoint with --model.path {quote_path(last)}"
+        if self.args.on_divergence == "stop":
+            advice += ", or pass --resume --training.on_divergence rollback"
+        return advice
+
+    def _roll_back(self, fault: str):
+        """Restores weights and optimizer of the last checkpoint; the run continues with the rows of the next step.
+
+        The step and the learning-rate schedule are kept, so every other step takes the same rows at the same rate as
+        in a run without divergence. The log is the record of rollbacks; being part of every checkpoint, it makes a run
+        that is resumed from an earlier one roll back in the same way.
+
+        Raises:
+            InputError: There is no checkpoint, or there have been too many rollbacks.
+        """
+        rollbacks, checkpoint = len(find_rollbacks(self.state.log_history)), self.last_scheduled
+        if checkpoint is None:
+            raise InputError(
+                f"{fault}, before the first checkpoint of training.save_strategy: {self._advise_after_divergence()}"
+            )
+        if rollbacks >= self.args.max_rollbacks:
+            done = f"after {counted(rollbacks, 'rollbacks')} (training.max_rollbacks)"
+            raise InputError(f"{fault}, {done}: {self._advise_after_divergence()}")
+        if damage := find_damage(checkpoint):
+            raise InputError(f"{fault}, and '{checkpoint}' is damaged: {damage}; rerun the command with --resume")
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        schedule = copy.deepcopy(self.lr_scheduler.state_dict())
+        self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
+        self._load_optimizer_and_scheduler(str(checkpoint))
+        self._load_scaler(str(checkpoint))
+        self.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.rolled_back_at = self._globalstep_last_logged = self.state.global_step
+        self.log({ROLLBACK: step_of(checkpoint)})
+
+    def _is_scheduled(self, state: TrainerState) -> bool:
+        """Whether a checkpoint is one of `save_strategy`, and not of a run that was stopped, or that ended, there.
+
+        A run that is stopped and resumed rolls back to the same checkpoint as one that is not stopped.
+        """
+        if self.args.save_strategy == SaveStrategy.STEPS:
+            return state.global_step % state.save_steps == 0
+        if self.args.save_strategy == SaveStrategy.EPOCH:
+            return float(state.epoch).is_integer()
+        return state.global_step == state.best_global_step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        scaler = self.accelerator.scaler
+        if scaler and not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that the scaler skipped
+            logs = {name: value for name, value in logs.items() if name != "grad_norm"}
+            logs["loss_scale"] = scaler.get_scale()
+        if self.speed and "loss" in logs:
+            logs |= self.speed.measure(self.state.global_step, self.state.max_steps)
+        super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Trainer averages batch means, and advances the random state used by dropout.
@@ -498,26 +606,63 @@ class HfGPTTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Trainer would resume from an incomplete or damaged checkpoint, and deletes old ones by timestamp.
 
-        Here a checkpoint is complete once its checksums are written, after all processes have saved their files.
+        Here a checkpoint is complete once its checksums are written, after all processes have saved their files. If
+        one of them cannot, all stop.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "a weight")
+        self.save_error = None
         try:
-            with explain_full_disk(folder, self._following()), self._keeping_checkpoints():
+            with self._keeping_checkpoints(), self._noting_errors(folder):
                 if self.args.should_save:
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / CHECKSUMS_FILE).write_text("")
                 super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
+            self._stop_together()
+            with self._noting_errors(folder):
                 if self.args.should_save:
                     write_checksums(folder)
+            self._stop_together()
         except BaseException:
             if not read_checksums(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        if self._is_scheduled(self.state):
+            self.last_scheduled = folder
         self._remove_old_checkpoints()
         self.accelerator.wait_for_everyone()  # a process that exits now may stop the others
+
+    @contextmanager
+    def _noting_errors(self, folder: str | Path) -> Iterator[None]:
+        """Keeps an error of writing a checkpoint for `_stop_together`; until then the other processes expect this one.
+
+        Trainer's methods exchange data between processes before and after they write.
+        """
+        try:
+            with explain_full_disk(folder, self._following()):
+                yield
+        except (OSError, InputError) as error:
+            self.save_error = self.save_error or error
+
+    def _stop_together(self):
+        """Raises the error of writing a checkpoint in all processes, if there is one in any."""
+        said = None
+        if self.save_error:
+            is_foreign = isinstance(self.save_error, OSError) and self.save_error.strerror
+            said = f"{self.save_error.strerror}: {self.save_error.filename}" if is_foreign else str(self.save_error)
+        everyone = gather_object([said])
+        if self.save_error:
+            raise self.save_error
+        for rank, reason in enumerate(everyone):
+            if reason:
+                raise InputError(f"process {rank} could not save its part of the checkpoint: {reason}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        with self._noting_errors(output_dir):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str):
+        with self._noting_errors(output_dir):
+            super()._save_rng_state(output_dir)
 
     def _finalize_training(self, *args, **kwargs):
         """Trainer deletes the newest checkpoint, even of a stopped run, if the limit is 1 and another one is best."""
@@ -536,15 +681,19 @@ class HfGPTTrainer(Trainer):
 
     def _remove_old_checkpoints(self, finished: bool = False):
         if self.args.should_save:
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            remove_old_checkpoints(self.args.output_dir, limit, best, keep_newest=not finished)
+            limit, kept = self.args.save_total_limit, [self.state.best_model_checkpoint]
+            if self.args.on_divergence == "rollback" and not finished:
+                kept.append(self.last_scheduled)
+            remove_old_checkpoints(self.args.output_dir, limit, list(filter(None, kept)), keep_newest=not finished)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer takes an extra step when it resumes at `max_steps`, as does a run that stopped after training."""
+        self.last_scheduled, self.rolled_back_at = None, 0
         if resume_from_checkpoint is None:
             return super().train(**kwargs)
         with _readable(resume_from_checkpoint):
             state = _read_state(Path(resume_from_checkpoint))
+        self.last_scheduled = self._find_last_scheduled(Path(resume_from_checkpoint))
         if not 0 < self.args.max_steps <= state.global_step:
             return super().train(resume_from_checkpoint, **kwargs)
         self._load_from_checkpoint(resume_from_checkpoint)
@@ -553,6 +702,16 @@ class HfGPTTrainer(Trainer):
             self._load_best_model()
         self._remove_old_checkpoints(finished=True)
         return TrainOutput(state.global_step, math.nan, {})
+
+    def _find_last_scheduled(self, resumed: Path) -> Path | None:
+        """The newest checkpoint of `save_strategy`, up to that which a run is resumed from."""
+        earlier = [path for path in list_checkpoints(resumed.parent) if step_of(path) <= step_of(resumed)]
+        for checkpoint in reversed(earlier):
+            if read_checksums(checkpoint) and (checkpoint / "trainer_state.json").is_file():
+                with _readable(str(checkpoint)):
+                    if self._is_scheduled(_read_state(checkpoint)):
+                        return checkpoint
+        return None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with _readable(resume_from_checkpoint):
@@ -579,7 +738,10 @@ class HfGPTTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        with explain_full_disk(output_dir or self.args.output_dir, self._following()):
+        folder = output_dir or self.args.output_dir
+        # Internal calls are those of `_save_checkpoint`.
+        noting = self._noting_errors(folder) if _internal_call else explain_full_disk(folder, self._following())
+        with noting:
             super().save_model(output_dir, _internal_call)
 
     def _following(self) -> str:
@@ -587,25 +749,6 @@ class HfGPTTrainer(Trainer):
         last = find_last_checkpoint(self.args.output_dir)
         start = f"resumes from {last.name}" if last else "starts over, since no checkpoint was saved"
         return f"then rerun the command with --resume, which {start}"
-
-
-def _check_reporters(report_to: str | list[str] | None):
-    """Checks early that all reporting integrations exist and are installed.
-
-    Raises:
-        InputError: Names the integration and the command that installs it.
-    """
-    modules = {"azure_ml": "azureml", "flyte": "flytekit"}
-    packages = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name in ("none", "all", "kubeflow"):  # kubeflow has no package
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise InputError(f"training.report_to is '{name}'; it must be one of {', '.join(INTEGRATION_TO_CALLBACK)}")
-        found = [modules.get(name, name), *(["tensorboardX"] if name == "tensorboard" else [])]
-        if not any(map(find_spec, found)):
-            command = f"pip install {packages.get(name, name)}"
-            raise InputError(f"training.report_to is '{name}', which is not installed: run {command}")
 
 
 def _check_precision(arguments: HfGPTTrainingArguments):

@@ -140,6 +140,19 @@ def test_tensorboard_logs_are_not_published(hub, run, skip_load_check):
         send(run, dry_run=True, measure=False)
 
 
+def test_wandb_logs_are_not_published(hub, run, skip_load_check):
+    logs = run / "wandb" / "offline-run-20260101_000000-abc123" / "files"
+    logs.mkdir(parents=True)
+    (logs / "output.log").touch()
+    (run / "wandb" / "latest-run").symlink_to(logs.parent.name)
+    (run / "wandb" / "debug.log").symlink_to(logs / "output.log")
+    _, shown = send(run, dry_run=True, measure=False)
+    assert "not published  wandb: W&B logs" in shown
+    (run / "wandb" / "notes.txt").touch()
+    with pytest.raises(InputError, match="'wandb' is a folder"):
+        send(run, dry_run=True, measure=False)
+
+
 def test_a_run_is_published_in_one_commit(hub, run, skip_load_check):
     send(run, commit_message="First")
     files = hub.files("me/model")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shlex
 import signal
 from dataclasses import fields
@@ -34,6 +35,7 @@ from hfgpt.training.callbacks import read_log
 # Only read for Hub data sets and folders.
 ONLY_OF_SPLITS = {"data.name", "data.revision", "data.train_split"}
 MUON = "training.muon_learning_rate=0.02"
+TIMED = re.compile("train_|.*_runtime")
 
 
 def weights_hash(folder: Path) -> str:
@@ -43,7 +45,7 @@ def weights_hash(folder: Path) -> str:
 def learned(folder: Path) -> list[dict]:
     """The log without times: losses and metrics of each step."""
     entries = [entry for entry in read_log(folder) if "loss" in entry or "eval_loss" in entry]
-    return [{key: value for key, value in entry.items() if "runtime" not in key} for entry in entries]
+    return [{key: value for key, value in entry.items() if not TIMED.match(key)} for entry in entries]
 
 
 def press_ctrl_c_at(step: int):

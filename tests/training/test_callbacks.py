@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -42,14 +41,6 @@ def state_at(step: int, max_steps: int = 10, **fields) -> TrainerState:
 
 def text_console(terminal: bool = False, width: int = 200) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=width)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The value of `time.perf_counter`, set by the test."""
-    now = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(time, "perf_counter", lambda: now.seconds)
-    return now
 
 
 def test_log_has_one_object_per_logging_step(tmp_path):
@@ -125,39 +116,34 @@ def test_a_result_measured_again_after_a_crash_is_logged_once(tmp_path):
     assert [entry["step"] for entry in read_log(tmp_path)] == [2, 2, 4]
 
 
-def test_progress_without_a_terminal_is_a_line_per_logging_step(clock, capsys):
+SPEED = {"train_tokens_per_second": 10925.4, "train_peak_memory_bytes": 2**30, "train_seconds_left": 62.0}
+
+
+def test_progress_without_a_terminal_is_a_line_per_logging_step(capsys):
     console = text_console()
-    callback = ProgressCallback(tokens_per_step=512, console=console)
+    callback = ProgressCallback(console)
     callback.on_train_begin(None, state_at(0), None)
-    clock.seconds += 4
     callback.on_step_end(None, state_at(1), None)
-    callback.on_log(None, state_at(2), None, logs={"loss": 3.14159, "learning_rate": 0.1})
-    # The loss of step 2 is not shown again; evaluation, 2 of 6 seconds, is not part of the speed of training.
-    clock.seconds += 6
+    callback.on_log(None, state_at(2), None, logs={"loss": 3.14159, "learning_rate": 0.1, **SPEED})
+    # The loss and the speed of step 2 are not shown again.
     callback.on_log(None, state_at(4), None, logs={"eval_loss": 2.71828, "eval_runtime": 2.0})
     callback.on_log(None, state_at(4), None, logs={"train_runtime": 10.0})
+    callback.on_log(None, state_at(6), None, logs={"loss": 3.0})
+    callback.on_log(None, state_at(7), None, logs={"rollback_to_step": 4})
     callback.on_log(None, state_at(4, is_world_process_zero=False), None, logs={"loss": 9.0})
     callback.on_train_end(None, state_at(4), None)
     assert console.file.getvalue().splitlines() == [
-        "step 2/10  loss 3.142  256 tokens/s",
-        "step 4/10  validation 2.718  256 tokens/s",
+        "step 2/10  loss 3.142  10,925 tokens/s  MFU n/a  memory 1.00 GiB  0:01:02 left",
+        "step 4/10  validation 2.718",
+        "step 6/10  loss 3.000",
+        "step 7: training diverged; restored the weights and the optimizer state of step 4",
     ]
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_of_a_resumed_run_counts_its_own_steps(clock):
-    console = text_console()
-    callback = ProgressCallback(tokens_per_step=100, console=console)
-    callback.on_train_begin(None, state_at(6), None)
-    clock.seconds += 2
-    callback.on_log(None, state_at(8), None, logs={"loss": 1.0})
-    assert console.file.getvalue() == "step 8/10  loss 1.000  100 tokens/s\n"
-    callback.close()
-
-
 def test_progress_on_a_terminal_is_a_bar():
     console = text_console(terminal=True)
-    callback = ProgressCallback(tokens_per_step=100, console=console)
+    callback = ProgressCallback(console)
     callback.on_train_begin(None, state_at(0), None)
     callback.on_log(None, state_at(3), None, logs={"loss": 1.25})
     callback.on_step_end(None, state_at(3), None)
@@ -170,18 +156,17 @@ def test_progress_on_a_terminal_is_a_bar():
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
-def test_progress_is_complete_on_a_terminal_of_any_width(width, clock):
+def test_progress_is_complete_on_a_terminal_of_any_width(width):
     console = text_console(terminal=True, width=width)
-    callback = ProgressCallback(tokens_per_step=100, console=console)
+    callback = ProgressCallback(console)
     callback.on_train_begin(None, state_at(0, max_steps=1000), None)
-    clock.seconds += 4
-    callback.on_log(None, state_at(437, max_steps=1000), None, logs={"loss": 1.25})
+    callback.on_log(None, state_at(437, max_steps=1000), None, logs={"loss": 1.25, **SPEED, "train_mfu": 0.4567})
     callback.on_log(None, state_at(437, max_steps=1000), None, logs={"eval_loss": 2.5, "eval_runtime": 0.0})
     callback.on_step_end(None, state_at(437, max_steps=1000), None)
     callback.close()
     lines = console.file.getvalue().split("\x1b[2K")[-1]
     assert "…" not in lines
-    for part in ("437/1000", "loss 1.250", "validation", "2.500", "10,925", "tokens/s"):
+    for part in ("437/1000", "loss 1.250", "validation", "2.500", "10,925", "tokens/s", "45.7%", "1.00", "GiB"):
         assert part in lines
 
 

@@ -210,17 +210,6 @@ def test_non_finite_weights_are_not_saved_as_a_checkpoint(make_model, make_block
     assert find_last_checkpoint(trainer.args.output_dir) == last
 
 
-def test_non_finite_values_are_detected_when_logged(make_model, make_blocks, make_trainer):
-    # As on an accelerator, where the loss of each step is not read.
-    trainer = make_trainer(make_model(), make_blocks(100))
-    trainer.state.global_step = 5
-    trainer.log({"loss": 1.0, "grad_norm": 2.0})
-    trainer.state.global_step = 10
-    for name, said in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        with pytest.raises(InputError, match=rf"^the {said} is nan between steps 6 and 10\b"):
-            trainer.log({"loss": 1.0, name: math.nan})
-
-
 def overflow_at(trainer, steps: set[int]):
     """Scales the loss as with float16 on an accelerator, and makes the gradients of some steps overflow."""
 
@@ -245,15 +234,15 @@ def test_a_step_skipped_by_the_gradient_scaler_is_allowed(make_model, make_block
 def test_skipping_steps_until_the_loss_scale_is_too_small_ends_the_run(make_model, make_blocks, make_trainer):
     trainer = make_trainer(make_model(), make_blocks(300), max_steps=6, per_device_train_batch_size=2)
     overflow_at(trainer, {2, 3, 4, 5})
-    with pytest.raises(InputError, match=r"^the gradient norm is (inf|nan) between steps 4 and 4\b"):
+    with pytest.raises(InputError, match=r"^the gradient norm is (inf|nan) at step 4\b"):
         trainer.train()
 
 
-def test_a_non_finite_loss_ends_the_run_even_with_a_gradient_scaler(make_model, make_trainer):
-    trainer = make_trainer(make_model())
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(InputError, match=r"^the loss is nan"):
-        trainer.log({"loss": math.nan, "grad_norm": math.nan})
+def test_a_non_finite_loss_ends_the_run_even_with_a_gradient_scaler(make_model, make_blocks, make_trainer):
+    trainer = make_trainer(make_model(), make_blocks(300), callbacks=[SetWeights(2, math.nan)], max_steps=4)
+    overflow_at(trainer, set())
+    with pytest.raises(InputError, match=r"^the loss is nan at step 2\b"):
+        trainer.train()
 
 
 def test_a_much_too_high_learning_rate_ends_the_run(make_model, make_blocks, make_trainer):
@@ -344,21 +333,3 @@ def test_a_full_disk_at_the_first_checkpoint_leaves_nothing_to_resume_from(
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
     with pytest.raises(InputError, match=r"--resume, which starts over, since no checkpoint was saved$"):
         trainer.train()
-
-
-@pytest.mark.parametrize(
-    ("report_to", "message"),
-    [
-        ("tensorboard", "training.report_to is 'tensorboard', which is not installed: run pip install tensorboard"),
-        (["wandb"], "training.report_to is 'wandb', which is not installed: run pip install wandb"),
-        (["none", "comet_ml"], "training.report_to is 'comet_ml', which is not installed: run pip install comet-ml"),
-        ("azure_ml", "training.report_to is 'azure_ml', which is not installed: run pip install azureml-sdk"),
-        ("tensorbord", "training.report_to is 'tensorbord'; it must be one of azure_ml, comet_ml, "),
-    ],
-)
-def test_an_experiment_tracker_that_is_not_installed(report_to, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=re.escape(message)):
-        HfGPTTrainingArguments(output_dir=str(tmp_path), report_to=report_to)
-    for nothing in ("none", ["none"], "all"):
-        assert HfGPTTrainingArguments(output_dir=str(tmp_path), report_to=nothing).report_to in ([], ["none"])

@@ -124,16 +124,17 @@ def test_the_same_checkpoints_are_kept_as_by_trainer(tmp_path):
     steps = (3, 9, 12, 101)
     for number, (limit, best) in enumerate(itertools.product((None, 1, 2, 3, 4, 5), (None, *steps, 6))):
         ours, theirs = tmp_path / f"ours{number}", tmp_path / f"theirs{number}"
-        for folder, remove in ((ours, remove_old_checkpoints), (theirs, rotate_checkpoints)):
+        for folder in (ours, theirs):
             for step in steps:
                 (folder / f"checkpoint-{step}").mkdir(parents=True)
-            remove(str(folder), limit, best and str(folder / f"checkpoint-{best}"))
+        remove_old_checkpoints(str(ours), limit, [str(ours / f"checkpoint-{best}")] if best else [])
+        rotate_checkpoints(str(theirs), limit, best and str(theirs / f"checkpoint-{best}"))
         assert [path.name for path in list_checkpoints(ours)] == [path.name for path in list_checkpoints(theirs)]
         assert not list(ours.glob(".*"))
 
 
 def test_a_finished_run_with_a_limit_of_1_keeps_the_best_checkpoint(output_dir):
-    remove_old_checkpoints(output_dir, 1, "elsewhere/checkpoint-9", keep_newest=False)
+    remove_old_checkpoints(output_dir, 1, ["elsewhere/checkpoint-9"], keep_newest=False)
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-9"]
 
 
@@ -143,7 +144,7 @@ def test_a_killed_removal_leaves_no_damaged_checkpoint(output_dir, monkeypatch):
         # Killed after removing the checksums: the rest looks like a checkpoint of an earlier version.
         patch.setattr(shutil, "rmtree", lambda path, **options: (path / CHECKSUMS_FILE).unlink())
         remove_later_checkpoints(output_dir, 10)
-        remove_old_checkpoints(output_dir, 1, None)
+        remove_old_checkpoints(output_dir, 1)
     assert choose(output_dir) == (output_dir / "checkpoint-10", "")
     remove_leftovers(output_dir)
     assert {path.name for path in output_dir.iterdir()} == {"checkpoint-10", "checkpoint-best", "other-12"}
