@@ -111,7 +111,7 @@ def prepare(
     recipe: RecipeName,
     out: Annotated[
         str,
-        typer.Argument(metavar="OUT", help="A folder, or a URL such as s3://bucket/data or hf://datasets/me/data."),
+        typer.Argument(metavar="OUT", help="A folder, or a URL such as s3://bucket/data or hf://buckets/me/data."),
     ],
     shard: Annotated[
         str | None,

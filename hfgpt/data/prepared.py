@@ -15,6 +15,7 @@ import os
 import posixpath
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -30,11 +31,12 @@ from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.records import PLACE, REQUIRED, Record
-from hfgpt.saving import appearing_folder
+from hfgpt.saving import appearing_folder, hash_file
 
 FORMAT_VERSION = 1
 TOKENIZER_FOLDER, RECORDS_FOLDER = "tokenizer", "parts"
 SPLITS = ("train", "validation")
+DOWNLOADS = 4  # files at the same time
 CARD = """---
 configs:
 - config_name: default
@@ -237,11 +239,23 @@ class Folder:
                 with self._explain("write to"):
                     self._system.put_file(str(temporary), self._join(name))
 
-    def download(self, names: list[str]) -> list[Path]:
-        """Downloads files to the datasets cache; returns their local paths."""
-        with self._explain("read"):
-            manager = datasets.DownloadManager()
-            return [Path(path) for path in manager.download([posixpath.join(self.place, name) for name in names])]
+    def download(self, file: TokenFile) -> Path:
+        """A copy of a remote token file in the cache, where later runs find it.
+
+        Raises:
+            InputError: It cannot be read, or is damaged.
+        """
+        copy = cache_folder(None) / "tokens" / f"{file.sha256}.arrow"
+        if not copy.is_file():
+            copy.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=copy.parent) as folder:
+                temporary = Path(folder, copy.name)
+                with self._explain("read"):
+                    self._system.get_file(self._join(file.file), str(temporary))
+                if hash_file(temporary) != file.sha256:
+                    raise InputError(f"{file.file} of {self} is damaged: run the same hfgpt prepare again")
+                os.replace(temporary, copy)
+        return copy
 
     def write(self, name: str, content: str | bytes):
         """Writes a file."""
@@ -351,12 +365,13 @@ def find_prepared(place: str | None) -> PreparedData | None:
             f"{place} has version {manifest.preparation.version} of the format, this hfgpt reads {FORMAT_VERSION}: "
             "prepare it again"
         )
-    names = [file.file for split in SPLITS for file in manifest.files(split)]
+    token_files = [file for split in SPLITS for file in manifest.files(split)]
     if folder.is_local:
-        files = {name: folder.path(name) for name in names}
+        files = {file.file: folder.path(file.file) for file in token_files}
         return PreparedData(place, manifest, files, folder.path(TOKENIZER_FOLDER))
-    # Downloaded to the caches, where later runs find the files.
-    files = dict(zip(names, folder.download(names), strict=True))
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        copies = list(pool.map(folder.download, token_files))
+    files = {file.file: copy for file, copy in zip(token_files, copies, strict=True)}
     tokenizer = cache_folder(None) / "tokenizers" / manifest.preparation.tokenizer_sha256
     with appearing_copy(tokenizer) as copy:
         for name in folder.list_names(TOKENIZER_FOLDER) if copy else ():

@@ -402,7 +402,6 @@ def test_other_programs_read_prepared_data(recipe, tmp_path, small_parts):
 
 def test_data_is_prepared_in_and_read_from_a_remote_folder(recipe, tmp_path, small_parts, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / ".hf"))
-    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / ".hf/downloads"))
     write_lines(tmp_path / "a.jsonl", write_texts(80))
     prepare_quietly(recipe("a.jsonl"))
     _, said = prepare_quietly(recipe("a.jsonl"), "memory://bucket/data")
