@@ -20,13 +20,13 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 
-from hfgpt.adapters import is_adapted
+from hfgpt.adapters import is_adapted, saved_tensors
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.report import counted
 from hfgpt.errors import STOP_SIGNALS, InputError
@@ -47,6 +47,17 @@ from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.gradients import PairwiseSums
 from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
+from hfgpt.training.sharding import (
+    SHARDS_FOLDER,
+    gather_weights,
+    is_sharded,
+    load_optimizer,
+    load_shards,
+    load_whole_optimizer,
+    plan_shards,
+    save_optimizer,
+    shard_on_cpu,
+)
 
 # The arguments that affect the result of training. The recipe.yaml of a run contains all of them, so that it keeps its
 # meaning if a default changes, here or in transformers.
@@ -125,6 +136,8 @@ class HfGPTTrainingArguments(TrainingArguments):
             rest with AdamW at `learning_rate`; both use the same schedule.
         muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
         decay_all_parameters: Whether to apply weight decay to biases and norms too, as in the book.
+        fsdp: Fully sharded data parallelism (FSDP2): divide weights, gradients and optimizer state among the
+            processes; a single process keeps all. Details are in `fsdp_config`. See also recipes/machines.
         disable_tqdm: Whether transformers' own progress bars are off.
         push_to_hub: Not supported: use the section `hub`.
     """
@@ -134,6 +147,7 @@ class HfGPTTrainingArguments(TrainingArguments):
     muon_learning_rate: float | None = None
     muon_momentum: float = 0.95
     decay_all_parameters: bool = False
+    fsdp: bool = False
     logging_steps: float = 10
     # Trainer's default synchronizes with the device at every micro-batch, and hides non-finite losses.
     logging_nan_inf_filter: bool = False
@@ -157,8 +171,6 @@ class HfGPTTrainingArguments(TrainingArguments):
             )
         _check_reporters(self.report_to)
         device = torch.device("cpu") if self.use_cpu else find_device()
-        if device.type == "cpu" and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
-            raise InputError("training.fsdp has no effect on a CPU, where each process has the whole model: unset it")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_native_bf16(device)
         if self.dataloader_pin_memory is None:
@@ -171,6 +183,9 @@ class HfGPTTrainingArguments(TrainingArguments):
                 "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
                 "among processes: leave it out"
             )
+        # Trainer would refuse FSDP on one process, where nothing is to be divided.
+        self.fsdp_plugin_args = plan_shards(self) if is_sharded(self) else None
+        self.fsdp = self.fsdp_plugin_args is not None
         if self.global_batch_size is not None:
             self._check_global_batch(self.global_batch_size, self.world_size)
 
@@ -328,6 +343,13 @@ class HfGPTTrainer(Trainer):
                 },
             )
 
+    def create_accelerator_and_postprocess(self):
+        """Accelerate ignores FSDP on a CPU."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.args.device.type == "cpu":
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's batches depend on the number of processes, and on the random state at the start of an epoch.
 
@@ -409,7 +431,8 @@ class HfGPTTrainer(Trainer):
         self.is_filler = self.batches is not None and index >= self.batches.count_batches(self.state.global_step)
         torch.manual_seed(draw_seed(self.args.seed, self.state.global_step, index))
         syncs_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        if self.args.device.type == "cpu" and not syncs_each and (self.sums is None or self.sums.model is not model):
+        sums_pairwise = self.args.device.type == "cpu" and not self.is_fsdp_enabled and not syncs_each
+        if sums_pairwise and (self.sums is None or self.sums.model is not model):
             self.sums = PairwiseSums(model)
         try:
             loss = super().training_step(model, *args, **kwargs)
@@ -555,19 +578,47 @@ class HfGPTTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with _readable(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.is_fsdp_enabled:
+                load_shards(saved_tensors(self.model), Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        """With FSDP, Trainer would save pickles, and the weights as shards that only FSDP can load."""
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(self.optimizer, Path(output_dir) / SHARDS_FOLDER)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         with _readable(checkpoint):
             if checkpoint is None:
                 return
             settings, rates = _settings_of(self.optimizer), getattr(self.lr_scheduler, "base_lrs", [])
-            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_states(Path(checkpoint))
             for before, now in zip(settings, _settings_of(self.optimizer), strict=True):
                 if changed := [name for name in before.keys() & now.keys() if now[name] != before[name]]:
                     raise ValueError(f"{changed[0]} of its optimizer is {now[changed[0]]!r}")
             _check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
             _check_schedule(self.lr_scheduler, rates)
+
+    def _load_states(self, checkpoint: Path):
+        """Loads optimizer and schedule, saved with or without FSDP."""
+        if not self.is_fsdp_enabled and not (checkpoint / SHARDS_FOLDER).is_dir():
+            return super()._load_optimizer_and_scheduler(str(checkpoint))
+        if (checkpoint / SHARDS_FOLDER).is_dir():
+            load_optimizer(self.optimizer, checkpoint / SHARDS_FOLDER)
+        else:
+            saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+            load_whole_optimizer(self.optimizer, saved)
+        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
 
     def _load_scaler(self, checkpoint: str | None):
         with _readable(checkpoint):
@@ -578,8 +629,12 @@ class HfGPTTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """With FSDP, Trainer saves shards of the weights, or none; here it is always the whole model."""
         with explain_full_disk(output_dir or self.args.output_dir, self._following()):
-            super().save_model(output_dir, _internal_call)
+            if self.is_fsdp_enabled:
+                self._save(output_dir, gather_weights(self.accelerator.unwrap_model(self.model)))
+            else:
+                super().save_model(output_dir, _internal_call)
 
     def _following(self) -> str:
         """Advice for a full disk."""
