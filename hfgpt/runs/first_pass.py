@@ -150,6 +150,8 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         use_cpu=recipe.training.use_cpu,
         bf16=recipe.training.bf16,
         fp16=recipe.training.fp16,
+        fsdp=recipe.training.fsdp,
+        fsdp_config=recipe.training.fsdp_config,
     )
 
 

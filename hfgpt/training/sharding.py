@@ -6,6 +6,8 @@ in float32, and shards on disk that any number of processes can read, as safeten
 Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023).
 """
 
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,20 @@ SHARDS_FOLDER = "optimizer"  # in a checkpoint
 REST_FILE = "rest.pt"  # in that folder: everything in the state dict that is not sharded
 
 
-def is_sharded(arguments: TrainingArguments) -> bool:
-    """Whether the recipe or `accelerate launch` asks for FSDP, and there are several processes to shard among."""
-    return (bool(arguments.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")) and arguments.world_size > 1
+def plan_shards(arguments: TrainingArguments) -> dict[str, Any] | None:
+    """The arguments of accelerate's FSDP plugin, checked; None for a run without FSDP, or on one process.
 
-
-def plan_shards(arguments: TrainingArguments) -> dict[str, Any]:
-    """The arguments of accelerate's plugin for a run that `is_sharded`, checked.
+    Args:
+        arguments: The recipe's, after its `fsdp` and `fsdp_config` were read. `accelerate launch` may also ask for FSDP.
 
     Raises:
         InputError: A setting would train a different model, or cannot be used on this machine.
     """
+    if not arguments.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    if arguments.world_size == 1:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        return None
     if arguments.device.type == "cpu" and torch.accelerator.is_available():
         raise InputError(
             "training.fsdp on a CPU needs a machine without a GPU: set CUDA_VISIBLE_DEVICES to an empty string"
@@ -91,7 +96,9 @@ def gather_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_shards(tensors: dict[str, torch.Tensor], folder: Path):
     """Reads tensors from the safetensors files of a folder in place, each process only its part."""
-    checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on one process, which is intended
+        checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)))
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path):

@@ -50,7 +50,6 @@ from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
 from hfgpt.training.sharding import (
     SHARDS_FOLDER,
     gather_weights,
-    is_sharded,
     load_optimizer,
     load_shards,
     load_whole_optimizer,
@@ -183,9 +182,8 @@ class HfGPTTrainingArguments(TrainingArguments):
                 "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
                 "among processes: leave it out"
             )
-        # Trainer would refuse FSDP on one process, where nothing is to be divided.
-        self.fsdp_plugin_args = plan_shards(self) if is_sharded(self) else None
-        self.fsdp = self.fsdp_plugin_args is not None
+        self.fsdp_plugin_args = plan_shards(self)
+        self.fsdp = self.fsdp and self.is_sharded  # Trainer would refuse it on one process
         if self.global_batch_size is not None:
             self._check_global_batch(self.global_batch_size, self.world_size)
 
@@ -212,6 +210,11 @@ class HfGPTTrainingArguments(TrainingArguments):
     def has_fixed_batches(self) -> bool:
         """Whether all batches have the same number of rows, except at the end of an epoch."""
         return not self.auto_find_batch_size and self.train_sampling_strategy != "batch_rebalance"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has only a part of the weights, by FSDP."""
+        return self.fsdp_plugin_args is not None
 
     @property
     def rows_per_step(self) -> int:
@@ -346,7 +349,7 @@ class HfGPTTrainer(Trainer):
     def create_accelerator_and_postprocess(self):
         """Accelerate ignores FSDP on a CPU."""
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp and self.args.device.type == "cpu":
+        if self.args.is_sharded and self.args.device.type == "cpu":
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
 
