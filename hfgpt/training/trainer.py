@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import datasets
 import torch
+from accelerate.utils import parse_flag_from_env
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -177,6 +179,11 @@ class HfGPTTrainingArguments(TrainingArguments):
         # TrainingArguments rejects bf16 on a CPU unless use_cpu is set.
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
+        if self.parallelism_config is not None or parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+            raise InputError(
+                "training with a parallelism_config (tensor or context parallelism) is not supported: remove it, and "
+                "divide the model among processes with training.fsdp"
+            )
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise InputError(
                 "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
@@ -221,6 +228,12 @@ class HfGPTTrainingArguments(TrainingArguments):
         """Rows of an optimizer step, in all processes."""
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         return rows if self.global_batch_size is None else self.global_batch_size
+
+    @property
+    def rows_per_process(self) -> int:
+        """The most rows of an optimizer step that one process takes."""
+        rounds = count_rounds(self, self.rows_per_step)
+        return min(rounds * self.per_device_train_batch_size, self.rows_per_step)
 
     @property
     def batches_per_step(self) -> int:
@@ -311,11 +324,14 @@ class HfGPTTrainer(Trainer):
         **kwargs,
     ):
         is_stream = isinstance(train_dataset, IterableDataset) or not has_length(train_dataset)
-        # Whether the rows of each step are known in advance. Ranks of a tensor-parallel group must have the same rows,
-        # which accelerate's batches take care of.
-        self.has_step_batches = (
-            args.has_fixed_batches and not is_stream and getattr(args, "parallelism_config", None) is None
-        )
+        if isinstance(model, torch.nn.Module) and any(isinstance(weight, DTensor) for weight in model.parameters()):
+            # The processes of a tensor-parallel group need the same rows, but other dropout for their attention heads.
+            raise InputError(
+                "the model was divided among processes when it was loaded (distributed_config or tp_plan), which is not "
+                "supported in training: load it without, and set training.fsdp"
+            )
+        # Whether the rows of each step are known in advance.
+        self.has_step_batches = args.has_fixed_batches and not is_stream
         if args.global_batch_size is not None and train_dataset is not None:
             if not self.has_step_batches:
                 raise InputError("training.global_batch_size needs a dataset with a length: remove it")
