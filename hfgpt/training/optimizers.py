@@ -76,7 +76,7 @@ def orthogonalize(
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # the iteration converges below a spectral norm of one
-    if x.shape[-1] < 2 * x.shape[-2]:
+    if x.shape[-1] < 2 * x.shape[-2] or x.dtype == torch.bfloat16:  # in which the other products lose precision
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -32,7 +32,7 @@ def plan_shards(arguments: TrainingArguments) -> dict[str, Any] | None:
     """The arguments of accelerate's FSDP plugin, checked; None for a run without FSDP, or on one process.
 
     Args:
-        arguments: The recipe's, after its `fsdp` and `fsdp_config` were read. `accelerate launch` may also ask for FSDP.
+        arguments: The recipe's, after its `fsdp_config` was read. `accelerate launch` can also ask for FSDP.
 
     Raises:
         InputError: A setting would train a different model, or cannot be used on this machine.
@@ -50,13 +50,12 @@ def plan_shards(arguments: TrainingArguments) -> dict[str, Any] | None:
     # By default, accelerate sums gradients, and returns the loss, with the 8 bits of bfloat16.
     if dtype := torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None:
         options["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    plugin = FullyShardedDataParallelPlugin(**options)
-    if plugin.fsdp_version != 2:
+    if int(options.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1)) != 2:
         raise InputError(
             "FSDP1 is not supported: set fsdp_version to 2 in the file of accelerate, or training.fsdp_config.version "
             "to 2"
         )
-    if plugin.activation_checkpointing:
+    if FullyShardedDataParallelPlugin(**options).activation_checkpointing:
         raise InputError(
             "the activation_checkpointing of FSDP draws other dropout in the backward pass: unset it, and set "
             "training.gradient_checkpointing instead"

@@ -325,10 +325,10 @@ class HfGPTTrainer(Trainer):
     ):
         is_stream = isinstance(train_dataset, IterableDataset) or not has_length(train_dataset)
         if isinstance(model, torch.nn.Module) and any(isinstance(weight, DTensor) for weight in model.parameters()):
-            # The processes of a tensor-parallel group need the same rows, but other dropout for their attention heads.
+            # With tensor parallelism, processes need the same rows, but different dropout for their attention heads.
             raise InputError(
-                "the model was divided among processes when it was loaded (distributed_config or tp_plan), which is not "
-                "supported in training: load it without, and set training.fsdp"
+                "the model was divided among processes when it was loaded (distributed_config or tp_plan), which is "
+                "not supported in training: load it without, and set training.fsdp"
             )
         # Whether the rows of each step are known in advance.
         self.has_step_batches = args.has_fixed_batches and not is_stream
