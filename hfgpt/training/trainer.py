@@ -52,6 +52,7 @@ from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
 from hfgpt.training.sharding import (
     SHARDS_FOLDER,
     gather_weights,
+    gather_whole,
     load_optimizer,
     load_shards,
     load_whole_optimizer,
@@ -542,7 +543,7 @@ class HfGPTTrainer(Trainer):
         Here a checkpoint is complete once its checksums are written, after all processes have saved their files.
         """
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        if not all(gather_whole(parameter.isfinite().all()) for parameter in model.parameters()):
             self._refuse_non_finite(math.nan, f"after step {self.state.global_step}", "a weight")
         try:
             with explain_full_disk(folder, self._following()), self._keeping_checkpoints():
