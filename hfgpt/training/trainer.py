@@ -309,8 +309,8 @@ class HfGPTTrainer(Trainer):
     """Trainer for causal language models, and for classifiers with a suitable `measure` and loss.
 
     Args:
-        measure: Called by `evaluate` with the model, the batches, `gather` and `on_batch`; its result has
-            `to_dict(prefix)`.
+        measure: Called by `evaluate` with the model, the batches, and `spread`, see `measure_perplexity`; its result
+            has `to_dict(prefix)`.
         args, kwargs: Arguments of `transformers.Trainer`; blocks of equal length do not need a collator.
     """
 
@@ -499,17 +499,18 @@ class HfGPTTrainer(Trainer):
         start = time.perf_counter()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-            result = self.measure(
-                self.model,
-                dataloader,
-                gather=self.accelerator.gather_for_metrics,
-                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
-            )
+            result = self.measure(self.model, dataloader, spread=self._evaluate_batches)
         metrics = result.to_dict(metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate_batches(self, function: Callable[[Any], Any], batches: DataLoader) -> Iterator[Any]:
+        """The results for the rows of all processes, of which accelerate repeats some to fill the last batches."""
+        for batch in batches:
+            yield self.accelerator.gather_for_metrics(function(batch))
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> float:
         """Trainer iterates over all parameters at every micro-batch, and ignores attention and the output head."""

@@ -60,6 +60,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation.perplexity import Perplexity
+from hfgpt.evaluation.spread import map_over_processes
 from hfgpt.recipe import load_recipe
 from hfgpt.runs import run as runs
 from hfgpt.training import estimate
@@ -121,14 +122,15 @@ def count_rows():
     for rows in range(1, 10):
         seen = []
 
-        def measure(model, batches, gather, on_batch):
-            seen.extend(row for batch in batches for row in gather(batch["row"]).tolist())
+        def measure(model, batches, spread):
+            seen.extend(row for rows in spread(lambda batch: batch["row"], batches) for row in rows.tolist())
             return Perplexity(0.0, 1)
 
         arguments = HfGPTTrainingArguments("none", use_cpu=True, bf16=False, per_device_eval_batch_size=2)
         dataset = [{"row": row} for row in range(rows)]
         HfGPTTrainer(torch.nn.Linear(1, 1), arguments, eval_dataset=dataset, measure=measure).evaluate()
         assert sorted(seen) == list(range(rows)), "no row twice, none lost"
+        assert list(map_over_processes(str, range(rows))) == list(map(str, range(rows)))
 
 
 def divide_heads():
@@ -224,6 +226,9 @@ def test_a_run_has_the_same_weights_on_any_number_of_processes(task, folder):
     assert (one.rows_per_step, one.rows_per_batch) == (many.rows_per_step, many.rows_per_batch) == (8, 2)
     assert one.tokens == many.tokens
     assert one.weights_sha256 == many.weights_sha256
+    assert (folder / "one" / task / "metrics.json").read_bytes() == (
+        folder / "many" / task / "metrics.json"
+    ).read_bytes()
     name = "adapter_model.safetensors" if task == "instruct" else "model.safetensors"
     assert hash_file(folder / "one" / task / name) == hash_file(folder / "many" / task / name)
 
