@@ -50,6 +50,8 @@ def plan_shards(arguments: TrainingArguments) -> dict[str, Any] | None:
     # By default, accelerate sums gradients, and returns the loss, with the 8 bits of bfloat16.
     if dtype := torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None:
         options["mixed_precision_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if arguments.auto_find_batch_size:
+        raise InputError("training.auto_find_batch_size cannot be combined with FSDP: remove it, and try batch sizes")
     if int(options.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1)) != 2:
         raise InputError(
             "FSDP1 is not supported: set fsdp_version to 2 in the file of accelerate, or training.fsdp_config.version "

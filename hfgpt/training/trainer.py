@@ -139,7 +139,7 @@ class HfGPTTrainingArguments(TrainingArguments):
         muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
         decay_all_parameters: Whether to apply weight decay to biases and norms too, as in the book.
         fsdp: Fully sharded data parallelism (FSDP2): divide weights, gradients and optimizer state among the
-            processes; a single process keeps all. Details are in `fsdp_config`. See also recipes/machines.
+            processes; a single process keeps all. `fsdp_config` has its settings.
         disable_tqdm: Whether transformers' own progress bars are off.
         push_to_hub: Not supported: use the section `hub`.
     """
@@ -600,9 +600,14 @@ class HfGPTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with _readable(resume_from_checkpoint):
             if self.is_fsdp_enabled:
-                load_shards(saved_tensors(self.model), Path(resume_from_checkpoint))
+                load_shards(saved_tensors(self.unwrapped), Path(resume_from_checkpoint))
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @property
+    def unwrapped(self) -> torch.nn.Module:
+        """The model itself; with FSDP, `model` may be a compiled one, with other names of weights."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _load_best_model(self):
         if self.is_fsdp_enabled:
@@ -653,7 +658,7 @@ class HfGPTTrainer(Trainer):
         """With FSDP, Trainer saves shards of the weights, or none; here it is always the whole model."""
         with explain_full_disk(output_dir or self.args.output_dir, self._following()):
             if self.is_fsdp_enabled:
-                self._save(output_dir, gather_weights(self.accelerator.unwrap_model(self.model)))
+                self._save(output_dir, gather_weights(self.unwrapped))
             else:
                 super().save_model(output_dir, _internal_call)
 

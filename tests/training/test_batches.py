@@ -191,6 +191,7 @@ def test_one_process_has_the_whole_model(monkeypatch):
             {},
             r"FSDP1 is not supported: set .*fsdp_config\.version to 2$",
         ),
+        ({"fsdp": True, "auto_find_batch_size": True}, {}, "auto_find_batch_size cannot be combined with FSDP"),
         ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported: set fsdp_version to 2 in"),
         (
             {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
