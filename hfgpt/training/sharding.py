@@ -20,6 +20,7 @@ from torch.distributed import checkpoint
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 
 from hfgpt.adapters import is_adapted
 from hfgpt.errors import InputError
@@ -102,9 +103,9 @@ def load_shards(tensors: dict[str, torch.Tensor], folder: Path):
         checkpoint.load(tensors, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)))
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path):
+def save_optimizer(optimizer: torch.optim.Optimizer, checkpoint_folder: Path):
     """Saves the state dict of an optimizer: each process its shards, and the main process everything else."""
-    state_dict = optimizer.state_dict()
+    state_dict, folder = optimizer.state_dict(), checkpoint_folder / SHARDS_FOLDER
     shards = {}
     for index, state in state_dict["state"].items():
         shards |= {f"{index}.{name}": value for name, value in state.items() if isinstance(value, DTensor)}
@@ -114,24 +115,23 @@ def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path):
         torch.save(state_dict, folder / REST_FILE)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path):
-    """Loads a state dict that `save_optimizer` saved, into an optimizer on any number of processes."""
-    state_dict = torch.load(folder / REST_FILE, map_location="cpu", weights_only=True)
+def load_optimizer(optimizer: torch.optim.Optimizer, checkpoint_folder: Path):
+    """Loads the state dict of a checkpoint, saved by `save_optimizer` or as a whole, on any number of processes."""
+    folder = checkpoint_folder / SHARDS_FOLDER
+    file = folder / REST_FILE if folder.is_dir() else checkpoint_folder / OPTIMIZER_NAME
+    state_dict = torch.load(file, map_location="cpu", weights_only=True)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    shards = {}
-    saved = checkpoint.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    for name, tensor in saved.items():
-        index, _, field = name.partition(".")
-        shards[name] = torch.empty_like(parameters[int(index)], dtype=tensor.properties.dtype)
-        state_dict["state"].setdefault(int(index), {})[field] = shards[name]
-    load_shards(shards, folder)
-    optimizer.load_state_dict(state_dict)
-
-
-def load_whole_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]):
-    """Loads an ordinary state dict into an optimizer of sharded parameters."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, state in state_dict["state"].items():
-        of_shape = {name for name, value in state.items() if getattr(value, "shape", None) == parameters[index].shape}
-        state |= {name: shard_like(state[name], parameters[index]) for name in of_shape}
+    if folder.is_dir():
+        shards = {}
+        saved = checkpoint.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        for name, tensor in saved.items():
+            index, _, field = name.partition(".")
+            shards[name] = torch.empty_like(parameters[int(index)], dtype=tensor.properties.dtype)
+            state_dict["state"][int(index)][field] = shards[name]
+        load_shards(shards, folder)
+    else:
+        for index, state in state_dict["state"].items():
+            shape = parameters[index].shape
+            of_shape = [name for name, value in state.items() if getattr(value, "shape", None) == shape]
+            state |= {name: shard_like(state[name], parameters[index]) for name in of_shape}
     optimizer.load_state_dict(state_dict)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 
 from hfgpt.adapters import is_adapted, saved_tensors
@@ -50,12 +50,10 @@ from hfgpt.training.gradients import PairwiseSums
 from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
 from hfgpt.training.sharding import (
-    SHARDS_FOLDER,
     gather_weights,
     gather_whole,
     load_optimizer,
     load_shards,
-    load_whole_optimizer,
     plan_shards,
     save_optimizer,
     shard_on_cpu,
@@ -619,7 +617,7 @@ class HfGPTTrainer(Trainer):
         """With FSDP, Trainer would save pickles, and the weights as shards that only FSDP can load."""
         if not self.is_fsdp_enabled:
             return super()._save_optimizer_and_scheduler(output_dir)
-        save_optimizer(self.optimizer, Path(output_dir) / SHARDS_FOLDER)
+        save_optimizer(self.optimizer, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -628,23 +626,14 @@ class HfGPTTrainer(Trainer):
             if checkpoint is None:
                 return
             settings, rates = _settings_of(self.optimizer), getattr(self.lr_scheduler, "base_lrs", [])
-            self._load_states(Path(checkpoint))
+            # Trainer could not load a state that was saved with FSDP without it, or the other way round.
+            load_optimizer(self.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
             for before, now in zip(settings, _settings_of(self.optimizer), strict=True):
                 if changed := [name for name in before.keys() & now.keys() if now[name] != before[name]]:
                     raise ValueError(f"{changed[0]} of its optimizer is {now[changed[0]]!r}")
             _check_moments(getattr(self.optimizer, "optimizer", self.optimizer))
             _check_schedule(self.lr_scheduler, rates)
-
-    def _load_states(self, checkpoint: Path):
-        """Loads optimizer and schedule, saved with or without FSDP."""
-        if not self.is_fsdp_enabled and not (checkpoint / SHARDS_FOLDER).is_dir():
-            return super()._load_optimizer_and_scheduler(str(checkpoint))
-        if (checkpoint / SHARDS_FOLDER).is_dir():
-            load_optimizer(self.optimizer, checkpoint / SHARDS_FOLDER)
-        else:
-            saved = torch.load(checkpoint / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-            load_whole_optimizer(self.optimizer, saved)
-        self.lr_scheduler.load_state_dict(torch.load(checkpoint / SCHEDULER_NAME, weights_only=True))
 
     def _load_scaler(self, checkpoint: str | None):
         with _readable(checkpoint):

@@ -51,7 +51,7 @@ evaluation: {max_answers: 2, max_new_tokens: 4}
 }
 # Forks share one import of torch.
 SCRIPT = """
-import os, signal, sys, time
+import os, signal, sys, time, traceback
 from functools import partial
 import torch
 from rich.console import Console
@@ -172,6 +172,8 @@ def run_on(processes, port, *functions):
             for function in functions:
                 function()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(status)
