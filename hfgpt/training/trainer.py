@@ -646,10 +646,11 @@ class HfGPTTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """With FSDP, Trainer saves shards of the weights, or none; here it is always the whole model."""
         with explain_full_disk(output_dir or self.args.output_dir, self._following()):
-            if self.is_fsdp_enabled:
-                self._save(output_dir, gather_weights(self.unwrapped))
-            else:
-                super().save_model(output_dir, _internal_call)
+            if not self.is_fsdp_enabled:
+                return super().save_model(output_dir, _internal_call)
+            weights = gather_weights(self.unwrapped)  # by all processes
+            if self.args.should_save:
+                self._save(output_dir, weights)
 
     def _following(self) -> str:
         """Advice for a full disk."""
