@@ -227,6 +227,15 @@ def base_of(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     return model.get_base_model() if is_adapted(model) else model
 
 
+def saved_tensors(model: "PreTrainedModel | PeftModel") -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint of a model, or of its adapter, has, by their names there; not copied."""
+    if is_adapted(model):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Number of trainable and of all parameters, tied ones counted once; a byte of 4-bit weights counts as two."""
     trained = everything = 0

@@ -421,7 +421,8 @@ def plan(context: typer.Context, recipe: RecipeName, as_json: AsJson = False):
     from hfgpt.commands.plan import plan_recipe, render_plan
 
     estimate = plan_recipe(loaded)
-    _print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
+    if loaded.training.process_index == 0:
+        _print(json.dumps(estimate.to_dict()) if as_json else render_plan(estimate))
 
 
 @app.command()

@@ -51,8 +51,8 @@ TYPES = {
     "dict": "a mapping like {a: b}",
     "NoneType": "null",
 }
-# Keys that may differ when a run is resumed: they do not affect what is learned, or (the precision) are compared as
-# resolved on the machine.
+# Keys that may differ when a run is resumed: they do not affect what is learned (FSDP only changes the order of sums),
+# or (the precision) are compared as resolved on the machine.
 RESUMABLE = (
     "evaluation.",
     "hub.",
@@ -61,6 +61,7 @@ RESUMABLE = (
     "training.output_dir",
     "training.bf16",
     "training.fp16",
+    "training.fsdp",
     "training.logging_",
     "training.save_",
     "training.eval_",

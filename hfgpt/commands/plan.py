@@ -3,6 +3,7 @@
 from hfgpt.output import output_width, render_pairs
 from hfgpt.recipe import Recipe
 from hfgpt.runs.first_pass import prepare_first_pass
+from hfgpt.runs.run import main_process_first
 from hfgpt.tasks import TASKS
 from hfgpt.training.estimate import Estimate, describe_steps, plan_run
 
@@ -17,7 +18,8 @@ def plan_recipe(recipe: Recipe) -> Estimate:
         InputError: As the run itself would.
     """
     task = TASKS[recipe.task]
-    data = task.load(recipe, characters=CHARACTERS)
+    with main_process_first():
+        data = task.load(recipe, characters=CHARACTERS)
     model = task.build(recipe, data)
     estimate = plan_run(model, recipe.training, data.row_length, data.train_rows, SECONDS)
     if recipe.training.max_steps <= 0:
@@ -43,7 +45,7 @@ def render_plan(estimate: Estimate) -> str:
         ("tokens", f"{estimate.tokens:,}"),
         ("FLOPs per token", f"{estimate.flops_per_token:.3g}, forward and backward"),
         ("FLOPs", f"{estimate.flops:.3g}"),
-        ("speed", f"{estimate.tokens_per_second:,.0f} tokens/s on {estimate.device}"),
+        ("speed", f"{_speed(estimate)} on {estimate.device}"),
         ("time", f"{_duration(estimate.seconds)}, not including evaluation"),
     ]
     if not estimate.process_bytes:  # an accelerator
@@ -51,12 +53,27 @@ def render_plan(estimate: Estimate) -> str:
     if first := estimate.first_pass:
         memory = f"{first.memory_bytes / mib:,.1f} MiB"
         rows.insert(-6, ("first pass", f"{describe_steps(first)}, {_duration(first.seconds)}, {memory}"))
-        total = _duration(first.seconds + estimate.seconds)
+        known = first.seconds is not None and estimate.seconds is not None
+        total = _duration(first.seconds + estimate.seconds if known else None)
         rows[-1] = ("time", f"{_duration(estimate.seconds)}, {total} with the first pass; not including evaluation")
+    if estimate.processes > 1:
+        sharing = ", each with a part of the model" if estimate.gathered_bytes else ", each with the whole model"
+        rows.insert(1, ("processes", f"{estimate.processes}{sharing}; memory is that of each"))
+        rows_per_step = ("rows per step", f"at most {estimate.rows_per_process:,} in each process")
+        rows.insert([name for name, _ in rows].index("steps") + 1, rows_per_step)
+    if estimate.gathered_bytes:
+        gathered = ("memory: gathered weights", f"{estimate.gathered_bytes / mib:,.1f} MiB (of other processes)")
+        rows.insert([name for name, _ in rows].index("memory: gradients"), gathered)
     return render_pairs(rows, output_width())
 
 
-def _duration(seconds: float) -> str:
+def _speed(estimate: Estimate) -> str:
+    return f"{estimate.tokens_per_second:,.0f} tokens/s" if estimate.tokens_per_second else "unknown"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"

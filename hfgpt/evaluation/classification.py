@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfgpt.data.collators import padding_collator
 from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import in_double
+from hfgpt.evaluation.spread import Map
 from hfgpt.output import drawable
 
 
@@ -100,8 +101,7 @@ def measure_classifier(
     model: nn.Module,
     batches: Iterable[dict[str, torch.Tensor]],
     labels: list[str],
-    gather: Callable | None = None,
-    on_batch: Callable[[], None] | None = None,
+    spread: Map = map,
 ) -> ClassifierResult:
     """Predicts every row, in evaluation mode.
 
@@ -109,25 +109,24 @@ def measure_classifier(
         model: A sequence classifier; its training mode is restored.
         batches: `input_ids`, `attention_mask` and `labels` (B), on any device.
         labels: Class names in the order of their ids.
-        gather: Gathers per-row tensors from all processes and drops repeated rows (`Accelerator.gather_for_metrics`).
-        on_batch: Called after each batch, for a progress bar.
+        spread: Applies the model to the batches, in one process or several.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     nll, predictions, references = 0.0, [], []
-    for batch in batches:
+
+    def classify(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = {name: value.to(device) for name, value in batch.items()}
         right = batch.pop("labels")
         logits = model(**batch, use_cache=False).logits.float()  # (B, classes)
         losses = in_double(nn.functional.cross_entropy(logits, right, reduction="none"))
-        rows = (losses, logits.argmax(-1), right)
-        losses, predicted, right = gather(rows) if gather else rows
+        return losses, logits.argmax(-1), right
+
+    for losses, predicted, right in spread(classify, batches):
         nll += losses.sum().item()
         predictions += predicted.tolist()
         references += right.tolist()
-        if on_batch:
-            on_batch()
     model.train(was_training)
     return ClassifierResult(nll, predictions, references, labels)
 

@@ -1,5 +1,6 @@
 """Evaluation of instruction-following: greedy answers and their exact match."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hfgpt.data.templates import encode_chat
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import generate_ids
+from hfgpt.evaluation.spread import Map
 
 Conversation = Sequence[dict[str, str]]
 
@@ -56,6 +58,7 @@ def generate_answers(
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     batch_size: int,
+    spread: Map = map,
 ) -> list[Answer]:
     """Generates answers by greedy decoding.
 
@@ -65,6 +68,7 @@ def generate_answers(
         conversations: Each ends with the reference answer, which the model does not see.
         max_new_tokens: Maximum number of tokens per answer; less if the context ends earlier.
         batch_size: Prompts per batch, grouped by length.
+        spread: Applies the model to the batches, in one process or several.
 
     Returns:
         The answers, in the order of the conversations.
@@ -75,12 +79,12 @@ def generate_answers(
     end, context = tokenizer.eos_token_id, model.config.max_position_embeddings
     padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     prompts = [encode_question(conversation, tokenizer, context) for conversation in conversations]
-    answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     # Prompts with less room than max_new_tokens run alone: in a batch, they would truncate the other answers.
     roomy = [index for index in order if context - len(prompts[index]) >= max_new_tokens]
     batches = [roomy[start : start + batch_size] for start in range(0, len(roomy), batch_size)]
-    for chosen in [*batches, *([index] for index in order[len(roomy) :])]:
+
+    def answer(chosen: list[int]) -> list[Answer]:
         longest = len(prompts[chosen[-1]])
         room = min(max_new_tokens, context - longest)
         rows = [[padding] * (longest - len(prompts[index])) + prompts[index] for index in chosen]
@@ -94,12 +98,18 @@ def generate_answers(
             eos_token_id=end,
             pad_token_id=padding,
         )[:, longest:]
+        answers = []
         for index, ids in zip(chosen, generated.tolist(), strict=True):
             finished = end in ids
             text = tokenizer.decode(ids[: ids.index(end)] if finished else ids, skip_special_tokens=True)
             *before, last = conversations[index]
-            answers[index] = Answer(list(before), last["content"].strip(), text.strip(), finished)
-    return [answers[index] for index in range(len(conversations))]
+            answers.append(Answer(list(before), last["content"].strip(), text.strip(), finished))
+        return answers
+
+    batches += [[index] for index in order[len(roomy) :]]
+    answers = itertools.chain.from_iterable(spread(answer, batches))
+    of_conversation = dict(zip(itertools.chain.from_iterable(batches), answers, strict=True))
+    return [of_conversation[index] for index in range(len(conversations))]
 
 
 def match_answers(answers: Sequence[Answer], prefix: str = "eval") -> dict[str, float | int]:

@@ -7,11 +7,13 @@ Source: Jelinek et al., "Perplexity: a measure of the difficulty of speech recog
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from hfgpt.evaluation.spread import Map
 
 
 @dataclass
@@ -78,16 +80,14 @@ def in_double(values: torch.Tensor) -> torch.Tensor:
 def measure_perplexity(
     model: nn.Module,
     batches: Iterable[dict[str, torch.Tensor]],
-    gather: Callable | None = None,
-    on_batch: Callable[[], None] | None = None,
+    spread: Map = map,
 ) -> Perplexity:
     """Measures the perplexity of a model over batches of blocks, in evaluation mode.
 
     Args:
         model: A causal language model; its training mode is restored.
         batches: See `row_nll`, on any device.
-        gather: Gathers per-row tensors from all processes and drops repeated rows (`Accelerator.gather_for_metrics`).
-        on_batch: Called after each batch, for a progress bar.
+        spread: Applies `row_nll` to the batches, in one process or several.
 
     Raises:
         ValueError: There are no tokens to predict.
@@ -96,13 +96,13 @@ def measure_perplexity(
     model.eval()
     nll, tokens = 0.0, 0
     device = next(model.parameters()).device
-    for batch in batches:
-        rows = row_nll(model, {name: value.to(device) for name, value in batch.items()})
-        row_sums, row_tokens = gather(rows) if gather else rows
+
+    def measure(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return row_nll(model, {name: value.to(device) for name, value in batch.items()})
+
+    for row_sums, row_tokens in spread(measure, batches):
         nll += row_sums.sum().item()
         tokens += int(row_tokens.sum())
-        if on_batch:
-            on_batch()
     model.train(was_training)
     if tokens == 0:
         raise ValueError("the evaluation data has no tokens to predict")

@@ -20,7 +20,7 @@ from hfgpt.saving import CHECKSUMS_FILE, remove_leftovers, write_checksums
 from hfgpt.tasks.preparation import context_length
 from hfgpt.tasks.task import Data
 from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
-from hfgpt.training.estimate import Estimate, describe_steps, plan_run
+from hfgpt.training.estimate import Estimate, describe_steps, describe_time, plan_run
 from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 
@@ -44,7 +44,7 @@ class FirstPass:
         """Text and cost in one line."""
         return (
             f"first pass (section pretraining): language modeling on {len(self.blocks.stream):,} tokens of training "
-            f"text; {describe_steps(self.estimate)}, about {self.estimate.seconds:,.0f} s"
+            f"text; {describe_steps(self.estimate)}; {describe_time(self.estimate)}"
         )
 
 
@@ -150,6 +150,8 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         use_cpu=recipe.training.use_cpu,
         bf16=recipe.training.bf16,
         fp16=recipe.training.fp16,
+        fsdp=recipe.training.fsdp,
+        fsdp_config=recipe.training.fsdp_config,
     )
 
 

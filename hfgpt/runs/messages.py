@@ -14,7 +14,7 @@ from hfgpt.runs.first_pass import FirstPass
 from hfgpt.runs.training import Training
 from hfgpt.saving import quote_path
 from hfgpt.tasks.task import Data, Task
-from hfgpt.training.estimate import Estimate, describe_steps
+from hfgpt.training.estimate import Estimate, describe_steps, describe_time
 from hfgpt.training.hardware import describe_device
 
 
@@ -44,12 +44,13 @@ def describe_start(
         f"{counted(model.config.num_hidden_layers, 'layers')}, {counted(model.config.num_attention_heads, 'heads')}, "
         f"hidden size {model.config.hidden_size}",
         f"trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
-        f"device: {describe_device(arguments.device)}; {counted(arguments.world_size, 'processes')}; {precision}; "
+        f"device: {describe_device(arguments.device)}; {counted(arguments.world_size, 'processes')}"
+        f"{', each with a part of the model (FSDP)' if arguments.is_sharded else ''}; {precision}; "
         f"attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
         *([first.describe()] if first else []),
-        f"{'second pass' if recipe.pretraining else 'training'}: {describe_steps(estimate)}; about "
-        f"{estimate.seconds:,.0f} s at {estimate.tokens_per_second:,.0f} tokens/s",
+        f"{'second pass' if recipe.pretraining else 'training'}: {describe_steps(estimate)}; "
+        f"{describe_time(estimate)}",
     ]
     if is_new and recipe.model.path is None and data.labels is None:  # random weights
         size = model.config.vocab_size
@@ -59,8 +60,10 @@ def describe_start(
 
 def describe_end(task: Task, metrics: dict[str, Any], samples: Sequence[str], training: Training) -> str:
     """The lines printed at the end of a run: metrics, actual and planned time, sample outputs."""
+    planned = training.estimate.seconds
     lines = [
-        f"{task.describe(metrics)}; {training.seconds:.0f} s of training (planned {training.estimate.seconds:.0f})",
+        f"{task.describe(metrics)}; {training.seconds:.0f} s of training"
+        f"{'' if planned is None else f' (planned {planned:.0f})'}",
         *(f"sample: {text}" for text in samples),
     ]
     return "\n".join(lines)

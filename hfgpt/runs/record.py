@@ -27,7 +27,7 @@ def describe_run(recipe: Recipe, training: Training, data: Data, samples: dict[s
         samples: `texts` of the trained model, and the sampling settings.
         started: `time.perf_counter` at the start of the run.
     """
-    folder, model = Path(recipe.training.output_dir), training.trainer.model
+    folder, model = Path(recipe.training.output_dir), training.trainer.unwrapped
     network, tokens = base_of(model), data.count_tokens_seen(training.trainer.state, training.estimate)
     record = dataclasses.replace(
         RunRecord.read(folder),  # written before training

@@ -14,6 +14,7 @@ from torch import distributed
 from transformers import PreTrainedModel, TrainerCallback
 
 from hfgpt.errors import InputError, Interrupted
+from hfgpt.evaluation.spread import all_see, map_over_processes
 from hfgpt.hub import HubArguments
 from hfgpt.hub.card import write_card
 from hfgpt.hub.folder import read_records
@@ -21,7 +22,7 @@ from hfgpt.hub.usage import Place
 from hfgpt.models import find_model
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
-from hfgpt.records import write_metrics
+from hfgpt.records import RECIPE_FILE, write_metrics
 from hfgpt.runs.first_pass import after_first_pass, is_first_pass_finished, prepare_first_pass, run_first_pass
 from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
 from hfgpt.runs.messages import describe_end, describe_next, describe_start
@@ -99,14 +100,17 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     trainer = build_trainer(recipe, model, data)
     training = run_training(trainer, estimate, checkpoint, console, callbacks)
 
-    # 6. Save in all processes, then evaluate the saved weights in one.
+    # 6. Save in all processes, then evaluate the saved weights in all that see them.
     save_run(trainer, folder)
-    if not is_main:
+    spread = map_over_processes if all_see(folder / RECIPE_FILE) else map
+    if spread is map and not is_main:
         return {}
     console.print(f"evaluating the saved weights on the {task.measured_split} split")
     with resumable_evaluation(folder):
         saved = find_model(str(folder)).load().to(arguments.device)
-        measured = task.measure(saved, data, recipe, console)
+        measured = task.measure(saved, data, recipe, console, spread)
+        if not is_main:
+            return {}
         samples = task.sample(saved, data, recipe)
 
     # 7. Write the records; the model card is last and marks the run as finished.

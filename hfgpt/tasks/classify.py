@@ -35,6 +35,7 @@ from hfgpt.evaluation.classification import (
     predict,
 )
 from hfgpt.evaluation.generation import unknown_token_id
+from hfgpt.evaluation.spread import Map
 from hfgpt.models import SavedModel, load_classifier
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, find_tokenizer, warn_of_small_vocabulary
@@ -120,10 +121,12 @@ class Classification:
             "measure": functools.partial(measure_classifier, labels=data.labels),
         }
 
-    def measure(self, model: PreTrainedModel, data: ClassificationData, recipe: Recipe, console: Console) -> Measured:
+    def measure(
+        self, model: PreTrainedModel, data: ClassificationData, recipe: Recipe, console: Console, spread: Map = map
+    ) -> Measured:
         batch_size = recipe.training.per_device_eval_batch_size
         validated, tested = (
-            measure_rows(model, data.tokenizer, data.splits[split], data.labels, batch_size)
+            measure_rows(model, data.tokenizer, data.splits[split], data.labels, batch_size, spread)
             for split in ("validation", "test")
         )
         metrics = tested.to_dict()
@@ -177,11 +180,16 @@ class Classification:
 
 
 def measure_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    labels: list[str],
+    batch_size: int,
+    spread: Map = map,
 ) -> ClassifierResult:
     """Predicts the rows of a split in batches of similar length."""
     loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
-    return measure_classifier(model, loader, labels)
+    return measure_classifier(model, loader, labels, spread)
 
 
 def allowed_for_classes(result: ClassifierResult, validation_rows: int) -> dict[str, float]:

@@ -31,6 +31,7 @@ from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.evaluation.instructions import Answer, encode_question, generate_answers, match_answers
 from hfgpt.evaluation.judge import check_judge, judge_answers
 from hfgpt.evaluation.perplexity import measure_perplexity
+from hfgpt.evaluation.spread import Map
 from hfgpt.models import SavedModel
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
@@ -108,11 +109,13 @@ class Instructions:
     def trainer_arguments(self, recipe: Recipe, data: InstructionData) -> dict[str, Any]:
         return {"data_collator": padding_collator(data.tokenizer)}
 
-    def measure(self, model: PreTrainedModel, data: InstructionData, recipe: Recipe, console: Console) -> Measured:
+    def measure(
+        self, model: PreTrainedModel, data: InstructionData, recipe: Recipe, console: Console, spread: Map = map
+    ) -> Measured:
         batch_size = recipe.training.per_device_eval_batch_size
-        metrics = measure_rows(model, data.tokenizer, data.splits["test"], batch_size)
+        metrics = measure_rows(model, data.tokenizer, data.splits["test"], batch_size, spread)
         return measure_answers(
-            model, data.tokenizer, data.conversations["test"], recipe.evaluation, console, before=metrics
+            model, data.tokenizer, data.conversations["test"], recipe.evaluation, console, metrics, spread
         )
 
     def sample(self, model: PreTrainedModel, data: InstructionData, recipe: Recipe) -> dict[str, Any]:
@@ -176,11 +179,11 @@ class Instructions:
 
 
 def measure_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int, spread: Map = map
 ) -> dict[str, Any]:
     """Loss and perplexity over the answer tokens."""
     loader = DataLoader(sorted_by_length(rows), batch_size=batch_size, collate_fn=padding_collator(tokenizer))
-    return measure_perplexity(model, loader).to_dict()
+    return measure_perplexity(model, loader, spread).to_dict()
 
 
 def measure_answers(
@@ -190,15 +193,17 @@ def measure_answers(
     evaluation: AnswerEvaluationArguments,
     console: Console,
     before: dict[str, Any],
+    spread: Map = map,
 ) -> Measured:
     """Generates greedy answers to the last question of each conversation and scores them.
 
     Args:
         before: Other metrics, placed first in the result.
+        spread: See `generate_answers`.
     """
     chosen = conversations[: evaluation.max_answers]
     with console.status(f"generating {counted(len(chosen), 'answers')}"):
-        answers = generate_answers(model, tokenizer, chosen, evaluation.max_new_tokens, evaluation.batch_size)
+        answers = generate_answers(model, tokenizer, chosen, evaluation.max_new_tokens, evaluation.batch_size, spread)
     flipped = flips(len(answers))
     allowed = dict.fromkeys(("eval_exact_match", "eval_normalised_match"), flipped / len(answers))
     allowed["eval_unfinished_answers"] = flipped

@@ -24,6 +24,7 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation import EvaluationArguments
 from hfgpt.evaluation.generation import SamplingArguments, encode_prompt, generate_texts
 from hfgpt.evaluation.perplexity import Perplexity, measure_perplexity
+from hfgpt.evaluation.spread import Map
 from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, warn_of_small_vocabulary
@@ -90,9 +91,11 @@ class Pretraining:
     def trainer_arguments(self, recipe: Recipe, data: PretrainingData) -> dict[str, Any]:
         return {}
 
-    def measure(self, model: PreTrainedModel, data: PretrainingData, recipe: Recipe, console: Console) -> Measured:
-        batch_size = recipe.training.per_device_eval_batch_size
-        return Measured(measure_blocks(model, data.tokenizer, data.splits["validation"], data.report, batch_size))
+    def measure(
+        self, model: PreTrainedModel, data: PretrainingData, recipe: Recipe, console: Console, spread: Map = map
+    ) -> Measured:
+        blocks, batch_size = data.splits["validation"], recipe.training.per_device_eval_batch_size
+        return Measured(measure_blocks(model, data.tokenizer, blocks, data.report, batch_size, spread))
 
     def sample(self, model: PreTrainedModel, data: PretrainingData, recipe: Recipe) -> dict[str, Any]:
         """One continuation of each of the recipe's prompts, and how it was sampled."""
@@ -193,6 +196,7 @@ def measure_blocks(
     blocks: BlockDataset | MixedBlocks,
     report: DataReport,
     batch_size: int,
+    spread: Map = map,
 ) -> dict[str, Any]:
     """Token-weighted metrics of a model, with their names in `metrics.json`.
 
@@ -203,9 +207,10 @@ def measure_blocks(
         report: Sizes of that split. If it has unknown tokens, they are counted instead of reporting bits per byte,
             since the bytes they stand for were not predicted.
         batch_size: Blocks per batch.
+        spread: See `measure_perplexity`.
     """
     loader = DataLoader(blocks, batch_size=batch_size, collate_fn=default_data_collator)
-    result: Perplexity = measure_perplexity(model, loader)
+    result: Perplexity = measure_perplexity(model, loader, spread)
     sizes = report.splits["validation"]
     if sizes.unknown_tokens:
         return result.to_dict() | {"eval_unknown_tokens": sizes.unknown_tokens}

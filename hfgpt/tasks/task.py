@@ -11,6 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from hfgpt.data.report import DataReport
+from hfgpt.evaluation.spread import Map
 from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
 from hfgpt.training.estimate import Estimate
@@ -124,8 +125,10 @@ class Task(Protocol):
     def trainer_arguments(self, recipe: Recipe, data: Data) -> dict[str, Any]:
         """Task-specific arguments of `HfGPTTrainer`: collator, loss, measure."""
 
-    def measure(self, model: PreTrainedModel, data: Data, recipe: Recipe, console: Console) -> Measured:
-        """Evaluates a saved model on the held-out rows."""
+    def measure(
+        self, model: PreTrainedModel, data: Data, recipe: Recipe, console: Console, spread: Map = map
+    ) -> Measured:
+        """Evaluates a saved model on the held-out rows, in one process or in several, see `Map`."""
 
     def sample(self, model: PreTrainedModel, data: Data, recipe: Recipe) -> dict[str, Any]:
         """`texts` that the model produces for the recipe's prompts, and the sampling settings."""

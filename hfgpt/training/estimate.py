@@ -28,7 +28,7 @@ from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
 
 @dataclass
 class Estimate:
-    """The estimated cost of a run.
+    """The estimated cost of a run; memory is that of each process.
 
     Args:
         parameters: Trainable parameters, tied ones counted once.
@@ -40,8 +40,12 @@ class Estimate:
             may be smaller.
         steps: Optimizer steps.
         flops_per_token: FLOPs per token, forward and backward.
-        tokens_per_second: Measured by the benchmark on this machine; None if it was not run.
+        tokens_per_second: Measured by the benchmark on this machine; None if it was not run, or if the whole model, of
+            which each process will have a part, does not fit on one device.
         device: Device of the benchmark.
+        gathered_bytes: With FSDP, memory for weights of other processes during a step.
+        processes: Number of processes of the run.
+        rows_per_process: Rows of an optimizer step in each process.
         share: Fraction of the training text that was tokenized to estimate the number of steps.
         first_pass: Cost of a classifier's first pass, not included in the other fields.
     """
@@ -57,13 +61,16 @@ class Estimate:
     tokens_per_second: float | None = None
     device: str | None = None
     process_bytes: int = 0
+    gathered_bytes: int = 0
+    processes: int = 1
+    rows_per_process: int = 1
     share: float = 1.0
     first_pass: "Estimate | None" = None
 
     @property
     def memory_bytes(self) -> int:
         tensors = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
-        return tensors + self.process_bytes
+        return tensors + self.gathered_bytes + self.process_bytes
 
     @property
     def tokens(self) -> int:
@@ -104,16 +111,33 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
     steps = math.ceil(arguments.num_train_epochs * steps_per_epoch)
     if arguments.max_steps > 0:
         steps = arguments.max_steps
+    shards = arguments.world_size if arguments.is_sharded else 1
     return Estimate(
         parameters=parameters,
-        weights_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        gradients_bytes=4 * parameters,
-        optimizer_bytes=optimizer_bytes,
+        weights_bytes=_weights_bytes(model) // shards,
+        gradients_bytes=4 * parameters // shards,
+        optimizer_bytes=optimizer_bytes // shards,
         activations_bytes=_activations_bytes(model.config, arguments, block_size),
         tokens_per_step=round((blocks - left_out) * block_size / steps_per_epoch),
         steps=steps,
         flops_per_token=training_flops_per_token(model.config, block_size),
+        gathered_bytes=_gathered_bytes(model, arguments) if arguments.is_sharded else 0,
+        processes=arguments.world_size,
+        rows_per_process=arguments.rows_per_process,
     )
+
+
+def _weights_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _gathered_bytes(model: PreTrainedModel, arguments: HfGPTTrainingArguments) -> int:
+    """Bytes of the weights that FSDP keeps whole during a step: two blocks, and everything outside of the blocks."""
+    width = 2 if arguments.bf16 or arguments.fp16 else 4
+    sizes = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        sizes[".layers." in f".{name}"] += width * parameter.numel()
+    return sizes[False] + sizes[True] * min(2, model.config.num_hidden_layers) // model.config.num_hidden_layers
 
 
 def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, length: int) -> int:
@@ -147,7 +171,8 @@ def probe_tokens_per_second(
         arguments.output_dir = folder  # Trainer creates it
         try:
             trainer = HfGPTTrainer(model=copy.deepcopy(model), args=arguments)
-            model, optimizer = trainer.model.train(), trainer.create_optimizer()
+            model = trainer.model.train().to(arguments.device)  # with FSDP, Trainer would move it later
+            optimizer = trainer.create_optimizer()
             trainer.create_scheduler(num_training_steps=1)
         # Arguments that Trainer rejects are reported here, before anything is written.
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
@@ -195,6 +220,13 @@ def _synchronize(device: torch.device):
         torch.accelerator.synchronize()
 
 
+def describe_time(estimate: Estimate) -> str:
+    """The time and speed of a run, as in `about 12 s at 1,234 tokens/s`."""
+    if estimate.seconds is None:
+        return "time unknown, since the whole model does not fit on one device for a benchmark"
+    return f"about {estimate.seconds:,.0f} s at {estimate.tokens_per_second:,.0f} tokens/s"
+
+
 def describe_steps(estimate: Estimate) -> str:
     """The number of steps and their size, as in `500 steps of 2,048 tokens on average`."""
     return f"{counted(estimate.steps, 'steps')} of {estimate.tokens_per_step:,} tokens on average"
@@ -206,8 +238,12 @@ def plan_run(
     """`estimate_run`, plus the memory of this process and the speed of this machine from a benchmark of `seconds`."""
     estimate = estimate_run(model, arguments, block_size, blocks)
     if arguments.device.type == "cpu":
-        estimate.process_bytes = max(process_memory_bytes() - estimate.weights_bytes, 0)
-    speed = probe_tokens_per_second(model, arguments, block_size, seconds)
-    estimate.tokens_per_second = arguments.world_size * speed
+        estimate.process_bytes = max(process_memory_bytes() - _weights_bytes(model), 0)
     estimate.device = describe_device(arguments.device)
+    try:
+        speed = probe_tokens_per_second(model, arguments, block_size, seconds)
+        estimate.tokens_per_second = arguments.world_size * speed
+    except torch.OutOfMemoryError:
+        if not arguments.is_sharded:
+            raise
     return estimate

@@ -8,9 +8,11 @@ from collections import defaultdict
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hfgpt.errors import InputError
 from hfgpt.training.hardware import has_native_bf16
+from hfgpt.training.sharding import gather_whole, shard_like
 
 
 class Muon(torch.optim.Muon):
@@ -19,11 +21,14 @@ class Muon(torch.optim.Muon):
     torch.optim.Muon converts each gradient to bfloat16. On a processor without native bfloat16, its products take
     about twenty times as long as in float32, and longer than the training step itself. There, matrices of the same
     shape are also orthogonalized as a batch. Everything else (momentum, state, hyperparameters) is torch's.
+
+    A sharded matrix is orthogonalized whole, in every process; its momentum stays sharded.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
-        if has_native_bf16(self.param_groups[0]["params"][0].device):
+        first = self.param_groups[0]["params"][0]
+        if has_native_bf16(first.device) and not isinstance(first, DTensor):
             return super().step(closure)
         loss = None
         if closure is not None:
@@ -33,7 +38,9 @@ class Muon(torch.optim.Muon):
             by_shape = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
+                    # Only one matrix at a time is gathered, since the whole model may not fit in memory.
+                    key = parameter if isinstance(parameter, DTensor) else parameter.shape
+                    by_shape[key].append(parameter)
             for parameters in by_shape.values():
                 self._step_together(parameters, group)
         return loss
@@ -46,15 +53,19 @@ class Muon(torch.optim.Muon):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-            updates.append(parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
-        updates = orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+            update = parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+            updates.append(gather_whole(update))
+        updates = torch.stack(updates)
+        if has_native_bf16(updates.device):
+            updates = updates.bfloat16()
+        updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = parameters[0].shape
         ratio = max(1, rows / columns) ** 0.5
         if group["adjust_lr_fn"] == "match_rms_adamw":
             ratio = 0.2 * max(rows, columns) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * ratio)
+            parameter.add_(shard_like(update.to(parameter.dtype), parameter), alpha=-group["lr"] * ratio)
 
 
 def orthogonalize(
@@ -65,7 +76,7 @@ def orthogonalize(
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # the iteration converges below a spectral norm of one
-    if x.shape[-1] < 2 * x.shape[-2]:
+    if x.shape[-1] < 2 * x.shape[-2] or x.dtype == torch.bfloat16:  # in which the other products lose precision
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

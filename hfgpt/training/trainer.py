@@ -20,11 +20,13 @@ from typing import Any, Literal
 import datasets
 import torch
 from accelerate.utils import gather_object, parse_flag_from_env
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 
-from hfgpt.adapters import is_adapted
+from hfgpt.adapters import is_adapted, saved_tensors
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.report import counted
 from hfgpt.errors import STOP_SIGNALS, InputError
@@ -52,6 +54,15 @@ from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.gradients import PairwiseSums
 from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.optimizers import MuonFactory, MuonWithAdamW
+from hfgpt.training.sharding import (
+    gather_weights,
+    gather_whole,
+    load_optimizer,
+    load_shards,
+    plan_shards,
+    save_optimizer,
+    shard_on_cpu,
+)
 from hfgpt.training.speed import SpeedMeter
 from hfgpt.training.trackers import check_installed
 
@@ -137,6 +148,8 @@ class HfGPTTrainingArguments(TrainingArguments):
             learning rate. On a CPU it is noticed at the same step, on an accelerator at the next logging step,
             evaluation or checkpoint.
         max_rollbacks: Number of rollbacks after which a run that diverges again stops.
+        fsdp: Fully sharded data parallelism (FSDP2): divide weights, gradients and optimizer state among the
+            processes; a single process keeps all. `fsdp_config` has its settings.
         disable_tqdm: Whether transformers' own progress bars are off.
         push_to_hub: Not supported: use the section `hub`.
     """
@@ -148,6 +161,7 @@ class HfGPTTrainingArguments(TrainingArguments):
     decay_all_parameters: bool = False
     on_divergence: Literal["stop", "rollback"] = "stop"
     max_rollbacks: int = 3
+    fsdp: bool = False
     logging_steps: float = 10
     # Trainer's default synchronizes with the device at every micro-batch, and hides non-finite losses.
     logging_nan_inf_filter: bool = False
@@ -171,8 +185,6 @@ class HfGPTTrainingArguments(TrainingArguments):
             )
         check_installed(self.report_to)
         device = torch.device("cpu") if self.use_cpu else find_device()
-        if device.type == "cpu" and (self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
-            raise InputError("training.fsdp has no effect on a CPU, where each process has the whole model: unset it")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_native_bf16(device)
         if self.dataloader_pin_memory is None:
@@ -181,11 +193,18 @@ class HfGPTTrainingArguments(TrainingArguments):
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
         _check_precision(self)
+        if self.parallelism_config is not None or parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+            raise InputError(
+                "training with a parallelism_config (tensor or context parallelism) is not supported: remove it, and "
+                "divide the model among processes with training.fsdp"
+            )
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise InputError(
                 "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
                 "among processes: leave it out"
             )
+        self.fsdp_plugin_args = plan_shards(self)
+        self.fsdp = self.fsdp and self.is_sharded  # Trainer would refuse it on one process
         if self.global_batch_size is not None:
             self._check_global_batch(self.global_batch_size, self.world_size)
         if self.on_divergence not in ("stop", "rollback"):
@@ -226,10 +245,21 @@ class HfGPTTrainingArguments(TrainingArguments):
         return not self.auto_find_batch_size and self.train_sampling_strategy != "batch_rebalance"
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process has only a part of the weights, by FSDP."""
+        return self.fsdp_plugin_args is not None
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step, in all processes."""
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         return rows if self.global_batch_size is None else self.global_batch_size
+
+    @property
+    def rows_per_process(self) -> int:
+        """The most rows of an optimizer step that one process takes."""
+        rounds = count_rounds(self, self.rows_per_step)
+        return min(rounds * self.per_device_train_batch_size, self.rows_per_step)
 
     @property
     def batches_per_step(self) -> int:
@@ -304,8 +334,8 @@ class HfGPTTrainer(Trainer):
     """Trainer for causal language models, and for classifiers with a suitable `measure` and loss.
 
     Args:
-        measure: Called by `evaluate` with the model, the batches, `gather` and `on_batch`; its result has
-            `to_dict(prefix)`.
+        measure: Called by `evaluate` with the model, the batches, and `spread`, see `measure_perplexity`; its result
+            has `to_dict(prefix)`.
         args, kwargs: Arguments of `transformers.Trainer`; blocks of equal length do not need a collator.
     """
 
@@ -320,11 +350,14 @@ class HfGPTTrainer(Trainer):
         **kwargs,
     ):
         is_stream = isinstance(train_dataset, IterableDataset) or not has_length(train_dataset)
-        # Whether the rows of each step are known in advance. Ranks of a tensor-parallel group must have the same rows,
-        # which accelerate's batches take care of.
-        self.has_step_batches = (
-            args.has_fixed_batches and not is_stream and getattr(args, "parallelism_config", None) is None
-        )
+        if isinstance(model, torch.nn.Module) and any(isinstance(weight, DTensor) for weight in model.parameters()):
+            # With tensor parallelism, processes need the same rows, but different dropout for their attention heads.
+            raise InputError(
+                "the model was divided among processes when it was loaded (distributed_config or tp_plan), which is "
+                "not supported in training: load it without, and set training.fsdp"
+            )
+        # Whether the rows of each step are known in advance.
+        self.has_step_batches = args.has_fixed_batches and not is_stream
         if args.global_batch_size is not None and train_dataset is not None:
             if not self.has_step_batches:
                 raise InputError("training.global_batch_size needs a dataset with a length: remove it")
@@ -359,6 +392,13 @@ class HfGPTTrainer(Trainer):
                     "fused": True,
                 },
             )
+
+    def create_accelerator_and_postprocess(self):
+        """Accelerate ignores FSDP on a CPU."""
+        super().create_accelerator_and_postprocess()
+        if self.args.is_sharded and self.args.device.type == "cpu":
+            shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's batches depend on the number of processes, and on the random state at the start of an epoch.
@@ -441,7 +481,8 @@ class HfGPTTrainer(Trainer):
         self.is_filler = self.batches is not None and index >= self.batches.count_batches(self.state.global_step)
         torch.manual_seed(draw_seed(self.args.seed, self.state.global_step, index))
         syncs_each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-        if self.args.device.type == "cpu" and not syncs_each and (self.sums is None or self.sums.model is not model):
+        sums_pairwise = self.args.device.type == "cpu" and not self.is_fsdp_enabled and not syncs_each
+        if sums_pairwise and (self.sums is None or self.sums.model is not model):
             self.sums = PairwiseSums(model)
         try:
             loss = super().training_step(model, *args, **kwargs)
@@ -480,8 +521,9 @@ class HfGPTTrainer(Trainer):
             grad_norm: Gradient norm of the last step.
             check_weights: Whether to check the weights, too.
         """
-        finite = not check_weights or all(parameter.isfinite().all() for parameter in self.model.parameters())
-        norm = 0.0 if grad_norm is None else float(grad_norm)
+        weights = self.model.parameters() if check_weights else ()
+        finite = all(gather_whole(weight.isfinite().all()) for weight in weights)
+        norm = 0.0 if grad_norm is None else float(gather_whole(grad_norm))
         # float16 gradients overflow occasionally: the scaler then skips the step and halves its scale. At a scale
         # below 1 the gradient itself is too large: DeepSpeed and Megatron also stop then.
         if not math.isfinite(norm) and self.accelerator.scaler and self.accelerator.scaler.get_scale() >= 1:
@@ -526,7 +568,7 @@ class HfGPTTrainer(Trainer):
             raise InputError(f"{fault}, and '{checkpoint}' is damaged: {damage}; rerun the command with --resume")
         rates = [group["lr"] for group in self.optimizer.param_groups]
         schedule = copy.deepcopy(self.lr_scheduler.state_dict())
-        self._load_from_checkpoint(str(checkpoint), self.model_wrapped if self.is_fsdp_enabled else None)
+        self._load_from_checkpoint(str(checkpoint))
         self._load_optimizer_and_scheduler(str(checkpoint))
         self._load_scaler(str(checkpoint))
         self.lr_scheduler.load_state_dict(schedule)
@@ -565,17 +607,18 @@ class HfGPTTrainer(Trainer):
         start = time.perf_counter()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.compute_loss_context_manager():
-            result = self.measure(
-                self.model,
-                dataloader,
-                gather=self.accelerator.gather_for_metrics,
-                on_batch=lambda: self.callback_handler.on_prediction_step(self.args, self.state, self.control),
-            )
+            result = self.measure(self.model, dataloader, spread=self._evaluate_batches)
         metrics = result.to_dict(metric_key_prefix)
         metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate_batches(self, function: Callable[[Any], Any], batches: DataLoader) -> Iterator[Any]:
+        """The results for the rows of all processes, of which accelerate repeats some to fill the last batches."""
+        for batch in batches:
+            yield self.accelerator.gather_for_metrics(function(batch))
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> float:
         """Trainer iterates over all parameters at every micro-batch, and ignores attention and the output head."""
@@ -656,10 +699,6 @@ class HfGPTTrainer(Trainer):
             if reason:
                 raise InputError(f"process {rank} could not save its part of the checkpoint: {reason}")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str):
-        with self._noting_errors(output_dir):
-            super()._save_optimizer_and_scheduler(output_dir)
-
     def _save_rng_state(self, output_dir: str):
         with self._noting_errors(output_dir):
             super()._save_rng_state(output_dir)
@@ -715,14 +754,39 @@ class HfGPTTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with _readable(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.is_fsdp_enabled:
+                load_shards(saved_tensors(self.unwrapped), Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @property
+    def unwrapped(self) -> torch.nn.Module:
+        """The model itself; with FSDP, `model` may be a compiled one, with other names of weights."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str):
+        """With FSDP, Trainer would save pickles, and the weights as shards that only FSDP can load."""
+        with self._noting_errors(output_dir):
+            if not self.is_fsdp_enabled:
+                return super()._save_optimizer_and_scheduler(output_dir)
+            save_optimizer(self.optimizer, Path(output_dir))
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None):
         with _readable(checkpoint):
             if checkpoint is None:
                 return
             settings, rates = _settings_of(self.optimizer), getattr(self.lr_scheduler, "base_lrs", [])
-            super()._load_optimizer_and_scheduler(checkpoint)
+            # Trainer could not load a state that was saved with FSDP without it, or the other way round.
+            load_optimizer(self.optimizer, Path(checkpoint))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
             for before, now in zip(settings, _settings_of(self.optimizer), strict=True):
                 if changed := [name for name in before.keys() & now.keys() if now[name] != before[name]]:
                     raise ValueError(f"{changed[0]} of its optimizer is {now[changed[0]]!r}")
@@ -738,11 +802,16 @@ class HfGPTTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """With FSDP, Trainer saves shards of the weights, or none; here it is always the whole model."""
         folder = output_dir or self.args.output_dir
         # Internal calls are those of `_save_checkpoint`.
         noting = self._noting_errors(folder) if _internal_call else explain_full_disk(folder, self._following())
         with noting:
-            super().save_model(output_dir, _internal_call)
+            if not self.is_fsdp_enabled:
+                return super().save_model(output_dir, _internal_call)
+            weights = gather_weights(self.unwrapped)  # by all processes
+            if self.args.should_save:
+                self._save(output_dir, weights)
 
     def _following(self) -> str:
         """Advice for a full disk."""

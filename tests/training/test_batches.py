@@ -177,12 +177,59 @@ def test_a_stream_with_a_length_is_read_in_its_own_order(make_model, tmp_path):
     assert HfGPTTrainer(make_model(), options, train_dataset=Stream()).train().global_step == 2
 
 
-def test_fsdp_on_a_cpu_is_refused(monkeypatch):
-    with pytest.raises(InputError, match=r"training\.fsdp has no effect on a CPU"):
-        arguments(fsdp="full_shard")
+def test_one_process_has_the_whole_model(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match=r"training\.fsdp has no effect on a CPU"):
-        arguments()
+    alone = arguments(fsdp=True)
+    assert (alone.fsdp, alone.is_sharded) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "environment", "message"),
+    [
+        (
+            {"fsdp": True, "fsdp_config": {"version": 1}},
+            {},
+            r"FSDP1 is not supported: set .*fsdp_config\.version to 2$",
+        ),
+        ({"fsdp": True, "auto_find_batch_size": True}, {}, "auto_find_batch_size cannot be combined with FSDP"),
+        ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1 is not supported: set fsdp_version to 2 in"),
+        (
+            {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+            {},
+            r"draws other dropout in the backward pass: .* set training\.gradient_checkpointing instead$",
+        ),
+        (
+            {"parallelism_config": {"tp_size": 2}},
+            {},
+            r"parallelism_config \(tensor or context parallelism\) is not sup",
+        ),
+        ({}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, r"divide the model among processes with training\.fsdp$"),
+    ],
+)
+def test_parallelism_that_would_train_another_model_is_refused(fields, environment, message, monkeypatch):
+    monkeypatch.setattr(HfGPTTrainingArguments, "world_size", 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        arguments(**fields)
+
+
+def test_fsdp_on_the_cpu_of_a_machine_with_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(HfGPTTrainingArguments, "world_size", 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(
+        InputError, match=r"needs a machine without a GPU: set CUDA_VISIBLE_DEVICES to an empty string$"
+    ):
+        arguments(fsdp=True)
+
+
+def test_gradients_are_summed_in_float32_with_fsdp(monkeypatch):
+    monkeypatch.setattr(HfGPTTrainingArguments, "world_size", 2)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    found = HfGPTTrainingArguments(output_dir="none", use_cpu=True, bf16=True, fsdp=True)
+    policy = found.fsdp_plugin_args["mixed_precision_policy"]
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
 
 
 def test_a_global_batch_and_accumulation_are_refused_together():

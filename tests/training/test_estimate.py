@@ -18,7 +18,7 @@ from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training import estimate as module
 from hfgpt.training import hardware
-from hfgpt.training.estimate import estimate_run, plan_run, probe_tokens_per_second
+from hfgpt.training.estimate import describe_time, estimate_run, plan_run, probe_tokens_per_second
 from hfgpt.training.flops import count_matrix_parameters, training_flops_per_token
 from hfgpt.training.trainer import HfGPTTrainingArguments
 
@@ -192,6 +192,43 @@ def test_a_plan_says_what_its_memory_includes(make_model, make_arguments):
     shown = re.sub(" +", " ", render_plan(estimate))
     assert "memory: libraries and data 600.0 MiB (this process now)" in shown
     assert f"memory: total {estimate.memory_bytes / 2**20:.1f} MiB\n" in shown
+
+
+def test_a_plan_says_what_each_process_holds(make_model, make_arguments, monkeypatch):
+    model = make_model()
+    fields = {"global_batch_size": 24, "per_device_train_batch_size": 4}
+    alone = estimate_run(model, make_arguments(**fields), 16, 100)
+    assert (alone.processes, alone.rows_per_process, alone.gathered_bytes) == (1, 24, 0)
+    monkeypatch.setattr(HfGPTTrainingArguments, "world_size", 4)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    whole, part = (estimate_run(model, make_arguments(fsdp=fsdp, **fields), 16, 100) for fsdp in (False, True))
+    assert (whole.processes, whole.rows_per_process) == (part.processes, part.rows_per_process) == (4, 8)
+    for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes"):
+        assert getattr(whole, name) == getattr(alone, name) == 4 * getattr(part, name)
+    assert (part.steps, part.activations_bytes) == (whole.steps, whole.activations_bytes)
+    assert part.gathered_bytes == whole.weights_bytes, "both of its blocks, the embeddings and the last norm"
+    deep = make_model(num_hidden_layers=6)
+    outside = deep.num_parameters() - sum(weight.numel() for weight in deep.model.layers.parameters())
+    block = sum(weight.numel() for weight in deep.model.layers[0].parameters())
+    assert estimate_run(deep, make_arguments(fsdp=True), 16, 100).gathered_bytes == 4 * (outside + 2 * block)
+
+    monkeypatch.setattr(module, "probe_tokens_per_second", lambda *args: 100.0)
+    shown = re.sub(" +", " ", render_plan(plan_run(model, make_arguments(**fields), 16, 100)))
+    assert "processes 4, each with the whole model; memory is that of each\n" in shown
+    assert "rows per step at most 8 in each process\n" in shown
+    assert "gathered" not in shown
+    # If the benchmark has no memory for the whole model, the run may still have enough for its part.
+    monkeypatch.setattr(module, "probe_tokens_per_second", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    estimate = plan_run(model, make_arguments(fsdp=True, **fields), 16, 100)
+    assert (estimate.tokens_per_second, estimate.seconds) == (None, None)
+    shown = re.sub(" +", " ", render_plan(estimate))
+    assert "processes 4, each with a part of the model; memory is that of each\n" in shown
+    assert "memory: gathered weights 0." in shown
+    assert "speed unknown on" in shown
+    assert "time unknown, not including" in shown
+    assert describe_time(estimate).startswith("time unknown, since the whole model does not fit on one device")
+    with pytest.raises(torch.OutOfMemoryError):
+        plan_run(model, make_arguments(**fields), 16, 100)
 
 
 @pytest.mark.parametrize(
