@@ -13,9 +13,9 @@ Example:
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
+from hfgpt.data.encoding import NO_END, Encoding
 from hfgpt.data.parts import Part
 from hfgpt.data.prepared import FORMAT_VERSION, Folder, Preparation
-from hfgpt.data.streams import NO_END, Encoding
 from hfgpt.data.writing import Job, Output, Rules, finish_preparation, start_preparation, tokenize_part
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import unknown_token_id

@@ -20,10 +20,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import datasets
 
+from hfgpt.data.encoding import Encoding
 from hfgpt.data.parts import find_parts
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, SourceArguments
-from hfgpt.data.streams import Encoding
 from hfgpt.data.writing import Output, Rules, list_jobs, tokenize_part
 from hfgpt.demo_corpus import generate_stories
 from hfgpt.tokenizer import train_tokenizer

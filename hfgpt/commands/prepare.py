@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hfgpt.building import find_base_model
 from hfgpt.data.duplicates import find_repeated
+from hfgpt.data.encoding import NO_END, Encoding, load_gigatoken
 from hfgpt.data.parts import Part, find_parts, fingerprint_parts
 from hfgpt.data.prepared import (
     FORMAT_VERSION,
@@ -31,7 +32,7 @@ from hfgpt.data.prepared import (
 from hfgpt.data.processes import run_in_processes
 from hfgpt.data.report import DataReport, counted
 from hfgpt.data.sources import SETTINGS, reading_of
-from hfgpt.data.streams import NO_END, Encoding, count_cores
+from hfgpt.data.streams import count_cores
 from hfgpt.data.writing import (
     REASONS,
     Job,
@@ -242,10 +243,11 @@ def _describe_size(
     folder: Folder, name: str, waiting: list[Job], jobs: list[Job], encoding: Encoding, console: Console
 ):
     """Prints the size of the source, and how much disk space its tokens need."""
+    encoder = "gigatoken" if load_gigatoken(encoding.backend) else "tokenizers (gigatoken is faster, if installed)"
     sizes = [job.part.bytes for job in jobs]
     known = None not in sizes
     size = f"{_readable(sum(sizes))} in " if known else ""
-    console.print(f"{name}: {size}{counted(len(jobs), 'parts')}, {len(waiting):,} to prepare")
+    console.print(f"{name}: {size}{counted(len(jobs), 'parts')}, {len(waiting):,} to prepare with {encoder}")
     texts, held = [], 0
     for text in read_training_texts([dataclasses.replace(jobs[0], is_alone=False)]):
         texts.append(text[:SAMPLE_CHARACTERS])

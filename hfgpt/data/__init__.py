@@ -3,6 +3,7 @@
 rows.py             any Hub id, file, URL, folder or glob -> rows, split by split; files.py reads the files
 splits.py           which texts go to validation and test
 sources.py          rows of text -> documents, split for training and validation; cache.py caches them for the next run
+encoding.py         texts -> token ids
 streams.py          documents -> one stream of tokens
 blocks.py           one stream of tokens -> fixed-length blocks
 parts.py            a source of any size -> parts

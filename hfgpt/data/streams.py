@@ -6,33 +6,22 @@ vocabularies). A later run with the same texts and tokenizer uses the cached tok
 
 import bisect
 import functools
-import hashlib
 import itertools
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Self
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import LargeList, Value
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.cache import map_rows
+from hfgpt.data.encoding import NO_END, Encoding, encode_texts
 from hfgpt.errors import InputError
 
 FORMAT_VERSION = 2  # part of the fingerprint: other versions are not found in the cache
-# Characters per call of the tokenizer: about a second of work.
-BATCH_CHARACTERS = 1 << 20
 # Starting a process takes about as long as tokenizing this much text.
 BYTES_PER_PROCESS = 8 << 20
-# GPT-2's pre-tokenizer always splits between these two characters, in any context.
-CUT = re.compile(r"[!-~]\n(?=[!-~])")
-NO_END = "the tokenizer does not have an eos_token to end documents with: set tokenizer.eos_token"
 
 
 class TokenStream:
@@ -125,55 +114,6 @@ def tokenize_documents(
     return stream
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """How texts become token ids: plain values, so that other processes can encode in the same way.
-
-    Args:
-        backend: The tokenizer as JSON, without the truncation and padding settings of earlier calls.
-        encode_special_tokens: Whether "<|endoftext|>" in a text is encoded as plain text rather than as the special
-            token; not part of the JSON.
-        end: Id of the end-of-text token; None: there is none.
-        token_type: `uint16` if all ids fit, else `uint32`.
-    """
-
-    backend: str
-    encode_special_tokens: bool
-    end: int | None
-    token_type: str
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
-        """The encoding of a tokenizer.
-
-        Raises:
-            InputError: It is not a fast tokenizer.
-        """
-        if not tokenizer.is_fast:
-            raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer: use one with a tokenizer.json")
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-        largest = max(backend.get_vocab(with_added_tokens=True).values())
-        special = tokenizer.backend_tokenizer.encode_special_tokens
-        return cls(backend.to_str(), special, tokenizer.eos_token_id, "uint16" if largest < 2**16 else "uint32")
-
-    def encode(self, texts: Sequence[str], append_eos: bool) -> pa.Table:
-        """The column `input_ids` of texts, as a LargeList; see `tokenize_documents`."""
-        end = [self.end] if append_eos else []
-        return _encode_texts(texts, self.backend, self.encode_special_tokens, end).cast(self.schema)
-
-    @property
-    def schema(self) -> pa.Schema:
-        """The schema of token files."""
-        return datasets.Features({"input_ids": LargeList(Value(self.token_type))}).arrow_schema
-
-    @property
-    def sha256(self) -> str:
-        """Fingerprint; equal for tokenizers that give the same tokens."""
-        return hashlib.sha256(json.dumps([self.backend, self.encode_special_tokens, self.end]).encode()).hexdigest()
-
-
 def count_cores() -> int:
     """The cores available to this process, on Linux; elsewhere all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -183,76 +123,4 @@ def _encode(
     batch: pa.Table, backend: str, encode_special_tokens: bool, end: list[int], version: int
 ) -> dict[str, pa.Array]:
     """Tokenizes a batch of texts; runs in each process of `map`."""
-    return _encode_texts([text.as_py() for text in batch["text"]], backend, encode_special_tokens, end)
-
-
-def _encode_texts(texts: Sequence[str], backend: str, encode_special_tokens: bool, end: list[int]) -> pa.Table:
-    tokenizer = _load_backend(backend)
-    tokenizer.encode_special_tokens = encode_special_tokens
-    tokens, ends, size = [], [0], 0
-    for pieces in _batch_pieces(texts, _can_cut(backend)):
-        try:
-            encodings = tokenizer.encode_batch_fast([text for text, _ in pieces], add_special_tokens=False)
-        # The Rust library raises a bare Exception if the vocabulary has no unknown token.
-        except Exception as error:
-            raise InputError(f"the tokenizer cannot encode all of the text ({error}): use another one") from error
-        for encoding, (_, ends_document) in zip(encodings, pieces, strict=True):
-            ids = np.array(encoding.ids + (end if ends_document else []), dtype=np.uint32)
-            tokens.append(ids)
-            size += len(ids)
-            if ends_document:
-                ends.append(size)
-    return pa.table({"input_ids": pa.LargeListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(tokens)))})
-
-
-@functools.lru_cache(maxsize=1)
-def _load_backend(backend: str) -> Tokenizer:
-    return Tokenizer.from_str(backend)
-
-
-@functools.lru_cache(maxsize=1)
-def _can_cut(backend: str) -> bool:
-    """Whether cutting a text at `CUT` leaves its tokens unchanged.
-
-    True for GPT-2's pre-tokenizer (https://github.com/openai/gpt-2, encoder.py): its pattern joins only a space, never
-    a line feed, with a following letter, and a single line feed is always a separate word. Added tokens must not span
-    the cut.
-    """
-    layout = json.loads(backend)
-    words = layout["pre_tokenizer"] or {}
-    is_gpt2 = words.get("type") == "ByteLevel" and not words["add_prefix_space"] and words.get("use_regex", True)
-    return (
-        is_gpt2
-        and layout["normalizer"] is None
-        and not any(
-            "\n" in token["content"] or token["lstrip"] or token["rstrip"] or token["single_word"]
-            for token in layout["added_tokens"]
-        )
-    )
-
-
-def _cut_text(text: str, can_cut: bool) -> Iterator[str]:
-    """Cuts long texts: tokenization takes about 130 bytes of memory per character (measured on 22 million)."""
-    start = 0
-    while can_cut and len(text) - start > BATCH_CHARACTERS:
-        found = CUT.search(text, start + BATCH_CHARACTERS)
-        if not found:
-            break
-        yield text[start : found.end()]
-        start = found.end()
-    yield text[start:] if start else text
-
-
-def _batch_pieces(texts: Iterable[str], can_cut: bool) -> Iterator[list[tuple[str, bool]]]:
-    """Batches of about BATCH_CHARACTERS characters, as lists of (piece, whether it ends a document)."""
-    batch, size = [], 0
-    for text in texts:
-        pieces = list(_cut_text(text, can_cut))
-        for number, piece in enumerate(pieces, start=1):
-            batch.append((piece, number == len(pieces)))
-            size += len(piece)
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
+    return encode_texts([text.as_py() for text in batch["text"]], backend, encode_special_tokens, end)

@@ -18,6 +18,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from hfgpt.data.duplicates import BANDS, sign_texts
+from hfgpt.data.encoding import BATCH_CHARACTERS, Encoding
 from hfgpt.data.parts import Part
 from hfgpt.data.prepared import (
     CARD,
@@ -37,7 +38,6 @@ from hfgpt.data.report import DataReport
 from hfgpt.data.rows import is_unicode
 from hfgpt.data.sources import unusable_reason
 from hfgpt.data.splits import divide, seeded_digest
-from hfgpt.data.streams import BATCH_CHARACTERS, Encoding
 from hfgpt.errors import InputError
 from hfgpt.saving import hash_file
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hfgpt.data.encoding import Encoding
 from hfgpt.data.files import find_files, find_token_files, hash_files, is_url
 from hfgpt.data.parts import find_parts
 from hfgpt.data.prepared import SPLITS, PreparedData, find_prepared
 from hfgpt.data.report import DataReport
 from hfgpt.data.sources import SETTINGS, DataArguments, load_all_documents, load_documents, reading_of, shorten
-from hfgpt.data.streams import Encoding, TokenStream, tokenize_documents
+from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.data.token_files import named_tokenizer, open_token_files
 from hfgpt.data.writing import Rules, list_jobs, read_texts
 from hfgpt.errors import InputError

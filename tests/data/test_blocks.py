@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, default_data_collator
 
-from hfgpt.data import streams
+from hfgpt.data import encoding
 from hfgpt.data.blocks import BlockDataset, count_blocks
 from hfgpt.data.cache import remove_abandoned
 from hfgpt.data.report import DataReport
@@ -92,7 +92,7 @@ def token_files(tmp_path):
 @contextlib.contextmanager
 def forbid_tokenizing():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams.Tokenizer, "encode_batch_fast", None)  # cached tokens do not even call the tokenizer
+        patch.setattr(encoding.Tokenizer, "encode_batch_fast", None)  # cached tokens do not even call the tokenizer
         yield
 
 
@@ -199,7 +199,7 @@ def test_two_real_processes_at_once(stored_documents, tmp_path):
 
 
 def test_several_processes_give_the_same_stream_as_one(stored_documents, tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "BATCH_CHARACTERS", 20)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 20)
     texts = [TEXTS[i % 4] * (i % 7 + 1) for i in range(200)]
     one = tokenize_documents(documents(texts), char_tokenizer(), num_proc=1)
     two = tokenize_documents(stored_documents(texts), char_tokenizer(), num_proc=2)
@@ -218,27 +218,27 @@ def test_several_processes_give_the_same_stream_as_one(stored_documents, tmp_pat
 def test_a_long_document_tokenized_in_pieces_gives_the_same_tokens(pieces):
     text = "".join(pieces)
     tokenizer = byte_level_tokenizer("ab\n\n\na ab\nab's a\r\n." * 9)
-    assert streams._can_cut(tokenizer.backend_tokenizer.to_str())
+    assert encoding._can_cut(tokenizer.backend_tokenizer.to_str())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "BATCH_CHARACTERS", 3)
-        parts = list(streams._cut_text(text, True))
+        patch.setattr(encoding, "BATCH_CHARACTERS", 3)
+        parts = list(encoding._cut_text(text, True))
     assert "".join(parts) == text
     ids = [token for part in parts for token in tokenizer.encode(part)]
     assert ids == tokenizer.encode(text)
 
 
 def test_only_documents_for_gpt2_like_tokenizers_are_split(monkeypatch):
-    monkeypatch.setattr(streams, "BATCH_CHARACTERS", 4)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 4)
     text = "ab\nab ab\nab\n\nab.\nab" * 5
     tokenizer = byte_level_tokenizer(text)
     stream = tokenize_documents(documents([text]), tokenizer)
     assert tokens_of(stream) == [*tokenizer.encode(text), tokenizer.eos_token_id]
     assert stream.offsets.tolist() == [0, len(stream)]
-    assert len(list(streams._cut_text(text, True))) > 5
+    assert len(list(encoding._cut_text(text, True))) > 5
     spaced = copy.deepcopy(tokenizer)
     spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     for other in (char_tokenizer(), spaced):
-        assert not streams._can_cut(other.backend_tokenizer.to_str())
+        assert not encoding._can_cut(other.backend_tokenizer.to_str())
 
 
 def test_a_full_disk_raises_and_leaves_no_files(stored_documents, tmp_path):
@@ -261,7 +261,7 @@ def test_an_interrupt_leaves_no_files_and_those_of_a_killed_run_are_removed_afte
         raise KeyboardInterrupt
 
     rows = stored_documents()
-    monkeypatch.setattr(streams, "_cut_text", interrupt)
+    monkeypatch.setattr(encoding, "_cut_text", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tokenize_documents(rows, char_tokenizer())
     assert token_files(tmp_path) == []

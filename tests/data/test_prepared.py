@@ -455,7 +455,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from hfgpt.data.parts import find_parts
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, SourceArguments
-from hfgpt.data.streams import Encoding
+from hfgpt.data.encoding import Encoding
 from hfgpt.data.writing import Output, Rules, list_jobs, tokenize_part
 
 backend = Tokenizer(models.WordLevel({"[end]": 0, "[other]": 1, "the": 2}, unk_token="[other]"))
