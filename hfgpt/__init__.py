@@ -20,7 +20,7 @@ _LAZY = {
     "HfGPTForCausalLM": "modeling_hfgpt",
     "HfGPTForSequenceClassification": "modeling_hfgpt",
     "HfGPTTrainer": "training.trainer",
-    "HfGPTTrainingArguments": "training.trainer",
+    "HfGPTTrainingArguments": "training.arguments",
     "InputError": "errors",
 }
 __all__ = [*_LAZY, "__version__"]

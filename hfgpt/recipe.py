@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # `section_types` imports them, and torch, after the keys hav
     from hfgpt.evaluation import AnswerEvaluationArguments, ClassifierEvaluationArguments, EvaluationArguments
     from hfgpt.hub import HubArguments
     from hfgpt.tokenizer import TokenizerArguments
-    from hfgpt.training.trainer import FirstPassArguments, HfGPTTrainingArguments
+    from hfgpt.training.arguments import FirstPassArguments, HfGPTTrainingArguments
 
 # Sections that have an effect only if the recipe contains them.
 OPTIONAL = ("pretraining", "adapters", "hub")
@@ -189,7 +189,7 @@ def _parse(task: str, tree: dict[str, Any], overrides: list[str], where: Callabl
 
 def _train_from_scratch(training: Namespace, tree: dict[str, Any], overrides: list[str]):
     """Sets the defaults for training from scratch, except for keys set in the recipe or by an override."""
-    from hfgpt.training.trainer import FROM_SCRATCH
+    from hfgpt.training.arguments import FROM_SCRATCH
 
     given = {*tree.get("training", {}), *(override.partition("=")[0] for override in overrides)}
     for key, value in FROM_SCRATCH.items():
@@ -437,7 +437,7 @@ def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:
 
 def _resolved_values(values: Namespace, sections: dict[str, Any]) -> dict[str, Any]:
     """The values of all sections without empty keys; for `training`, those in `LEARNED` and non-default values."""
-    from hfgpt.training.trainer import LEARNED
+    from hfgpt.training.arguments import LEARNED
 
     resolved: dict[str, Any] = {"task": values.task}
     for section, arguments in sections.items():

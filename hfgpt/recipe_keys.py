@@ -59,17 +59,17 @@ def _sections(data: str, training: str, evaluation: str, **more: str) -> dict[st
 # The dataclass of each section of each task, in the order of a recipe.
 SECTIONS: dict[str, dict[str, str]] = {
     "pretrain": _sections(
-        "data.sources.DataArguments", "training.trainer.HfGPTTrainingArguments", "evaluation.EvaluationArguments"
+        "data.sources.DataArguments", "training.arguments.HfGPTTrainingArguments", "evaluation.EvaluationArguments"
     ),
     "classify": _sections(
         "data.classification.ClassificationDataArguments",
-        "training.trainer.FineTuningArguments",
+        "training.arguments.FineTuningArguments",
         "evaluation.ClassifierEvaluationArguments",
-        pretraining="training.trainer.FirstPassArguments",
+        pretraining="training.arguments.FirstPassArguments",
     ),
     "instruct": _sections(
         "data.instructions.InstructionDataArguments",
-        "training.trainer.FineTuningArguments",
+        "training.arguments.FineTuningArguments",
         "evaluation.AnswerEvaluationArguments",
     ),
 }

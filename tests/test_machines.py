@@ -24,7 +24,7 @@ from hfgpt.modeling_hfgpt import HfGPTPreTrainedModel
 from hfgpt.recipe import find_recipe, recipe_folder
 from hfgpt.recipe_keys import check_overrides, section_keys
 from hfgpt.records import RunRecord
-from hfgpt.training.trainer import HfGPTTrainingArguments
+from hfgpt.training.arguments import HfGPTTrainingArguments
 
 FOLDER = recipe_folder() / "machines"
 ACCELERATE = {"ddp.yaml": (8, 1), "fsdp.yaml": (8, 1), "two-machines.yaml": (16, 2)}

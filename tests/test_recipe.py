@@ -24,7 +24,7 @@ from hfgpt.recipe import (
     render_recipe,
     section_types,
 )
-from hfgpt.training.trainer import FROM_SCRATCH, LEARNED
+from hfgpt.training.arguments import FROM_SCRATCH, LEARNED
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"), key=lambda path: path.stem)
 PRETRAIN = section_types("pretrain")

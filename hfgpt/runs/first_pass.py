@@ -19,9 +19,10 @@ from hfgpt.runs.training import run_training, save_run
 from hfgpt.saving import CHECKSUMS_FILE, remove_leftovers, write_checksums
 from hfgpt.tasks.preparation import context_length
 from hfgpt.tasks.task import Data
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.checkpoints import choose_checkpoint, list_checkpoints
 from hfgpt.training.estimate import Estimate, describe_steps, describe_time, plan_run
-from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+from hfgpt.training.trainer import HfGPTTrainer
 
 
 @dataclass

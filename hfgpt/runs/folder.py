@@ -25,8 +25,8 @@ from hfgpt.saving import (
 )
 from hfgpt.tasks.task import Data
 from hfgpt.tokenizer import tokenizer_hash
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.checkpoints import choose_checkpoint, find_last_checkpoint, remove_later_checkpoints, step_of
-from hfgpt.training.trainer import HfGPTTrainingArguments
 
 LENGTH = ("training.max_steps", "training.num_train_epochs")
 

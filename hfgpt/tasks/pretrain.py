@@ -30,8 +30,8 @@ from hfgpt.recipe import Recipe
 from hfgpt.tasks.preparation import build_recipe_model, context_length, warn_of_small_vocabulary
 from hfgpt.tasks.task import ALL_ROWS, NO_TEXTS, Data, Measured
 from hfgpt.tasks.text import Tokens, load_all_tokens, load_tokens
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.estimate import Estimate
-from hfgpt.training.trainer import HfGPTTrainingArguments
 
 
 @dataclass(kw_only=True)

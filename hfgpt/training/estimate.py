@@ -20,10 +20,11 @@ from transformers.trainer_utils import IntervalStrategy
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.report import counted
 from hfgpt.errors import InputError
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import describe_device, process_memory_bytes
 from hfgpt.training.optimizers import hidden_matrix_names
-from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+from hfgpt.training.trainer import HfGPTTrainer
 
 
 @dataclass

@@ -766,7 +766,7 @@ def test_a_bfloat16_run_can_be_measured_on_a_machine_without_bfloat16(run, monke
     recipe = (run / "recipe.yaml").read_text()
     assert "bf16: false" in recipe
     (run / "recipe.yaml").write_text(recipe.replace("bf16: false", "bf16: true"))
-    monkeypatch.setattr("hfgpt.training.trainer.has_native_bf16", lambda device: False)
+    monkeypatch.setattr("hfgpt.training.arguments.has_native_bf16", lambda device: False)
     assert _find_rows(read_records(run), []).training.bf16 is False
 
 

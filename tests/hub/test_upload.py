@@ -27,7 +27,7 @@ from hfgpt.hub.upload import Target, check_login, upload, verify
 from hfgpt.models import load_model
 from hfgpt.recipe import load_recipe
 from hfgpt.saving import hash_file
-from hfgpt.training.trainer import HfGPTTrainingArguments
+from hfgpt.training.arguments import HfGPTTrainingArguments
 
 TARGET = Target("me/model")
 

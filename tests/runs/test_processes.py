@@ -64,7 +64,8 @@ from hfgpt.evaluation.spread import map_over_processes
 from hfgpt.recipe import load_recipe
 from hfgpt.runs import run as runs
 from hfgpt.training import estimate
-from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+from hfgpt.training.arguments import HfGPTTrainingArguments
+from hfgpt.training.trainer import HfGPTTrainer
 
 probe = estimate.probe_tokens_per_second
 estimate.probe_tokens_per_second = lambda *args, **kwargs: probe(*args[:3], seconds=0.02)

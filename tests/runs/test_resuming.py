@@ -20,9 +20,10 @@ from hfgpt.saving import hash_file, write_checksums
 from hfgpt.tasks.pretrain import Pretraining
 from hfgpt.tasks.task import Data
 from hfgpt.training import checkpoints
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.batches import count_rounds
 from hfgpt.training.checkpoints import list_checkpoints, step_of
-from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+from hfgpt.training.trainer import HfGPTTrainer
 
 TEXT = "The fox saw the hen. The hen saw the fox. Neither said a word about it.\n" * 40
 

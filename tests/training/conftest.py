@@ -11,7 +11,8 @@ from transformers import PrinterCallback
 from hfgpt.data.blocks import BlockDataset
 from hfgpt.data.streams import TokenStream
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
-from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+from hfgpt.training.arguments import HfGPTTrainingArguments
+from hfgpt.training.trainer import HfGPTTrainer
 
 TOKENS = Features({"input_ids": LargeList(Value("uint16"))})
 # Accelerate runs the garbage collector after every training; what is imported by now need not be scanned.

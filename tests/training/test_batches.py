@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from hfgpt.data.blocks import IGNORED
 from hfgpt.errors import InputError
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.batches import RowOrder, StepBatches, count_rounds, draw_seed, ignore_labels
 from hfgpt.training.gradients import PairwiseSums
-from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+from hfgpt.training.trainer import HfGPTTrainer
 
 
 def of_processes(processes: int, index: int = 0, **fields) -> SimpleNamespace:

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 
 from hfgpt.adapters import AdapterArguments, attach_adapter
 from hfgpt.errors import InputError
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.checkpoints import find_damage, list_checkpoints, step_of
 from hfgpt.training.divergence import find_rollbacks
-from hfgpt.training.trainer import HfGPTTrainingArguments
 
 OPTIONS = {"per_device_train_batch_size": 2, "max_steps": 9, "save_strategy": "steps", "save_steps": 2}
 ROLLING = {**OPTIONS, "on_divergence": "rollback"}

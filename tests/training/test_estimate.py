@@ -18,9 +18,9 @@ from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training import estimate as module
 from hfgpt.training import hardware
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.estimate import describe_time, estimate_run, plan_run, probe_tokens_per_second
 from hfgpt.training.flops import count_matrix_parameters, training_flops_per_token
-from hfgpt.training.trainer import HfGPTTrainingArguments
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from hfgpt.data.instructions import pack_rows
 from hfgpt.errors import InputError
 from hfgpt.evaluation.classification import classification_loss, measure_classifier
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
-from hfgpt.training.trainer import FineTuningArguments, HfGPTTrainer, HfGPTTrainingArguments
+from hfgpt.training.arguments import FineTuningArguments, HfGPTTrainingArguments
+from hfgpt.training.trainer import HfGPTTrainer
 
 
 def answer_rows(number=8, longest=20):

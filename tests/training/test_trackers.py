@@ -9,8 +9,8 @@ import pytest
 
 from hfgpt.errors import InputError
 from hfgpt.training import trackers
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.trackers import check_login, explained_errors
-from hfgpt.training.trainer import HfGPTTrainingArguments
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from transformers import Trainer, TrainerCallback, default_data_collator
 
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
-from hfgpt.training import trainer as module
+from hfgpt.training import arguments as module
+from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.checkpoints import find_last_checkpoint
 from hfgpt.training.flops import training_flops_per_token
-from hfgpt.training.trainer import HfGPTTrainingArguments
 
 # Float32 sums over a few hundred tokens, in another order.
 ROUNDING = {"rel": 2e-6}
