@@ -133,7 +133,7 @@ def prepare(
     if as_json:
         print(json.dumps({"finished": manifest is not None, **(manifest.to_dict() if manifest else {})}))
     else:
-        _print(render_manifest(manifest, recipe, out))
+        _print(render_manifest(manifest, recipe, context.args, out))
 
 
 @app.command()

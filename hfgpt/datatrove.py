@@ -16,6 +16,7 @@ from datatrove.pipeline.base import PipelineStep
 from hfgpt.data.encoding import NO_END, Encoding
 from hfgpt.data.parts import Part
 from hfgpt.data.prepared import FORMAT_VERSION, Folder, Preparation
+from hfgpt.data.report import DataReport
 from hfgpt.data.writing import Job, Output, Rules, finish_preparation, start_preparation, tokenize_part
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import unknown_token_id
@@ -69,6 +70,7 @@ class PrepareTokens(PipelineStep):
         preparation = Preparation(
             version=FORMAT_VERSION,
             source=self.source,
+            sources=[self.source],
             source_sha256="",  # unknown: the pipeline may do anything
             tokenizer_sha256=encoding.sha256,
             settings={"data.validation_fraction": self.rules.validation_fraction, "training.seed": self.rules.seed},
@@ -85,5 +87,5 @@ class PrepareTokens(PipelineStep):
         for split, file in record.files.items():
             self.stat_update(f"{split}_tokens", value=file.tokens, unit="task")
             self.stat_update(f"{split}_documents", value=file.documents, unit="task")
-        finish_preparation(folder, preparation)
+        finish_preparation(folder, preparation, DataReport())
         yield from ()

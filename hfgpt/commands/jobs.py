@@ -175,7 +175,7 @@ def refuse_local(recipe: Recipe):
     data, judge = recipe.data.path or "", getattr(recipe.evaluation, "judge", None)
     remote = data.startswith("synthetic:") or (is_url(data) and not data.startswith("file:"))
     is_prepared = has_tokens(data)
-    if not remote and (data.startswith("file:") or is_prepared or find_source(data)):
+    if data and not remote and (data.startswith("file:") or is_prepared or find_source(data)):
         address = f"{'hf://datasets/' if is_prepared else ''}user/name"
         raise InputError(
             f"data.path '{data}' is on this machine, and the job cannot read it: upload it with `hf upload user/name "

@@ -1,13 +1,17 @@
 """`hfgpt prepare`: tokenizes the text of a pre-training recipe into a data set that training opens at once."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 import re
+import shlex
 import shutil
 import tempfile
 import time
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from hfgpt.building import find_base_model
 from hfgpt.data.duplicates import find_repeated
 from hfgpt.data.encoding import NO_END, Encoding, load_gigatoken
+from hfgpt.data.files import is_url
 from hfgpt.data.parts import Part, find_parts, fingerprint_parts
 from hfgpt.data.prepared import (
     FORMAT_VERSION,
@@ -27,7 +32,9 @@ from hfgpt.data.prepared import (
     Manifest,
     Preparation,
     TokenFile,
+    read_manifest,
     read_part_records,
+    read_preparation,
 )
 from hfgpt.data.processes import run_in_processes
 from hfgpt.data.report import DataReport, counted
@@ -78,61 +85,75 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     index, number = _parse_shard(shard)
     sources = _find_sources(recipe)
     jobs = list_jobs([(source.parts, source.rules) for source in sources])
-    name = sources[0].name if len(sources) == 1 else f"mixture of {len(sources)} sources"
+    name = sources[0].report.source if len(sources) == 1 else f"mixture of {len(sources)} sources"
     if shard and recipe.data.deduplicate:
         raise InputError(f"--shard {shard} cannot remove the duplicates of other shards: unset data.deduplicate")
     if number > len(jobs):
         raise InputError(f"--shard is {shard}, but {name} has only {counted(len(jobs), 'parts')}: lower N")
-    folder = _open_folder(out)
-    if recipe.data.deduplicate:
-        jobs = _drop_repeated(folder, jobs, recipe.data.num_proc, console)
-    tokenizer = _find_tokenizer(recipe, folder, jobs)
-    preparation = _describe_preparation(recipe, name, sources, jobs, tokenizer)
-    start_preparation(folder, preparation, tokenizer)
-    waiting = _list_waiting(folder, jobs[index - 1 :: number], console)
-    encoding = Encoding.of(tokenizer)
-    if waiting:
-        _describe_size(folder, name, waiting, jobs, encoding, console)
-    output = Output(out, preparation.sha256, encoding, unknown_token_id(tokenizer))
-    _tokenize(output, waiting, recipe.data.num_proc, console)
-    return finish_preparation(folder, preparation)
+    folder = _open_folder(out, recipe)
+    folder.remove_leftovers()
+    try:
+        if recipe.data.deduplicate:
+            jobs = _drop_repeated(folder, jobs, recipe.data.num_proc, console)
+        tokenizer = _find_tokenizer(recipe, folder, jobs)
+        preparation = _describe_preparation(recipe, name, sources, jobs, tokenizer)
+        start_preparation(folder, preparation, tokenizer)
+        waiting = _list_waiting(folder, jobs[index - 1 :: number], preparation, console)
+        encoding = Encoding.of(tokenizer)
+        if waiting:
+            _describe_size(folder, name, waiting, jobs, encoding, console)
+        output = Output(out, preparation.sha256, encoding, unknown_token_id(tokenizer))
+        _tokenize(output, waiting, recipe.data.num_proc, console)
+    finally:
+        folder.remove_leftovers()
+    unused = sorted(file for source in sources for file in source.report.unused_files)
+    manifest = finish_preparation(folder, preparation, DataReport(unused_files=unused))
+    if manifest is None and number == 1:
+        raise InputError(f"parts of {out} have disappeared: run the same command again")
+    return manifest
 
 
-def render_manifest(manifest: Manifest | None, recipe: str, out: str) -> str:
+def render_manifest(manifest: Manifest | None, recipe: str, overrides: Sequence[str], out: str) -> str:
     """The result as text for the terminal.
 
     Args:
         manifest: From `prepare`.
         recipe: The recipe, as the user named it.
+        overrides: The overrides of its keys.
         out: The folder or URL.
     """
     if manifest is None:
         return "this shard is finished; others are not"
+    kept = "".join(f" {shlex.quote(word)}" for word in overrides)
     size = sum(file.size for split in SPLITS for file in manifest.files(split))
     return (
         f"{manifest.report.summary()}\n{out} is complete: {_readable(size)}; train with: hfgpt train "
-        f"{quote_path(recipe)} --data.path {quote_path(out)}"
+        f"{quote_path(recipe)}{kept} --data.path {quote_path(out)}"
     )
 
 
 @dataclasses.dataclass
 class _Source:
-    """A source of a mixture."""
+    """A source of a mixture; its report has its name, and the files that are not used."""
 
-    name: str
     weight: float
     parts: dict[str, list[Part]]
     rules: Rules
+    report: DataReport
 
 
 def _find_sources(recipe: Recipe) -> list[_Source]:
+    if recipe.data.mixture and recipe.data.path:
+        raise InputError("data.path and data.mixture are both set: remove one of them")
+    if recipe.data.num_proc is not None and recipe.data.num_proc < 1:
+        raise InputError(f"data.num_proc is {recipe.data.num_proc}; it must be at least 1 (unset: one per core)")
     sources, seed = [], recipe.training.seed
     for arguments, weight in recipe.data.sources():
         report = DataReport()
         parts = find_parts(arguments, dataclasses.replace(reading_of(arguments, seed), stream=True), report)
         fraction = None if "validation" in parts else arguments.validation_fraction
         rules = Rules(arguments.text_column, seed, fraction, arguments.deduplicate)
-        sources.append(_Source(report.source, weight, parts, rules))
+        sources.append(_Source(weight, parts, rules, report))
     return sources
 
 
@@ -145,26 +166,32 @@ def _parse_shard(shard: str | None) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _open_folder(out: str) -> Folder:
+def _open_folder(out: str, recipe: Recipe) -> Folder:
     """The folder; empty, or of an earlier call."""
     folder = Folder(out)
     if folder.is_local:
         check_writable(folder.path())
-        if folder.path().is_dir():
-            strange = {path.name for path in folder.path().iterdir() if path.name[0] != "."} - {TOKENIZER_FOLDER}
-            if strange and not folder.exists(Preparation.FILE):
-                raise InputError(f"'{out}' has other files, such as {min(strange)}: choose a new folder")
+        for source, _ in recipe.data.sources():
+            place = Path(source.path).expanduser()
+            if place.is_dir() and folder.path().resolve().is_relative_to(place.resolve()):
+                raise InputError(f"'{out}' is in the folder of the source, '{source.path}': choose another folder")
+    strange = set(folder.entries()) - {TOKENIZER_FOLDER, RECORDS_FOLDER}
+    if strange and not folder.exists(Preparation.FILE):
+        raise InputError(f"'{folder}' has other files, such as {min(strange)}: choose a new folder")
     return folder
 
 
 def _drop_repeated(folder: Folder, jobs: list[Job], num_proc: int | None, console: Console) -> list[Job]:
     """The jobs, without repeated documents; which ones these are is kept until all parts are finished."""
-    name, rules = f"{RECORDS_FOLDER}/repeated.npz", jobs[0].rules
-    version = fingerprint_parts([job.part for job in jobs]) + json.dumps(dataclasses.astuple(rules))
-    kept = folder.read(name)
-    found = dict(np.load(io.BytesIO(kept), allow_pickle=False)) if kept else {}
+    name, reason = f"{RECORDS_FOLDER}/repeated.npz", REASONS[jobs[0].rules.deduplicate]
+    rules = [dataclasses.astuple(job.rules) for job in jobs]
+    version = fingerprint_parts([job.part for job in jobs]) + json.dumps(rules)
+    kept, found = folder.read(name), {}
+    if kept:
+        with contextlib.suppress(ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):  # damaged
+            found = dict(np.load(io.BytesIO(kept), allow_pickle=False))
     if str(found.pop("version", "")) != version:
-        console.print(f"looking for {REASONS[rules.deduplicate]}s")
+        console.print(f"looking for {reason}s")
         results = run_in_processes(sign_part, jobs, _count_processes(num_proc, jobs))
         signatures = {job.name: result for job, result in results}
         repeated = find_repeated([signatures[job.name] for job in jobs])
@@ -183,7 +210,8 @@ def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[Job]) -> PreTrain
     """The tokenizer of the recipe; a trained one is kept in the folder."""
     base = find_base_model(recipe.model)
     is_trained = base is None and recipe.tokenizer.path is None
-    if is_trained and folder.exists(f"{TOKENIZER_FOLDER}/tokenizer.json"):
+    # The tokenizer is complete, and that of this recipe, once the preparation is described.
+    if is_trained and read_preparation(folder) and folder.exists(f"{TOKENIZER_FOLDER}/tokenizer.json"):
         with tempfile.TemporaryDirectory() as copy:
             for name in folder.list_names(TOKENIZER_FOLDER):
                 Path(copy, name).write_bytes(folder.read(f"{TOKENIZER_FOLDER}/{name}"))
@@ -208,6 +236,7 @@ def _describe_preparation(
     return Preparation(
         version=FORMAT_VERSION,
         source=name,
+        sources=[source.report.source for source in sources],
         source_sha256=fingerprint_parts([job.part for job in jobs]),
         tokenizer_sha256=Encoding.of(tokenizer).sha256,
         settings=settings,
@@ -217,9 +246,10 @@ def _describe_preparation(
     )
 
 
-def _list_waiting(folder: Folder, jobs: list[Job], console: Console) -> list[Job]:
+def _list_waiting(folder: Folder, jobs: list[Job], preparation: Preparation, console: Console) -> list[Job]:
     """The jobs whose part is not finished, or is damaged."""
-    records, waiting = read_part_records(folder), []
+    manifest, waiting = read_manifest(folder), []
+    records = (manifest.parts if manifest else {}) | read_part_records(folder, preparation)
     for job in jobs:
         record = records.get(job.name)
         damaged = [file.file for file in record.files.values() if not _is_whole(folder, file)] if record else []
@@ -248,6 +278,8 @@ def _describe_size(
     known = None not in sizes
     size = f"{_readable(sum(sizes))} in " if known else ""
     console.print(f"{name}: {size}{counted(len(jobs), 'parts')}, {len(waiting):,} to prepare with {encoder}")
+    if not known or is_url(name):
+        return
     texts, held = [], 0
     for text in read_training_texts([dataclasses.replace(jobs[0], is_alone=False)]):
         texts.append(text[:SAMPLE_CHARACTERS])
@@ -255,14 +287,14 @@ def _describe_size(
         if held >= SAMPLE_CHARACTERS:
             break
     read = sum(len(text.encode()) for text in texts)
-    if not known or not read:
+    if not read:
         return
     table = encoding.encode(texts, append_eos=True)
     per_byte = table.nbytes / read
     need = sum(job.part.bytes for job in waiting) * per_byte
     free = shutil.disk_usage(folder.path()).free if folder.is_local else None
     on = f"; {_readable(free)} are free" if free is not None else ""
-    console.print(f"{folder}: about {_readable(need)} of tokens if the source is uncompressed text{on}")
+    console.print(f"{folder} needs about {_readable(need)}, more if the source is compressed{on}")
     if free is not None and free < need:
         console.print(f"warning: {folder} may not have enough space")
 

@@ -16,6 +16,7 @@ from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 
 IGNORED = -100
+MOST_REPEATS = 1000  # of a source of a mixture, per epoch
 
 
 class BlockDataset(torch.utils.data.Dataset):
@@ -130,6 +131,7 @@ class MixedBlocks(torch.utils.data.Dataset):
 
     Args:
         sources: The blocks of each source.
+        names: The name of each source, for messages and the report.
         weights: The share of each source. Every block occurs at least once, and those of a source that is smaller than
             its share several times, spread evenly. None: every block occurs once.
 
@@ -137,19 +139,25 @@ class MixedBlocks(torch.utils.data.Dataset):
         InputError: A source is shorter than a block.
     """
 
-    def __init__(self, sources: Sequence[BlockDataset], weights: Sequence[float] | None = None):
-        self.sources = sources
+    def __init__(self, sources: Sequence[BlockDataset], names: Sequence[str], weights: Sequence[float] | None = None):
+        self.sources, self.names = sources, names
         self.block_size = max(blocks.block_size for blocks in sources)
-        for number, blocks in enumerate(sources, start=1):
+        for name, blocks in zip(names, sources, strict=True):
             if blocks.block_size < self.block_size:
                 raise InputError(
-                    f"the validation text of source {number} of the mixture has only {len(blocks.stream):,} tokens, "
-                    f"less than a block of {self.block_size}: add text, or lower data.block_size"
+                    f"the validation text of {name} has only {len(blocks.stream):,} tokens, less than a block of "
+                    f"{self.block_size}: add text, or lower data.block_size"
                 )
         self.sizes = [len(blocks) for blocks in sources]
         if weights is not None:
             shares = np.array(weights) / sum(weights)
             total = max(size / share for size, share in zip(self.sizes, shares, strict=True))
+            for name, size, share in zip(names, self.sizes, shares, strict=True):
+                if total * share > MOST_REPEATS * size:
+                    raise InputError(
+                        f"the weights of data.mixture repeat {name} {total * share / size:,.0f} times per epoch, the "
+                        f"limit is {MOST_REPEATS:,}: lower its weight, or add text"
+                    )
             self.sizes = [max(round(total * share), size) for size, share in zip(self.sizes, shares, strict=True)]
         self._ends = list(itertools.accumulate(self.sizes))
 
@@ -181,7 +189,9 @@ def count_mixture(blocks: MixedBlocks, report: DataReport, split: str):
     """
     sizes = report.split(split)
     sizes.tokens = sizes.predicted_tokens = sizes.tail_tokens = 0
-    for number, (source, size) in enumerate(zip(blocks.sources, blocks.sizes, strict=True), start=1):
+    for number, (name, source, size) in enumerate(
+        zip(blocks.names, blocks.sources, blocks.sizes, strict=True), start=1
+    ):
         own, repeats = DataReport(source=report.source), size / len(source)
         count_blocks(source, own, split)
         sizes.tokens += own.split(split).tokens
@@ -189,7 +199,7 @@ def count_mixture(blocks: MixedBlocks, report: DataReport, split: str):
         sizes.predicted_tokens += round(own.split(split).predicted_tokens * repeats)
         sizes.tail_tokens += own.split(split).tail_tokens
         if split == "train":
-            share = ShareReport(len(source.stream), size / len(blocks), size, repeats)
+            share = ShareReport(name, len(source.stream), size / len(blocks), size, repeats)
             report.mixture[str(number)] = share
     sizes.blocks = len(blocks)
 

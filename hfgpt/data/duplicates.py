@@ -34,7 +34,7 @@ def sign_texts(texts: list[str]) -> np.ndarray:
 
 
 def _shingles(text: str) -> list[str]:
-    words = re.findall(r"\w+", text.lower())
+    words = re.findall(r"\w+", text.lower()) or [text]
     return [" ".join(words[start : start + WORDS]) for start in range(max(len(words) - WORDS + 1, 1))]
 
 

@@ -281,8 +281,8 @@ def nearest(path: str) -> str:
     return f" (nearest: {place.parent / near[0]})" if near else ""
 
 
-def list_urls(url: str) -> list[tuple[str, int | None]]:
-    """The URLs of the files of supported types at a URL, and their sizes in bytes if the server tells them.
+def list_urls(url: str) -> list[tuple[str, dict[str, Any]]]:
+    """The URLs of the files of supported types at a URL, and what a listing says of each, such as its `size`.
 
     Raises:
         InputError: The URL cannot be read.
@@ -299,8 +299,8 @@ def list_urls(url: str) -> list[tuple[str, int | None]]:
             # Web servers do not have folders, so a supported extension means a file.
             is_file = family(Path(urlsplit(url).path)) is not None
             places = {place: {}} if is_file or not system.isdir(place) else system.find(place, detail=True)
-        urls = [(system.unstrip_protocol(found), about.get("size")) for found, about in places.items()]
-        return [(found, size) for found, size in urls if family(Path(urlsplit(found).path))]
+        urls = [(system.unstrip_protocol(found), about) for found, about in places.items()]
+        return [(found, about) for found, about in urls if family(Path(urlsplit(found).path))]
 
 
 @contextlib.contextmanager
@@ -542,9 +542,9 @@ def _read_parquet(
         with _open(path) as stream, pq.ParquetFile(stream) as file:
             if not set(columns or []) <= set(file.schema_arrow.names):
                 columns = None  # the caller then reports the columns of the first row
-            _check_sizes(path, file)
-            # Small batches: a text that is stored once can be the value of many rows.
             groups = range(file.num_row_groups)[start:stop]
+            _check_sizes(path, file, groups)
+            # Small batches: a text that is stored once can be the value of many rows.
             for batch in file.iter_batches(batch_size=16, row_groups=groups, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
@@ -584,9 +584,9 @@ def _find_end(file: BinaryIO, position: int, pattern: re.Pattern) -> int | None:
     return None
 
 
-def _check_sizes(path: Path, file: pq.ParquetFile):
+def _check_sizes(path: Path, file: pq.ParquetFile, groups: Iterable[int]):
     metadata = file.metadata
-    for number in range(metadata.num_row_groups):
+    for number in groups:
         # Opens the columns without reading rows: raises if they are damaged, where reading the metadata would crash.
         list(file.reader.iter_batches(0, [number]))
         group = metadata.row_group(number)

@@ -91,6 +91,8 @@ def _group_sections(files: list[Path], path: str, reading: Reading) -> list[Part
     for file in files:
         for section, length in divide_file(file, reading.sample_by, size):
             _check_memory(section, length, reading)
+            if not length and len(files) > 1:
+                continue
             held, total = [*held, section], total + length
             if total >= size:
                 parts.append(_section_part(held, total, path, reading))
@@ -99,7 +101,7 @@ def _group_sections(files: list[Path], path: str, reading: Reading) -> list[Part
 
 
 def _section_part(sections: list[Section], size: int, path: str, reading: Reading) -> Part:
-    version = []
+    version = [reading.settings]
     for file, start, stop in sections:
         found = file.stat()
         version.append([file.name, found.st_size, int(found.st_mtime), start, stop])
@@ -108,7 +110,7 @@ def _section_part(sections: list[Section], size: int, path: str, reading: Readin
 
 def _check_memory(section: Section, size: int, reading: Reading):
     """Refuses what would be held in memory as a whole."""
-    suffix = section.path.suffix
+    suffix = section.path.suffix.lower()
     is_document = suffix in (".txt", ".md") and reading.sample_by == "document"
     if size > LONGEST_DECOMPRESSED and (is_document or suffix == ".json"):
         remedy = "set data.sample_by to paragraph or line" if is_document else "convert it to JSON Lines"
@@ -118,21 +120,21 @@ def _check_memory(section: Section, size: int, reading: Reading):
 
 def _find_url_parts(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, list[Part]]:
     """Parts of whole files at a URL, each downloaded when it is read."""
-    urls = {Path(urlsplit(url).path): (url, size) for url, size in list_urls(source.path)}
+    urls = {Path(urlsplit(url).path): (url, about) for url, about in list_urls(source.path)}
     splits = divide_files(one_family(source.path, urls), source, reading, report)
     return {split: _group_urls([urls[file] for file in files], reading) for split, files in splits.items()}
 
 
-def _group_urls(urls: list[tuple[str, int | None]], reading: Reading) -> list[Part]:
-    sizes = [size for _, size in urls if size is not None]
+def _group_urls(urls: list[tuple[str, dict[str, Any]]], reading: Reading) -> list[Part]:
+    sizes = [about["size"] for _, about in urls if about.get("size") is not None]
     known, wanted = len(sizes) == len(urls), max(PART_BYTES, sum(sizes) // MOST_PARTS)
-    parts, held, total = [], [], 0
-    for number, (url, size) in enumerate(urls, start=1):
-        held, total = [*held, url], total + (size or 0)
+    parts, held, total, version = [], [], 0, [reading.settings]
+    for number, (url, about) in enumerate(urls, start=1):
+        held, total = [*held, url], total + (about.get("size") or 0)
+        version.append([without_secrets(url), str(about)])  # with times or checksums, if the server has any
         if not known or total >= wanted or number == len(urls):
-            version = [[without_secrets(url) for url in held], total]
             parts.append(Part(functools.partial(_read_urls, held, reading), version, total if known else None))
-            held, total = [], 0
+            held, total, version = [], 0, [reading.settings]
     return parts
 
 

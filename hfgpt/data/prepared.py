@@ -12,8 +12,12 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import posixpath
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,8 +29,8 @@ import datasets
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from hfgpt.data.cache import cache_folder
-from hfgpt.data.files import PREPARATION_FILE, family, is_prepared, is_url, without_secrets
+from hfgpt.data.cache import ABANDONED_AFTER_SECONDS, cache_folder
+from hfgpt.data.files import PREPARATION_FILE, describe_file, family, is_prepared, is_url, without_secrets
 from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
@@ -37,6 +41,11 @@ FORMAT_VERSION = 1
 TOKENIZER_FOLDER, RECORDS_FOLDER = "tokenizer", "parts"
 SPLITS = ("train", "validation")
 DOWNLOADS = 4  # files at the same time
+LEFTOVER = ".part-"  # temporary folders begin with this
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
+)
 CARD = """---
 configs:
 - config_name: default
@@ -97,7 +106,8 @@ class Preparation(Record):
 
     Args:
         version: Version of the format.
-        source: Source of the text.
+        source: Source of the text, or a description of several.
+        sources: Each source of a mixture.
         source_sha256: Fingerprint of the source: names, sizes and times of files, or the commit of a Hub dataset.
         tokenizer_sha256: Fingerprint of the tokenizer.
         settings: Recipe key -> value, of the keys that determine the tokens.
@@ -110,6 +120,7 @@ class Preparation(Record):
 
     version: Annotated[int, REQUIRED]
     source: Annotated[str, REQUIRED, PLACE]
+    sources: Annotated[list[str], REQUIRED]
     source_sha256: Annotated[str, REQUIRED]
     tokenizer_sha256: Annotated[str, REQUIRED]
     settings: Annotated[dict[str, Any], REQUIRED]
@@ -164,6 +175,20 @@ class Manifest(Record):
         return [part.files[split] for part in parts if split in part.files]
 
 
+def _prefix() -> str:
+    return f"{LEFTOVER}{platform.node()}-{os.getpid()}-"
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 class Folder:
     """A folder at a local path or a URL, whose files appear complete or not at all.
 
@@ -215,18 +240,26 @@ class Folder:
             InputError: It is not valid JSON.
         """
         content = self.read(name)
+        if content is None:
+            return None
         try:
-            return None if content is None else json.loads(content)
-        except ValueError as error:
+            found = json.loads(content)
+        except (ValueError, RecursionError) as error:
             raise InputError(f"'{self}/{name}' is not valid JSON ({error}): delete it and prepare again") from error
+        if not isinstance(found, dict):
+            raise InputError(f"'{self}/{name}' is damaged: delete it and prepare again")
+        return found
 
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[Path]:
-        """A path for a local file, which on success is moved or uploaded to `name` if it exists."""
+        """A path for a local file, which on success is moved or uploaded to `name` if it exists.
+
+        A killed process leaves its folder, whose name says which process it was.
+        """
         target = self.path(name)
         if self.is_local:
             target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent if self.is_local else None) as folder:
+        with tempfile.TemporaryDirectory(prefix=_prefix(), dir=target.parent if self.is_local else None) as folder:
             temporary = Path(folder, target.name)
             yield temporary
             if not temporary.exists():
@@ -246,9 +279,9 @@ class Folder:
             InputError: It cannot be read, or is damaged.
         """
         copy = cache_folder(None) / "tokens" / f"{file.sha256}.arrow"
-        if not copy.is_file():
+        if not copy.is_file() or copy.stat().st_size != file.size:
             copy.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".part-", dir=copy.parent) as folder:
+            with tempfile.TemporaryDirectory(prefix=_prefix(), dir=copy.parent) as folder:
                 temporary = Path(folder, copy.name)
                 with self._explain("read"):
                     self._system.get_file(self._join(file.file), str(temporary))
@@ -268,9 +301,32 @@ class Folder:
 
     def remove(self, name: str):
         """Removes a subfolder, if it exists."""
-        with self._explain("write to"):
-            if self._system.exists(self._join(name)):
-                self._system.rm(self._join(name), recursive=True)
+        if self.is_local:
+            shutil.rmtree(self.path(name), ignore_errors=True)  # another process may remove it, too
+            return
+        with self._explain("write to"), contextlib.suppress(FileNotFoundError):
+            self._system.rm(self._join(name), recursive=True)
+
+    def remove_leftovers(self):
+        """Removes the files of killed processes of this machine, and those that are older than a day."""
+        for folder in self.path().rglob(f"{LEFTOVER}*") if self.is_local else ():
+            process = folder.name.removeprefix(f"{LEFTOVER}{platform.node()}-").partition("-")[0]
+            with contextlib.suppress(FileNotFoundError):
+                is_old = folder.stat().st_mtime < time.time() - ABANDONED_AFTER_SECONDS
+                if is_old or (process.isdecimal() and not _is_running(int(process))):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def entries(self) -> list[str]:
+        """The names of files and folders, without hidden ones; none if the folder does not exist."""
+        with self._explain("read"):
+            self._system.invalidate_cache()
+            try:
+                names = map(
+                    posixpath.basename, (path.rstrip("/") for path in self._system.ls(self._root, detail=False))
+                )
+            except FileNotFoundError:
+                return []
+        return sorted(name for name in names if name[:1] not in (".", ""))
 
     def _join(self, name: str) -> str:
         return posixpath.join(self._root, name) if name else self._root
@@ -325,21 +381,24 @@ class PreparedData:
             source: Index of a source of a mixture; None: all.
 
         Raises:
-            InputError: A file is missing or damaged, or there are none.
+            InputError: A file is missing or damaged.
         """
-        parts = []
-        for file in (file for split in splits for file in self.manifest.files(split, source)):
-            path = self.files[file.file]
-            size = path.stat().st_size if path.is_file() else None
-            if size != file.size:
-                fault = "is missing" if size is None else f"has {size:,} bytes, not {file.size:,}"
-                raise InputError(
-                    f"{file.file} of {self.place} {fault}: run the same hfgpt prepare again, which repairs it"
-                )
-            parts.append(datasets.Dataset.from_file(str(path)))
-        if not parts:
-            raise InputError(f"source {source} of {self.place} has no text for {', '.join(splits)}: add text")
-        return TokenStream(datasets.concatenate_datasets(parts))
+        files = [file for split in splits for file in self.manifest.files(split, source)]
+        return TokenStream(datasets.concatenate_datasets([self._open(file) for file in files]))
+
+    def _open(self, file: TokenFile) -> datasets.Dataset:
+        """A token file; its checksum is verified unless the same file was verified before."""
+        path = self.files[file.file]
+        remedy = "run the same hfgpt prepare again, which repairs it"
+        if not path.is_file():
+            raise InputError(f"{file.file} of {self.place} is missing: {remedy}")
+        identity = hashlib.sha256(json.dumps([describe_file(path), file.sha256]).encode()).hexdigest()
+        verified = cache_folder(None) / "verified" / identity
+        if path.stat().st_size != file.size or not (verified.exists() or hash_file(path) == file.sha256):
+            raise InputError(f"{file.file} of {self.place} is damaged: {remedy}")
+        verified.parent.mkdir(exist_ok=True)
+        verified.touch()
+        return datasets.Dataset.from_file(str(path))
 
 
 def find_prepared(place: str | None) -> PreparedData | None:
@@ -354,7 +413,7 @@ def find_prepared(place: str | None) -> PreparedData | None:
     manifest = read_manifest(folder)
     if manifest is None:
         if preparation := read_preparation(folder):
-            finished, total = len(read_part_records(folder)), sum(preparation.parts.values())
+            finished, total = len(read_part_records(folder, preparation)), sum(preparation.parts.values())
             raise InputError(
                 f"{place} is incomplete, {finished:,} of {total:,} parts are finished: run the same hfgpt prepare "
                 "again to finish it"
@@ -372,10 +431,12 @@ def find_prepared(place: str | None) -> PreparedData | None:
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         copies = list(pool.map(folder.download, token_files))
     files = {file.file: copy for file, copy in zip(token_files, copies, strict=True)}
-    tokenizer = cache_folder(None) / "tokenizers" / manifest.preparation.tokenizer_sha256
+    names = [name for name in folder.list_names(TOKENIZER_FOLDER) if name in TOKENIZER_FILES]
+    contents = {name: folder.read(f"{TOKENIZER_FOLDER}/{name}") for name in names}
+    tokenizer = cache_folder(None) / "tokenizers" / hashlib.sha256(repr(contents).encode()).hexdigest()
     with appearing_copy(tokenizer) as copy:
-        for name in folder.list_names(TOKENIZER_FOLDER) if copy else ():
-            (copy / name).write_bytes(folder.read(f"{TOKENIZER_FOLDER}/{name}"))
+        for name, content in contents.items() if copy else ():
+            (copy / name).write_bytes(content)
     return PreparedData(place, manifest, files, tokenizer)
 
 
@@ -400,18 +461,32 @@ def read_preparation(folder: Folder) -> Preparation | None:
 
 
 def read_manifest(folder: Folder) -> Manifest | None:
-    """The manifest; None if not all parts are finished."""
+    """The manifest; None if not all parts are finished.
+
+    Raises:
+        InputError: It is damaged, or names files outside of the folder.
+    """
     content = folder.read_object(Manifest.FILE)
-    return Manifest.from_dict(content, Path(str(folder), Manifest.FILE)) if content else None
+    if content is None:
+        return None
+    manifest = Manifest.from_dict(content, Path(str(folder), Manifest.FILE))
+    for name, part in manifest.parts.items():
+        for split, file in part.files.items():
+            is_valid = re.fullmatch(r"(train|validation)-\d+", name) and re.fullmatch("[0-9a-f]{64}", file.sha256)
+            if not is_valid or split not in SPLITS or file.file != f"{split}/{name}.arrow":
+                raise InputError(
+                    f"'{folder}/{Manifest.FILE}' has an invalid entry for the part {name!r}: prepare again"
+                )
+    return manifest
 
 
-def read_part_records(folder: Folder) -> dict[str, PartRecord]:
-    """The records of finished parts, by name."""
-    manifest = read_manifest(folder)
-    records = dict(manifest.parts) if manifest else {}
+def read_part_records(folder: Folder, preparation: Preparation) -> dict[str, PartRecord]:
+    """The records of finished parts of a preparation, by name; those of another one are ignored."""
+    records = {}
     for name in folder.list_names(RECORDS_FOLDER):
         found = folder.read_object(f"{RECORDS_FOLDER}/{name}") if name.endswith(".json") else None
         if found is not None:
             record = PartRecord.from_dict(found, Path(str(folder), RECORDS_FOLDER, name))
-            records[record.name] = record
+            if record.preparation == preparation.sha256:
+                records[record.name] = record
     return records

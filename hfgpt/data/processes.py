@@ -20,6 +20,8 @@ def run_in_processes(
 ) -> Iterator[tuple[Input, Output]]:
     """Yields each input with its output, in the order in which they are finished.
 
+    Processes that are stopped, by an error or Ctrl-C, end at once and do not clean up.
+
     Args:
         function: A function of a module; with its inputs and outputs, it is pickled.
         inputs: The inputs.
@@ -45,7 +47,7 @@ def run_in_processes(
         ) from error
     finally:
         writer.close()  # ends processes that are still busy
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
 
 
 def _follow(parent: Connection):

@@ -53,12 +53,14 @@ class ShareReport(Record):
     """The share of one source in the training blocks of a mixture.
 
     Args:
+        source: Its name, without a path.
         tokens: Tokens of its training text.
         weight: Its share of the blocks, from 0 to 1.
         blocks: Its blocks per epoch.
         repeats: How often each of them occurs in an epoch, on average.
     """
 
+    source: str = ""
     tokens: int = 0
     weight: float = 1.0
     blocks: int = 0
@@ -189,8 +191,8 @@ class DataReport(Record):
             lines.append(f"  {name}: {', '.join(sizes) or 'empty'}")
         for name, share in self.mixture.items():
             lines.append(
-                f"  source {name}: {share.weight:.1%} of the training blocks, {share.blocks:,} per epoch from "
-                f"{counted(share.tokens, 'tokens')}, each {share.repeats:.2f} times"
+                f"  source {name}, {share.source}: {share.weight:.1%} of the training blocks, {share.blocks:,} per "
+                f"epoch from {counted(share.tokens, 'tokens')}, each {share.repeats:.2f} times"
             )
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)

@@ -128,7 +128,7 @@ def find_source_splits(source: SourceArguments, reading: Reading, report: DataRe
     if source.path.startswith("synthetic:"):
         return _generate_rows(source.path, reading)
     if has_tokens(source.path):
-        raise InputError(f"data.path {source.path!r} has tokens, which only pre-training can use: give the text")
+        raise InputError(f"data.path {source.path!r} has tokens, which only pre-training can use: set it to the text")
     files = find_source(source.path)
     if not files:
         return _open_hub(source, reading)

@@ -32,8 +32,7 @@ class TokenFiles(TokenStream):
 
 def _open(path: Path, first: int, last: int) -> pa.Table:
     ends = np.memmap(f"{path}.index", "<u8", "r")
-    width = path.stat().st_size // int(ends[-1])
-    tokens = np.memmap(path, f"<u{width}", "r")
+    tokens = np.memmap(path, f"<u{int(_token_width(path))}", "r")
     start = int(ends[first - 1]) if first else 0
     offsets = np.concatenate([[0], ends[first:last].astype(np.int64) - start])
     values = pa.array(tokens[start : start + offsets[-1]])
@@ -53,6 +52,7 @@ def open_token_files(files: list[Path], fraction: float) -> dict[str, TokenFiles
     Raises:
         InputError: A file has no index, is damaged, or has too few documents.
     """
+    files = [file for file in files if file.stat().st_size]  # tasks without documents leave empty files
     splits: dict[str, list[tuple[Path, int, int]]] = {"train": [], "validation": []}
     for file in files:
         documents = _count_documents(file)
@@ -63,7 +63,10 @@ def open_token_files(files: list[Path], fraction: float) -> dict[str, TokenFiles
                 splits[split].append((file, first, last))
     for split, pieces in splits.items():
         if not pieces:
-            raise InputError(f"{files[0].parent} has too few documents for a {split} split: add text")
+            raise InputError(f"the token files of data.path have too few documents for a {split} split: add text")
+    for what, values in (("bytes per id", map(_token_width, files)), ("tokenizers", map(named_tokenizer, files))):
+        if len(different := sorted(set(values))) > 1:
+            raise InputError(f"the token files of data.path have different {what}: {', '.join(map(str, different))}")
     return {split: TokenFiles(pieces) for split, pieces in splits.items()}
 
 
@@ -75,18 +78,28 @@ def _count_documents(file: Path) -> int:
     if not size or size % 8:
         raise InputError(f"{index} is empty or damaged: tokenize the text again")
     ends = np.memmap(index, "<u8", "r")
-    tokens, width = int(ends[-1]), named_tokenizer(file)[1]
-    if not tokens or file.stat().st_size != tokens * width or np.any(ends[1:] < ends[:-1]):
+    widths = (2, 4) if (width := _read_metadata(file)[1]) is None else (width,)
+    if not ends[-1] or _token_width(file) not in widths or np.any(ends[1:] < ends[:-1]):
         raise InputError(
-            f"{file} has {file.stat().st_size:,} bytes, but its index says {tokens:,} tokens of {width} bytes: "
-            "tokenize the text again"
+            f"{file} has {file.stat().st_size:,} bytes, but its index says {int(ends[-1]):,} tokens of "
+            f"{' or '.join(map(str, widths))} bytes: tokenize the text again"
         )
     return len(ends)
 
 
-def named_tokenizer(file: Path) -> tuple[str, int]:
-    """The name of the tokenizer of a token file, or "", and the bytes per id."""
+def _token_width(file: Path) -> float:
+    """Bytes per id, from the sizes of a token file and its index."""
+    return file.stat().st_size / int(np.memmap(f"{file}.index", "<u8", "r")[-1])
+
+
+def named_tokenizer(file: Path) -> str:
+    """The name of the tokenizer of a token file; "" if it is unknown."""
+    return _read_metadata(file)[0]
+
+
+def _read_metadata(file: Path) -> tuple[str, int | None]:
+    """The name of the tokenizer, and the bytes per id."""
     metadata = Path(f"{file}.metadata")
     lines = metadata.read_text(encoding="utf-8").splitlines() if metadata.is_file() else []
-    name, _, width = lines[0].rpartition("|") if lines else ("", "", "2")
-    return name, int(width) if width in ("2", "4") else 2
+    name, _, width = (lines or [""])[0].rpartition("|")
+    return name, int(width) if width in ("2", "4") else None

@@ -8,6 +8,7 @@ import array
 import contextlib
 import hashlib
 import io
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ from hfgpt.saving import hash_file
 
 SIZES = ("documents", "characters", "bytes", "tokens", "unknown_tokens")
 REASONS = {"exact": "duplicate", "near": "near-duplicate"}
-BUCKETS = 16  # digests are compared in this many steps, to bound the memory
+BUCKETS = 16  # digests are compared in this many steps, since sorting takes more memory than keeping them
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,11 @@ def start_preparation(folder: Folder, preparation: Preparation, tokenizer: PreTr
     Raises:
         InputError: It did not.
     """
-    if earlier := read_preparation(folder):
+    earlier = read_preparation(folder)
+    if earlier:
         preparation.compare(earlier, str(folder))
-        return
+        if folder.exists(f"{TOKENIZER_FOLDER}/tokenizer.json"):
+            return
     with tempfile.TemporaryDirectory() as copy:
         tokenizer.save_pretrained(copy)
         for path in sorted(Path(copy).iterdir()):
@@ -155,7 +158,8 @@ def tokenize_part(output: Output, job: Job) -> PartRecord:
         InputError: The part cannot be read or tokenized.
         OSError: The disk is full or not writable.
     """
-    folder, report, digests = Folder(output.out), DataReport(), array.array("Q")
+    folder, report = Folder(output.out), DataReport()
+    digests = {split: array.array("Q") for split in SPLITS}
     division = _divide_documents(job)
     with contextlib.ExitStack() as stack:
         writers = {
@@ -165,7 +169,7 @@ def tokenize_part(output: Output, job: Job) -> PartRecord:
         for split, text, digest in _assign_documents(job, division, report):
             writers[split].add(text)
             if digest is not None:
-                digests.append(digest)
+                digests[split].append(digest)
         files = {split: writer.finish() for split, writer in writers.items()}
     # The files are complete now.
     record = PartRecord(
@@ -177,8 +181,8 @@ def tokenize_part(output: Output, job: Job) -> PartRecord:
         source=job.source,
     )
     buffer = io.BytesIO()
-    np.save(buffer, np.array(digests, dtype=np.uint64))
-    folder.write(f"{RECORDS_FOLDER}/{job.name}.npy", buffer.getvalue())
+    np.savez(buffer, **{split: np.array(found, dtype=np.uint64) for split, found in digests.items()})
+    folder.write(f"{RECORDS_FOLDER}/{job.name}.npz", buffer.getvalue())
     folder.write_record(f"{RECORDS_FOLDER}/{job.name}.json", record)
     return record
 
@@ -329,20 +333,40 @@ def _open_writer(folder: Folder, output: Output, job: Job, split: str, append_eo
         yield _Writer(path, name, output, append_eos)
 
 
-def finish_preparation(folder: Folder, preparation: Preparation) -> Manifest | None:
+def finish_preparation(folder: Folder, preparation: Preparation, report: DataReport) -> Manifest | None:
     """Writes the manifest when all parts are finished; None if some are not.
+
+    Args:
+        folder: The folder of the parts.
+        preparation: What they are made from.
+        report: The data report, with what is known of the source; updated in place.
 
     Raises:
         InputError: A split is empty.
     """
-    records = read_part_records(folder)
-    if manifest := read_manifest(folder):
-        folder.remove(RECORDS_FOLDER)  # of parts that were damaged later
-        return manifest
-    if len(records) < sum(preparation.parts.values()):
+    # In this order: another process may finish meanwhile, which removes the records after it wrote the manifest.
+    new, earlier = read_part_records(folder, preparation), read_manifest(folder)
+    parts = (earlier.parts if earlier else {}) | new
+    if len(parts) < sum(preparation.parts.values()):
         return None
-    report = DataReport(source=preparation.source, split_by=preparation.split_by)
-    for record in records.values():
+    if earlier is None or parts != earlier.parts:
+        manifest = Manifest(preparation=preparation, report=report, parts=dict(sorted(parts.items())))
+        _count_rows(manifest, earlier.report if earlier else None, folder)
+        _check_splits(manifest)
+        card = "".join(f"  - split: {split}\n    path: {split}/*.arrow\n" for split in SPLITS)
+        folder.write("README.md", CARD.format(files=card))
+        folder.write_record(Manifest.FILE, manifest)
+        earlier = manifest
+    folder.remove(RECORDS_FOLDER)
+    folder.remove_leftovers()
+    return earlier
+
+
+def _count_rows(manifest: Manifest, earlier: DataReport | None, folder: Folder):
+    """Adds up the rows of all parts in the report; copies were counted before if some parts are only repaired."""
+    report = manifest.report
+    report.source, report.split_by = manifest.preparation.source, manifest.preparation.split_by
+    for record in manifest.parts.values():
         report.rows_read += record.rows_read
         for reason, rows in record.dropped.items():
             report.drop(reason, rows)
@@ -350,21 +374,25 @@ def finish_preparation(folder: Folder, preparation: Preparation) -> Manifest | N
             sizes = report.split(split)
             for name in SIZES:
                 setattr(sizes, name, getattr(sizes, name) + getattr(file, name))
-    for split in SPLITS:
-        if not report.split(split).tokens:
-            raise InputError(
-                f"the {split} split of {preparation.source} is empty ({report.reasons}): add text, change "
-                "data.validation_fraction, or check data.text_column"
-            )
-    _count_duplicates(folder, records, report)
-    if preparation.split_by == "documents" and report.rows_kept == 1:
+    report.rows_kept = report.rows_read - sum(report.dropped.values())
+    if report.split_by == "documents" and report.rows_kept == 1:
         report.split_by = "position"
-    manifest = Manifest(preparation=preparation, report=report, parts=dict(sorted(records.items())))
     report.sha256 = _hash_parts(manifest)
-    folder.write("README.md", CARD.format(files="".join(f"  - split: {s}\n    path: {s}/*.arrow\n" for s in SPLITS)))
-    folder.write_record(Manifest.FILE, manifest)
-    folder.remove(RECORDS_FOLDER)
-    return manifest
+    if earlier:
+        report.duplicated, report.leaked = earlier.duplicated, earlier.leaked
+    else:
+        _count_copies(folder, manifest)
+
+
+def _check_splits(manifest: Manifest):
+    preparation, report = manifest.preparation, manifest.report
+    for split, (index, source) in itertools.product(SPLITS, enumerate(preparation.sources)):
+        if not sum(file.tokens for file in manifest.files(split, index)):
+            rows = "" if len(preparation.sources) > 1 else f" ({report.reasons})"
+            raise InputError(
+                f"the {split} split of {source} is empty{rows}: add text, set data.validation_split, or check "
+                "data.text_column; a source with few documents can be trained on without hfgpt prepare"
+            )
 
 
 def _hash_parts(manifest: Manifest) -> str:
@@ -373,18 +401,20 @@ def _hash_parts(manifest: Manifest) -> str:
     return hashlib.sha256("".join(f"{file.sha256}  {file.file}\n" for file in files).encode()).hexdigest()
 
 
-def _count_duplicates(folder: Folder, records: dict[str, PartRecord], report: DataReport):
-    """Counts texts that occur more than once, and those in both splits if the source has both."""
+def _count_copies(folder: Folder, manifest: Manifest):
+    """Counts texts that occur more than once, and those of the validation split that are also in training."""
     digests: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-    for name in records:
-        content = folder.read(f"{RECORDS_FOLDER}/{name}.npy")
-        digests[name.split("-")[0]].append(np.load(io.BytesIO(content), allow_pickle=False))
-    report.rows_kept = sum(len(part) for parts in digests.values() for part in parts)
+    for name in manifest.parts:
+        content = folder.read(f"{RECORDS_FOLDER}/{name}.npz")
+        if content is None:
+            raise InputError(f"another process is finishing {folder}: run the same command again")
+        kept = np.load(io.BytesIO(content), allow_pickle=False)
+        for split in SPLITS:
+            digests[split].append(kept[split])
     for bucket in range(BUCKETS):
         found = {
-            split: np.concatenate([part[part >> 60 == bucket] for part in parts] or [np.array([], np.uint64)])
-            for split, parts in digests.items()
+            split: np.concatenate([part[part >> 60 == bucket] for part in parts]) for split, parts in digests.items()
         }
         together = np.concatenate(list(found.values()))
-        report.duplicated += len(together) - len(np.unique(together))
-        report.leaked += int(np.isin(found["validation"], found["train"]).sum())
+        manifest.report.duplicated += len(together) - len(np.unique(together))
+        manifest.report.leaked += int(np.isin(found["validation"], found["train"]).sum())

@@ -77,7 +77,9 @@ class FolderRecords:
     @property
     def data_name(self) -> str:
         """The data that the model was trained or measured on: a Hub id, or a file name without its path."""
-        source = self.run.data_source or self.recipe.get("data", {}).get("path") or (self.data and self.data.source)
+        # The report of a run names the text that prepared data was made from.
+        reported = self.data.source if self.recipe and self.data else None
+        source = reported or self.run.data_source or self.recipe.get("data", {}).get("path")
         return public_name(source or "unknown data")
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hfgpt.data.files import family, find_files
+from hfgpt.data.files import family, find_files, has_tokens
 from hfgpt.data.rows import SourceArguments
 from hfgpt.errors import InputError
 from hfgpt.tasks import TASKS
@@ -34,6 +34,9 @@ def _unused_by(data: SourceArguments) -> dict[str, str]:
     if not data.path:
         return {}
     unused, source = {}, f"data.path {data.path!r}"
+    if has_tokens(data.path):
+        keys = ("name", "revision", "train_split", "text_column", "sample_by", "max_documents", "deduplicate")
+        return dict.fromkeys((f"data.{key}" for key in keys), f"{source} has tokens")
     generated, files = data.path.startswith("synthetic:"), find_files(data.path)
     if generated or files:
         unused |= dict.fromkeys(("data.name", "data.revision"), f"{source} is not a Hub dataset")

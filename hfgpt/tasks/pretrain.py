@@ -148,6 +148,7 @@ def build_blocks(text: Tokens, split: str, recipe: Recipe, block_size: int) -> B
         InputError: The text is shorter than a block.
     """
     is_training = split == "train"
+    places = text.sources if len(text.sources) > 1 else [recipe.data.path]
     sources = [
         BlockDataset(
             stream,
@@ -155,14 +156,14 @@ def build_blocks(text: Tokens, split: str, recipe: Recipe, block_size: int) -> B
             recipe.data.stride if is_training else recipe.evaluation.stride,
             document_boundaries=recipe.data.document_boundaries,
             keep_tail=not is_training,
-            name=f"the {split} split of {recipe.data.path}",
+            name=f"the {split} split of {place}",
         )
-        for stream in text.streams[split]
+        for stream, place in zip(text.streams[split], places, strict=True)
     ]
     if len(sources) == 1:
         count_blocks(sources[0], text.report, split)
         return sources[0]
-    blocks = MixedBlocks(sources, text.weights if is_training else None)
+    blocks = MixedBlocks(sources, places, text.weights if is_training else None)
     count_mixture(blocks, text.report, split)
     return blocks
 

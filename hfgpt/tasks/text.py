@@ -21,6 +21,7 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.models import SavedModel
 from hfgpt.recipe import Recipe
+from hfgpt.records import public_name
 from hfgpt.tasks.preparation import find_tokenizer
 from hfgpt.tokenizer import load_tokenizer
 
@@ -38,6 +39,7 @@ class Tokens:
         report: The data report, before blocks are counted.
         share: Fraction of the training text in the streams; None if its total size is unknown.
         weights: The share of each source of a mixture in the training blocks.
+        sources: The name of each source of a mixture.
     """
 
     streams: dict[str, list[TokenStream]]
@@ -45,6 +47,7 @@ class Tokens:
     report: DataReport
     share: float | None = 1.0
     weights: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    sources: list[str] = dataclasses.field(default_factory=lambda: [""])
 
 
 def load_tokens(recipe: Recipe, base: SavedModel | None, folder: Path | None, characters: int | None = None) -> Tokens:
@@ -121,21 +124,26 @@ def _load_texts(
 def _sample_large_source(recipe: Recipe, report: DataReport) -> tuple[dict[str, Dataset], float] | None:
     """The first part of each split of large local files, and its fraction of the training text; None: not large."""
     data, seed = recipe.data, recipe.training.seed
-    if not data.path or is_url(data.path) or data.max_documents or not find_files(data.path):
+    if not data.path or is_url(data.path) or data.max_documents or data.deduplicate or not find_files(data.path):
         return None
     parts = find_parts(data, reading_of(data, seed), report)
-    sizes = [part.bytes for part in parts["train"]]
-    if len(sizes) < LARGE:
+    if len(parts["train"]) < LARGE:
         return None
     fraction = None if "validation" in parts else data.validation_fraction
-    jobs = [job for job in list_jobs([(parts, Rules(data.text_column, seed, fraction))]) if job.name[-5:] == "00000"]
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for job in jobs:
+    read = 0
+    for job in list_jobs([(parts, Rules(data.text_column, seed, fraction))]):
+        if texts["train"] and (texts["validation"] or (fraction is None and job.split == "train")):
+            continue
+        read += job.part.bytes if job.split == "train" else 0
         for split, text in read_texts(job):
             texts[split].append(text)
+    if not all(texts.values()):
+        return None
     for split, found in texts.items():
         report.split(split).characters = sum(map(len, found))
-    return {split: Dataset.from_dict({"text": found}) for split, found in texts.items()}, sizes[0] / sum(sizes)
+    total = sum(part.bytes for part in parts["train"])
+    return {split: Dataset.from_dict({"text": found}) for split, found in texts.items()}, read / total
 
 
 def _open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedData, folder: Path | None) -> Tokens:
@@ -144,6 +152,8 @@ def _open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedDa
     Raises:
         InputError: It was prepared with another tokenizer, or with other values of keys that the recipe sets.
     """
+    # Keys with their default value are not compared, so that a recipe need not repeat them. Nor is the seed, which
+    # only affects training here.
     settings, defaults = prepared.manifest.preparation.settings, DataArguments()
     # A new tokenizer was trained by `hfgpt prepare`.
     is_new = base is None and recipe.tokenizer.path is None and folder is None
@@ -154,7 +164,9 @@ def _open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedDa
     if is_new:
         keys |= {f"tokenizer.{name}": value for name, value in vars(recipe.tokenizer).items()}
     for key, value in keys.items():
-        if value != (was := settings.get(key, value if key.startswith("tokenizer.") else None)):
+        # A preparation with a given tokenizer has no settings of a new one.
+        was = settings.get(key, value if key.startswith("tokenizer.") else None)
+        if value != was:
             raise InputError(
                 f"{key} is {value!r}, but {prepared.place} was prepared with {was!r}: change it, or prepare the text "
                 "again"
@@ -163,7 +175,8 @@ def _open_prepared(recipe: Recipe, base: SavedModel | None, prepared: PreparedDa
     _check_same_tokenizer(tokenizer, prepared)
     sources = range(len(prepared.weights))
     streams = {split: [prepared.stream(split, source=source) for source in sources] for split in SPLITS}
-    return Tokens(streams, tokenizer, prepared.manifest.report, weights=prepared.weights)
+    names = [public_name(source) for source in prepared.manifest.preparation.sources]
+    return Tokens(streams, tokenizer, prepared.manifest.report, weights=prepared.weights, sources=names)
 
 
 def _check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, prepared: PreparedData):
@@ -182,12 +195,16 @@ def _open_token_files(recipe: Recipe, base: SavedModel | None, files: list[Path]
     Raises:
         InputError: The recipe does not name their tokenizer, or a file is damaged.
     """
-    name, path = named_tokenizer(files[0])[0], recipe.data.path
+    name, path = named_tokenizer(files[0]), recipe.data.path
+    for key in ("deduplicate", "max_documents", "validation_split"):
+        if getattr(recipe.data, key):
+            raise InputError(f"data.{key} has no effect on the token files of data.path {path!r}: leave it out")
     if base is None and recipe.tokenizer.path is None and folder is None:
         raise InputError(f"data.path {path!r} has tokens of the tokenizer {name or '(unknown)'!r}: set tokenizer.path")
     tokenizer = find_tokenizer(recipe, base, folder, ())
     streams = open_token_files(files, recipe.data.validation_fraction)
-    report = DataReport(source=path, sha256=hash_files(files), split_by="documents")
+    indices = [Path(f"{file}.index") for file in files]
+    report = DataReport(source=path, sha256=hash_files([*files, *indices]), split_by="documents")
     for split, stream in streams.items():
         if (largest := stream.largest_id()) >= len(tokenizer):
             raise InputError(
@@ -203,7 +220,7 @@ def _open_token_files(recipe: Recipe, base: SavedModel | None, files: list[Path]
         text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
         sizes.characters, sizes.bytes = sizes.characters + len(text), sizes.bytes + len(text.encode())
     report.warnings.append(
-        f"the tokens were made with the tokenizer {name or '(unknown)'!r}; whether the recipe's is the same cannot be "
-        "checked"
+        f"the tokens were made with the tokenizer {public_name(name) or '(unknown)'!r}; whether the recipe's is the "
+        "same cannot be checked"
     )
     return Tokens({split: [stream] for split, stream in streams.items()}, tokenizer, report)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import random
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from hfgpt.commands.prepare import prepare
-from hfgpt.data import files, parts, writing
+from hfgpt.data import files, parts, prepared, writing
 from hfgpt.data.files import divide_file, read_rows
 from hfgpt.data.prepared import Manifest, find_prepared
 from hfgpt.errors import InputError
@@ -219,7 +221,7 @@ def test_a_mixture_has_every_block_and_the_given_shares(recipe, tmp_path, small_
         splits["validation"].predicted_tokens for splits in alone.values()
     )
     assert report.mixture["1"].weight == pytest.approx(0.5, abs=0.01)
-    assert "source 1: 50.0% of the training blocks" in report.summary()
+    assert "source 1, a.jsonl: 50.0% of the training blocks" in report.summary()
     assert data.splits["validation"].first_tokens() == [
         int(splits["validation"].stream[0:1][0]) for splits in alone.values()
     ]
@@ -417,7 +419,6 @@ def test_data_is_prepared_in_and_read_from_a_remote_folder(recipe, tmp_path, sma
 
 
 def test_remote_files_are_read_part_by_part(recipe, tmp_path, small_parts):
-    fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
     texts = write_texts(90)
     for number in range(3):
@@ -482,9 +483,166 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
     assert large < small + 64, "MiB"
 
 
+def edit_manifest(folder, change):
+    manifest = json.loads((folder / "prepared.json").read_text())
+    change(manifest)
+    (folder / "prepared.json").write_text(json.dumps(manifest))
+
+
+def test_a_manifest_cannot_name_files_elsewhere(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    for out in ("out", "other"):
+        prepare_quietly(recipe("a.jsonl"), out)
+
+    def set_file(manifest, value):
+        manifest["parts"]["train-00000"]["files"]["train"]["file"] = value
+
+    for place in ("../other/train/train-00000.arrow", "/etc/passwd", "train/../train/train-00000.arrow"):
+        edit_manifest(tmp_path / "out", lambda manifest, place=place: set_file(manifest, place))
+        with pytest.raises(InputError, match=r"prepared.json' has an invalid entry for the part 'train-00000'"):
+            load_streams(recipe("out"))
+    (tmp_path / "out/prepared.json").write_text("5")
+    with pytest.raises(InputError, match=r"prepared.json' is damaged"):
+        load_streams(recipe("out"))
+
+
+def test_a_remote_manifest_cannot_write_files_elsewhere(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", str(tmp_path / ".hf"))
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    prepare_quietly(recipe("a.jsonl"), "memory://evil")
+    memory = fsspec.filesystem("memory")
+    manifest = json.loads(memory.cat_file("/evil/prepared.json"))
+    manifest["preparation"]["tokenizer_sha256"] = str(tmp_path / "startup")
+    memory.pipe_file("/evil/prepared.json", json.dumps(manifest).encode())
+    memory.pipe_file("/evil/tokenizer/00.py", b"print('run')")
+    load_streams(recipe("memory://evil"))
+    assert not (tmp_path / "startup").exists()
+    assert not list((tmp_path / ".hf").rglob("*.py"))
+
+
+def test_damaged_tokens_are_found_by_training(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    prepare_quietly(recipe("a.jsonl"))
+    load_streams(recipe("out"))
+    file = tmp_path / "out/train/train-00000.arrow"
+    content = file.read_bytes()
+    for start in (0, len(content) // 2):
+        file.write_bytes(content[:start] + bytes(50) + content[start + 50 :])
+        with pytest.raises(
+            InputError, match=r"train-00000\.arrow of out is damaged: run the same hfgpt prepare again"
+        ):
+            load_streams(recipe("out"))
+
+
+def test_an_interrupted_start_is_resumed(recipe, tmp_path, monkeypatch):
+    """A tokenizer without a description of the data may be that of another recipe, or incomplete."""
+    write_lines(tmp_path / "a.jsonl", write_texts(80))
+    prepare_quietly(recipe("a.jsonl", data__deduplicate="exact"), "whole")
+    write_record = prepared.Folder.write_record
+
+    def stop(folder, name, record):
+        if name == "preparation.json":
+            raise KeyboardInterrupt
+        write_record(folder, name, record)
+
+    monkeypatch.setattr(prepared.Folder, "write_record", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_quietly(recipe("a.jsonl", data__deduplicate="exact", tokenizer__vocab_size=290))
+    monkeypatch.setattr(prepared.Folder, "write_record", write_record)
+    (tmp_path / "out/tokenizer/tokenizer_config.json").unlink()
+    prepare_quietly(recipe("a.jsonl", data__deduplicate="exact"))
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "whole")
+
+
+def test_parts_of_another_preparation_are_ignored(recipe, tmp_path, small_parts):
+    write_lines(tmp_path / "a.jsonl", write_texts(100))
+    prepare_quietly(recipe("a.jsonl"), "whole")
+    number = len(Manifest.read(tmp_path / "whole").parts)
+    prepare_quietly(recipe("a.jsonl", data__validation_fraction=0.5), "out", f"1/{number}")
+    assert list((tmp_path / "out/parts").glob("*.json"))
+    for name in ("preparation.json", "tokenizer/tokenizer.json"):  # written by a process that started at the same time
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "out" / name)
+    _, said = prepare_quietly(recipe("a.jsonl"))
+    assert "already finished" not in said
+    assert read_all(tmp_path / "out").keys() == read_all(tmp_path / "whole").keys()
+    assert Manifest.read(tmp_path / "out") == Manifest.read(tmp_path / "whole")
+
+
+def test_repaired_parts_with_other_bytes_are_accepted(recipe, tmp_path, small_parts, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", write_texts(100))
+    manifest, _ = prepare_quietly(recipe("a.jsonl"))
+    before, _ = load_streams(recipe("out"))
+    (tmp_path / "out/train/train-00001.arrow").unlink()
+    monkeypatch.setattr(writing, "BATCH_CHARACTERS", 100)  # as another version might write it
+    repaired, _ = prepare_quietly(recipe("a.jsonl"))
+    assert repaired != manifest
+    assert (repaired.report.duplicated, repaired.report.rows_kept) == (manifest.report.duplicated, 100)
+    after, _ = load_streams(recipe("out"))
+    assert after["train"].tolist() == before["train"].tolist()
+
+
+def test_files_of_killed_processes_are_removed(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    prepare_quietly(recipe("a.jsonl"))
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    host = platform.node()
+    for process, name in ((gone.stdout.strip(), "dead"), (os.getppid(), "alive")):
+        folder = tmp_path / f"out/train/.part-{host}-{process}-{name}"
+        folder.mkdir(parents=True)
+        (folder / "train-00000.arrow").write_text("half")
+    prepare_quietly(recipe("a.jsonl"))
+    assert [path.name.rpartition("-")[2] for path in (tmp_path / "out/train").glob(".part-*")] == ["alive"]
+
+
+def test_folders_that_are_in_use_are_refused(recipe, tmp_path):
+    write_lines(tmp_path / "d/a.jsonl", write_texts(50))
+    with pytest.raises(InputError, match="'d/out' is in the folder of the source, 'd': choose another folder"):
+        prepare_quietly(recipe("d"), "d/out")
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["a.jsonl"]
+    fsspec.filesystem("memory").pipe_file("/mine/README.md", b"my notes")
+    with pytest.raises(InputError, match=r"'memory://mine' has other files, such as README.md"):
+        prepare_quietly(recipe("d"), "memory://mine")
+
+
+def test_a_mixture_reports_texts_in_both_splits_and_refuses_empty_sources(recipe, tmp_path):
+    texts = write_texts(320)
+    write_lines(tmp_path / "a.jsonl", texts[:20])
+    write_lines(tmp_path / "b.jsonl", texts)
+    write_lines(tmp_path / "c.jsonl", texts[:1])
+    settings = json.loads((tmp_path / "r.yaml").read_text())
+    for sources in (["a.jsonl", "b.jsonl"], ["b.jsonl", "c.jsonl"]):
+        settings["data"]["mixture"] = [{"path": path} for path in sources]
+        (tmp_path / "m.yaml").write_text(json.dumps(settings))
+        if sources[0] == "a.jsonl":
+            manifest, _ = prepare_quietly(load_recipe("m.yaml", []), "ab")
+            data = TASKS["pretrain"].load(load_recipe("m.yaml", ["--data.path=ab"]))
+            rows = {
+                split: {tuple(row) for source in blocks.sources for row in source.stream.documents["input_ids"]}
+                for split, blocks in data.splits.items()
+            }
+            assert manifest.report.leaked == len(rows["train"] & rows["validation"]) > 0
+        else:
+            settings["data"]["deduplicate"] = "exact"
+            (tmp_path / "m.yaml").write_text(json.dumps(settings))
+            with pytest.raises(InputError, match=r"the train split of c.jsonl is empty: add text"):
+                prepare_quietly(load_recipe("m.yaml", []), "bc")
+
+
+def test_empty_and_unused_files_are_as_in_training(recipe, tmp_path, small_parts):
+    for number in range(3):
+        write_lines(tmp_path / f"d/train-{number}.jsonl", write_texts(40, number))
+    write_lines(tmp_path / "d/valid.jsonl", write_texts(5, 9))
+    write_lines(tmp_path / "d/train-3.jsonl", [])
+    write_lines(tmp_path / "d/extra.jsonl", write_texts(3))
+    data = assert_prepared_as_loaded(recipe, "d")
+    assert data.report.unused_files == ["d/extra.jsonl"]
+
+
 def write_for_datatrove(data, rank, world_size):
     from datatrove.data import Document
 
+    if rank == 2 and world_size == 4:
+        return
     for number, text in enumerate(write_texts(300)[rank::world_size]):
         yield Document(text=text, id=str(number))
 
