@@ -115,7 +115,7 @@ def prepare(
     ],
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Prepare one of N shares, such as 2/8, on one of N machines with the same files."),
+        typer.Option(metavar="I/N", help="Prepare one of N shares, such as 2/8: N machines with the same files."),
     ] = None,
     as_json: AsJson = False,
 ):

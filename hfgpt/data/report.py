@@ -74,7 +74,8 @@ class DataReport(Record):
     Args:
         source: Source of the data: a path, a Hub id, `synthetic:stories`, ...
         sha256: SHA-256 of the content. One file: of its bytes, as `sha256sum` prints it; several: of the output of
-            `sha256sum` in their folder; Hub and synthetic data: of the texts read.
+            `sha256sum` in their folder; Hub and synthetic data: of the texts read; prepared data: of the output of
+            `sha256sum` for its token files.
         rows_read: Rows read from the source.
         rows_kept: Rows kept as documents.
         dropped: Reason -> rows dropped.
