@@ -241,7 +241,7 @@ def _describe_preparation(
         tokenizer_sha256=Encoding.of(tokenizer).sha256,
         settings=settings,
         split_by="given" if all(given) else "documents",
-        parts={split: sum(job.split == split for job in jobs) for split in SPLITS},
+        parts={split: sum(job.source_split == split for job in jobs) for split in SPLITS},
         weights=[source.weight for source in sources],
     )
 

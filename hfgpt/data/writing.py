@@ -70,7 +70,7 @@ class Job:
 
     Args:
         name: Name of the part.
-        split: Its split in the source.
+        source_split: Its split in the source; its documents may go to another one.
         part: The part.
         is_alone: Whether it is all of its split.
         rules: What becomes of its rows.
@@ -79,7 +79,7 @@ class Job:
     """
 
     name: str
-    split: str
+    source_split: str
     part: Part
     is_alone: bool
     rules: Rules
@@ -189,7 +189,7 @@ def tokenize_part(output: Output, job: Job) -> PartRecord:
 
 def read_training_texts(jobs: list[Job]) -> Iterator[str]:
     """The texts of the training split."""
-    return (text for job in jobs if job.split == "train" for split, text in read_texts(job) if split == "train")
+    return (text for job in jobs if job.source_split == "train" for split, text in read_texts(job) if split == "train")
 
 
 def read_texts(job: Job) -> Iterator[tuple[str, str]]:
@@ -253,14 +253,14 @@ def _divide_documents(job: Job) -> _Division:
     fraction = job.rules.validation_fraction
     if not job.is_alone:
         if fraction is None:
-            return _Division(lambda number, digest: job.split, {job.split: True})
+            return _Division(lambda number, digest: job.source_split, {job.source_split: True})
         limit = int(fraction * 2**64)
         return _Division(
             lambda number, digest: "validation" if digest < limit else "train", dict.fromkeys(SPLITS, True)
         )
     digests = read_digests(job)
     if fraction is None:
-        return _Division(lambda number, digest: job.split, {job.split: len(digests) > 1})
+        return _Division(lambda number, digest: job.source_split, {job.source_split: len(digests) > 1})
     if len(digests) < 2:
         text = next((text for text, _ in _read_documents(job, DataReport())), "")
         return _Division(lambda number, digest: "train", dict.fromkeys(SPLITS, False), _cut(text, fraction))

@@ -133,9 +133,9 @@ def _sample_large_source(recipe: Recipe, report: DataReport) -> tuple[dict[str, 
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     read = 0
     for job in list_jobs([(parts, Rules(data.text_column, seed, fraction))]):
-        if texts["train"] and (texts["validation"] or (fraction is None and job.split == "train")):
+        if texts["train"] and (texts["validation"] or (fraction is None and job.source_split == "train")):
             continue
-        read += job.part.bytes if job.split == "train" else 0
+        read += job.part.bytes if job.source_split == "train" else 0
         for split, text in read_texts(job):
             texts[split].append(text)
     if not all(texts.values()):
