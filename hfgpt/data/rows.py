@@ -42,8 +42,9 @@ class SourceArguments:
     Args:
         path: A Hub id; a .txt, .md, .json, .jsonl, .csv, .tsv or .parquet file (also .gz, .zst, except .parquet), or a
             folder or glob of them; a URL of these (https, s3, gs, hf or any other fsspec protocol); or the generated
-            `synthetic:stories`, `synthetic:messages` or `synthetic:instructions`. A row or document of a compressed
-            file may have at most 134,217,728 characters.
+            `synthetic:stories`, `synthetic:messages` or `synthetic:instructions`. For pre-training also the output of
+            `hfgpt prepare`, or a folder of datatrove's token files (.ds). A row or document of a compressed file may
+            have at most 134,217,728 characters.
         name: Configuration name of a Hub dataset.
         revision: Branch, tag or commit of a Hub dataset.
         train_split: Split to train on; for a folder with several splits, the word in the names of its training files.
