@@ -91,8 +91,9 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
-        # A resumed run repeats the steps since the last checkpoint.
-        kept = [entry for entry in read_log(args.output_dir) if entry["step"] <= state.global_step]
+        # A resumed run repeats the steps since the last checkpoint, and Trainer's last entry.
+        log = read_log(args.output_dir)
+        kept = [entry for entry in log if entry["step"] <= state.global_step and "total_flos" not in entry]
         _write_log(args.output_dir, kept)
 
     def on_step_end(self, args, state, control, **kwargs):

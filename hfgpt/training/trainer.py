@@ -41,6 +41,7 @@ from hfgpt.training.batches import (
     draw_seed,
     ignore_labels,
 )
+from hfgpt.training.callbacks import read_log
 from hfgpt.training.checkpoints import (
     find_damage,
     find_last_checkpoint,
@@ -474,6 +475,9 @@ class HfGPTTrainer(Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
         self._remove_old_checkpoints(finished=True)
+        # Trainer's last entry, if the run was killed between its last checkpoint and this entry.
+        if self.is_world_process_zero() and not any("total_flos" in entry for entry in read_log(self.args.output_dir)):
+            self.log({"total_flos": state.total_flos})
         return TrainOutput(state.global_step, math.nan, {})
 
     def _find_last_scheduled(self, resumed: Path) -> Path | None:

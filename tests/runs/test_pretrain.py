@@ -31,6 +31,7 @@ from hfgpt.tasks.preparation import context_length
 from hfgpt.tokenizer import tokenizer_hash
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import read_log
+from hfgpt.training.trainer import HfGPTTrainer
 
 # Only read for Hub data sets and folders.
 ONLY_OF_SPLITS = {"data.name", "data.revision", "data.train_split"}
@@ -176,6 +177,28 @@ def test_a_run_that_failed_after_training_is_resumed(finished, train, tmp_path, 
     assert trained == []
     assert resumed.metrics == finished.metrics
     assert weights_hash(folder) == weights_hash(finished.folder)
+
+
+def test_a_run_killed_before_the_last_entry_of_its_log_writes_it(finished, train, tmp_path, monkeypatch):
+    folder, log = tmp_path / "run", HfGPTTrainer.log
+
+    def kill(trainer, logs, *arguments):
+        if "total_flos" in logs:
+            raise KeyboardInterrupt
+        log(trainer, logs, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfGPTTrainer, "log", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder)
+    assert not [entry for entry in read_log(folder) if "total_flos" in entry]
+    with monkeypatch.context() as patch:
+        patch.setattr("hfgpt.tasks.pretrain.measure_blocks", kill)
+        with pytest.raises(TypeError):
+            train(folder, resume=True)
+    train(folder, resume=True)
+    (last,) = [entry["total_flos"] for entry in read_log(folder) if "total_flos" in entry]
+    assert [last] == [entry["total_flos"] for entry in read_log(finished.folder) if "total_flos" in entry]
 
 
 def test_metrics_match_their_definition(finished):
