@@ -12,12 +12,12 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import posixpath
 import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,6 +42,7 @@ TOKENIZER_FOLDER, RECORDS_FOLDER = "tokenizer", "parts"
 SPLITS = ("train", "validation")
 DOWNLOADS = 4  # files at the same time
 LEFTOVER = ".part-"  # temporary folders begin with this
+MACHINE = f"{uuid.getnode():x}"  # more often unique than a host name, in a folder that several machines share
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
@@ -176,7 +177,7 @@ class Manifest(Record):
 
 
 def _prefix() -> str:
-    return f"{LEFTOVER}{platform.node()}-{os.getpid()}-"
+    return f"{LEFTOVER}{MACHINE}-{os.getpid()}-"
 
 
 def _is_running(process: int) -> bool:
@@ -310,7 +311,7 @@ class Folder:
     def remove_leftovers(self):
         """Removes the files of killed processes of this machine, and those that are older than a day."""
         for folder in self.path().rglob(f"{LEFTOVER}*") if self.is_local else ():
-            process = folder.name.removeprefix(f"{LEFTOVER}{platform.node()}-").partition("-")[0]
+            process = folder.name.removeprefix(f"{LEFTOVER}{MACHINE}-").partition("-")[0]
             with contextlib.suppress(FileNotFoundError):
                 is_old = folder.stat().st_mtime < time.time() - ABANDONED_AFTER_SECONDS
                 if is_old or (process.isdecimal() and not _is_running(int(process))):
@@ -415,19 +416,19 @@ def find_prepared(place: str | None) -> PreparedData | None:
         if preparation := read_preparation(folder):
             finished, total = len(read_part_records(folder, preparation)), sum(preparation.parts.values())
             raise InputError(
-                f"{place} is incomplete, {finished:,} of {total:,} parts are finished: run the same hfgpt prepare "
+                f"{folder} is incomplete, {finished:,} of {total:,} parts are finished: run the same hfgpt prepare "
                 "again to finish it"
             )
         return None
     if manifest.preparation.version != FORMAT_VERSION:
         raise InputError(
-            f"{place} has version {manifest.preparation.version} of the format, this hfgpt reads {FORMAT_VERSION}: "
+            f"{folder} has version {manifest.preparation.version} of the format, this hfgpt reads {FORMAT_VERSION}: "
             "prepare it again"
         )
     token_files = [file for split in SPLITS for file in manifest.files(split)]
     if folder.is_local:
         files = {file.file: folder.path(file.file) for file in token_files}
-        return PreparedData(place, manifest, files, folder.path(TOKENIZER_FOLDER))
+        return PreparedData(str(folder), manifest, files, folder.path(TOKENIZER_FOLDER))
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         copies = list(pool.map(folder.download, token_files))
     files = {file.file: copy for file, copy in zip(token_files, copies, strict=True)}
@@ -437,7 +438,7 @@ def find_prepared(place: str | None) -> PreparedData | None:
     with appearing_copy(tokenizer) as copy:
         for name, content in contents.items() if copy else ():
             (copy / name).write_bytes(content)
-    return PreparedData(place, manifest, files, tokenizer)
+    return PreparedData(str(folder), manifest, files, tokenizer)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import platform
 import random
 import shutil
 import subprocess
@@ -585,9 +584,8 @@ def test_files_of_killed_processes_are_removed(recipe, tmp_path):
     write_lines(tmp_path / "a.jsonl", write_texts(50))
     prepare_quietly(recipe("a.jsonl"))
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    host = platform.node()
     for process, name in ((gone.stdout.strip(), "dead"), (os.getppid(), "alive")):
-        folder = tmp_path / f"out/train/.part-{host}-{process}-{name}"
+        folder = tmp_path / f"out/train/.part-{prepared.MACHINE}-{process}-{name}"
         folder.mkdir(parents=True)
         (folder / "train-00000.arrow").write_text("half")
     prepare_quietly(recipe("a.jsonl"))
