@@ -59,7 +59,7 @@ class JobArguments:
         if self.flavor not in flavors:
             near = difflib.get_close_matches(self.flavor, flavors, n=1, cutoff=0.4)
             remedy = f"did you mean '{near[0]}'?" if near else f"the flavors are: {', '.join(flavors)}"
-            raise InputError(f"there is no flavor '{self.flavor}' on HF Jobs; {remedy}")
+            raise InputError(f"'{self.flavor}' is not a flavor of HF Jobs; {remedy}")
         if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[smhd]", self.timeout):
             raise InputError(f"--timeout is '{self.timeout}'; it must be a number and a unit, such as 30m, 4h or 2d")
         if "attempts" not in inspect.signature(HfApi.run_job).parameters:
@@ -141,8 +141,8 @@ def train_on_job(
         A description of the job, with the commands or the URL.
 
     Raises:
-        InputError: The recipe needs something that only this machine has, there is no login, or the Hub rejects the
-            job or cannot be reached.
+        InputError: The recipe needs something that only this machine has, you are not logged in, or the Hub rejects
+            the job or cannot be reached.
     """
     refuse_local(recipe)
     if arguments.submit and get_token() is None:
@@ -281,7 +281,7 @@ def explained_rejection() -> Iterator[None]:
     """Turns errors of the Hub and of the connection into one line.
 
     Raises:
-        InputError: There is no valid login, the Hub rejects the job, or it cannot be reached.
+        InputError: You are not logged in, or the Hub rejects the job or cannot be reached.
     """
     try:
         yield

@@ -91,7 +91,6 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     if number > len(jobs):
         raise InputError(f"--shard is {shard}, but {name} has only {counted(len(jobs), 'parts')}: lower N")
     folder = _open_folder(out, recipe)
-    folder.remove_leftovers()
     try:
         if recipe.data.deduplicate:
             jobs = _drop_repeated(folder, jobs, recipe.data.num_proc, console)
@@ -105,7 +104,7 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
         output = Output(out, preparation.sha256, encoding, unknown_token_id(tokenizer))
         _tokenize(output, waiting, recipe.data.num_proc, console)
     finally:
-        folder.remove_leftovers()
+        folder.remove_leftovers()  # of processes that an error or Ctrl-C ended
     unused = sorted(file for source in sources for file in source.report.unused_files)
     manifest = finish_preparation(folder, preparation, DataReport(unused_files=unused))
     if manifest is None and number == 1:

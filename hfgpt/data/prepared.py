@@ -435,14 +435,14 @@ def find_prepared(place: str | None) -> PreparedData | None:
     names = [name for name in folder.list_names(TOKENIZER_FOLDER) if name in TOKENIZER_FILES]
     contents = {name: folder.read(f"{TOKENIZER_FOLDER}/{name}") for name in names}
     tokenizer = cache_folder(None) / "tokenizers" / hashlib.sha256(repr(contents).encode()).hexdigest()
-    with appearing_copy(tokenizer) as copy:
+    with _appearing_copy(tokenizer) as copy:
         for name, content in contents.items() if copy else ():
             (copy / name).write_bytes(content)
     return PreparedData(str(folder), manifest, files, tokenizer)
 
 
 @contextlib.contextmanager
-def appearing_copy(folder: Path) -> Iterator[Path | None]:
+def _appearing_copy(folder: Path) -> Iterator[Path | None]:
     """As `appearing_folder`; None if the folder exists, and another process may create it meanwhile."""
     if folder.is_dir():
         yield None

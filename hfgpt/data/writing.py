@@ -139,8 +139,8 @@ def start_preparation(folder: Folder, preparation: Preparation, tokenizer: PreTr
     Raises:
         InputError: It did not.
     """
-    earlier = read_preparation(folder)
-    if earlier:
+    folder.remove_leftovers()
+    if earlier := read_preparation(folder):
         preparation.compare(earlier, str(folder))
         if folder.exists(f"{TOKENIZER_FOLDER}/tokenizer.json"):
             return
@@ -358,7 +358,6 @@ def finish_preparation(folder: Folder, preparation: Preparation, report: DataRep
         folder.write_record(Manifest.FILE, manifest)
         earlier = manifest
     folder.remove(RECORDS_FOLDER)
-    folder.remove_leftovers()
     return earlier
 
 

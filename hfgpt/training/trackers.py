@@ -34,7 +34,7 @@ def check_login(report_to: Sequence[str]):
     """Checks that the tracker's service can be used, before any work is done; on a terminal, wandb asks for a key.
 
     Raises:
-        InputError: There is no login, or the service is not reachable.
+        InputError: You are not logged in, or the service cannot be reached.
     """
     if "wandb" in report_to:
         import wandb

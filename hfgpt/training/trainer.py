@@ -289,7 +289,7 @@ class HfGPTTrainer(Trainer):
         that is resumed from an earlier one roll back in the same way.
 
         Raises:
-            InputError: There is no checkpoint, or there have been too many rollbacks.
+            InputError: No checkpoint has been saved yet, or the limit of rollbacks is reached.
         """
         rollbacks, checkpoint = len(find_rollbacks(self.state.log_history)), self.last_scheduled
         if checkpoint is None:

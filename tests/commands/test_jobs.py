@@ -199,8 +199,8 @@ def test_what_only_this_machine_has_is_refused(place):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"flavor": "a10-small"}, "there is no flavor 'a10-small' on HF Jobs; did you mean 'a10g-small'?"),
-        ({"flavor": "?"}, "there is no flavor '\\?' on HF Jobs; the flavors are: cpu-basic, "),
+        ({"flavor": "a10-small"}, "'a10-small' is not a flavor of HF Jobs; did you mean 'a10g-small'?"),
+        ({"flavor": "?"}, "'\\?' is not a flavor of HF Jobs; the flavors are: cpu-basic, "),
         ({"flavor": "h200", "timeout": "90"}, "--timeout is '90'; it must be a number and a unit, such as"),
         ({"flavor": "h200", "timeout": "0h"}, "--timeout is '0h'"),
     ],
