@@ -272,7 +272,7 @@ def _describe_size(
     folder: Folder, name: str, waiting: list[Job], jobs: list[Job], encoding: Encoding, console: Console
 ):
     """Prints the size of the source, and how much disk space its tokens need."""
-    encoder = "gigatoken" if load_gigatoken(encoding.backend) else "tokenizers (gigatoken is faster, if installed)"
+    encoder = "gigatoken" if load_gigatoken(encoding.backend) else "tokenizers"
     sizes = [job.part.bytes for job in jobs]
     known = None not in sizes
     size = f"{_readable(sum(sizes))} in " if known else ""
