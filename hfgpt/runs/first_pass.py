@@ -119,7 +119,7 @@ def build_blocks(recipe: Recipe, data: Data) -> BlockDataset:
 def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
     """Trainer's arguments for the first pass: its section, with the hardware and optimizer settings of `training`."""
     arguments = recipe.pretraining
-    rows, processes = arguments.per_device_train_batch_size, recipe.training.world_size
+    rows, processes = arguments.per_device_train_batch_size, recipe.training.data_processes
     size = -(-rows // recipe.training.batches_per_step)
     if -(-rows // size) < processes:
         raise InputError(

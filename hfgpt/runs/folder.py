@@ -146,9 +146,9 @@ def keep_steps(arguments: HfGPTTrainingArguments, folder: Path):
     if not before or not before.rows_per_step:
         return
     batches = -(-before.rows_per_step // before.rows_per_batch)
-    if arguments.world_size > batches:
+    if arguments.data_processes > batches:
         raise InputError(
-            f"there are {arguments.world_size} processes, but a step of the run in '{folder}' has only "
+            f"there are {arguments.data_processes} processes, but a step of the run in '{folder}' has only "
             f"{counted(batches, 'batches')} of {before.rows_per_batch} rows: use at most {batches}"
         )
     if arguments.rows_per_step != before.rows_per_step:

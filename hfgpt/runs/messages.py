@@ -36,6 +36,8 @@ def describe_start(
     optimizer = f"{arguments.optim.value}, learning rate {arguments.learning_rate:g}"
     if arguments.muon_learning_rate is not None:
         optimizer = f"Muon {arguments.muon_learning_rate:g} for block matrices, AdamW {arguments.learning_rate:g}"
+    way = "FSDP" if arguments.is_fully_sharded else "tensor parallelism"
+    sharing = f", each with a part of the model ({way})" if arguments.is_sharded else ""
     trained, everything = trainable_parameters(model)
     kind = f"{len(data.labels)} classes" if data.labels else f"vocabulary {model.config.vocab_size:,}"
     lines = [
@@ -44,9 +46,8 @@ def describe_start(
         f"{counted(model.config.num_hidden_layers, 'layers')}, {counted(model.config.num_attention_heads, 'heads')}, "
         f"hidden size {model.config.hidden_size}",
         f"trainable: {trained:,} of {everything:,} parameters ({trained / everything:.2%})",
-        f"device: {describe_device(arguments.device)}; {counted(arguments.world_size, 'processes')}"
-        f"{', each with a part of the model (FSDP)' if arguments.is_sharded else ''}; {precision}; "
-        f"attention {model.config._attn_implementation}",
+        f"device: {describe_device(arguments.device)}; {counted(arguments.world_size, 'processes')}{sharing}; "
+        f"{precision}; attention {model.config._attn_implementation}",
         f"optimizer: {optimizer}; schedule {arguments.lr_scheduler_type.value}",
         *([first.describe()] if first else []),
         f"{'second pass' if recipe.pretraining else 'training'}: {describe_steps(estimate)}; "

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
@@ -15,6 +14,7 @@ from hfgpt.models import find_device
 from hfgpt.training.batches import count_rounds
 from hfgpt.training.hardware import has_native_bf16
 from hfgpt.training.sharding import plan_shards
+from hfgpt.training.tensor_parallel import plan_parallelism
 from hfgpt.training.trackers import check_installed
 
 # The arguments that affect the result of training. The recipe.yaml of a run contains all of them, so that it keeps its
@@ -144,20 +144,16 @@ class HfGPTTrainingArguments(TrainingArguments):
         self.use_cpu = device.type == "cpu"
         super().__post_init__()
         _check_precision(self)
-        if self.parallelism_config is not None or parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-            raise InputError(
-                "training with a parallelism_config (tensor or context parallelism) is not supported: remove it, and "
-                "divide the model among processes with training.fsdp"
-            )
         if self.world_size > 1 and not self.average_tokens_across_devices:
             raise InputError(
                 "training.average_tokens_across_devices is false, so the loss would depend on how rows are divided "
                 "among processes: leave it out"
             )
+        self.parallelism_config = plan_parallelism(self)
         self.fsdp_plugin_args = plan_shards(self)
-        self.fsdp = self.fsdp and self.is_sharded  # Trainer would refuse it on one process
+        self.fsdp = self.fsdp and self.is_fully_sharded  # Trainer would refuse it on one process
         if self.global_batch_size is not None:
-            self._check_global_batch(self.global_batch_size, self.world_size)
+            self._check_global_batch(self.global_batch_size, self.data_processes)
         if self.on_divergence not in ("stop", "rollback"):
             raise InputError(f"training.on_divergence is '{self.on_divergence}'; it must be stop or rollback")
         if self.on_divergence == "rollback" and (self.save_strategy == SaveStrategy.NO or self.save_only_model):
@@ -197,13 +193,33 @@ class HfGPTTrainingArguments(TrainingArguments):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process has only a part of the weights, by FSDP."""
+        """Whether each process has only a part of the weights, by FSDP or tensor parallelism."""
+        return self.is_fully_sharded or self.is_tensor_parallel
+
+    @property
+    def is_fully_sharded(self) -> bool:
+        """Whether FSDP divides the weights, gradients and optimizer state, each process taking other rows."""
         return self.fsdp_plugin_args is not None
+
+    @property
+    def is_tensor_parallel(self) -> bool:
+        """Whether all processes take the same rows, each with a part of the matrices."""
+        return self.parallelism_config is not None
+
+    @property
+    def data_processes(self) -> int:
+        """Number of processes with different rows."""
+        return 1 if self.is_tensor_parallel else self.world_size
+
+    @property
+    def data_index(self) -> int:
+        """Index of this process among those with different rows."""
+        return 0 if self.is_tensor_parallel else self.process_index
 
     @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step, in all processes."""
-        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.data_processes
         return rows if self.global_batch_size is None else self.global_batch_size
 
     @property

@@ -77,7 +77,7 @@ class StepBatches(Sampler[list[int]]):
         for start in range(0, self.rows, self.arguments.rows_per_step):
             step = order[start : start + self.arguments.rows_per_step]
             rounds = count_rounds(self.arguments, len(step))
-            first = self.arguments.process_index * rounds * size
+            first = self.arguments.data_index * rounds * size
             for place in range(first, first + rounds * size, size):
                 yield (step[place : place + size] if place < len(step) else step[:1]).tolist()
 
@@ -94,7 +94,7 @@ def count_rounds(arguments: TrainingArguments, rows: int) -> int:
     With a global batch size, on a CPU, it is a power of two, so that the sums of gradients are those of one process
     (see `hfgpt.training.gradients`).
     """
-    processes = arguments.world_size
+    processes = arguments.data_processes
     rounds = -(-rows // (arguments.per_device_train_batch_size * processes))
     if rounds and processes > 1 and arguments.global_batch_size is not None and arguments.device.type == "cpu":
         return 1 << (rounds - 1).bit_length()

@@ -122,7 +122,7 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
         tokens_per_step=round((blocks - left_out) * block_size / steps_per_epoch),
         steps=steps,
         flops_per_token=training_flops_per_token(model.config, block_size),
-        gathered_bytes=_gathered_bytes(model, arguments) if arguments.is_sharded else 0,
+        gathered_bytes=_gathered_bytes(model, arguments) if arguments.is_fully_sharded else 0,
         processes=arguments.world_size,
         rows_per_process=arguments.rows_per_process,
     )
@@ -168,6 +168,7 @@ def probe_tokens_per_second(
     arguments = copy.copy(arguments)
     arguments.eval_strategy = IntervalStrategy.NO  # Trainer would require an evaluation dataset
     arguments.report_to = []
+    arguments.parallelism_config = None  # each process has its own benchmark
     with _unchanged_random_state(), tempfile.TemporaryDirectory() as folder:
         arguments.output_dir = folder  # Trainer creates it
         try:
@@ -202,7 +203,7 @@ def probe_tokens_per_second(
                 continue
             backward_seconds = min(backward_seconds, per_row)
             optimizer_seconds = min(optimizer_seconds, ended - halfway)
-    rows_per_step = arguments.rows_per_step / arguments.world_size
+    rows_per_step = arguments.rows_per_step / arguments.data_processes
     return rows_per_step * block_size / (rows_per_step * backward_seconds + optimizer_seconds)
 
 
@@ -243,7 +244,7 @@ def plan_run(
     estimate.device = describe_device(arguments.device)
     try:
         speed = probe_tokens_per_second(model, arguments, block_size, seconds)
-        estimate.tokens_per_second = arguments.world_size * speed
+        estimate.tokens_per_second = arguments.data_processes * speed
     except torch.OutOfMemoryError:
         if not arguments.is_sharded:
             raise

@@ -63,6 +63,7 @@ from hfgpt.training.sharding import (
 )
 from hfgpt.training.speed import SpeedMeter
 from hfgpt.training.state import check_moments, check_schedule, read_state, readable_checkpoint, settings_of
+from hfgpt.training.tensor_parallel import check_divisible, divide_model, enable_parallelism
 
 
 class HfGPTTrainer(Trainer):
@@ -86,13 +87,16 @@ class HfGPTTrainer(Trainer):
     ):
         is_stream = isinstance(train_dataset, IterableDataset) or not has_length(train_dataset)
         if isinstance(model, torch.nn.Module) and any(isinstance(weight, DTensor) for weight in model.parameters()):
-            # With tensor parallelism, processes need the same rows, but different dropout for their attention heads.
             raise InputError(
                 "the model was divided among processes when it was loaded (distributed_config or tp_plan), which is "
-                "not supported in training: load it without, and set training.fsdp"
+                "not supported in training: load it whole, and set parallelism_config or training.fsdp"
             )
         # Whether the rows of each step are known in advance.
         self.has_step_batches = args.has_fixed_batches and not is_stream
+        if args.is_tensor_parallel and train_dataset is not None:
+            if not self.has_step_batches:
+                raise InputError("tensor parallelism needs batches of a fixed size, and a dataset with a length")
+            check_divisible(model, args.world_size)
         if args.global_batch_size is not None and train_dataset is not None:
             if not self.has_step_batches:
                 raise InputError("training.global_batch_size needs a dataset with a length: remove it")
@@ -129,11 +133,22 @@ class HfGPTTrainer(Trainer):
             )
 
     def create_accelerator_and_postprocess(self):
-        """Accelerate ignores FSDP on a CPU."""
+        """On a CPU, accelerate ignores FSDP, and refuses tensor parallelism."""
+        parallelism, self.args.parallelism_config = self.args.parallelism_config, None
         super().create_accelerator_and_postprocess()
-        if self.args.is_sharded and self.args.device.type == "cpu":
+        self.args.parallelism_config = parallelism
+        if parallelism:
+            enable_parallelism(self.accelerator, parallelism)
+        if self.args.is_fully_sharded and self.args.device.type == "cpu":
             shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = True
+
+    def create_optimizer(self, model=None):
+        """Trainer does not divide a model; here, the first optimizer is created when a training begins."""
+        if self.args.is_tensor_parallel and not self.is_distributed_loading_by_transformers:
+            divide_model(self.model, self.accelerator.torch_device_mesh["tp"])
+            self.is_distributed_loading_by_transformers = True  # so that accelerate does not wrap it
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's batches depend on the number of processes, and on the random state at the start of an epoch.
@@ -195,14 +210,14 @@ class HfGPTTrainer(Trainer):
             )
             loss = self.label_smoother(outputs, inputs["shift_labels"], num_items_in_batch=num_items_in_batch)
             if num_items_in_batch is not None:
-                loss = loss * self.accelerator.num_processes
+                loss = loss * self.args.data_processes
         loss = loss * 0 if self.is_filler else loss
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Trainer would count the labels of batches that only keep this process in step with the others."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        first = self.args.process_index * len(batches)
+        first = self.args.data_index * len(batches)
         self.indices = iter(range(first, first + len(batches)))  # of the batches in the step that begins
         real = self.batches.count_batches(self.state.global_step) - first if self.batches else len(batches)
         learned = [batch if index < real else ignore_labels(batch) for index, batch in enumerate(batches)]
@@ -351,8 +366,10 @@ class HfGPTTrainer(Trainer):
 
     def _evaluate_batches(self, function: Callable[[Any], Any], batches: DataLoader) -> Iterator[Any]:
         """The results for the rows of all processes, of which accelerate repeats some to fill the last batches."""
+        has_all = self.args.is_tensor_parallel
         for batch in batches:
-            yield self.accelerator.gather_for_metrics(function(batch))
+            result = function(batch)
+            yield result if has_all else self.accelerator.gather_for_metrics(result)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> float:
@@ -492,7 +509,7 @@ class HfGPTTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         with readable_checkpoint(resume_from_checkpoint):
-            if self.is_fsdp_enabled:
+            if self.args.is_sharded:
                 load_shards(saved_tensors(self.unwrapped), Path(resume_from_checkpoint))
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -503,7 +520,7 @@ class HfGPTTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _load_best_model(self):
-        if self.is_fsdp_enabled:
+        if self.args.is_sharded:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
@@ -511,7 +528,7 @@ class HfGPTTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str):
         """With FSDP, Trainer would save pickles, and the weights as shards that only FSDP can load."""
         with self._noting_errors(output_dir):
-            if not self.is_fsdp_enabled:
+            if not self.args.is_sharded:
                 return super()._save_optimizer_and_scheduler(output_dir)
             save_optimizer(self.optimizer, Path(output_dir))
             if self.args.should_save:
@@ -545,7 +562,7 @@ class HfGPTTrainer(Trainer):
         # Internal calls are those of `_save_checkpoint`.
         noting = self._noting_errors(folder) if _internal_call else explain_full_disk(folder, self._following())
         with noting:
-            if not self.is_fsdp_enabled:
+            if not self.args.is_sharded:
                 return super().save_model(output_dir, _internal_call)
             weights = gather_weights(self.unwrapped)  # by all processes
             if self.args.should_save:
