@@ -27,7 +27,7 @@ from hfgpt.records import RunRecord
 from hfgpt.training.arguments import HfGPTTrainingArguments
 
 FOLDER = recipe_folder() / "machines"
-ACCELERATE = {"ddp.yaml": (8, 1), "fsdp.yaml": (8, 1), "two-machines.yaml": (16, 2)}
+ACCELERATE = {"ddp.yaml": (8, 1), "fsdp.yaml": (8, 1), "tensor-parallel.yaml": (4, 1), "two-machines.yaml": (16, 2)}
 OTHERS = ("slurm.sbatch", "skypilot.yaml", "kubeflow.yaml")
 # Stands for python and torchrun: records its arguments and some variables; with WAIT, exits as hfgpt does on SIGUSR1.
 STUB = """#!/bin/bash
@@ -75,7 +75,7 @@ def test_the_commands_in_the_readme_are_those_of_the_files(monkeypatch):
     lines = Path("README.md").read_text().splitlines()
     launchers = [shlex.split(line) for line in lines if line.startswith(("torchrun ", "accelerate launch "))]
     found = [parse_launcher(words) for words in launchers]
-    assert found == [(4, 1), (4, 1), (4, 1), (16, 2)]
+    assert found == [(4, 1), (4, 1), (4, 1), (4, 1), (16, 2)]
     others = {line.split()[0]: line for line in lines if line.startswith(("sbatch ", "sky ", "kubectl "))}
     assert len(others) == 3
     for name in OTHERS:
@@ -118,6 +118,14 @@ def test_fsdp_shards_the_blocks_with_version_2():
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
     assert not plugin.activation_checkpointing
     assert not plugin.cpu_ram_efficient_loading
+
+
+def test_tensor_parallelism_covers_all_processes(monkeypatch):
+    monkeypatch.setattr(HfGPTTrainingArguments, "world_size", 4)
+    with mock.patch.dict(os.environ, launched_environment("tensor-parallel.yaml")):
+        arguments = HfGPTTrainingArguments("none", use_cpu=True)
+        assert "ACCELERATE_USE_PARALLELISM_CONFIG" not in os.environ, "accelerate would refuse it on a CPU"
+    assert (arguments.parallelism_config.tp_size, arguments.data_processes) == (4, 1)
 
 
 def test_several_machines_meet_at_the_address_of_the_first(monkeypatch):

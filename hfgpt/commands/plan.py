@@ -57,7 +57,7 @@ def render_plan(estimate: Estimate) -> str:
         total = _duration(first.seconds + estimate.seconds if known else None)
         rows[-1] = ("time", f"{_duration(estimate.seconds)}, {total} with the first pass; not including evaluation")
     if estimate.processes > 1:
-        sharing = ", each with a part of the model" if estimate.gathered_bytes else ", each with the whole model"
+        sharing = ", each with a part of the model" if estimate.shards > 1 else ", each with the whole model"
         rows.insert(1, ("processes", f"{estimate.processes}{sharing}; memory is that of each"))
         rows_per_step = ("rows per step", f"at most {estimate.rows_per_process:,} in each process")
         rows.insert([name for name, _ in rows].index("steps") + 1, rows_per_step)

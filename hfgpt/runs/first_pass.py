@@ -153,6 +153,7 @@ def build_arguments(recipe: Recipe) -> HfGPTTrainingArguments:
         fp16=recipe.training.fp16,
         fsdp=recipe.training.fsdp,
         fsdp_config=recipe.training.fsdp_config,
+        parallelism_config=recipe.training.parallelism_config,
     )
 
 

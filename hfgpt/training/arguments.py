@@ -118,6 +118,7 @@ class HfGPTTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     disable_tqdm: bool | None = True
+    log_level_replica: str = "passive"  # as in the main process; Trainer's default is more verbose
     save_total_limit: int | None = 2
     dataloader_pin_memory: bool | None = None
     # Every parameter has a gradient at every step, so do not search the graph for unused ones.

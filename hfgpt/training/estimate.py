@@ -24,6 +24,7 @@ from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import describe_device, process_memory_bytes
 from hfgpt.training.optimizers import hidden_matrix_names
+from hfgpt.training.tensor_parallel import check_divisible
 from hfgpt.training.trainer import HfGPTTrainer
 
 
@@ -41,11 +42,12 @@ class Estimate:
             may be smaller.
         steps: Optimizer steps.
         flops_per_token: FLOPs per token, forward and backward.
-        tokens_per_second: Measured by the benchmark on this machine; None if it was not run, or if the whole model, of
-            which each process will have a part, does not fit on one device.
+        tokens_per_second: Measured by the benchmark on this machine; None if it was not run, if the whole model, of
+            which each process will have a part, does not fit on one device, or with tensor parallelism.
         device: Device of the benchmark.
         gathered_bytes: With FSDP, memory for weights of other processes during a step.
         processes: Number of processes of the run.
+        shards: Number of parts of the model, each in another process; 1: each process has the whole model.
         rows_per_process: Rows of an optimizer step in each process.
         share: Fraction of the training text that was tokenized to estimate the number of steps.
         first_pass: Cost of a classifier's first pass, not included in the other fields.
@@ -64,6 +66,7 @@ class Estimate:
     process_bytes: int = 0
     gathered_bytes: int = 0
     processes: int = 1
+    shards: int = 1
     rows_per_process: int = 1
     share: float = 1.0
     first_pass: "Estimate | None" = None
@@ -124,6 +127,7 @@ def estimate_run(model: PreTrainedModel, arguments: HfGPTTrainingArguments, bloc
         flops_per_token=training_flops_per_token(model.config, block_size),
         gathered_bytes=_gathered_bytes(model, arguments) if arguments.is_fully_sharded else 0,
         processes=arguments.world_size,
+        shards=shards,
         rows_per_process=arguments.rows_per_process,
     )
 
@@ -225,7 +229,7 @@ def _synchronize(device: torch.device):
 def describe_time(estimate: Estimate) -> str:
     """The time and speed of a run, as in `about 12 s at 1,234 tokens/s`."""
     if estimate.seconds is None:
-        return "time unknown, since the whole model does not fit on one device for a benchmark"
+        return "time unknown, since the benchmark needs the whole model on one device"
     return f"about {estimate.seconds:,.0f} s at {estimate.tokens_per_second:,.0f} tokens/s"
 
 
@@ -238,13 +242,16 @@ def plan_run(
     model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, blocks: int, seconds: float = 2.0
 ) -> Estimate:
     """`estimate_run`, plus the memory of this process and the speed of this machine from a benchmark of `seconds`."""
+    if arguments.is_tensor_parallel:
+        check_divisible(model, arguments.world_size)
     estimate = estimate_run(model, arguments, block_size, blocks)
     if arguments.device.type == "cpu":
         estimate.process_bytes = max(process_memory_bytes() - _weights_bytes(model), 0)
     estimate.device = describe_device(arguments.device)
     try:
         speed = probe_tokens_per_second(model, arguments, block_size, seconds)
-        estimate.tokens_per_second = arguments.data_processes * speed
+        if not arguments.is_tensor_parallel:
+            estimate.tokens_per_second = arguments.world_size * speed
     except torch.OutOfMemoryError:
         if not arguments.is_sharded:
             raise

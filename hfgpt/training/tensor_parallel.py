@@ -1,7 +1,7 @@
 """Tensor parallelism: processes divide each matrix, and compute the same rows together.
 
-The plan is that of the model (`tp_plan`), carried out by PyTorch. All other weights become replicated DTensors, so that
-optimizers, gradient clipping and checkpoints treat all weights as they do with FSDP.
+PyTorch carries out the model's plan (`tp_plan`). The other weights become replicated DTensors, so that optimizers,
+gradient clipping and checkpoints treat all weights as they do with FSDP.
 
 Source: Shoeybi et al., "Megatron-LM" (2019), section 3.
 """
@@ -79,7 +79,12 @@ def enable_parallelism(accelerator: Accelerator, config: ParallelismConfig):
 
 
 def divide_model(model: PreTrainedModel, mesh: DeviceMesh):
-    """Divides the weights of a model among the processes of a mesh, in place; all must have the whole model."""
+    """Divides the weights of a model among the processes of a mesh, in place; all must have the whole model.
+
+    Raises:
+        InputError: As `check_divisible`.
+    """
+    check_divisible(model, mesh.size())
     # The embedding is divided as the head is, whose weights it may be.
     plan = {f"{'model.' if hasattr(model, 'model') else ''}embed_tokens": "embedding_rowwise", **model.tp_plan}
     parallelize_module(model, mesh, {name: STYLES[style]() for name, style in plan.items()}, src_data_rank=None)

@@ -63,7 +63,7 @@ from hfgpt.training.sharding import (
 )
 from hfgpt.training.speed import SpeedMeter
 from hfgpt.training.state import check_moments, check_schedule, read_state, readable_checkpoint, settings_of
-from hfgpt.training.tensor_parallel import check_divisible, divide_model, enable_parallelism
+from hfgpt.training.tensor_parallel import divide_model, enable_parallelism
 
 
 class HfGPTTrainer(Trainer):
@@ -93,10 +93,8 @@ class HfGPTTrainer(Trainer):
             )
         # Whether the rows of each step are known in advance.
         self.has_step_batches = args.has_fixed_batches and not is_stream
-        if args.is_tensor_parallel and train_dataset is not None:
-            if not self.has_step_batches:
-                raise InputError("tensor parallelism needs batches of a fixed size, and a dataset with a length")
-            check_divisible(model, args.world_size)
+        if args.is_tensor_parallel and train_dataset is not None and not self.has_step_batches:
+            raise InputError("tensor parallelism needs batches of a fixed size, and a dataset with a length")
         if args.global_batch_size is not None and train_dataset is not None:
             if not self.has_step_batches:
                 raise InputError("training.global_batch_size needs a dataset with a length: remove it")

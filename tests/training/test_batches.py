@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import ParallelismConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,10 @@ from hfgpt.training.trainer import HfGPTTrainer
 def of_processes(processes: int, index: int = 0, **fields) -> SimpleNamespace:
     """The arguments of one of several processes."""
     defaults = {"global_batch_size": None, "device": torch.device("cpu"), "dataloader_drop_last": False}
-    return SimpleNamespace(**{**defaults, **fields}, world_size=processes, process_index=index)
+    return SimpleNamespace(**{**defaults, **fields}, data_processes=processes, data_index=index)
+
+
+TENSOR_PARALLEL = {"parallelism_config": ParallelismConfig(tp_size=2)}
 
 
 @settings(deadline=None)
@@ -200,11 +204,22 @@ def test_one_process_has_the_whole_model(monkeypatch):
             r"draws other dropout in the backward pass: .* set training\.gradient_checkpointing instead$",
         ),
         (
-            {"parallelism_config": {"tp_size": 2}},
+            {"parallelism_config": ParallelismConfig(tp_size=4)},
             {},
-            r"parallelism_config \(tensor or context parallelism\) is not sup",
+            "has a tp_size of 4 in a total size of 4, for 2 processes: set tp_size to 2 and every other size to 1; ",
         ),
-        ({}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, r"divide the model among processes with training\.fsdp$"),
+        (
+            {},
+            {
+                "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                "PARALLELISM_CONFIG_TP_SIZE": "2",
+                "PARALLELISM_CONFIG_CP_SIZE": "2",
+            },
+            "a tp_size of 2 in a total size of 4, for 2 processes",
+        ),
+        ({"fsdp": True} | TENSOR_PARALLEL, {}, r"^training\.fsdp cannot be combined with tensor parallelism: unset"),
+        ({"torch_compile": True} | TENSOR_PARALLEL, {}, r"^training\.torch_compile cannot be combined with tensor "),
+        (TENSOR_PARALLEL, {"ACCELERATE_USE_FSDP": "true"}, "asks for both FSDP and tensor parallelism: remove one"),
     ],
 )
 def test_parallelism_that_would_train_another_model_is_refused(fields, environment, message, monkeypatch):

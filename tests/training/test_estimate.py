@@ -226,7 +226,7 @@ def test_a_plan_says_what_each_process_holds(make_model, make_arguments, monkeyp
     assert "memory: gathered weights 0." in shown
     assert "speed unknown on" in shown
     assert "time unknown, not including" in shown
-    assert describe_time(estimate).startswith("time unknown, since the whole model does not fit on one device")
+    assert describe_time(estimate).startswith("time unknown, since the benchmark needs the whole model on one device")
     with pytest.raises(torch.OutOfMemoryError):
         plan_run(model, make_arguments(**fields), 16, 100)
 
