@@ -32,7 +32,7 @@ from hfgpt.tasks import TASKS
 from hfgpt.tasks.task import Data, Measured
 from hfgpt.training.callbacks import log_result, plot_loss
 from hfgpt.training.checkpoints import list_checkpoints
-from hfgpt.training.estimate import plan_run
+from hfgpt.training.estimate import explained_memory, plan_run
 from hfgpt.training.trackers import check_login
 from hfgpt.training.trainer import HfGPTTrainer
 
@@ -92,13 +92,14 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     PartialState().wait_for_everyone()  # all processes have checked the folder
     if is_main:
         begin_run(recipe, data, checkpoint)
-    if first:
-        run_first_pass(first, data.tokenizer, console)
-    if recipe.pretraining:
-        recipe, data = after_first_pass(recipe, data)
-        model = task.build(recipe, data)
-    trainer = build_trainer(recipe, model, data)
-    training = run_training(trainer, estimate, checkpoint, console, callbacks)
+    with explained_memory(arguments):
+        if first:
+            run_first_pass(first, data.tokenizer, console)
+        if recipe.pretraining:
+            recipe, data = after_first_pass(recipe, data)
+            model = task.build(recipe, data)
+        trainer = build_trainer(recipe, model, data)
+        training = run_training(trainer, estimate, checkpoint, console, callbacks)
 
     # 6. Save in all processes, then evaluate the saved weights in all that see them.
     save_run(trainer, folder)

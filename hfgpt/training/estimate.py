@@ -9,6 +9,7 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -248,11 +249,41 @@ def plan_run(
     if arguments.device.type == "cpu":
         estimate.process_bytes = max(process_memory_bytes() - _weights_bytes(model), 0)
     estimate.device = describe_device(arguments.device)
-    try:
-        speed = probe_tokens_per_second(model, arguments, block_size, seconds)
-        if not arguments.is_tensor_parallel:
-            estimate.tokens_per_second = arguments.world_size * speed
-    except torch.OutOfMemoryError:
-        if not arguments.is_sharded:
-            raise
+    with explained_memory(arguments):
+        try:
+            speed = probe_tokens_per_second(model, arguments, block_size, seconds)
+            if not arguments.is_tensor_parallel:
+                estimate.tokens_per_second = arguments.world_size * speed
+        except torch.OutOfMemoryError:
+            if not arguments.is_sharded:
+                raise
     return estimate
+
+
+@contextmanager
+def explained_memory(arguments: HfGPTTrainingArguments) -> Iterator[None]:
+    """Says how to train the same steps with less memory if a device has too little.
+
+    What a process takes at once is never chosen by what fits: each batch has its own dropout, so that a run would
+    depend on the machine.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # On a CPU, PyTorch raises a plain RuntimeError.
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        rows, remedies = arguments.per_device_train_batch_size, []
+        if rows > 1:
+            unset = ", without gradient_accumulation_steps" if arguments.gradient_accumulation_steps > 1 else ""
+            remedies.append(
+                f"set training.per_device_train_batch_size to {rows // 2} and training.global_batch_size to "
+                f"{arguments.rows_per_step}{unset}, for steps of as many rows"
+            )
+        if not arguments.gradient_checkpointing:
+            remedies.append("set training.gradient_checkpointing to true")
+        remedies.append("train a smaller model or shorter rows")
+        raise InputError(
+            f"{describe_device(arguments.device)} has too little memory for {counted(rows, 'rows')} at once: "
+            f"{'; or '.join(remedies)}"
+        ) from error

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from hfgpt.commands.plan import render_plan
 from hfgpt.configuration_hfgpt import HfGPTConfig
+from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training import estimate as module
 from hfgpt.training import hardware
@@ -227,8 +228,32 @@ def test_a_plan_says_what_each_process_holds(make_model, make_arguments, monkeyp
     assert "speed unknown on" in shown
     assert "time unknown, not including" in shown
     assert describe_time(estimate).startswith("time unknown, since the benchmark needs the whole model on one device")
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(InputError, match="has too little memory for 4 rows at once: set training"):
         plan_run(model, make_arguments(**fields), 16, 100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4},
+            "has too little memory for 6 rows at once: set training.per_device_train_batch_size to 3 and "
+            "training.global_batch_size to 24, without gradient_accumulation_steps, for steps of as many rows; or set "
+            "training.gradient_checkpointing to true; or train a smaller model or shorter rows",
+        ),
+        (
+            {"per_device_train_batch_size": 1, "gradient_checkpointing": True},
+            "has too little memory for 1 row at once: train a smaller model or shorter rows",
+        ),
+    ],
+)
+def test_too_little_memory_is_explained(fields, message, make_arguments):
+    for allocate in (lambda: torch.empty(2**60, dtype=torch.uint8), lambda: b" " * 2**60):
+        with pytest.raises(InputError) as caught, module.explained_memory(make_arguments(**fields)):
+            allocate()
+        assert str(caught.value).endswith(message)
+    with pytest.raises(RuntimeError, match=r"^another$"), module.explained_memory(make_arguments()):
+        raise RuntimeError("another")
 
 
 @pytest.mark.parametrize(
