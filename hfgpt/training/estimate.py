@@ -269,8 +269,8 @@ def explained_memory(arguments: HfGPTTrainingArguments) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU, PyTorch raises a plain RuntimeError.
+    except (MemoryError, RuntimeError) as error:
+        # Without memory, PyTorch raises a subclass of RuntimeError, and on a CPU, a plain one.
         if type(error) is RuntimeError and "can't allocate memory" not in str(error):
             raise
         rows, remedies = arguments.per_device_train_batch_size, []
