@@ -121,6 +121,7 @@ def test_fsdp_shards_the_blocks_with_version_2():
 
 
 def test_tensor_parallelism_covers_all_processes(monkeypatch):
+    pytest.importorskip("transformers", "5.23")
     monkeypatch.setattr(HfGPTTrainingArguments, "world_size", 4)
     with mock.patch.dict(os.environ, launched_environment("tensor-parallel.yaml")):
         arguments = HfGPTTrainingArguments("none", use_cpu=True)

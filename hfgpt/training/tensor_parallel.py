@@ -49,13 +49,13 @@ def plan_parallelism(arguments: TrainingArguments) -> ParallelismConfig | None:
             f"{arguments.world_size} processes: set tp_size to {arguments.world_size} and every other size to 1; for "
             "other ways to divide a model, set training.fsdp"
         )
-    if not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
-        raise InputError("training with tensor parallelism needs transformers 5.23: upgrade it, or set training.fsdp")
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         raise InputError("the accelerate file asks for both FSDP and tensor parallelism: remove one of them")
     for name in ("fsdp", "fp16", "torch_compile", "auto_find_batch_size", "deepspeed"):
         if getattr(arguments, name):
             raise InputError(f"training.{name} cannot be combined with tensor parallelism: unset it")
+    if not hasattr(Trainer, "_sync_replicated_trainable_parameters"):
+        raise InputError("training with tensor parallelism needs transformers 5.23: upgrade it, or set training.fsdp")
     return config
 
 
