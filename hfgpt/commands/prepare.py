@@ -45,6 +45,7 @@ from hfgpt.data.writing import (
     Job,
     Output,
     Rules,
+    choose_of_few,
     finish_preparation,
     list_jobs,
     read_training_texts,
@@ -94,6 +95,7 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     try:
         if recipe.data.deduplicate:
             jobs = _drop_repeated(folder, jobs, recipe.data.num_proc, console)
+        jobs = choose_of_few(jobs)
         tokenizer = _find_tokenizer(recipe, folder, jobs)
         preparation = _describe_preparation(recipe, name, sources, jobs, tokenizer)
         start_preparation(folder, preparation, tokenizer)

@@ -9,9 +9,10 @@ import contextlib
 import hashlib
 import io
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,19 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The documents of a source for validation, if there are few.
+
+    Args:
+        validation: Their digests.
+        append_eos: Split -> whether each document ends with an end-of-text token.
+    """
+
+    validation: frozenset[int]
+    append_eos: dict[str, bool]
+
+
+@dataclass(frozen=True)
 class Job:
     """A part to tokenize.
 
@@ -76,6 +90,7 @@ class Job:
         rules: What becomes of its rows.
         source: Index of the source in the mixture.
         repeated: Indices of the documents to leave out, because they repeat others.
+        choice: How to divide the documents; None: by the rules.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Job:
     rules: Rules
     source: int = 0
     repeated: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +132,28 @@ def list_jobs(sources: list[tuple[dict[str, list[Part]], Rules]]) -> list[Job]:
         for number, (source, part, is_alone, rules) in enumerate(found):
             jobs.append(Job(f"{split}-{number:05}", split, part, is_alone, rules, source))
     return jobs
+
+
+def choose_of_few(jobs: list[Job]) -> list[Job]:
+    """The jobs, with a choice for sources of several parts and few documents, exact as in `hfgpt.data.sources`.
+
+    Where each document goes by its own digest alone, few could leave a split empty.
+    """
+    choices = {}
+    for source in {job.source for job in jobs if job.rules.validation_fraction is not None and not job.is_alone}:
+        parts = [job for job in jobs if job.source == source]
+        fraction = parts[0].rules.validation_fraction
+        many = math.ceil(20 / min(fraction, 1 - fraction))  # with so many, a split is empty once in 500 million
+        documents = itertools.chain.from_iterable(_read_documents(part, DataReport()) for part in parts)
+        digests = np.array([digest for _, digest in itertools.islice(documents, many)], dtype=np.uint64)
+        texts, copies = np.unique(digests, return_counts=True)
+        if len(digests) < many and len(texts) > 1:
+            sides = divide(copies, [fraction])
+            counts = {split: int(copies[sides == side].sum()) for side, split in enumerate(SPLITS)}
+            choices[source] = Choice(
+                frozenset(texts[sides == 1].tolist()), {split: count > 1 for split, count in counts.items()}
+            )
+    return [replace(job, choice=choices.get(job.source)) for job in jobs]
 
 
 @dataclass
@@ -245,12 +283,16 @@ def _assign_documents(job: Job, division: _Division, report: DataReport) -> Iter
 
 
 def _divide_documents(job: Job) -> _Division:
-    """Divides the only part of a source exactly, as `hfgpt.data.sources` does, and others by threshold.
+    """Divides the only part of a source, or few documents, exactly as `hfgpt.data.sources` does; others by threshold.
 
     Both choose the documents with the smallest digests for validation, but the exact number of documents is known only
     after all parts have been read.
     """
     fraction = job.rules.validation_fraction
+    if choice := job.choice:
+        return _Division(
+            lambda number, digest: "validation" if digest in choice.validation else "train", choice.append_eos
+        )
     if not job.is_alone:
         if fraction is None:
             return _Division(lambda number, digest: job.source_split, {job.source_split: True})

@@ -122,6 +122,17 @@ def test_unknown_tokens_are_counted_as_in_training(recipe, tmp_path, small_parts
     assert data.report.splits["validation"].unknown_tokens == 3
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_few_documents_in_several_parts_are_divided_as_in_training(recipe, tmp_path, small_parts, seed):
+    texts = write_texts(6, seed)
+    write_lines(tmp_path / "d/a.jsonl", [" ".join(texts * 20), texts[0]])
+    write_lines(tmp_path / "d/b.jsonl", [texts[0], texts[2], "", texts[3]])
+    write_lines(tmp_path / "d/c.jsonl", [texts[4], texts[5]])
+    data = assert_prepared_as_loaded(recipe, "d")
+    assert len(Manifest.read(tmp_path / "out").parts) > 1
+    assert data.report.splits["validation"].documents == 1
+
+
 def test_parts_divide_validation_by_text(recipe, tmp_path, small_parts):
     texts = write_texts(600)
     write_lines(tmp_path / "a.jsonl", texts + texts[:100])
@@ -219,8 +230,9 @@ def test_a_mixture_has_every_block_and_the_given_shares(recipe, tmp_path, small_
     assert report.splits["validation"].predicted_tokens == sum(
         splits["validation"].predicted_tokens for splits in alone.values()
     )
-    assert report.mixture["1"].weight == pytest.approx(0.5, abs=0.01)
-    assert "source 1, a.jsonl: 50.0% of the training blocks" in report.summary()
+    weight = report.mixture["1"].weight
+    assert weight == pytest.approx(0.5, abs=0.01)
+    assert f"source 1, a.jsonl: {weight:.1%} of the training blocks" in report.summary()
     assert data.splits["validation"].first_tokens() == [
         int(splits["validation"].stream[0:1][0]) for splits in alone.values()
     ]
@@ -233,11 +245,11 @@ def read_all(folder):
 
 def test_shards_and_processes_give_the_same_files(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "PART_BYTES", 2000)
-    write_lines(tmp_path / "a.jsonl", write_texts(150))
+    write_lines(tmp_path / "a.jsonl", write_texts(250))
     prepare_quietly(recipe("a.jsonl"), "whole")
     source = recipe("a.jsonl")
     assert prepare_quietly(source, "shards", "2/2")[0] is None
-    with pytest.raises(InputError, match=r"shards is incomplete, \d of \d parts are finished: run the same hfgpt"):
+    with pytest.raises(InputError, match=r"shards is incomplete, 6 of 13 parts are finished: run the same hfgpt"):
         find_prepared("shards")
     assert prepare_quietly(source, "shards", "1/2")[0] is not None
     prepare_quietly(recipe("a.jsonl", data__num_proc=2), "processes")
