@@ -11,6 +11,7 @@ import functools
 import glob
 import importlib
 import itertools
+import pydoc
 import re
 import types
 import typing
@@ -409,6 +410,8 @@ def _explain(error: ArgumentError) -> tuple[str, str]:
     """The key and a one-line message for a jsonargparse error."""
     if found := re.search(r'Parser key "([^"]+)":\s*(.*)', str(error), re.DOTALL):
         key, fact = found.groups()
+        if entry := re.search(r"Problem with given class_path '([\w.]+)':\s*(.*?)(\n    - |$)", fact, re.DOTALL):
+            return key, f"{key}: {_explain_entry(*entry.groups()[:2])}"
         # The value comes last, after one line per type of a union.
         expected = re.findall(r"Expected an? (<class '(\w+)'>|typing\.Literal(\[.*?\]))", fact)
         value = re.search(r"(?:Got value|Given value): (.*)", fact)
@@ -417,6 +420,16 @@ def _explain(error: ArgumentError) -> tuple[str, str]:
             return key, f"{key} is {value.group(1).strip()!r}; it must be {' or '.join(dict.fromkeys(names))}"
         return key, f"{key}: {' '.join(fact.split())}"
     return "", f"{' '.join(str(error).split())}; overrides must have the form --section.key value"
+
+
+def _explain_entry(class_path: str, fact: str) -> str:
+    """A message for jsonargparse's error about an entry of a list."""
+    if unknown := re.match(r"Option '(.*)' is not accepted", fact):
+        names = [field.name for field in dataclasses.fields(pydoc.locate(class_path))]
+        return f"there is no key '{unknown[1]}' in an entry{suggest(unknown[1], names)}"
+    if lacking := re.match(r"the following arguments are required: (.*)", fact):
+        return f"an entry does not have {lacking[1]}"
+    return _explain(ArgumentError(None, fact))[1]
 
 
 def _explain_refusal(error: Exception, arguments: Namespace) -> tuple[str, str]:

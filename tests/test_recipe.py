@@ -394,6 +394,19 @@ def test_a_run_can_be_resumed_if_only_logging_or_evaluation_differs(write):
             "line 2: training.save_strategy is \"'no'\"; did you mean 'no'?",
         ),
         ("data:\n  name: 1.0\n", "line 2: data.name is '1.0'; it must be text in quotes or null"),
+        (
+            "data:\n  mixture: [{path: a, wieght: 1}]\n",
+            "line 2: data.mixture: there is no key 'wieght' in an entry; did you mean 'weight'?",
+        ),
+        ("data: {mixture: [{weight: 1}]}\n", "line 1: data.mixture: an entry does not have path"),
+        (
+            "data: {mixture: [{path: a, weight: heavy}]}\n",
+            "line 1: data.mixture: weight is 'heavy'; it must be a number",
+        ),
+        (
+            "data: {mixture: [{path: a, weight: 0}]}\n",
+            "line 1: data.mixture has the weight 0.0 for a; it must be above 0",
+        ),
         ("evaluation:\n  prompts: One\n", "line 2: evaluation.prompts is 'One'; it must be a list like [a, b]"),
         ("evaluation:\n  prompts: [One, 2]\n", "line 2: evaluation.prompts is '2'; it must be text in quotes"),
         (

@@ -125,7 +125,12 @@ def render_manifest(manifest: Manifest | None, recipe: str, overrides: Sequence[
     """
     if manifest is None:
         return "this shard is finished; others are not"
-    kept = "".join(f" {shlex.quote(word)}" for word in overrides)
+    kept, words = "", iter(overrides)
+    for word in words:
+        if word == "--data.path":
+            next(words)
+        elif not word.startswith("--data.path="):
+            kept += f" {shlex.quote(word)}"
     size = sum(file.size for split in SPLITS for file in manifest.files(split))
     return (
         f"{manifest.report.summary()}\n{out} is complete: {_readable(size)}; train with: hfgpt train "
