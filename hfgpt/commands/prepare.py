@@ -31,7 +31,6 @@ from hfgpt.data.prepared import (
     Folder,
     Manifest,
     Preparation,
-    TokenFile,
     read_manifest,
     read_part_records,
     read_preparation,
@@ -57,7 +56,7 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
-from hfgpt.saving import check_writable, hash_file, quote_path
+from hfgpt.saving import check_writable, quote_path
 from hfgpt.tasks.preparation import find_tokenizer
 from hfgpt.tokenizer import load_tokenizer
 
@@ -256,9 +255,12 @@ def _list_waiting(folder: Folder, jobs: list[Job], preparation: Preparation, con
     """The jobs whose part is not finished, or is damaged."""
     manifest, waiting = read_manifest(folder), []
     records = (manifest.parts if manifest else {}) | read_part_records(folder, preparation)
+    # Remote files are read only if the data was finished: training may have found one of them damaged.
+    checksum = folder.is_local or manifest is not None
     for job in jobs:
         record = records.get(job.name)
-        damaged = [file.file for file in record.files.values() if not _is_whole(folder, file)] if record else []
+        files = record.files.values() if record else ()
+        damaged = [file.file for file in files if not folder.is_whole(file, checksum)]
         for name in damaged:
             console.print(f"{name} is missing or damaged: preparing {job.name} again")
         if record is None or damaged:
@@ -266,13 +268,6 @@ def _list_waiting(folder: Folder, jobs: list[Job], preparation: Preparation, con
     if finished := len(jobs) - len(waiting):
         console.print(f"already finished: {finished:,} of {counted(len(jobs), 'parts')}")
     return waiting
-
-
-def _is_whole(folder: Folder, file: TokenFile) -> bool:
-    if not folder.is_local:
-        return folder.exists(file.file)
-    path = folder.path(file.file)
-    return path.is_file() and path.stat().st_size == file.size and hash_file(path) == file.sha256
 
 
 def _describe_size(

@@ -219,6 +219,18 @@ class Folder:
             self._system.invalidate_cache()
             return self._system.exists(self._join(name))
 
+    def is_whole(self, file: TokenFile, checksum: bool) -> bool:
+        """Whether a token file exists, with its size and, if it is to be read for that, its checksum."""
+        place = self._join(file.file)
+        with self._explain("read"):
+            self._system.invalidate_cache()
+            if not self._system.exists(place) or self._system.size(place) != file.size:
+                return False
+            if not checksum:
+                return True
+            with self._system.open(place) as content:
+                return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+
     def list_names(self, name: str) -> list[str]:
         """The names of the files in a subfolder; none if it does not exist."""
         with self._explain("read"):

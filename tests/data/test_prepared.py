@@ -427,6 +427,15 @@ def test_data_is_prepared_in_and_read_from_a_remote_folder(recipe, tmp_path, sma
     assert {split: stream.tolist() for split, stream in streams.items()} == {
         split: stream.tolist() for split, stream in expected.items()
     }
+    memory, damaged = fsspec.filesystem("memory"), "/bucket/data/train/train-00001.arrow"
+    content = memory.cat_file(damaged)
+    memory.pipe_file(damaged, content[:-1] + b"?")
+    shutil.rmtree(tmp_path / ".hf")  # the copies of downloaded files
+    with pytest.raises(InputError, match=r"train-00001.arrow of memory://bucket/data is damaged: run the same hfgpt"):
+        load_streams(recipe("memory://bucket/data"))
+    _, said = prepare_quietly(recipe("a.jsonl"), "memory://bucket/data")
+    assert "train/train-00001.arrow is missing or damaged: preparing train-00001 again" in said
+    assert memory.cat_file(damaged) == content
 
 
 def test_remote_files_are_read_part_by_part(recipe, tmp_path, small_parts):
