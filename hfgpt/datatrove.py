@@ -17,7 +17,7 @@ from hfgpt.data.encoding import NO_END, Encoding
 from hfgpt.data.parts import Part
 from hfgpt.data.prepared import FORMAT_VERSION, Folder, Preparation
 from hfgpt.data.report import DataReport
-from hfgpt.data.writing import Job, Output, Rules, finish_preparation, start_preparation, tokenize_part
+from hfgpt.data.writing import OutputSettings, PartJob, Rules, finish_preparation, start_preparation, tokenize_part
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.tokenizer import load_tokenizer
@@ -79,10 +79,10 @@ class PrepareTokens(PipelineStep):
         )
         start_preparation(folder, preparation, tokenizer)
         part = Part(lambda: ({"text": document.text} for document in data or ()), [rank, world_size])
-        job = Job(f"train-{rank:05}", "train", part, False, self.rules)
+        job = PartJob(f"train-{rank:05}", "train", part, False, self.rules)
         with self.track_time(unit="task"):
             record = tokenize_part(
-                Output(self.output_folder, preparation.sha256, encoding, unknown_token_id(tokenizer)), job
+                OutputSettings(self.output_folder, preparation.sha256, encoding, unknown_token_id(tokenizer)), job
             )
         for split, file in record.files.items():
             self.stat_update(f"{split}_tokens", value=file.tokens, unit="task")

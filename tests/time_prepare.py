@@ -24,7 +24,7 @@ from hfgpt.data.encoding import Encoding
 from hfgpt.data.parts import find_parts
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, SourceArguments
-from hfgpt.data.writing import Output, Rules, list_jobs, tokenize_part
+from hfgpt.data.writing import OutputSettings, Rules, list_jobs, tokenize_part
 from hfgpt.demo_corpus import generate_stories
 from hfgpt.tokenizer import train_tokenizer
 
@@ -73,7 +73,7 @@ def prepare(source: Path, encoding: Encoding, out: Path) -> tuple[int, int]:
     parts = find_parts(
         SourceArguments(str(source)), Reading({"text_column": "text"}, {"validation": None}), DataReport()
     )
-    output = Output(str(out), "", encoding, None)
+    output = OutputSettings(str(out), "", encoding, None)
     records = [tokenize_part(output, job) for job in list_jobs([(parts, Rules("text", 0, 0.1))])]
     files = [file for record in records for file in record.files.values()]
     return sum(file.tokens for file in files), sum(file.size for file in files)

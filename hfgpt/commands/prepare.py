@@ -41,8 +41,8 @@ from hfgpt.data.sources import SETTINGS, reading_of
 from hfgpt.data.streams import count_cores
 from hfgpt.data.writing import (
     REASONS,
-    Job,
-    Output,
+    OutputSettings,
+    PartJob,
     Rules,
     choose_of_few,
     finish_preparation,
@@ -102,7 +102,7 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
         encoding = Encoding.of(tokenizer)
         if waiting:
             _describe_size(folder, name, waiting, jobs, encoding, console)
-        output = Output(out, preparation.sha256, encoding, unknown_token_id(tokenizer))
+        output = OutputSettings(out, preparation.sha256, encoding, unknown_token_id(tokenizer))
         _tokenize(output, waiting, recipe.data.num_proc, console)
     finally:
         folder.remove_leftovers()  # of processes that an error or Ctrl-C ended
@@ -165,10 +165,10 @@ def _find_sources(recipe: Recipe) -> list[_Source]:
 def _parse_shard(shard: str | None) -> tuple[int, int]:
     if shard is None:
         return 1, 1
-    found = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--shard is '{shard}'; it must be I/N with I from 1 to N, such as 2/8")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _open_folder(out: str, recipe: Recipe) -> Folder:
@@ -186,32 +186,32 @@ def _open_folder(out: str, recipe: Recipe) -> Folder:
     return folder
 
 
-def _drop_repeated(folder: Folder, jobs: list[Job], num_proc: int | None, console: Console) -> list[Job]:
+def _drop_repeated(folder: Folder, jobs: list[PartJob], num_proc: int | None, console: Console) -> list[PartJob]:
     """The jobs, without repeated documents; which ones these are is kept until all parts are finished."""
     name, reason = f"{RECORDS_FOLDER}/repeated.npz", REASONS[jobs[0].rules.deduplicate]
     rules = [dataclasses.astuple(job.rules) for job in jobs]
     version = fingerprint_parts([job.part for job in jobs]) + json.dumps(rules)
-    kept, found = folder.read(name), {}
-    if kept:
+    content, repeated = folder.read(name), {}
+    if content:
         with contextlib.suppress(ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):  # damaged
-            found = dict(np.load(io.BytesIO(kept), allow_pickle=False))
-    if str(found.pop("version", "")) != version:
+            repeated = dict(np.load(io.BytesIO(content), allow_pickle=False))
+    if str(repeated.pop("version", "")) != version:
         console.print(f"looking for {reason}s")
         results = run_in_processes(sign_part, jobs, _count_processes(num_proc, jobs))
         signatures = {job.name: result for job, result in results}
-        repeated = find_repeated([signatures[job.name] for job in jobs])
-        found = {job.name: indices for job, indices in zip(jobs, repeated, strict=True)}
+        indices = find_repeated([signatures[job.name] for job in jobs])
+        repeated = {job.name: rows for job, rows in zip(jobs, indices, strict=True)}
         buffer = io.BytesIO()
-        np.savez(buffer, version=version, **found)
+        np.savez(buffer, version=version, **repeated)
         folder.write(name, buffer.getvalue())
-    return [dataclasses.replace(job, repeated=found[job.name]) for job in jobs]
+    return [dataclasses.replace(job, repeated=repeated[job.name]) for job in jobs]
 
 
-def _count_processes(num_proc: int | None, jobs: list[Job]) -> int:
+def _count_processes(num_proc: int | None, jobs: list[PartJob]) -> int:
     return min(num_proc or count_cores(), len(jobs))
 
 
-def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[Job]) -> PreTrainedTokenizerBase:
+def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[PartJob]) -> PreTrainedTokenizerBase:
     """The tokenizer of the recipe; a trained one is kept in the folder."""
     base = find_base_model(recipe.model)
     is_trained = base is None and recipe.tokenizer.path is None
@@ -229,7 +229,7 @@ def _find_tokenizer(recipe: Recipe, folder: Folder, jobs: list[Job]) -> PreTrain
 
 
 def _describe_preparation(
-    recipe: Recipe, name: str, sources: list[_Source], jobs: list[Job], tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, name: str, sources: list[_Source], jobs: list[PartJob], tokenizer: PreTrainedTokenizerBase
 ) -> Preparation:
     """What the data is made from."""
     settings = {f"data.{key}": getattr(recipe.data, key) for key in SETTINGS}
@@ -251,7 +251,7 @@ def _describe_preparation(
     )
 
 
-def _list_waiting(folder: Folder, jobs: list[Job], preparation: Preparation, console: Console) -> list[Job]:
+def _list_waiting(folder: Folder, jobs: list[PartJob], preparation: Preparation, console: Console) -> list[PartJob]:
     """The jobs whose part is not finished, or is damaged."""
     manifest, waiting = read_manifest(folder), []
     records = (manifest.parts if manifest else {}) | read_part_records(folder, preparation)
@@ -271,7 +271,7 @@ def _list_waiting(folder: Folder, jobs: list[Job], preparation: Preparation, con
 
 
 def _describe_size(
-    folder: Folder, name: str, waiting: list[Job], jobs: list[Job], encoding: Encoding, console: Console
+    folder: Folder, name: str, waiting: list[PartJob], jobs: list[PartJob], encoding: Encoding, console: Console
 ):
     """Prints the size of the source, and how much disk space its tokens need."""
     encoder = "gigatoken" if load_gigatoken(encoding.backend) else "tokenizers"
@@ -281,11 +281,11 @@ def _describe_size(
     console.print(f"{name}: {size}{counted(len(jobs), 'parts')}, {len(waiting):,} to prepare with {encoder}")
     if not known or is_url(name):
         return
-    texts, held = [], 0
+    texts, characters = [], 0
     for text in read_training_texts([dataclasses.replace(jobs[0], is_alone=False)]):
         texts.append(text[:SAMPLE_CHARACTERS])
-        held += len(texts[-1])
-        if held >= SAMPLE_CHARACTERS:
+        characters += len(texts[-1])
+        if characters >= SAMPLE_CHARACTERS:
             break
     read = sum(len(text.encode()) for text in texts)
     if not read:
@@ -300,7 +300,7 @@ def _describe_size(
         console.print(f"warning: {folder} may not have enough space")
 
 
-def _tokenize(output: Output, waiting: list[Job], num_proc: int | None, console: Console):
+def _tokenize(output: OutputSettings, waiting: list[PartJob], num_proc: int | None, console: Console):
     start, tokens = time.perf_counter(), 0
     results = run_in_processes(functools.partial(tokenize_part, output), waiting, _count_processes(num_proc, waiting))
     for finished, (_, record) in enumerate(results, start=1):

@@ -79,7 +79,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Job:
+class PartJob:
     """A part to tokenize.
 
     Args:
@@ -104,7 +104,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputSettings:
     """Where and how the tokens of a part are written.
 
     Args:
@@ -120,21 +120,21 @@ class Output:
     unknown_id: int | None
 
 
-def list_jobs(sources: list[tuple[dict[str, list[Part]], Rules]]) -> list[Job]:
+def list_jobs(sources: list[tuple[dict[str, list[Part]], Rules]]) -> list[PartJob]:
     """One job per part of the sources of a mixture, in the order of the streams; the training parts first."""
     jobs = []
     for split in SPLITS:
-        found = [
+        split_parts = [
             (source, part, len(parts[split]) == 1, rules)
             for source, (parts, rules) in enumerate(sources)
             for part in parts.get(split, ())
         ]
-        for number, (source, part, is_alone, rules) in enumerate(found):
-            jobs.append(Job(f"{split}-{number:05}", split, part, is_alone, rules, source))
+        for number, (source, part, is_alone, rules) in enumerate(split_parts):
+            jobs.append(PartJob(f"{split}-{number:05}", split, part, is_alone, rules, source))
     return jobs
 
 
-def choose_of_few(jobs: list[Job]) -> list[Job]:
+def choose_of_few(jobs: list[PartJob]) -> list[PartJob]:
     """The jobs, with a choice for sources of several parts and few documents, exact as in `hfgpt.data.sources`.
 
     Where each document goes by its own digest alone, few could leave a split empty.
@@ -189,7 +189,7 @@ def start_preparation(folder: Folder, preparation: Preparation, tokenizer: PreTr
     folder.write_record(Preparation.FILE, preparation)
 
 
-def tokenize_part(output: Output, job: Job) -> PartRecord:
+def tokenize_part(output: OutputSettings, job: PartJob) -> PartRecord:
     """Writes the token files of a part, and then its record.
 
     Raises:
@@ -219,43 +219,43 @@ def tokenize_part(output: Output, job: Job) -> PartRecord:
         source=job.source,
     )
     buffer = io.BytesIO()
-    np.savez(buffer, **{split: np.array(found, dtype=np.uint64) for split, found in digests.items()})
+    np.savez(buffer, **{split: np.array(values, dtype=np.uint64) for split, values in digests.items()})
     folder.write(f"{RECORDS_FOLDER}/{job.name}.npz", buffer.getvalue())
     folder.write_record(f"{RECORDS_FOLDER}/{job.name}.json", record)
     return record
 
 
-def read_training_texts(jobs: list[Job]) -> Iterator[str]:
+def read_training_texts(jobs: list[PartJob]) -> Iterator[str]:
     """The texts of the training split."""
     return (text for job in jobs if job.source_split == "train" for split, text in read_texts(job) if split == "train")
 
 
-def read_texts(job: Job) -> Iterator[tuple[str, str]]:
+def read_texts(job: PartJob) -> Iterator[tuple[str, str]]:
     """Split and text of each document of a part."""
     for split, text, _ in _assign_documents(job, _divide_documents(job), DataReport()):
         yield split, text
 
 
-def sign_part(job: Job) -> np.ndarray:
+def sign_part(job: PartJob) -> np.ndarray:
     """Signatures of the documents of a part, from which `find_repeated` finds duplicates, or near-duplicates."""
     if job.rules.deduplicate == "exact":
         return read_digests(job)[:, None]
-    signatures, texts, held = [np.empty((0, BANDS), dtype=np.uint64)], [], 0
+    signatures, texts, characters = [np.empty((0, BANDS), dtype=np.uint64)], [], 0
     for text, _ in _read_documents(job, DataReport()):
         texts.append(text)
-        held += len(text)
-        if held >= BATCH_CHARACTERS:
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
             signatures.append(sign_texts(texts))
-            texts, held = [], 0
+            texts, characters = [], 0
     return np.concatenate([*signatures, sign_texts(texts)])
 
 
-def read_digests(job: Job) -> np.ndarray:
+def read_digests(job: PartJob) -> np.ndarray:
     """The uint64 digest of each usable document of a part."""
     return np.array(array.array("Q", (digest for _, digest in _read_documents(job, DataReport()))), dtype=np.uint64)
 
 
-def _read_documents(job: Job, report: DataReport) -> Iterator[tuple[str, int]]:
+def _read_documents(job: PartJob, report: DataReport) -> Iterator[tuple[str, int]]:
     """The documents of a part, with their digests; other rows are counted as dropped."""
     repeated, number = set(job.repeated.tolist()), 0
     for row in job.part.read():
@@ -272,7 +272,7 @@ def _read_documents(job: Job, report: DataReport) -> Iterator[tuple[str, int]]:
         number += 1
 
 
-def _assign_documents(job: Job, division: _Division, report: DataReport) -> Iterator[tuple[str, str, int | None]]:
+def _assign_documents(job: PartJob, division: _Division, report: DataReport) -> Iterator[tuple[str, str, int | None]]:
     """Split, text and digest of each document; if a single document is divided, its second half has no digest."""
     for number, (text, digest) in enumerate(_read_documents(job, report)):
         if division.cut is None:
@@ -282,7 +282,7 @@ def _assign_documents(job: Job, division: _Division, report: DataReport) -> Iter
             yield "validation", text[division.cut :], None
 
 
-def _divide_documents(job: Job) -> _Division:
+def _divide_documents(job: PartJob) -> _Division:
     """Divides the only part of a source, or few documents, exactly as `hfgpt.data.sources` does; others by threshold.
 
     Both choose the documents with the smallest digests for validation, but the exact number of documents is known only
@@ -332,18 +332,18 @@ def _cut(text: str, fraction: float) -> int:
 class _Writer:
     """Writes one token file; `finish` before its context ends."""
 
-    def __init__(self, path: Path, name: str, output: Output, append_eos: bool):
+    def __init__(self, path: Path, name: str, output: OutputSettings, append_eos: bool):
         self._path, self._name, self._append_eos = path, name, append_eos
         self._encoding, self._unknown_id = output.encoding, output.unknown_id
         self._texts: list[str] = []
-        self._held = 0
+        self._characters = 0
         self._writer = pa.ipc.new_stream(str(path), output.encoding.schema)
         self._sizes = dict.fromkeys(SIZES, 0)
 
     def add(self, text: str):
         self._texts.append(text)
-        self._held += len(text)
-        if self._held >= BATCH_CHARACTERS:
+        self._characters += len(text)
+        if self._characters >= BATCH_CHARACTERS:
             self._flush()
 
     def finish(self) -> TokenFile | None:
@@ -363,13 +363,15 @@ class _Writer:
         tokens = table.column("input_ids").combine_chunks().flatten()
         unknown = 0 if self._unknown_id is None else int(np.count_nonzero(tokens.to_numpy() == self._unknown_id))
         size = sum(len(text.encode()) for text in self._texts)
-        for name, count in zip(SIZES, (len(self._texts), self._held, size, len(tokens), unknown), strict=True):
+        for name, count in zip(SIZES, (len(self._texts), self._characters, size, len(tokens), unknown), strict=True):
             self._sizes[name] += count
-        self._texts, self._held = [], 0
+        self._texts, self._characters = [], 0
 
 
 @contextlib.contextmanager
-def _open_writer(folder: Folder, output: Output, job: Job, split: str, append_eos: bool) -> Iterator[_Writer]:
+def _open_writer(
+    folder: Folder, output: OutputSettings, job: PartJob, split: str, append_eos: bool
+) -> Iterator[_Writer]:
     name = f"{split}/{job.name}.arrow"
     with folder.new_file(name) as path:
         yield _Writer(path, name, output, append_eos)
@@ -453,9 +455,9 @@ def _count_copies(folder: Folder, manifest: Manifest):
         for split in SPLITS:
             digests[split].append(kept[split])
     for bucket in range(BUCKETS):
-        found = {
+        in_bucket = {
             split: np.concatenate([part[part >> 60 == bucket] for part in parts]) for split, parts in digests.items()
         }
-        together = np.concatenate(list(found.values()))
+        together = np.concatenate(list(in_bucket.values()))
         manifest.report.duplicated += len(together) - len(np.unique(together))
-        manifest.report.leaked += int(np.isin(found["validation"], found["train"]).sum())
+        manifest.report.leaked += int(np.isin(in_bucket["validation"], in_bucket["train"]).sum())

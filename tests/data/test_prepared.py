@@ -477,11 +477,11 @@ from hfgpt.data.parts import find_parts
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import Reading, SourceArguments
 from hfgpt.data.encoding import Encoding
-from hfgpt.data.writing import Output, Rules, list_jobs, tokenize_part
+from hfgpt.data.writing import OutputSettings, Rules, list_jobs, tokenize_part
 
 backend = Tokenizer(models.WordLevel({"[end]": 0, "[other]": 1, "the": 2}, unk_token="[other]"))
 backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-output = Output("out", "", Encoding(backend.to_str(), False, 0, "uint16"), 1)
+output = OutputSettings("out", "", Encoding(backend.to_str(), False, 0, "uint16"), 1)
 for name in ("small", "large"):
     reading = Reading({"text_column": "text"}, {"validation": None})
     parts = find_parts(SourceArguments(f"{name}.jsonl"), reading, DataReport())
