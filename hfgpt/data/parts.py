@@ -113,9 +113,15 @@ def _check_memory(section: Section, size: int, reading: Reading):
     suffix = section.path.suffix.lower()
     is_document = suffix in (".txt", ".md") and reading.sample_by == "document"
     if size > LONGEST_DECOMPRESSED and (is_document or suffix == ".json"):
-        remedy = "set data.sample_by to paragraph or line" if is_document else "convert it to JSON Lines"
-        what = "is one document" if is_document else "is one JSON value"
-        raise InputError(f"{section.path} {what} of {size:,} bytes, the limit is {LONGEST_DECOMPRESSED:,}: {remedy}")
+        what = "one document" if is_document else "one JSON value"
+        remedy = (
+            "set data.sample_by to paragraph or line"
+            if is_document
+            else "convert it to JSON Lines, or rename it to .jsonl if that is what it has"
+        )
+        raise InputError(
+            f"{section.path} is read as {what} of {size:,} bytes, the limit is {LONGEST_DECOMPRESSED:,}: {remedy}"
+        )
 
 
 def _find_url_parts(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, list[Part]]:

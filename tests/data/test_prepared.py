@@ -397,10 +397,15 @@ def test_errors_in_a_section_name_the_line_of_the_file(tmp_path):
 def test_documents_that_do_not_fit_into_memory_are_refused(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "LONGEST_DECOMPRESSED", 1000)
     (tmp_path / "a.txt").write_text("word " * 300)
-    with pytest.raises(InputError, match=r"a.txt is one document of 1,500 bytes, the limit is 1,000: set data.sample"):
+    with pytest.raises(
+        InputError, match=r"a.txt is read as one document of 1,500 bytes, the limit is 1,000: set data.sample"
+    ):
         prepare_quietly(recipe("a.txt"))
     (tmp_path / "a.json").write_text(json.dumps([{"text": "word"}] * 100))
-    with pytest.raises(InputError, match=r"a.json is one JSON value of 1,800 bytes.*: convert it to JSON Lines"):
+    with pytest.raises(
+        InputError,
+        match=r"a.json is read as one JSON value of 1,800 bytes.*: convert it to JSON Lines, or rename it to .jsonl",
+    ):
         prepare_quietly(recipe("a.json"))
 
 
