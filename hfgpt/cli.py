@@ -257,6 +257,34 @@ def evaluate(
 
 
 @app.command()
+def verify(
+    model: Model,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000/v1 (default: load "
+            "the model here).",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16, in which it must be computed (default: that of the saved weights, and "
+            "float32 for a server)."
+        ),
+    ] = None,
+):
+    """Check that a copy of a model, or a server, computes the answers that were recorded with its weights.
+
+    Example: hfgpt verify runs/demo
+    """
+    from hfgpt.commands.verify import verify
+
+    _print(verify(model, against, precision))
+
+
+@app.command()
 def merge(
     adapter: Annotated[
         str,

@@ -248,6 +248,53 @@ class ConversionRecord(Environment):
     weights_sha256: str | None = None
 
 
+@dataclass(kw_only=True)
+class Answer(Record):
+    """What a model computes for one prompt, in float64, see `hfgpt.known_answers`.
+
+    Args:
+        text, ids: The prompt and its token ids.
+        positions: Positions in `ids`; not of a classifier, as all up to `gaps`.
+        top_ids: For each position, the most likely next tokens.
+        log_probabilities: Their log-probabilities.
+        continuation: The greedy continuation of the prompt.
+        gaps: How much likelier each of its tokens is than the next likely one, in nats.
+        probabilities: Of the classes; not of a language model.
+    """
+
+    text: Annotated[str, REQUIRED]
+    ids: Annotated[list[int], REQUIRED]
+    positions: list[int] | None = None
+    top_ids: list[list[int]] | None = None
+    log_probabilities: list[list[float]] | None = None
+    continuation: list[int] | None = None
+    gaps: list[float] | None = None
+    probabilities: list[float] | None = None
+
+
+@dataclass(kw_only=True)
+class KnownAnswers(Record):
+    """known_answers.json: what the saved model computes, to recognize it in any form and engine.
+
+    Args:
+        measured: Date.
+        hfgpt: Version.
+        weights_sha256, tokenizer_sha256: Hashes of the model that was measured.
+        answers: For each prompt.
+        float32_difference, bfloat16_difference: Largest difference of the same weights in these precisions.
+    """
+
+    FILE: ClassVar[str] = "known_answers.json"
+
+    measured: Annotated[str, REQUIRED]
+    hfgpt: str | None = None
+    weights_sha256: str | None = None
+    tokenizer_sha256: str | None = None
+    answers: Annotated[dict[str, Answer], REQUIRED]
+    float32_difference: Annotated[float, REQUIRED] = 0.0
+    bfloat16_difference: Annotated[float, REQUIRED] = 0.0
+
+
 # Records with a hash of the weights. A model derived from a run may still have its run.json, so that comes last.
 OF_WEIGHTS = (ConversionRecord, MergeRecord, RunRecord)
 

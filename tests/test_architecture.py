@@ -18,7 +18,7 @@ LAYERS = [
     {"tokenizer", "evaluation"},
     {"conversion", "datatrove"},
     {"models"},
-    {"building"},
+    {"building", "known_answers"},
     {"training", "hub"},
     {"recipe"},
     {"tasks"},

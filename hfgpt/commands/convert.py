@@ -1,5 +1,6 @@
 """Stage 6, converting weights: imports third-party checkpoints, exports native GPT-2, and compares the logits."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
+from hfgpt.known_answers import record_answers
 from hfgpt.models import (
     TRAINABLE_TYPES,
     check_vocabulary,
@@ -84,6 +86,8 @@ def import_checkpoint(
             expected, record(compute_with(saved), rows, greedy_tokens), opened.recomputed
         )
         report = Parity(source, opened.format, parameters, opened.parameters, differences, greedy_equal, opened.notes)
+        if tokenizer is not None:
+            record_answers(saved, tokenizer, hash_weights(staging)).write(staging)
         _finish(report, staging, out, describe_architecture(saved), console)
     return report
 
@@ -111,6 +115,7 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
     greedy_tokens = count_greedy_tokens(model.config)
     expected = record(compute_with(model), rows, greedy_tokens)
     config, parameters, architecture = model.config, model.num_parameters(), describe_architecture(model)
+    answers = None if tokenizer is None else record_answers(model, tokenizer, None)
     generation_config = model.generation_config if model.can_generate() else None
     weights = dict(model.state_dict())
     del model  # the weights are removed from the dictionary one by one: one copy at a time
@@ -128,6 +133,8 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
             native.save_pretrained(staging)
             del native
             _save_gpt2_tokenizer(tokenizer, staging)
+            if answers is not None:
+                dataclasses.replace(answers, weights_sha256=hash_weights(staging)).write(staging)
             saved = native_class(config).from_pretrained(staging, dtype="auto").eval()
         differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens))
         report = Parity(model_path, "to gpt2", saved.num_parameters(), parameters, differences, greedy_equal, notes)

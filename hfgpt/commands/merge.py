@@ -14,6 +14,7 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import describe_architecture, write_card
 from hfgpt.hub.folder import explained_records, read_records
 from hfgpt.hub.usage import Place
+from hfgpt.known_answers import record_answers
 from hfgpt.models import TRAINABLE_TYPES, find_model, hash_weights, quiet_bars
 from hfgpt.output import stderr_console
 from hfgpt.records import ADAPTER, RECIPE_FILE, MergeRecord, is_checkpoint, is_run
@@ -77,6 +78,7 @@ def merge(path: str, out: Path, tolerance: float = TOLERANCE, console: Console |
         tokenizer.save_pretrained(staging)
         report.weights_sha256 = hash_weights(staging)
         report.write(staging)
+        record_answers(merged, tokenizer, report.weights_sha256).write(staging)
         _write_card(Path(path), merged, staging, out)
     console.print(f"saved to {out}", highlight=False)
     return report

@@ -20,7 +20,9 @@ from hfgpt.saving import write_json, write_text
 # Keys of the section hub that describe the model; the others describe where it is published.
 DESCRIBING = ("license", "author", "url", "language", "base_model", "base_revision", "data_license", "energy_kwh")
 # Files of hfgpt's layout, which a native GPT-2 must not have.
-NOT_NATIVE = re.compile(r".*\.safetensors(\.index\.json)?|.*_hfgpt\.py|adapter_config\.json|labels\.json")
+NOT_NATIVE = re.compile(
+    r".*\.safetensors(\.index\.json)?|.*_hfgpt\.py|adapter_config\.json|labels\.json|known_answers\.json"
+)
 RESULTS_FILE = ".eval_results/hfgpt.yaml"
 
 

@@ -19,7 +19,8 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import write_card
 from hfgpt.hub.folder import read_records
 from hfgpt.hub.usage import Place
-from hfgpt.models import find_model
+from hfgpt.known_answers import record_answers
+from hfgpt.models import find_model, hash_weights
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.records import RECIPE_FILE, write_metrics
@@ -113,10 +114,12 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
         if not is_main:
             return {}
         samples = task.sample(saved, data, recipe)
+        answers = record_answers(saved, data.tokenizer, hash_weights(folder))
 
     # 7. Write the records; the model card is last and marks the run as finished.
     write_results(recipe, training, data, measured)
     describe_run(recipe, training, data, samples, started).write(folder)
+    answers.write(folder)
     metrics = judge(measured, folder)
     write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place.of_folder(folder))
     console.print(describe_end(task, metrics, samples["texts"], training), highlight=False)
