@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Characters per call of the tokenizer: about a second of work.
 BATCH_CHARACTERS = 1 << 20
+# Longer texts are cut where that is possible, since the first text of a batch is also encoded by the slower library.
+LONGEST_PIECE = 1 << 14
 # GPT-2's pre-tokenizer always splits between these two characters, in any context.
 CUT = re.compile(r"[!-~]\n(?=[!-~])")
 NO_END = "the tokenizer does not have an eos_token to end documents with: set tokenizer.eos_token"
@@ -201,8 +203,8 @@ def _can_cut(backend: str) -> bool:
 def _cut_text(text: str, can_cut: bool) -> Iterator[str]:
     """Cuts long texts: tokenization takes about 130 bytes of memory per character (measured on 22 million)."""
     start = 0
-    while can_cut and len(text) - start > BATCH_CHARACTERS:
-        found = CUT.search(text, start + BATCH_CHARACTERS)
+    while can_cut and len(text) - start > LONGEST_PIECE:
+        found = CUT.search(text, start + LONGEST_PIECE)
         if not found:
             break
         yield text[start : found.end()]

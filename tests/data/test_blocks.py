@@ -220,7 +220,7 @@ def test_a_long_document_tokenized_in_pieces_gives_the_same_tokens(pieces):
     tokenizer = byte_level_tokenizer("ab\n\n\na ab\nab's a\r\n." * 9)
     assert encoding._can_cut(tokenizer.backend_tokenizer.to_str())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoding, "BATCH_CHARACTERS", 3)
+        patch.setattr(encoding, "LONGEST_PIECE", 3)
         parts = list(encoding._cut_text(text, True))
     assert "".join(parts) == text
     ids = [token for part in parts for token in tokenizer.encode(part)]
@@ -228,7 +228,8 @@ def test_a_long_document_tokenized_in_pieces_gives_the_same_tokens(pieces):
 
 
 def test_only_documents_for_gpt2_like_tokenizers_are_split(monkeypatch):
-    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 4)
+    for name in ("BATCH_CHARACTERS", "LONGEST_PIECE"):
+        monkeypatch.setattr(encoding, name, 4)
     text = "ab\nab ab\nab\n\nab.\nab" * 5
     tokenizer = byte_level_tokenizer(text)
     stream = tokenize_documents(documents([text]), tokenizer)

@@ -79,6 +79,18 @@ def test_gigatoken_is_not_used_if_it_gives_other_tokens(monkeypatch, word):
             encode(["the fox", *TEXTS], coder)
 
 
+def test_little_of_a_long_text_is_also_encoded_by_the_slower_library(monkeypatch):
+    pytest.importorskip("gigatoken")
+    coder, text, again = Encoding.of(train_tokenizer(TEXTS, vocab_size=500)), "\n".join(TEXTS * 5), []
+    assert load_gigatoken(coder.backend)
+    assert len(text) > 300_000
+    slow = encoding.load_backend(coder.backend)
+    counting = SimpleNamespace(encode=lambda text, **options: again.append(text) or slow.encode(text, **options))
+    monkeypatch.setattr(encoding, "load_backend", lambda backend: counting)
+    encode([text], coder)
+    assert 0 < sum(map(len, again)) < len(text) / 10
+
+
 def test_special_tokens_that_are_encoded_as_text_are_left_to_tokenizers():
     tokenizer = train_tokenizer(TEXTS, vocab_size=500)
     tokenizer.backend_tokenizer.encode_special_tokens = True

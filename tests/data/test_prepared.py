@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from hfgpt.commands.prepare import prepare
+from hfgpt.commands.prepare import prepare, render_manifest
 from hfgpt.data import files, parts, prepared, writing
 from hfgpt.data.files import divide_file, read_rows
 from hfgpt.data.prepared import Manifest, find_prepared
@@ -236,6 +236,14 @@ def test_a_mixture_has_every_block_and_the_given_shares(recipe, tmp_path, small_
     assert data.splits["validation"].first_tokens() == [
         int(splits["validation"].stream[0:1][0]) for splits in alone.values()
     ]
+
+
+def test_the_command_that_trains_on_the_data_has_one_path(recipe, tmp_path):
+    write_lines(tmp_path / "a.jsonl", write_texts(50))
+    manifest, _ = prepare_quietly(recipe("a.jsonl"))
+    for overrides in (["--data.path", "a.jsonl", "--training.seed", "42"], ["--training.seed", "42", "--data.path=a"]):
+        said = render_manifest(manifest, "r.yaml", overrides, "out")
+        assert said.endswith(" train with: hfgpt train r.yaml --training.seed 42 --data.path out")
 
 
 def read_all(folder):
