@@ -5,6 +5,7 @@ depends on the model, and is the measure for other machines and implementations.
 """
 
 import datetime
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -56,13 +57,16 @@ class Comparison:
 
     def note(self, difference: float, limit: float, prompt: str, is_start: bool = False):
         """Adds a difference."""
+        difference = math.inf if math.isnan(difference) else difference
         self.largest = max(self.largest, difference)
-        if not difference <= limit:  # NaN, too
+        if difference > limit:
             self.prompt = self.prompt or prompt
             self.starts_agree &= not is_start
 
 
-def record_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights_sha256: str | None):
+def record_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights_sha256: str | None
+) -> KnownAnswers:
     """Computes the known answers of a model.
 
     Args:
@@ -211,8 +215,5 @@ def find_limit(known: KnownAnswers, dtype: torch.dtype) -> float:
     Other machines and implementations round in another order, which makes a small multiple of the recorded difference.
     """
     low = known.bfloat16_difference
-    if dtype == torch.bfloat16:
-        return 4 * low
-    if dtype == torch.float16:
-        return low / 2  # three more bits
-    return min(max(30 * known.float32_difference, 1e-6), low / 4)
+    limits = {torch.bfloat16: 4 * low, torch.float16: low / 2}  # float16 has three more bits
+    return max(limits.get(dtype, min(30 * known.float32_difference, low / 4)), 1e-6)

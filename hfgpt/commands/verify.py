@@ -109,7 +109,9 @@ def diagnose(known: KnownAnswers, comparison: Comparison, limit: float, same_wei
         same_weights: Whether the weights are known to be those that were measured.
     """
     is_small = comparison.largest <= 4 * known.bfloat16_difference
-    if comparison.pools_first:
+    if comparison.continues_differently:
+        cause = "greedy continuation, though the first tokens agree: check the settings of generation"
+    elif comparison.pools_first:
         cause = "pooling: it classifies by the first token, and must by the last one"
     elif same_weights and is_small:
         cause = "precision: it computes as if in bfloat16"

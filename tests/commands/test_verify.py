@@ -220,7 +220,9 @@ class Completions(BaseHTTPRequestHandler):
         ids = tokenizer(job["prompt"])["input_ids"]
         logprobs, new = {"top_logprobs": []}, []
         for _ in range(job["max_tokens"]):
-            best = compute_with(model)(ids + new, [len(ids + new) - 1])[0].topk(job["logprobs"])
+            scores = compute_with(model)(ids + new, [len(ids + new) - 1])[0]
+            scores[ids + new] -= self.server.penalty if new else 0
+            best = scores.topk(job["logprobs"])
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             logprobs["top_logprobs"].append({tokenizer.decode([index]): score for index, score in pairs})
             new.append(int(best.indices[0]))
@@ -241,7 +243,7 @@ class Completions(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = HTTPServer(("127.0.0.1", 0), Completions)
-    server.has_logprobs, server.extra = True, 0
+    server.has_logprobs, server.extra, server.penalty = True, 0, 0
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -264,7 +266,10 @@ def test_a_server_is_verified_by_its_log_probabilities(language_model, classifie
     exchange_layers(rounded, None)
     with pytest.raises(InputError, match=rf"^{url} differs in its weights or positions; "):
         verify(path, url, "bfloat16")
-    server.pair, server.extra = language_model, 1
+    server.pair, server.penalty = language_model, 1e9  # on tokens of the prompt, as of generation, but the first
+    with pytest.raises(InputError, match=rf"^{url} differs in its greedy continuation, though the first tokens agree"):
+        verify(path, url)
+    server.penalty, server.extra = 0, 1
     with pytest.raises(
         InputError, match=r"differs in its tokenizer: the prompt 'words' has \d+ tokens there, and had"
     ):
