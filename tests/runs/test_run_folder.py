@@ -41,7 +41,14 @@ from hfgpt.training import estimate
 from hfgpt.training.hardware import process_memory_bytes
 
 FILES = {
-    *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "known_answers.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
     *("configuration_hfgpt.py", "modeling_hfgpt.py", "README.md", "recipe.yaml", "run.json", "metrics.json"),
     *("data_report.json", "training_log.jsonl", "loss.png"),
 }
