@@ -79,7 +79,7 @@ class PrepareTokens(PipelineStep):
         )
         start_preparation(folder, preparation, tokenizer)
         part = Part(lambda: ({"text": document.text} for document in data or ()), [rank, world_size])
-        job = PartJob(f"train-{rank:05}", "train", part, False, self.rules)
+        job = PartJob(f"train-{rank:05}", "train", part, self.rules)
         with self.track_time(unit="task"):
             record = tokenize_part(
                 OutputSettings(self.output_folder, preparation.sha256, encoding, unknown_token_id(tokenizer)), job

@@ -44,7 +44,7 @@ from hfgpt.data.writing import (
     OutputSettings,
     PartJob,
     Rules,
-    choose_of_few,
+    divide_jobs,
     finish_preparation,
     list_jobs,
     read_training_texts,
@@ -94,7 +94,7 @@ def prepare(recipe: Recipe, out: str, shard: str | None = None, console: Console
     try:
         if recipe.data.deduplicate:
             jobs = _drop_repeated(folder, jobs, recipe.data.num_proc, console)
-        jobs = choose_of_few(jobs)
+        jobs = divide_jobs(jobs, [source.report.source for source in sources])
         tokenizer = _find_tokenizer(recipe, folder, jobs)
         preparation = _describe_preparation(recipe, name, sources, jobs, tokenizer)
         start_preparation(folder, preparation, tokenizer)
@@ -282,7 +282,7 @@ def _describe_size(
     if not known or is_url(name):
         return
     texts, characters = [], 0
-    for text in read_training_texts([dataclasses.replace(jobs[0], is_alone=False)]):
+    for text in read_training_texts(jobs):
         texts.append(text[:SAMPLE_CHARACTERS])
         characters += len(texts[-1])
         if characters >= SAMPLE_CHARACTERS:

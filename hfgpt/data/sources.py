@@ -23,9 +23,9 @@ from datasets import Value
 
 from hfgpt.data.cache import cache_folder, map_rows, read_kept, remove_abandoned
 from hfgpt.data.files import hash_files, wrong_column
-from hfgpt.data.report import DataReport, SplitReport, counted
+from hfgpt.data.report import DataReport, SplitReport
 from hfgpt.data.rows import Reading, Source, SourceArguments, find_source_splits, is_unicode
-from hfgpt.data.splits import divide, seeded_digest
+from hfgpt.data.splits import cut_document, divide_documents, seeded_digest
 from hfgpt.errors import InputError
 from hfgpt.saving import appearing_folder, write_json
 
@@ -400,15 +400,10 @@ def _measure(batch: pa.Table, seed: int, version: int) -> pa.Table:
 def _cut_document(texts: _Texts, arguments: DataArguments, report: DataReport) -> dict[str, _Texts]:
     """Splits one document at a character, as the book and nanoGPT do; the end is for validation."""
     size = int(texts.characters[0])
-    cut = int(size * (1 - arguments.validation_fraction))
+    cut = cut_document(size, arguments.validation_fraction)
     report.split_by = "position"
     parts = {}
     for name, start, stop in (("train", 0, cut), ("validation", cut, size)):
-        if start == stop:
-            raise InputError(
-                f"data.validation_fraction {arguments.validation_fraction} of one document of "
-                f"{counted(size, 'characters')} leaves the {name} split empty: add text or change the fraction"
-            )
         where = {"start": start, "stop": stop}
         part = map_rows(texts.dataset, _cut, {"text": Value("string")}, where, "Dividing")
         length = pc.binary_length(part.data.column("text")).to_numpy()
@@ -422,19 +417,12 @@ def _cut(batch: pa.Table, start: int, stop: int) -> pa.Table:
 
 def _divide_documents(texts: _Texts, arguments: DataArguments, report: DataReport) -> dict[str, _Texts]:
     """Splits whole documents, with all copies of a text in the same split."""
-    _, text_of, copies = np.unique(texts.digests, return_inverse=True, return_counts=True)
-    if len(copies) == 1:
-        raise InputError(
-            f"all {len(text_of)} documents of data.path {arguments.path!r} have the same text, so validation would "
-            "repeat training: add other texts, or set data.validation_split"
-        )
+    held_out = divide_documents(texts.digests, arguments.validation_fraction, arguments.path)
     report.split_by = "documents"
-    sides = divide(copies, [arguments.validation_fraction])[text_of]
     parts = {}
-    for side, name in enumerate(("train", "validation")):
-        rows = np.flatnonzero(sides == side)
-        columns = (column[rows] for column in (texts.digests, texts.characters, texts.bytes))
-        parts[name] = _Texts(texts.dataset.select(rows), *columns)
+    for name, chosen in (("train", ~held_out), ("validation", held_out)):
+        columns = (column[chosen] for column in (texts.digests, texts.characters, texts.bytes))
+        parts[name] = _Texts(texts.dataset.select(np.flatnonzero(chosen)), *columns)
     return parts
 
 

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from hfgpt.data.report import counted
+from hfgpt.errors import InputError
+
 
 def seeded_digest(text: str, seed: int) -> bytes:
     """An 8-byte sort key that depends only on the text and the seed."""
@@ -50,6 +53,44 @@ def divide(copies: Sequence[int], fractions: Sequence[float]) -> np.ndarray:
         needed = len(fractions) - split + 1  # one text each for training and the following splits
         sides[free[chosen[: len(free) - needed]]] = split
     return sides
+
+
+def divide_documents(digests: np.ndarray, fraction: float, source: str) -> np.ndarray:
+    """Divides whole documents, with all copies of a text in the same split.
+
+    Args:
+        digests: uint64 [documents], of text and seed.
+        fraction: Fraction of the documents for validation.
+        source: Name of the source, for the error.
+
+    Returns:
+        bool [documents]: whether each is for validation. Both splits get a document.
+
+    Raises:
+        InputError: All have the same text.
+    """
+    _, text_of, copies = np.unique(digests, return_inverse=True, return_counts=True)
+    if len(copies) == 1:
+        raise InputError(
+            f"all {len(digests):,} documents of data.path {source!r} have the same text, so validation would repeat "
+            "training: add other texts, or set data.validation_split"
+        )
+    return divide(copies, [fraction])[text_of] == 1
+
+
+def cut_document(characters: int, fraction: float) -> int:
+    """The length of the training split, if a single document is divided at a character; its end is for validation.
+
+    Raises:
+        InputError: A split would be empty.
+    """
+    cut = int(characters * (1 - fraction))
+    if not 0 < cut < characters:
+        raise InputError(
+            f"data.validation_fraction {fraction} of one document of {counted(characters, 'characters')} leaves the "
+            f"{'validation' if cut else 'train'} split empty: add text or change the fraction"
+        )
+    return cut
 
 
 def take(copies: Sequence[int], rows: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Writes prepared data: tokenizes the parts of a source, one after the other or in several processes.
 
-The memory of a process does not depend on the size of a part: its rows are read once, as a stream, or twice if the
-part is all of its split, to count the documents first.
+The memory of a process does not depend on the size of a part: its rows are read once, as a stream, or twice if
+there are few, or a single part, to count the documents first.
 """
 
 import array
@@ -11,7 +11,7 @@ import io
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from hfgpt.data.prepared import (
 from hfgpt.data.report import DataReport
 from hfgpt.data.rows import is_unicode
 from hfgpt.data.sources import unusable_reason
-from hfgpt.data.splits import divide, seeded_digest
+from hfgpt.data.splits import cut_document, divide_documents, seeded_digest
 from hfgpt.errors import InputError
 from hfgpt.saving import hash_file
 
@@ -66,16 +66,20 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The documents of a source for validation, if there are few.
+class Division:
+    """Which documents of a source are for validation; all others are for training.
 
     Args:
-        validation: Their digests.
-        append_eos: Split -> whether each document ends with an end-of-text token.
+        limit: Those with a digest below it.
+        chosen: Those with these digests.
+        cut: If there is only one document, its characters from this one on; None: documents are complete.
+        single: Splits of a single text, which may be a part of a document, so no end-of-text token is appended.
     """
 
-    validation: frozenset[int]
-    append_eos: dict[str, bool]
+    limit: int = 0
+    chosen: frozenset[int] = frozenset()
+    cut: int | None = None
+    single: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,21 +90,29 @@ class PartJob:
         name: Name of the part.
         source_split: Its split in the source; its documents may go to another one.
         part: The part.
-        is_alone: Whether it is all of its split.
         rules: What becomes of its rows.
         source: Index of the source in the mixture.
         repeated: Indices of the documents to leave out, because they repeat others.
-        choice: How to divide the documents; None: by the rules.
+        divided: Where the documents go, if `divide_jobs` has seen all of the source; None: each by its digest alone.
     """
 
     name: str
     source_split: str
     part: Part
-    is_alone: bool
     rules: Rules
     source: int = 0
     repeated: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    choice: Choice | None = None
+    divided: Division | None = None
+
+    @property
+    def division(self) -> Division:
+        """Where the documents go."""
+        if self.divided:
+            return self.divided
+        fraction = self.rules.validation_fraction
+        if fraction is None:
+            return Division(2**64 if self.source_split == "validation" else 0)
+        return Division(int(fraction * 2**64))
 
 
 @dataclass(frozen=True)
@@ -125,50 +137,67 @@ def list_jobs(sources: list[tuple[dict[str, list[Part]], Rules]]) -> list[PartJo
     jobs = []
     for split in SPLITS:
         split_parts = [
-            (source, part, len(parts[split]) == 1, rules)
-            for source, (parts, rules) in enumerate(sources)
-            for part in parts.get(split, ())
+            (source, part, rules) for source, (parts, rules) in enumerate(sources) for part in parts.get(split, ())
         ]
-        for number, (source, part, is_alone, rules) in enumerate(split_parts):
-            jobs.append(PartJob(f"{split}-{number:05}", split, part, is_alone, rules, source))
+        for number, (source, part, rules) in enumerate(split_parts):
+            jobs.append(PartJob(f"{split}-{number:05}", split, part, rules, source))
     return jobs
 
 
-def choose_of_few(jobs: list[PartJob]) -> list[PartJob]:
-    """The jobs, with a choice for sources of several parts and few documents, exact as in `hfgpt.data.sources`.
+def divide_jobs(jobs: list[PartJob], sources: list[str]) -> list[PartJob]:
+    """The jobs, with an exact division of sources whose splits could be empty if each document went by its digest.
 
-    Where each document goes by its own digest alone, few could leave a split empty.
-    """
-    choices = {}
-    for source in {job.source for job in jobs if job.rules.validation_fraction is not None and not job.is_alone}:
-        parts = [job for job in jobs if job.source == source]
-        fraction = parts[0].rules.validation_fraction
-        many = math.ceil(20 / min(fraction, 1 - fraction))  # with so many, a split is empty once in 500 million
-        documents = itertools.chain.from_iterable(_read_documents(part, DataReport()) for part in parts)
-        digests = np.array([digest for _, digest in itertools.islice(documents, many)], dtype=np.uint64)
-        texts, copies = np.unique(digests, return_counts=True)
-        if len(digests) < many and len(texts) > 1:
-            sides = divide(copies, [fraction])
-            counts = {split: int(copies[sides == side].sum()) for side, split in enumerate(SPLITS)}
-            choices[source] = Choice(
-                frozenset(texts[sides == 1].tolist()), {split: count > 1 for split, count in counts.items()}
-            )
-    return [replace(job, choice=choices.get(job.source)) for job in jobs]
-
-
-@dataclass
-class _Division:
-    """Where the documents of a part go.
+    Usually only the first documents of a source of several parts are read.
 
     Args:
-        choose: Number of the usable document and its digest -> split.
-        append_eos: Split -> whether each document ends with an end-of-text token.
-        cut: Number of characters for training, if a single document is divided; else None.
-    """
+        jobs: All jobs of `list_jobs`.
+        sources: Name of each source.
 
-    choose: Callable[[int, int], str]
-    append_eos: dict[str, bool]
-    cut: int | None = None
+    Raises:
+        InputError: A split has no documents.
+    """
+    divided = []
+    for (source, _), group in itertools.groupby(jobs, key=lambda job: (job.source, job.source_split)):
+        parts = list(group)
+        division = _divide(parts, sources[source])
+        divided += [replace(job, divided=division) for job in parts]
+    return divided
+
+
+def _divide(jobs: list[PartJob], source: str) -> Division | None:
+    """Divides a split of a source exactly as `hfgpt.data.sources` does; None: it has many documents in several parts.
+
+    Both choose the documents with the smallest digests for validation, but the exact number of documents is known only
+    after all parts have been read.
+    """
+    by_digest, fraction, report = jobs[0].division, jobs[0].rules.validation_fraction, DataReport()
+    digests, splits, characters = array.array("Q"), set(), 0
+    # Fewer than this are divided exactly; a given split only needs to be known to have more than one.
+    many = 2 if fraction is None else math.ceil(20 / min(fraction, 1 - fraction))
+    for text, digest in itertools.chain.from_iterable(_read_documents(job, report) for job in jobs):
+        characters = len(text)
+        digests.append(digest)
+        splits.add(digest < by_digest.limit)
+        if len(digests) >= many and (fraction is None or (len(jobs) > 1 and len(splits) > 1)):
+            return None
+    if not digests:
+        raise _empty_split(jobs[0].source_split, source, report)
+    if fraction is None:
+        return replace(by_digest, single=(jobs[0].source_split,))
+    if len(digests) == 1:
+        return Division(cut=cut_document(characters, fraction), single=SPLITS)
+    values = np.array(digests, dtype=np.uint64)
+    held_out = divide_documents(values, fraction, source)
+    sides = {"train": values[~held_out], "validation": values[held_out]}
+    single = tuple(split for split, side in sides.items() if len(side) == 1)
+    return Division(chosen=frozenset(sides["validation"].tolist()), single=single)
+
+
+def _empty_split(split: str, source: str, report: DataReport | None) -> InputError:
+    rows = f" ({report.reasons})" if report else ""
+    return InputError(
+        f"the {split} split of {source} is empty{rows}: add text, set data.validation_split, or check data.text_column"
+    )
 
 
 def start_preparation(folder: Folder, preparation: Preparation, tokenizer: PreTrainedTokenizerBase):
@@ -198,13 +227,9 @@ def tokenize_part(output: OutputSettings, job: PartJob) -> PartRecord:
     """
     folder, report = Folder(output.out), DataReport()
     digests = {split: array.array("Q") for split in SPLITS}
-    division = _divide_documents(job)
     with contextlib.ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(_open_writer(folder, output, job, split, append_eos))
-            for split, append_eos in division.append_eos.items()
-        }
-        for split, text, digest in _assign_documents(job, division, report):
+        writers = {split: stack.enter_context(_open_writer(folder, output, job, split)) for split in SPLITS}
+        for split, text, digest in _assign_documents(job, report):
             writers[split].add(text)
             if digest is not None:
                 digests[split].append(digest)
@@ -232,7 +257,7 @@ def read_training_texts(jobs: list[PartJob]) -> Iterator[str]:
 
 def read_texts(job: PartJob) -> Iterator[tuple[str, str]]:
     """Split and text of each document of a part."""
-    for split, text, _ in _assign_documents(job, _divide_documents(job), DataReport()):
+    for split, text, _ in _assign_documents(job, DataReport()):
         yield split, text
 
 
@@ -272,61 +297,15 @@ def _read_documents(job: PartJob, report: DataReport) -> Iterator[tuple[str, int
         number += 1
 
 
-def _assign_documents(job: PartJob, division: _Division, report: DataReport) -> Iterator[tuple[str, str, int | None]]:
+def _assign_documents(job: PartJob, report: DataReport) -> Iterator[tuple[str, str, int | None]]:
     """Split, text and digest of each document; if a single document is divided, its second half has no digest."""
-    for number, (text, digest) in enumerate(_read_documents(job, report)):
-        if division.cut is None:
-            yield division.choose(number, digest), text, digest
-        else:
+    division = job.division
+    for text, digest in _read_documents(job, report):
+        if division.cut is not None:
             yield "train", text[: division.cut], digest
             yield "validation", text[division.cut :], None
-
-
-def _divide_documents(job: PartJob) -> _Division:
-    """Divides the only part of a source, or few documents, exactly as `hfgpt.data.sources` does; others by threshold.
-
-    Both choose the documents with the smallest digests for validation, but the exact number of documents is known only
-    after all parts have been read.
-    """
-    fraction = job.rules.validation_fraction
-    if choice := job.choice:
-        return _Division(
-            lambda number, digest: "validation" if digest in choice.validation else "train", choice.append_eos
-        )
-    if not job.is_alone:
-        if fraction is None:
-            return _Division(lambda number, digest: job.source_split, {job.source_split: True})
-        limit = int(fraction * 2**64)
-        return _Division(
-            lambda number, digest: "validation" if digest < limit else "train", dict.fromkeys(SPLITS, True)
-        )
-    digests = read_digests(job)
-    if fraction is None:
-        return _Division(lambda number, digest: job.source_split, {job.source_split: len(digests) > 1})
-    if len(digests) < 2:
-        text = next((text for text, _ in _read_documents(job, DataReport())), "")
-        return _Division(lambda number, digest: "train", dict.fromkeys(SPLITS, False), _cut(text, fraction))
-    _, text_of, copies = np.unique(digests, return_inverse=True, return_counts=True)
-    if len(copies) == 1:
-        raise InputError(
-            f"all {len(digests)} documents have the same text, so validation would repeat training: add other texts, "
-            "or set data.validation_split"
-        )
-    sides = divide(copies, [fraction])[text_of]
-    counts = {split: int((sides == side).sum()) for side, split in enumerate(SPLITS)}
-    return _Division(
-        lambda number, digest: SPLITS[sides[number]], {split: count > 1 for split, count in counts.items()}
-    )
-
-
-def _cut(text: str, fraction: float) -> int:
-    cut = int(len(text) * (1 - fraction))
-    if text and not 0 < cut < len(text):
-        raise InputError(
-            f"data.validation_fraction {fraction} of one document of {len(text):,} characters leaves a split empty: "
-            "add text or change the fraction"
-        )
-    return cut
+        else:
+            yield "validation" if digest < division.limit or digest in division.chosen else "train", text, digest
 
 
 class _Writer:
@@ -369,12 +348,10 @@ class _Writer:
 
 
 @contextlib.contextmanager
-def _open_writer(
-    folder: Folder, output: OutputSettings, job: PartJob, split: str, append_eos: bool
-) -> Iterator[_Writer]:
+def _open_writer(folder: Folder, output: OutputSettings, job: PartJob, split: str) -> Iterator[_Writer]:
     name = f"{split}/{job.name}.arrow"
     with folder.new_file(name) as path:
-        yield _Writer(path, name, output, append_eos)
+        yield _Writer(path, name, output, split not in job.division.single)
 
 
 def finish_preparation(folder: Folder, preparation: Preparation, report: DataReport) -> Manifest | None:
@@ -431,11 +408,7 @@ def _check_splits(manifest: Manifest):
     preparation, report = manifest.preparation, manifest.report
     for split, (index, source) in itertools.product(SPLITS, enumerate(preparation.sources)):
         if not sum(file.tokens for file in manifest.files(split, index)):
-            rows = "" if len(preparation.sources) > 1 else f" ({report.reasons})"
-            raise InputError(
-                f"the {split} split of {source} is empty{rows}: add text, set data.validation_split, or check "
-                "data.text_column; a source with few documents can be trained on without hfgpt prepare"
-            )
+            raise _empty_split(split, source, report if len(preparation.sources) == 1 else None)
 
 
 def _hash_parts(manifest: Manifest) -> str:

@@ -16,7 +16,7 @@ from hfgpt.data.report import DataReport
 from hfgpt.data.sources import SETTINGS, DataArguments, load_all_documents, load_documents, reading_of, shorten
 from hfgpt.data.streams import TokenStream, tokenize_documents
 from hfgpt.data.token_files import named_tokenizer, open_token_files
-from hfgpt.data.writing import Rules, list_jobs, read_texts
+from hfgpt.data.writing import Rules, divide_jobs, list_jobs, read_texts
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import unknown_token_id
 from hfgpt.models import SavedModel
@@ -132,7 +132,8 @@ def _sample_large_source(recipe: Recipe, report: DataReport) -> tuple[dict[str, 
     fraction = None if "validation" in parts else data.validation_fraction
     texts: dict[str, list[str]] = {split: [] for split in SPLITS}
     read = 0
-    for job in list_jobs([(parts, Rules(data.text_column, seed, fraction))]):
+    jobs = list_jobs([(parts, Rules(data.text_column, seed, fraction))])
+    for job in divide_jobs(jobs, [data.path]):
         if texts["train"] and (texts["validation"] or (fraction is None and job.source_split == "train")):
             continue
         read += job.part.bytes if job.source_split == "train" else 0

@@ -133,6 +133,29 @@ def test_few_documents_in_several_parts_are_divided_as_in_training(recipe, tmp_p
     assert data.report.splits["validation"].documents == 1
 
 
+def test_a_single_document_or_two_texts_in_several_parts_are_divided_as_in_training(recipe, tmp_path, small_parts):
+    texts = [" ".join(write_texts(20, seed)) for seed in (0, 7)]
+    for name, rows in (("one", [texts[0], *[""] * 300]), ("two", texts * 110)):
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+        data = assert_prepared_as_loaded(recipe, f"{name}.jsonl")
+        assert len(Manifest.read(tmp_path / "out").parts) > 1
+        assert data.report.split_by == ("position" if name == "one" else "documents")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_sources_without_text_for_both_splits_are_refused_before_anything_is_written(recipe, tmp_path, small_parts):
+    text = " ".join(write_texts(20))
+    write_lines(tmp_path / "same.jsonl", [text] * 30)
+    write_lines(tmp_path / "d/train.jsonl", write_texts(90))
+    write_lines(tmp_path / "d/valid.jsonl", ["", " "])
+    same = "all 30 documents of data.path 'same.jsonl' have the same text"
+    empty = r"the validation split of d is empty \(2 rows read; dropped: 2 empty\): add text"
+    for path, message in (("same.jsonl", same), ("d", empty)):
+        with pytest.raises(InputError, match=message):
+            prepare_quietly(recipe(path))
+        assert not (tmp_path / "out").exists()
+
+
 def test_parts_divide_validation_by_text(recipe, tmp_path, small_parts):
     texts = write_texts(600)
     write_lines(tmp_path / "a.jsonl", texts + texts[:100])
@@ -301,7 +324,7 @@ def test_finished_parts_are_kept_and_damaged_ones_repaired(recipe, tmp_path, sma
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"data__text_column": "id"}, "data.text_column was 'text' and is 'id'"),
+        ({"data__validation_fraction": "0.2"}, "data.validation_fraction was 0.1 and is 0.2"),
         ({"tokenizer__vocab_size": 290}, "tokenizer.vocab_size was 300 and is 290"),
         ({"training__seed": 7}, "training.seed was 42 and is 7"),
     ],
@@ -656,7 +679,9 @@ def test_a_mixture_reports_texts_in_both_splits_and_refuses_empty_sources(recipe
         else:
             settings["data"]["deduplicate"] = "exact"
             (tmp_path / "m.yaml").write_text(json.dumps(settings))
-            with pytest.raises(InputError, match=r"the train split of c.jsonl is empty: add text"):
+            with pytest.raises(
+                InputError, match=r"the train split of c.jsonl is empty \(1 row read; dropped: 1 duplicate\): add text"
+            ):
                 prepare_quietly(load_recipe("m.yaml", []), "bc")
 
 
