@@ -35,7 +35,7 @@ from hfgpt.data.report import DataReport
 from hfgpt.data.streams import TokenStream
 from hfgpt.errors import InputError
 from hfgpt.records import PLACE, REQUIRED, Record
-from hfgpt.saving import appearing_folder, hash_file
+from hfgpt.saving import appearing_folder
 
 FORMAT_VERSION = 1
 TOKENIZER_FOLDER, RECORDS_FOLDER = "tokenizer", "parts"
@@ -176,6 +176,29 @@ class Manifest(Record):
         return [part.files[split] for part in parts if split in part.files]
 
 
+def _is_whole(system: fsspec.AbstractFileSystem, place: str, file: TokenFile, checksum: bool = True) -> bool:
+    if not system.exists(place) or system.size(place) != file.size:
+        return False
+    if not checksum:
+        return True
+    with system.open(place) as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+
+
+def _is_verified(path: Path, file: TokenFile) -> bool:
+    """As `_is_whole`, of a local file; it is not read if it is unchanged since it was verified."""
+    if not path.is_file():
+        return False
+    identity = hashlib.sha256(json.dumps([describe_file(path), file.sha256]).encode()).hexdigest()
+    verified = cache_folder(None) / "verified" / identity
+    if not verified.exists():
+        if not _is_whole(LocalFileSystem(), str(path), file):
+            return False
+        verified.parent.mkdir(exist_ok=True)
+        verified.touch()
+    return True
+
+
 def _prefix() -> str:
     return f"{LEFTOVER}{MACHINE}-{os.getpid()}-"
 
@@ -221,15 +244,9 @@ class Folder:
 
     def is_whole(self, file: TokenFile, checksum: bool) -> bool:
         """Whether a token file exists, with its size and, if it is to be read for that, its checksum."""
-        place = self._join(file.file)
         with self._explain("read"):
             self._system.invalidate_cache()
-            if not self._system.exists(place) or self._system.size(place) != file.size:
-                return False
-            if not checksum:
-                return True
-            with self._system.open(place) as content:
-                return hashlib.file_digest(content, "sha256").hexdigest() == file.sha256
+            return _is_whole(self._system, self._join(file.file), file, checksum)
 
     def list_names(self, name: str) -> list[str]:
         """The names of the files in a subfolder; none if it does not exist."""
@@ -292,13 +309,13 @@ class Folder:
             InputError: It cannot be read, or is damaged.
         """
         copy = cache_folder(None) / "tokens" / f"{file.sha256}.arrow"
-        if not copy.is_file() or copy.stat().st_size != file.size:
+        if not _is_verified(copy, file):
             copy.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=_prefix(), dir=copy.parent) as folder:
                 temporary = Path(folder, copy.name)
                 with self._explain("read"):
                     self._system.get_file(self._join(file.file), str(temporary))
-                if hash_file(temporary) != file.sha256:
+                if not _is_whole(LocalFileSystem(), str(temporary), file):
                     raise InputError(f"{file.file} of {self} is damaged: run the same hfgpt prepare again")
                 os.replace(temporary, copy)
         return copy
@@ -400,17 +417,12 @@ class PreparedData:
         return TokenStream(datasets.concatenate_datasets([self._open(file) for file in files]))
 
     def _open(self, file: TokenFile) -> datasets.Dataset:
-        """A token file; its checksum is verified unless the same file was verified before."""
         path = self.files[file.file]
-        remedy = "run the same hfgpt prepare again, which repairs it"
-        if not path.is_file():
-            raise InputError(f"{file.file} of {self.place} is missing: {remedy}")
-        identity = hashlib.sha256(json.dumps([describe_file(path), file.sha256]).encode()).hexdigest()
-        verified = cache_folder(None) / "verified" / identity
-        if path.stat().st_size != file.size or not (verified.exists() or hash_file(path) == file.sha256):
-            raise InputError(f"{file.file} of {self.place} is damaged: {remedy}")
-        verified.parent.mkdir(exist_ok=True)
-        verified.touch()
+        if not _is_verified(path, file):
+            fault = "damaged" if path.exists() else "missing"
+            raise InputError(
+                f"{file.file} of {self.place} is {fault}: run the same hfgpt prepare again, which repairs it"
+            )
         return datasets.Dataset.from_file(str(path))
 
 

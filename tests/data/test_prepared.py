@@ -472,6 +472,11 @@ def test_data_is_prepared_in_and_read_from_a_remote_folder(recipe, tmp_path, sma
     _, said = prepare_quietly(recipe("a.jsonl"), "memory://bucket/data")
     assert "train/train-00001.arrow is missing or damaged: preparing train-00001 again" in said
     assert memory.cat_file(damaged) == content
+    load_streams(recipe("memory://bucket/data"))
+    for copy in (tmp_path / ".hf").rglob("*.arrow"):
+        copy.write_bytes(copy.read_bytes()[:-1] + b"?")
+    streams, _ = load_streams(recipe("memory://bucket/data"))
+    assert all(stream.tolist() == expected[split].tolist() for split, stream in streams.items()), "downloaded again"
 
 
 def test_remote_files_are_read_part_by_part(recipe, tmp_path, small_parts):
