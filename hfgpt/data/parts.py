@@ -126,6 +126,7 @@ def _check_memory(section: Section, size: int, reading: Reading):
 
 def _find_url_parts(source: SourceArguments, reading: Reading, report: DataReport) -> dict[str, list[Part]]:
     """Parts of whole files at a URL, each downloaded when it is read."""
+    _download.cache_clear()  # the file may have changed
     urls = {Path(urlsplit(url).path): (url, about) for url, about in list_urls(source.path)}
     splits = divide_files(one_family(source.path, urls), source, reading, report)
     return {split: _group_urls([urls[file] for file in files], reading) for split, files in splits.items()}
@@ -145,19 +146,28 @@ def _group_urls(urls: list[tuple[str, dict[str, Any]]], reading: Reading) -> lis
 
 
 def _read_urls(urls: list[str], reading: Reading) -> Iterator[Row]:
-    """Downloads each file to a temporary folder, and reads it."""
+    for url in urls:
+        folder = _download(url)  # a reference, so that it is not removed meanwhile
+        file = Path(folder.name, Path(urlsplit(url).path).name)
+        for section, length in divide_file(file, reading.sample_by, PART_BYTES):
+            _check_memory(section, length, reading)
+            if length:
+                yield from read_sections([section], without_secrets(url), reading)
+
+
+@functools.lru_cache(maxsize=1)
+def _download(url: str) -> tempfile.TemporaryDirectory:
+    """A folder with the file, which is removed when another one is downloaded, or this process ends.
+
+    A source that is a single file is read several times: to divide it, to train a tokenizer, and to tokenize it.
+    """
     import fsspec
 
-    for url in urls:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, Path(urlsplit(url).path).name)
-            with explain_url(url):
-                system, place = fsspec.url_to_fs(url)
-                system.get_file(place, str(file))
-            for section, length in divide_file(file, reading.sample_by, PART_BYTES):
-                _check_memory(section, length, reading)
-                if length:
-                    yield from read_sections([section], without_secrets(url), reading)
+    folder = tempfile.TemporaryDirectory()
+    with explain_url(url):
+        system, place = fsspec.url_to_fs(url)
+        system.get_file(place, str(Path(folder.name, Path(urlsplit(url).path).name)))
+    return folder
 
 
 def _divide_table(

@@ -493,6 +493,26 @@ def test_remote_files_are_read_part_by_part(recipe, tmp_path, small_parts):
     assert [data.tokenizer.decode(row, skip_special_tokens=True) for row in rows] == texts
 
 
+def test_a_remote_file_is_downloaded_once_and_again_by_the_next_call(recipe, tmp_path, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    real, downloads, folders = memory.get_file, [], []
+
+    def get_file(self, place, target):
+        downloads.append(place)
+        folders.append(Path(target).parent)
+        real(place, target)
+
+    monkeypatch.setattr(type(memory), "get_file", get_file)
+    for number, texts in enumerate([write_texts(50), write_texts(50, seed=1)], start=1):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        memory.pipe_file("/single/texts.jsonl", lines.encode())
+        prepare_quietly(recipe("memory://single/texts.jsonl"), f"out{number}")
+        assert len(downloads) == number, "to divide it, to train the tokenizer, and to tokenize it"
+        assert [folder.exists() for folder in folders] == [False] * (number - 1) + [True]
+    streams, _ = load_streams(recipe("out2"))
+    assert streams["train"].tolist() != load_streams(recipe("out1"))[0]["train"].tolist()
+
+
 def test_a_full_disk_leaves_finished_parts(recipe, tmp_path, small_parts, monkeypatch):
     write_lines(tmp_path / "a.jsonl", write_texts(150))
     real, calls = os.fsync, []
