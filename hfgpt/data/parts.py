@@ -84,20 +84,30 @@ def fingerprint_parts(parts: Iterable[Part]) -> str:
     return hashlib.sha256(json.dumps([part.version for part in parts]).encode()).hexdigest()
 
 
+def _part_size(total: int) -> int:
+    """Bytes of a part, so that there are at most about MOST_PARTS."""
+    return max(PART_BYTES, total // MOST_PARTS)
+
+
+def _group(pieces: Iterable[tuple[Any, int]], size: int) -> Iterator[tuple[list[Any], int]]:
+    """Consecutive pieces, given with their bytes, in groups of at least `size` bytes; the last one may be smaller."""
+    group, total = [], 0
+    for piece, length in pieces:
+        group, total = [*group, piece], total + length
+        if total >= size:
+            yield group, total
+            group, total = [], 0
+    if group:
+        yield group, total
+
+
 def _group_sections(files: list[Path], path: str, reading: Reading) -> list[Part]:
-    """Parts of at least PART_BYTES (the last may be smaller), at most about MOST_PARTS."""
-    size = max(PART_BYTES, sum(file.stat().st_size for file in files) // MOST_PARTS)
-    parts, held, total = [], [], 0
-    for file in files:
-        for section, length in divide_file(file, reading.sample_by, size):
-            _check_memory(section, length, reading)
-            if not length and len(files) > 1:
-                continue
-            held, total = [*held, section], total + length
-            if total >= size:
-                parts.append(_section_part(held, total, path, reading))
-                held, total = [], 0
-    return [*parts, _section_part(held, total, path, reading)] if held or not parts else parts
+    size = _part_size(sum(file.stat().st_size for file in files))
+    sections = [found for file in files for found in divide_file(file, reading.sample_by, size)]
+    for section, length in sections:
+        _check_memory(section, length, reading)
+    used = [found for found in sections if found[1]] or sections[:1]
+    return [_section_part(group, total, path, reading) for group, total in _group(used, size)]
 
 
 def _section_part(sections: list[Section], size: int, path: str, reading: Reading) -> Part:
@@ -133,15 +143,15 @@ def _find_url_parts(source: SourceArguments, reading: Reading, report: DataRepor
 
 
 def _group_urls(urls: list[tuple[str, dict[str, Any]]], reading: Reading) -> list[Part]:
-    sizes = [about["size"] for _, about in urls if about.get("size") is not None]
-    known, wanted = len(sizes) == len(urls), max(PART_BYTES, sum(sizes) // MOST_PARTS)
-    parts, held, total, version = [], [], 0, [reading.settings]
-    for number, (url, about) in enumerate(urls, start=1):
-        held, total = [*held, url], total + (about.get("size") or 0)
-        version.append([without_secrets(url), str(about)])  # with times or checksums, if the server has any
-        if not known or total >= wanted or number == len(urls):
-            parts.append(Part(functools.partial(_read_urls, held, reading), version, total if known else None))
-            held, total, version = [], 0, [reading.settings]
+    sizes = [about.get("size") for _, about in urls]
+    known = None not in sizes
+    pieces = zip(urls, sizes if known else [0] * len(urls), strict=True)
+    parts = []
+    for group, total in _group(pieces, _part_size(sum(sizes)) if known else 0):  # 0: one file per part
+        # With times or checksums, if the server has any.
+        version = [reading.settings, *([without_secrets(url), str(about)] for url, about in group)]
+        read = functools.partial(_read_urls, [url for url, _ in group], reading)
+        parts.append(Part(read, version, total if known else None))
     return parts
 
 
@@ -176,8 +186,7 @@ def _divide_table(
     if isinstance(table, datasets.IterableDataset):
         number, size = min(table.num_shards, MOST_PARTS), None
     else:  # downloaded before, and the Hub cannot be reached
-        size = max(PART_BYTES, table.data.nbytes // MOST_PARTS)
-        number = max(min(table.data.nbytes // size, len(table)), 1)
+        number = max(min(table.data.nbytes // _part_size(table.data.nbytes), len(table)), 1)
         size = table.data.nbytes // number
     parts = []
     for index in range(number):

@@ -710,6 +710,13 @@ def test_a_mixture_reports_texts_in_both_splits_and_refuses_empty_sources(recipe
                 prepare_quietly(load_recipe("m.yaml", []), "bc")
 
 
+def test_a_folder_of_empty_files_is_refused(recipe, tmp_path):
+    for name in ("a", "b"):
+        write_lines(tmp_path / f"d/{name}.jsonl", [])
+    with pytest.raises(InputError, match=r"data.path 'd' is an empty file: add text"):
+        prepare_quietly(recipe("d"))
+
+
 def test_empty_and_unused_files_are_as_in_training(recipe, tmp_path, small_parts):
     for number in range(3):
         write_lines(tmp_path / f"d/train-{number}.jsonl", write_texts(40, number))
