@@ -348,18 +348,22 @@ def import_weights(
 def export(
     model: Model,
     out: OutputFolder,
-    export_format: Annotated[str, typer.Option("--format", help="Output format: gpt2.")] = "gpt2",
+    export_format: Annotated[
+        str, typer.Option("--format", help="gpt2 (transformers, no custom code needed) or gguf (llama.cpp).")
+    ] = "gpt2",
+    dtype: Annotated[
+        str | None, typer.Option(help="Type of the matrices in a GGUF file: f32, f16 or q8_0 (default: f32).")
+    ] = None,
     merge_adapter: Annotated[
         bool,
         typer.Option("--merge-adapter", help="Required if MODEL is an adapter: merge it into its base model first."),
     ] = False,
 ):
-    """Export a model as a standard transformers GPT-2 (no custom code needed), and verify its logits."""
-    from hfgpt.commands.convert import export_model
+    """Export a model for programs that do not have hfgpt, and verify its logits."""
+    from hfgpt.commands.export import ExportArguments
+    from hfgpt.commands.export import export as export_to
 
-    if export_format != "gpt2":
-        raise InputError(f"--format is '{export_format}'; it must be gpt2")
-    export_model(model, out, merge_adapter)
+    export_to(model, out, ExportArguments(export_format, dtype, merge_adapter))
 
 
 @app.command(name="publish", context_settings=TAKES_OVERRIDES)

@@ -13,7 +13,7 @@ from hfgpt.adapters import merge_adapter
 from hfgpt.conversion import gpt2, nanogpt, openai
 from hfgpt.conversion.assembly import build_native_on_meta, load_whole, native_class
 from hfgpt.conversion.checkpoints import SUFFIXES, Checkpoint, check_weights, is_classifier, read_checkpoint
-from hfgpt.conversion.parity import Parity, compare, compute_with, record
+from hfgpt.conversion.parity import ROUNDED_TOLERANCE, Parity, compare, compute_with, record
 from hfgpt.conversion.sources import LARGE, ImportArguments, Source, open_weights
 from hfgpt.demo_corpus import generate_stories
 from hfgpt.errors import InputError
@@ -82,9 +82,8 @@ def import_checkpoint(
             model.save_pretrained(staging)
         del model
         saved = find_model(str(staging)).load(dtype="auto")
-        differences, greedy_equal = compare(
-            expected, record(compute_with(saved), rows, greedy_tokens), opened.recomputed
-        )
+        tolerance = ROUNDED_TOLERANCE if opened.recomputed else None
+        differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens), tolerance)
         report = Parity(source, opened.format, parameters, opened.parameters, differences, greedy_equal, opened.notes)
         if tokenizer is not None:
             record_answers(saved, tokenizer, hash_weights(staging)).write(staging)
@@ -108,7 +107,7 @@ def export_model(model_path: str, out: Path, merge_adapter: bool = False, consol
         InputError: There is no hfgpt model, GPT-2 cannot represent it, `out` exists, or the logits differ.
     """
     out = check_free(out)
-    model, tokenizer = _load_to_export(model_path, merge_adapter)
+    model, tokenizer = load_to_export(model_path, merge_adapter)
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
     rows = parity_rows(model.config, tokenizer)
@@ -255,7 +254,12 @@ def parity_rows(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | N
     return rows
 
 
-def _load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Loads a model, or an adapter merged into its base model, and its tokenizer, which may be missing.
+
+    Raises:
+        InputError: There is no hfgpt model, or `merge_adapters` does not match it.
+    """
     saved = find_model(model_path)
     if (saved.base is not None) != merge_adapters:
         raise InputError(
@@ -285,13 +289,21 @@ def _save_gpt2_tokenizer(tokenizer: PreTrainedTokenizerBase | None, folder: Path
 
 
 def _finish(report: Parity, staging: Path, out: Path, architecture: dict[str, Any], console: Console | None):
-    """Prints the report of a conversion and, if it passed, saves it and a model card with the weights."""
-    (console or stderr_console()).print(report.render(), highlight=False, markup=False)
-    if not report.passed:
-        raise InputError("the converted model does not match its source, so nothing was written")
-    made = {"architecture": architecture, "weights_sha256": hash_weights(staging)}
-    ConversionRecord(**report.to_dict(), **made).stamp().write(staging)
+    """Saves the report of a conversion, if it passed, and a model card with the weights."""
+    save_report(report, staging, {"architecture": architecture, "weights_sha256": hash_weights(staging)}, console)
     records = read_records(staging)
     records.run.architecture = architecture
     place = Place.of_folder(out, native=report.format.startswith("to "))
     write_card(staging, records, HubArguments(), place)
+
+
+def save_report(report: Parity, staging: Path, made: dict[str, Any], console: Console | None):
+    """Prints the report of a conversion and, if it passed, saves it with entries about the result.
+
+    Raises:
+        InputError: The logits differ.
+    """
+    (console or stderr_console()).print(report.render(), highlight=False, markup=False)
+    if not report.passed:
+        raise InputError("the converted model does not match its source, so nothing was written")
+    ConversionRecord(**report.to_dict(), **made).stamp().write(staging)

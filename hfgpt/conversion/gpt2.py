@@ -76,6 +76,19 @@ def gpt2_config(config: HfGPTConfig) -> GPT2Config:
     )
 
 
+def check_plain_weights(weights: dict[str, torch.Tensor]):
+    """Checks that weights are dense floating-point tensors.
+
+    Raises:
+        InputError: Names a quantized weight.
+    """
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or type(tensor) is not torch.Tensor:
+            raise InputError(
+                f"{name} is quantized ({tensor.dtype}), which cannot be exported: export the original model"
+            )
+
+
 def gpt2_weights(
     weights: dict[str, torch.Tensor], native: PreTrainedModel
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -93,11 +106,7 @@ def gpt2_weights(
     """
     if native.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() or type(tensor) is not torch.Tensor:
-            raise InputError(
-                f"{name} is quantized ({tensor.dtype}), which GPT-2 does not support: export the original model"
-            )
+    check_plain_weights(weights)
     dtype = functools.reduce(torch.promote_types, {tensor.dtype for tensor in weights.values()})
     # Memory is allocated only when it is written to, so there is one copy of the weights at a time.
     theirs = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in native.named_parameters()}

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 # Relative to the largest logit, or to 1 if all logits are smaller.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
-# In both precisions, if weights of the result were rounded (by merging or folding).
+# In both precisions, if weights of the result were recomputed (by merging or folding).
 ROUNDED_TOLERANCE = 1e-5
 
 # Token ids (B, T) and a precision -> logits: (B, T, V) for a language model, (B, labels) for a classifier.
@@ -115,13 +115,15 @@ def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens:
     return Recording(logits, text[0, start:].tolist())
 
 
-def compare(reference: Recording, ours: Recording, recomputed: bool = False) -> tuple[list[Difference], bool | None]:
+def compare(
+    reference: Recording, ours: Recording, tolerance: float | None = None
+) -> tuple[list[Difference], bool | None]:
     """The differences of two recordings of the same rows, and whether their greedy continuations are the same.
 
     Args:
         reference: Recording of the source.
         ours: Recording of the result.
-        recomputed: Whether weights of the result were recomputed, and therefore rounded.
+        tolerance: Tolerance if weights of the result were rounded; None: they are exact.
     """
     differences = []
     for (rows, dtype), expected in reference.logits.items():
@@ -131,8 +133,7 @@ def compare(reference: Recording, ours: Recording, recomputed: bool = False) -> 
         absolute = (got - expected).abs().max().item()
         scale = max(1.0, expected.abs().max().item())
         name = str(dtype).removeprefix("torch.")
-        tolerance = ROUNDED_TOLERANCE if recomputed else TOLERANCES[dtype]
-        differences.append(Difference(rows, name, absolute, absolute / scale, tolerance))
+        differences.append(Difference(rows, name, absolute, absolute / scale, tolerance or TOLERANCES[dtype]))
     greedy_equal = None if reference.continuation is None else reference.continuation == ours.continuation
     return differences, greedy_equal
 

@@ -1,0 +1,96 @@
+"""`hfgpt export`: converts a model for other programs, reads the result back, and compares the logits."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfgpt.commands.convert import count_greedy_tokens, export_model, load_to_export, parity_rows, save_report
+from hfgpt.conversion import gguf
+from hfgpt.conversion.parity import Parity, compare, compute_with, record
+from hfgpt.errors import InputError
+from hfgpt.hub.card import describe_architecture
+from hfgpt.models import check_vocabulary
+from hfgpt.saving import appearing_folder, check_free, hash_file
+
+FORMATS = ("gpt2", "gguf")
+GGUF_FILE = "model.gguf"
+
+
+@dataclass
+class ExportArguments:
+    """Options of `hfgpt export`.
+
+    Args:
+        format: One of `FORMATS`.
+        dtype: Type of the matrices in a GGUF file; None: f32.
+        merge_adapter: Whether the model is a PEFT adapter, to be merged into its base model.
+    """
+
+    format: str = "gpt2"
+    dtype: str | None = None
+    merge_adapter: bool = False
+
+
+def export(model_path: str, out: Path, arguments: ExportArguments, console: Console | None = None) -> Parity:
+    """Exports a model in one of `FORMATS`.
+
+    Args:
+        model_path: Folder or Hub id of an hfgpt model.
+        out: Output folder (must not exist).
+        arguments: The format and its options.
+        console: Where to print the report; None: standard error.
+
+    Returns:
+        The parity report, also saved as `out/conversion.json`.
+
+    Raises:
+        InputError: There is no hfgpt model, the format cannot represent it, `out` exists, or the logits differ.
+    """
+    if arguments.format not in FORMATS:
+        raise InputError(f"--format is '{arguments.format}'; it must be one of {', '.join(FORMATS)}")
+    if arguments.dtype is not None and arguments.format not in ("gguf", "ollama"):
+        raise InputError(f"--dtype is for gguf and ollama, not for {arguments.format}: leave it out")
+    if arguments.format == "gpt2":
+        return export_model(model_path, out, arguments.merge_adapter, console)
+    return export_gguf(model_path, out, arguments, console)
+
+
+def export_gguf(model_path: str, out: Path, arguments: ExportArguments, console: Console | None = None) -> Parity:
+    """Exports a model and its tokenizer as `out/model.gguf`; see `export`."""
+    dtype = arguments.dtype or "f32"
+    gguf.check_dtype(dtype)
+    out = check_free(out)
+    model, tokenizer = load_to_export(model_path, arguments.merge_adapter)
+    gguf.check_config(model.config, dtype)
+    if tokenizer is None:
+        raise InputError(f"'{model_path}' has no tokenizer, which a GGUF file contains: save it with the model")
+    gguf.convert_tokenizer(tokenizer)
+    parameters, notes = model.num_parameters(), _drop_padding(model, tokenizer)
+    rows, greedy_tokens = parity_rows(model.config, tokenizer), count_greedy_tokens(model.config)
+    expected = record(compute_with(model), rows, greedy_tokens)
+    config, architecture = model.config, describe_architecture(model)
+    with appearing_folder(out) as staging:
+        file = staging / GGUF_FILE
+        gguf.write_gguf(file, out.name, model, tokenizer, dtype)
+        del model
+        saved = gguf.read_gguf(file, config)
+        tolerance = gguf.TOLERANCES[dtype]
+        differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens), tolerance)
+        if tolerance is not None:
+            greedy_equal = None  # rounded weights may change the likeliest token
+        converted = saved.num_parameters()
+        report = Parity(model_path, f"to gguf, {dtype}", converted, parameters, differences, greedy_equal, notes)
+        save_report(report, staging, {"architecture": architecture, "weights_sha256": hash_file(file)}, console)
+    return report
+
+
+def _drop_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Removes the embeddings that have no token, which `generate` never samples; returns a note about them."""
+    check_vocabulary(model, tokenizer)
+    tokens, size = len(tokenizer), model.config.vocab_size
+    if tokens == size:
+        return []
+    model.resize_token_embeddings(tokens)
+    return [f"cut: rows {tokens} to {size - 1} of the token embedding, which have no token"]
