@@ -65,7 +65,8 @@ def measured(models, tmp_path_factory):
             known = tokenizer.get_vocab()
             texts = ["".join(letter for letter in text if letter in known) for text in texts]
         rows = [encode(tokenizer, story)[: model.config.max_position_embeddings] for story in stories]
-        for dtype in FILE_TYPES:
+        rows = rows[: 1 if kind == "gpt2" else 6]  # sorting a large vocabulary takes most of the time
+        for dtype in FILE_TYPES if layout == "tied" else ("f32", "q8_0"):
             out = folder / f"{kind}-{layout}-{dtype}"
             export(str(path), out, ExportArguments("gguf", dtype), Console(file=io.StringIO()))
             job = {"model": str(out / "model.gguf"), "texts": texts, "prompt": rows[0][:20], "count": CONTINUED}
