@@ -8,13 +8,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfgpt.commands.convert import count_greedy_tokens, export_model, load_to_export, parity_rows, save_report
 from hfgpt.conversion import gguf
+from hfgpt.conversion.ollama import MODELFILE, render_modelfile
 from hfgpt.conversion.parity import Parity, compare, compute_with, record
 from hfgpt.errors import InputError
 from hfgpt.hub.card import describe_architecture
 from hfgpt.models import check_vocabulary
-from hfgpt.saving import appearing_folder, check_free, hash_file
+from hfgpt.saving import appearing_folder, check_free, hash_file, write_text
 
-FORMATS = ("gpt2", "gguf")
+FORMATS = ("gpt2", "gguf", "ollama")
 GGUF_FILE = "model.gguf"
 
 
@@ -58,7 +59,7 @@ def export(model_path: str, out: Path, arguments: ExportArguments, console: Cons
 
 
 def export_gguf(model_path: str, out: Path, arguments: ExportArguments, console: Console | None = None) -> Parity:
-    """Exports a model and its tokenizer as `out/model.gguf`; see `export`."""
+    """Exports a model and its tokenizer as `out/model.gguf`, for Ollama with a Modelfile; see `export`."""
     dtype = arguments.dtype or "f32"
     gguf.check_dtype(dtype)
     out = check_free(out)
@@ -66,14 +67,19 @@ def export_gguf(model_path: str, out: Path, arguments: ExportArguments, console:
     gguf.check_config(model.config, dtype)
     if tokenizer is None:
         raise InputError(f"'{model_path}' has no tokenizer, which a GGUF file contains: save it with the model")
-    gguf.convert_tokenizer(tokenizer)
+    gguf.convert_tokenizer(tokenizer)  # before the parity rows are computed
     parameters, notes = model.num_parameters(), _drop_padding(model, tokenizer)
+    if not model.config.qkv_bias:
+        notes.append(f"filled with zeros: {3 * model.config.num_hidden_layers} biases that are not in the model")
     rows, greedy_tokens = parity_rows(model.config, tokenizer), count_greedy_tokens(model.config)
     expected = record(compute_with(model), rows, greedy_tokens)
     config, architecture = model.config, describe_architecture(model)
     with appearing_folder(out) as staging:
         file = staging / GGUF_FILE
         gguf.write_gguf(file, out.name, model, tokenizer, dtype)
+        if arguments.format == "ollama":
+            modelfile = render_modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings)
+            write_text(staging / MODELFILE, modelfile)
         del model
         saved = gguf.read_gguf(file, config)
         tolerance = gguf.TOLERANCES[dtype]
