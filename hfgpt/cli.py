@@ -349,7 +349,7 @@ def export(
     model: Model,
     out: OutputFolder,
     export_format: Annotated[
-        str, typer.Option("--format", help="gpt2 (transformers, no custom code needed) or gguf (llama.cpp).")
+        str, typer.Option("--format", help="gpt2 (transformers, no custom code), gguf (llama.cpp), ollama, or onnx.")
     ] = "gpt2",
     dtype: Annotated[
         str | None, typer.Option(help="Type of the matrices in a GGUF file: f32, f16 or q8_0 (default: f32).")

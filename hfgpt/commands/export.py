@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hfgpt.commands.convert import count_greedy_tokens, export_model, load_to_export, parity_rows, save_report
-from hfgpt.conversion import gguf
+from hfgpt.conversion import gguf, onnx
 from hfgpt.conversion.ollama import MODELFILE, render_modelfile
 from hfgpt.conversion.parity import Parity, compare, compute_with, record
 from hfgpt.errors import InputError
@@ -15,7 +16,7 @@ from hfgpt.hub.card import describe_architecture
 from hfgpt.models import check_vocabulary
 from hfgpt.saving import appearing_folder, check_free, hash_file, write_text
 
-FORMATS = ("gpt2", "gguf", "ollama")
+FORMATS = ("gpt2", "gguf", "ollama", "onnx")
 GGUF_FILE = "model.gguf"
 
 
@@ -55,6 +56,8 @@ def export(model_path: str, out: Path, arguments: ExportArguments, console: Cons
         raise InputError(f"--dtype is for gguf and ollama, not for {arguments.format}: leave it out")
     if arguments.format == "gpt2":
         return export_model(model_path, out, arguments.merge_adapter, console)
+    if arguments.format == "onnx":
+        return export_onnx(model_path, out, arguments, console)
     return export_gguf(model_path, out, arguments, console)
 
 
@@ -92,6 +95,29 @@ def export_gguf(model_path: str, out: Path, arguments: ExportArguments, console:
     return report
 
 
+def export_onnx(model_path: str, out: Path, arguments: ExportArguments, console: Console | None = None) -> Parity:
+    """Exports a model as `out/onnx/model.onnx`, with the files that transformers.js needs; see `export`."""
+    onnx.check_installed()
+    out = check_free(out)
+    model, tokenizer = load_to_export(model_path, arguments.merge_adapter)
+    onnx.check_exportable(model)
+    parameters, notes = model.num_parameters(), [] if tokenizer is None else _drop_padding(model, tokenizer)
+    rows, greedy_tokens = parity_rows(model.config, tokenizer), count_greedy_tokens(model.config)
+    single = (torch.float32,)  # of the file
+    expected = record(compute_with(model), rows, greedy_tokens, single)
+    config, architecture, converted = model.config, describe_architecture(model), model.num_parameters()
+    with appearing_folder(out) as staging:
+        onnx.write_onnx(staging, model)
+        del model
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        found = record(onnx.compute_with_onnx(staging, config), rows, greedy_tokens, single)
+        report = Parity(model_path, "to onnx", converted, parameters, *compare(expected, found), notes)
+        sha256 = hash_file(staging / onnx.ONNX_FILE)
+        save_report(report, staging, {"architecture": architecture, "weights_sha256": sha256}, console)
+    return report
+
+
 def _drop_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Removes the embeddings that have no token, which `generate` never samples; returns a note about them."""
     check_vocabulary(model, tokenizer)
@@ -99,4 +125,6 @@ def _drop_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if tokens == size:
         return []
     model.resize_token_embeddings(tokens)
+    suppressed = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = [number for number in suppressed if number < tokens] or None
     return [f"cut: rows {tokens} to {size - 1} of the token embedding, which have no token"]

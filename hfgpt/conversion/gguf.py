@@ -51,7 +51,7 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 # Settings of a BPE that llama.cpp does not have.
 UNSUPPORTED = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges")
-OTHERWISE = "use --format gpt2"
+OTHERWISE = "use --format onnx or gpt2"
 
 
 @dataclass
@@ -100,7 +100,7 @@ def check_config(config: HfGPTConfig, dtype: str):
         InputError: It cannot, with the reason.
     """
     if is_classifier(config):
-        raise InputError(f"the model is a classifier, and llama.cpp has no GPT-2 classifiers: {OTHERWISE}")
+        raise InputError("the model is a classifier, and llama.cpp has no GPT-2 classifiers: use --format gpt2")
     if config.hidden_act not in TANH_GELU:
         names = " and ".join(TANH_GELU)
         raise InputError(f"hidden_act is '{config.hidden_act}', but llama.cpp's GPT-2 has only {names}: {OTHERWISE}")

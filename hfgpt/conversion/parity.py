@@ -4,7 +4,7 @@ In float32, two correct implementations differ by rounding errors; in float64 th
 The models run one after the other, so that only one is in memory at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -95,7 +95,12 @@ class Parity:
 
 
 @torch.no_grad()
-def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens: int | None) -> Recording:
+def record(
+    compute: ComputeLogits,
+    rows: dict[str, torch.Tensor],
+    greedy_tokens: int | None,
+    dtypes: Iterable[torch.dtype] = TOLERANCES,
+) -> Recording:
     """Runs a model on rows of tokens.
 
     Args:
@@ -103,8 +108,9 @@ def record(compute: ComputeLogits, rows: dict[str, torch.Tensor], greedy_tokens:
         rows: Name -> (B, T) token ids.
         greedy_tokens: Number of tokens at the end of the last row to replace by greedy decoding; None for a
             classifier.
+        dtypes: Precisions to run it in.
     """
-    logits = {(name, dtype): compute(ids, dtype) for name, ids in rows.items() for dtype in TOLERANCES}
+    logits = {(name, dtype): compute(ids, dtype) for name, ids in rows.items() for dtype in dtypes}
     if greedy_tokens is None:
         return Recording(logits)
     text = list(rows.values())[-1][-1:]
