@@ -1,7 +1,7 @@
 """ONNX, the format of ONNX Runtime, laid out and named for transformers.js, which runs it in browsers and Node.js.
 
-The graph takes token ids, an attention mask and the cache of earlier tokens, which may be empty, and returns the logits
-and the longer cache. transformers.js supports GPT-2: it reads the sizes of the cache from GPT-2's config.json.
+The graph takes token ids, an attention mask and the cache of earlier tokens, which may be empty, and returns
+logits and the longer cache. transformers.js supports GPT-2: it reads the sizes of the cache from GPT-2's config.json.
 
 Source: github.com/huggingface/transformers.js, src/configs.js and src/models/session.js.
 """

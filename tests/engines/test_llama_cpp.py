@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from engines import run_node
+from engines import TEXTS, encode, known_part, run_node
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,23 +18,6 @@ from hfgpt.demo_corpus import generate_stories
 pytestmark = pytest.mark.engine
 
 CONTINUED = 64
-TEXTS = [
-    "Once upon a time, there was a little fox.",
-    " leading and trailing spaces  ",
-    "two  spaces,   three,    four\n\nlines\r\n\ttabs\t\t \n \n",
-    "don't, I'll, we've, they'RE, it's 'quoted' o'clock",
-    "12345 3.14 1e-9 x² ½ ④ Ⅷ ٣٤",
-    "naïve café, Straße, ñandú, Ωμέγα, Ünïcödé",
-    "Привет, мир! 你好,世界。こんにちは 안녕하세요 สวัสดี नमस्ते مرحبا שלום",
-    "😀👍🏽👩‍👩‍👧‍👦🇺🇳❤️",
-    "e\u0301 a\u0308\u0323 \u0301alone z\u0335\u0336",
-    "\u00a0\u2003\u2009\u200b\u200d\u2028\u3000\ufeff\u0085\x0b\x0c\x1c\x01",
-    "<|endoftext|>Once<|endoftext|><|pad|> <|unk|><|endoftext",
-    "### User:\nHello\n\n### Assistant:\n",
-    "def f(x):\n    return x**2  # $%^&*()_+{}|:<>?[];',./`~",
-    "a" * 300,
-    "",
-]
 
 
 def random_texts(count: int) -> list[str]:
@@ -48,10 +31,6 @@ def random_texts(count: int) -> list[str]:
     ]
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
 @pytest.fixture(scope="module")
 def measured(models, tmp_path_factory):
     """(name, dtype, job, model, tokenizer, result of llama.cpp) of every exported file."""
@@ -62,8 +41,7 @@ def measured(models, tmp_path_factory):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
         texts = [*TEXTS, *random_texts(300)] if layout == "tied" else TEXTS
         if kind == "char":  # llama.cpp drops unknown characters
-            known = tokenizer.get_vocab()
-            texts = ["".join(letter for letter in text if letter in known) for text in texts]
+            texts = [known_part(tokenizer, text) for text in texts]
         rows = [encode(tokenizer, story)[: model.config.max_position_embeddings] for story in stories]
         rows = rows[: 1 if kind == "gpt2" else 6]  # sorting a large vocabulary takes most of the time
         for dtype in FILE_TYPES if layout == "tied" else ("f32", "q8_0"):
