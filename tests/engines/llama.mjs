@@ -14,7 +14,8 @@ for (const job of JSON.parse(readFileSync(jobsFile, "utf8"))) {
     const model = await llama.loadModel({modelPath: job.model});
     const result = {ids: job.texts.map((text) => model.tokenize(text, true)), continuation: [], rows: []};
     result.texts = result.ids.map((ids) => model.detokenize(ids, true));
-    const options = {contextSize: model.trainContextSize};
+    // Several threads wait for each other actively, which takes seconds on a busy machine.
+    const options = {contextSize: model.trainContextSize, threads: 1};
     if (job.exact) options.experimentalKvCacheKeyType = options.experimentalKvCacheValueType = "F32";
     const context = await model.createContext(options);
     const sequence = context.getSequence();
