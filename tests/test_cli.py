@@ -503,7 +503,8 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ),
         ("import none.pt runs", "'runs' already exists: choose a new folder"),
         ("import none.pt new --format onnx", "--format is 'onnx'; it must be one of auto, gpt2, nanogpt, book"),
-        ("export runs/tiny new --format gguf", "--format is 'gguf'; it must be gpt2"),
+        ("export runs/tiny new --format mlx", "--format is 'mlx'; it must be one of gpt2, gguf, ollama, onnx"),
+        ("export runs/tiny new --dtype f16", "--dtype is for gguf and ollama, not for gpt2: leave it out"),
         (
             "export runs/none new",
             "the folder 'runs' does not have 'none': check the path; to load 'runs/none' from the Hub, run this",
@@ -602,7 +603,7 @@ def test_the_commands_and_options_are_stable():
         "demo": "--output-dir",
         "doctor": "--json",
         "evaluate": "MODEL --task --json",
-        "export": "MODEL OUT --format --merge-adapter",
+        "export": "MODEL OUT --format --dtype --merge-adapter",
         "generate": f"MODEL PROMPT {sampling} --num-samples --seed",
         "import": "SOURCE OUT --format --num-heads --tokenizer --vocab-size --lora-scale --hidden-act --revision",
         "inspect": "RECIPE --rows",

@@ -24,7 +24,7 @@ for (const job of JSON.parse(readFileSync(jobsFile, "utf8"))) {
     }
     for (const row of job.rows) {
         await sequence.clearHistory();
-        const wanted = {generateNext: {probabilities: true, options: {temperature: 1}}};
+        const wanted = {generateNext: {probabilities: true, options: {temperature: 1, topK: 0, topP: 1, minP: 0}}};
         const outputs = await sequence.controlledEvaluate(row.map((token) => [token, wanted]));
         const found = {next: [], top: [], likeliest: []};
         outputs.forEach(({next: {probabilities}}, position) => {
