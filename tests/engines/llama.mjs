@@ -28,7 +28,10 @@ for (const job of JSON.parse(readFileSync(jobsFile, "utf8"))) {
         const outputs = await sequence.controlledEvaluate(row.map((token) => [token, wanted]));
         const found = {next: [], top: [], likeliest: []};
         outputs.forEach(({next: {probabilities}}, position) => {
-            const [likeliest, top] = probabilities.entries().next().value;
+            let [likeliest, top] = [-1, -1];
+            for (const [token, probability] of probabilities) {
+                if (probability > top) [likeliest, top] = [token, probability];
+            }
             found.likeliest.push(likeliest);
             found.top.push(Math.log(top));
             if (position + 1 < row.length) found.next.push(Math.log(probabilities.get(row[position + 1])));
