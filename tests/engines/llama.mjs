@@ -14,8 +14,9 @@ for (const job of JSON.parse(readFileSync(jobsFile, "utf8"))) {
     const model = await llama.loadModel({modelPath: job.model});
     const result = {ids: job.texts.map((text) => model.tokenize(text, true)), continuation: [], rows: []};
     result.texts = result.ids.map((ids) => model.detokenize(ids, true));
-    // Several threads wait for each other actively, which takes seconds on a busy machine.
-    const options = {contextSize: model.trainContextSize, threads: 1};
+    // One token more, or a full context is shifted. Several threads wait for each other actively, which takes seconds
+    // on a busy machine. Flash attention rounds to float16.
+    const options = {contextSize: model.trainContextSize + 1, threads: 1, flashAttention: false};
     if (job.exact) options.experimentalKvCacheKeyType = options.experimentalKvCacheValueType = "F32";
     const context = await model.createContext(options);
     const sequence = context.getSequence();

@@ -1,5 +1,6 @@
 """GGUF files in llama.cpp: the ids, the greedy continuations and the probabilities are those of transformers."""
 
+import copy
 import io
 import math
 import random
@@ -72,6 +73,14 @@ def test_greedy_continuations_are_equal(measured):
             assert len(result["continuation"]) == CONTINUED, name
 
 
+class TableGELU(torch.nn.Module):
+    """llama.cpp's GELU on a CPU: from a table of float16 values, the largest difference from transformers."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        rounded = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().float()
+        return torch.where(values <= -10, 0.0, torch.where(values >= 10, values, rounded))
+
+
 def log_probabilities(model, tokenizer, row: list[int]) -> torch.Tensor:
     """Those of the next token after each position (T, V), without the ids that have no token."""
     with torch.no_grad():
@@ -80,16 +89,20 @@ def log_probabilities(model, tokenizer, row: list[int]) -> torch.Tensor:
 
 
 def test_log_probabilities(measured):
-    """f32: of the likeliest token within 1e-3. q8_0: the perplexity within 0.5%."""
+    """f32: of the likeliest token within 1e-3 with llama.cpp's GELU, and 5e-3 without. q8_0: perplexity within 0.5%."""
     for name, dtype, job, model, tokenizer, result in measured:
-        largest, ours, theirs = 0.0, [], []
+        tabled = copy.deepcopy(model)
+        for layer in tabled.model.layers:
+            layer.mlp.act_fn = TableGELU()
+        largest, ours, theirs = {"exact": 0.0, "table": 0.0}, [], []
         for row, found in zip(job["rows"], result["rows"], strict=True):
-            expected = log_probabilities(model, tokenizer, row)
-            top = expected.gather(1, torch.tensor(found["likeliest"])[:, None])[:, 0]
-            largest = max(largest, (top - torch.tensor(found["top"]).double()).abs().max().item())
+            for kind, network in (("table", tabled), ("exact", model)):
+                expected = log_probabilities(network, tokenizer, row)
+                top = expected.gather(1, torch.tensor(found["likeliest"])[:, None])[:, 0]
+                largest[kind] = max(largest[kind], (top - torch.tensor(found["top"]).double()).abs().max().item())
             ours += expected[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0].tolist()
             theirs += found["next"]
         ratio = math.exp((sum(ours) - sum(theirs)) / len(ours))
-        print(f"{name}: largest difference {largest:.1e}, perplexity times {ratio:.5f}")
-        assert dtype != "f32" or largest < 1e-3, name
+        print(f"{name}: largest differences {largest}, perplexity times {ratio:.5f}")
+        assert dtype != "f32" or (largest["table"] < 1e-3 and largest["exact"] < 5e-3), name
         assert abs(ratio - 1) < 0.005, name
