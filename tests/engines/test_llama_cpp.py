@@ -89,7 +89,7 @@ def log_probabilities(model, tokenizer, row: list[int]) -> torch.Tensor:
 
 
 def test_log_probabilities(measured):
-    """f32: of the likeliest token within 1e-3 with llama.cpp's GELU, and 5e-3 without. q8_0: perplexity within 0.5%."""
+    """f32: of the likeliest token within 1e-3 with llama.cpp's GELU, and 5e-3 without. q8_0: perplexity to 0.5%."""
     for name, dtype, job, model, tokenizer, result in measured:
         tabled = copy.deepcopy(model)
         for layer in tabled.model.layers:
