@@ -29,13 +29,15 @@ for (const job of JSON.parse(readFileSync(jobsFile, "utf8"))) {
         const outputs = await sequence.controlledEvaluate(row.map((token) => [token, wanted]));
         const found = {next: [], top: [], likeliest: []};
         outputs.forEach(({next: {probabilities}}, position) => {
-            let [likeliest, top] = [-1, -1];
+            // Again a sum of 1: llama.cpp's sum in float32 loses small probabilities of a large vocabulary.
+            let [likeliest, top, sum] = [-1, -1, 0];
             for (const [token, probability] of probabilities) {
+                sum += probability;
                 if (probability > top) [likeliest, top] = [token, probability];
             }
             found.likeliest.push(likeliest);
-            found.top.push(Math.log(top));
-            if (position + 1 < row.length) found.next.push(Math.log(probabilities.get(row[position + 1])));
+            found.top.push(Math.log(top / sum));
+            if (position + 1 < row.length) found.next.push(Math.log(probabilities.get(row[position + 1]) / sum));
         });
         result.rows.push(found);
     }
