@@ -31,6 +31,7 @@ PROMPTS = {
 CONTINUED = ("words", "letter")  # each token takes a forward pass, in float64
 TOP = 10  # recorded tokens of each distribution
 NEW_TOKENS = 16  # of a greedy continuation
+SHORT = 128  # tokens of a prompt that are computed even if the weights are known to be those that were measured
 
 # (token ids, positions) -> log-probabilities: (positions, V) of the tokens after these positions, or (classes,).
 Compute = Callable[[list[int], list[int]], torch.Tensor]
@@ -76,13 +77,13 @@ def record_answers(
     """
     context, answers = model.config.max_position_embeddings, {}
     with computed_in(model, torch.float64) as compute:
-        for name, text in fit_prompts(tokenizer, context).items():
+        for name, text in fit_prompts(tokenizer, context, model.config.vocab_size).items():
             answer = answers[name] = Answer(text=text, ids=tokenizer(text)["input_ids"])
             if not model.can_generate():
                 answer.probabilities = compute(answer.ids, []).exp().tolist()
                 continue
             last = len(answer.ids) - 1
-            answer.positions = sorted({0, last // 3, 2 * last // 3, last})
+            answer.positions = sorted({0, last // 8, last // 2, last})
             best = compute(answer.ids, answer.positions).topk(min(TOP, model.config.vocab_size))
             answer.top_ids, answer.log_probabilities = best.indices.tolist(), best.values.round(decimals=9).tolist()
             new_tokens = min(NEW_TOKENS, context - last - 1) if name in CONTINUED else 0
@@ -95,45 +96,48 @@ def record_answers(
         answers=answers,
     )
     with computed_in(model, torch.float32) as compute:
-        known.float32_difference = compare_answers(known, compute, torch.inf).largest
-    # Without the long prompt: CPUs without bfloat16 units are many times slower with it.
-    short = replace(known, answers={name: answer for name, answer in answers.items() if name != "context"})
-    with computed_in(model, torch.bfloat16) as compute:
-        known.bfloat16_difference = compare_answers(short, compute, torch.inf).largest
+        single = compare_answers(known, compute, torch.inf).largest
+    with computed_in(model, torch.bfloat16) as compute:  # CPUs without bfloat16 units are slow with a long prompt
+        low = compare_answers(known, compute, torch.inf, SHORT).largest
+    # Other machines and implementations round in another order, which makes a small multiple of the difference.
+    # float16 has three more bits than bfloat16.
+    limits = {"float32": min(30 * single, low / 4), "float16": low / 2, "bfloat16": 4 * low}
+    known.limits = {precision: max(limit, 1e-6) for precision, limit in limits.items()}
     return known
 
 
-def fit_prompts(tokenizer: PreTrainedTokenizerBase, context: int) -> dict[str, str]:
+def fit_prompts(tokenizer: PreTrainedTokenizerBase, context: int, vocab_size: int) -> dict[str, str]:
     """The prompts with room for a continuation, and one that fills the context; none without tokens."""
     special = {"special": PROMPTS["special"].format(tokenizer.eos_token or " ")}
     long = {"context": "".join(PROMPTS["context"].format(number) for number in range(1, context + 1))}
     fitted = {}
     for name, text in (PROMPTS | special | long).items():
         room = context if name == "context" else max(context - NEW_TOKENS, 1)
-        cut = _cut(text, tokenizer, room)
+        cut = _cut(text, tokenizer, room, vocab_size)
         if cut and tokenizer(cut)["input_ids"]:
             fitted[name] = cut
     return fitted
 
 
-def _cut(text: str, tokenizer: PreTrainedTokenizerBase, room: int) -> str:
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, room: int, vocab_size: int) -> str:
     """The longest start of a text with at most `room` tokens, and no character that cannot be encoded."""
     least, most = 0, min(len(text), 16 * room)  # tokens of this text are shorter
     while least < most:
         middle = (least + most + 1) // 2
-        fits = _count_tokens(text[:middle], tokenizer) <= room
+        fits = _count_tokens(text[:middle], tokenizer, vocab_size) <= room
         least, most = (middle, most) if fits else (least, middle - 1)
     return text[:least]
 
 
-def _count_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> float:
+def _count_tokens(text: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> float:
     """The number of tokens; infinite for an unknown character, if the vocabulary has no token for them."""
     try:
-        return len(tokenizer(text, verbose=False)["input_ids"])
+        ids = tokenizer(text, verbose=False)["input_ids"]
     except Exception as error:
         if "UNK" not in str(error):  # the tokenizers library raises a plain Exception
             raise
-        return float("inf")
+        return math.inf
+    return len(ids) if max(ids, default=0) < vocab_size else math.inf
 
 
 def _continue(compute: Compute, ids: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
@@ -171,14 +175,24 @@ def compute_with(model: nn.Module) -> Compute:
     return compute
 
 
-def compare_answers(known: KnownAnswers, compute: Compute, limit: float) -> Comparison:
-    """Compares all known answers with computed ones.
+def compare_answers(known: KnownAnswers, compute: Compute, limit: float, longest: float = math.inf) -> Comparison:
+    """Compares known answers with computed ones.
 
     A token of the continuation counts only if it is clearly likelier than any other; after the first that is not, an
     equally correct continuation could be another one.
+
+    Args:
+        known: The known answers.
+        compute: A function for the log-probabilities of the model.
+        limit: Largest allowed difference.
+        longest: The most tokens of a prompt to compute; of a longer one, only the answers within them are compared.
     """
     comparison = Comparison()
     for name, answer in known.answers.items():
+        if len(answer.ids) > longest:
+            if answer.positions is None:  # a class depends on all tokens
+                continue
+            answer = _cut_answer(answer, longest)
         if answer.probabilities is not None:
             found = compute(answer.ids, []).exp()
             comparison.note(_differences(found, answer.probabilities).item(), limit, name)
@@ -199,6 +213,20 @@ def compare_answers(known: KnownAnswers, compute: Compute, limit: float) -> Comp
     return comparison
 
 
+def _cut_answer(answer: Answer, longest: float) -> Answer:
+    """The answers within the first tokens of a prompt."""
+    kept = sum(position < longest for position in answer.positions)
+    return replace(
+        answer,
+        ids=answer.ids[: answer.positions[kept - 1] + 1],
+        positions=answer.positions[:kept],
+        top_ids=answer.top_ids[:kept],
+        log_probabilities=answer.log_probabilities[:kept],
+        continuation=[],
+        gaps=[],
+    )
+
+
 def _differences(found: torch.Tensor, expected: list) -> torch.Tensor:
     """The largest difference of each row."""
     return (found - torch.tensor(expected, dtype=torch.float64)).abs().amax(-1)
@@ -207,13 +235,3 @@ def _differences(found: torch.Tensor, expected: list) -> torch.Tensor:
 def count_sure(answer: Answer, limit: float) -> int:
     """How many tokens of the continuation a model within the limit must generate."""
     return next((index for index, gap in enumerate(answer.gaps) if gap <= 2 * limit), len(answer.gaps))
-
-
-def find_limit(known: KnownAnswers, dtype: torch.dtype) -> float:
-    """The largest difference from known answers that is due to rounding, for a model computed in a precision.
-
-    Other machines and implementations round in another order, which makes a small multiple of the recorded difference.
-    """
-    low = known.bfloat16_difference
-    limits = {torch.bfloat16: 4 * low, torch.float16: low / 2}  # float16 has three more bits
-    return max(limits.get(dtype, min(30 * known.float32_difference, low / 4)), 1e-6)

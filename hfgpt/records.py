@@ -12,7 +12,7 @@ import platform
 import re
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import urlsplit
@@ -281,7 +281,7 @@ class KnownAnswers(Record):
         hfgpt: Version.
         weights_sha256, tokenizer_sha256: Hashes of the model that was measured.
         answers: For each prompt.
-        float32_difference, bfloat16_difference: Largest difference of the same weights in these precisions.
+        limits: Precision -> the largest difference from the answers that is due to rounding.
     """
 
     FILE: ClassVar[str] = "known_answers.json"
@@ -291,8 +291,7 @@ class KnownAnswers(Record):
     weights_sha256: str | None = None
     tokenizer_sha256: str | None = None
     answers: Annotated[dict[str, Answer], REQUIRED]
-    float32_difference: Annotated[float, REQUIRED] = 0.0
-    bfloat16_difference: Annotated[float, REQUIRED] = 0.0
+    limits: Annotated[dict[str, float], REQUIRED] = field(default_factory=dict)
 
 
 # Records with a hash of the weights. A model derived from a run may still have its run.json, so that comes last.

@@ -13,11 +13,11 @@ from hfgpt.conversion.ollama import MODELFILE, render_modelfile
 from hfgpt.conversion.parity import Parity, compare, compute_with, record
 from hfgpt.errors import InputError
 from hfgpt.hub.card import describe_architecture
+from hfgpt.known_answers import record_answers
 from hfgpt.models import check_vocabulary
 from hfgpt.saving import appearing_folder, check_free, hash_file, write_text
 
 FORMATS = ("gpt2", "gguf", "ollama", "onnx")
-GGUF_FILE = "model.gguf"
 
 
 @dataclass
@@ -78,20 +78,21 @@ def export_gguf(model_path: str, out: Path, arguments: ExportArguments, console:
     expected = record(compute_with(model), rows, greedy_tokens)
     config, architecture = model.config, describe_architecture(model)
     with appearing_folder(out) as staging:
-        file = staging / GGUF_FILE
+        file = staging / gguf.GGUF_FILE
         gguf.write_gguf(file, out.name, model, tokenizer, dtype)
         if arguments.format == "ollama":
-            modelfile = render_modelfile(GGUF_FILE, tokenizer, config.max_position_embeddings)
+            modelfile = render_modelfile(gguf.GGUF_FILE, tokenizer, config.max_position_embeddings)
             write_text(staging / MODELFILE, modelfile)
         del model
-        saved = gguf.read_gguf(file, config)
+        saved, tokenizer = gguf.read_gguf(file)
         tolerance = gguf.TOLERANCES[dtype]
         differences, greedy_equal = compare(expected, record(compute_with(saved), rows, greedy_tokens), tolerance)
         if tolerance is not None:
             greedy_equal = None  # rounded weights may change the likeliest token
-        converted = saved.num_parameters()
+        converted, sha256 = saved.num_parameters(), hash_file(file)
         report = Parity(model_path, f"to gguf, {dtype}", converted, parameters, differences, greedy_equal, notes)
-        save_report(report, staging, {"architecture": architecture, "weights_sha256": hash_file(file)}, console)
+        save_report(report, staging, {"architecture": architecture, "weights_sha256": sha256}, console)
+        record_answers(saved, tokenizer, sha256).write(staging)
     return report
 
 
@@ -105,16 +106,16 @@ def export_onnx(model_path: str, out: Path, arguments: ExportArguments, console:
     rows, greedy_tokens = parity_rows(model.config, tokenizer), count_greedy_tokens(model.config)
     single = (torch.float32,)  # of the file
     expected = record(compute_with(model), rows, greedy_tokens, single)
-    config, architecture, converted = model.config, describe_architecture(model), model.num_parameters()
     with appearing_folder(out) as staging:
         onnx.write_onnx(staging, model)
-        del model
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        found = record(onnx.compute_with_onnx(staging, config), rows, greedy_tokens, single)
+        found = record(onnx.compute_with_onnx(staging), rows, greedy_tokens, single)
+        converted = model.num_parameters()
         report = Parity(model_path, "to onnx", converted, parameters, *compare(expected, found), notes)
         sha256 = hash_file(staging / onnx.ONNX_FILE)
-        save_report(report, staging, {"architecture": architecture, "weights_sha256": sha256}, console)
+        save_report(report, staging, {"architecture": describe_architecture(model), "weights_sha256": sha256}, console)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+            record_answers(model, tokenizer, sha256).write(staging)
     return report
 
 

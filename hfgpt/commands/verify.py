@@ -2,29 +2,53 @@
 
 import itertools
 import json
+import math
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hfgpt.conversion import gguf, onnx
 from hfgpt.errors import InputError
-from hfgpt.known_answers import Comparison, compare_answers, compute_with, count_sure, find_limit
-from hfgpt.models import SavedModel, explained, find_model, quiet_bars
+from hfgpt.known_answers import SHORT, Comparison, Compute, compare_answers, compute_with, count_sure
+from hfgpt.models import SavedModel, explained, quiet_bars
 from hfgpt.records import Answer, KnownAnswers
+from hfgpt.saving import check_model_path, hash_file
 
 PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ASKED = 5  # the most log-probabilities that OpenAI's API returns for a token
 SECONDS = 120  # to wait for a server
 
 
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a model, in any of hfgpt's formats.
+
+    Args:
+        known: The known answers saved with it.
+        tokenizer: Its tokenizer.
+        load: Loads the model in a precision, or that of the saved weights if it is None; returns a function for its
+            log-probabilities, and the precision.
+        hash: SHA-256 of the weights; None: they are not in a single file.
+    """
+
+    known: KnownAnswers
+    tokenizer: PreTrainedTokenizerBase
+    load: Callable[[torch.dtype | None], tuple[Compute, torch.dtype]]
+    hash: Callable[[], str | None]
+
+
 def verify(path: str, against: str | None = None, precision: str | None = None) -> str:
     """Compares a model with its known answers.
 
     Args:
-        path: A folder or Hub id with known_answers.json: a model, an adapter, or an exported GPT-2.
+        path: A folder or Hub id with known_answers.json: a model, an adapter, or an exported GPT-2; or the folder of
+            another export.
         against: URL of an OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000/v1; None: load
             the model here.
         precision: `float32`, `float16` or `bfloat16`, in which it must have been computed; None: that of the saved
@@ -39,20 +63,57 @@ def verify(path: str, against: str | None = None, precision: str | None = None) 
     """
     if precision not in (None, *PRECISIONS):
         raise InputError(f"--precision is '{precision}'; it must be {', '.join(PRECISIONS)}")
-    saved = find_model(path)
-    known, tokenizer = read_answers(saved), saved.load_tokenizer()
-    check_tokens(known, tokenizer, path)
+    copy = open_copy(path)
+    known = copy.known
+    check_tokens(known, copy.tokenizer, path)
     if against is not None:
         with explained("known answers", path):
-            return _verify_server(known, tokenizer, Server(against), precision or "float32")
-    model = load_as_it_is(saved, PRECISIONS.get(precision, "auto"))
-    limit = find_limit(known, model.dtype)
+            return _verify_server(known, copy.tokenizer, Server(against), precision or "float32")
+    compute, dtype = copy.load(PRECISIONS.get(precision))
+    computed, sha256 = str(dtype).removeprefix("torch."), copy.hash()
+    same = sha256 is not None and sha256 == known.weights_sha256
     with explained("known answers", path):
-        comparison = compare_answers(known, compute_with(model), limit)
+        limit = known.limits[computed if computed in PRECISIONS else "float32"]
+        comparison = compare_answers(known, compute, limit, SHORT if same else math.inf)
     if comparison.prompt:
-        same = known.weights_sha256 is not None and known.weights_sha256 == saved.hash()
         raise InputError(f"'{path}' {diagnose(known, comparison, limit, same)}")
-    return _verified(known, comparison, limit, str(model.dtype).removeprefix("torch."))
+    return _verified(known, comparison, limit, computed)
+
+
+def open_copy(path: str) -> Copy:
+    """Opens a model or an export with known answers.
+
+    Raises:
+        InputError: It does not exist, has no known answers, or cannot be read.
+    """
+    folder, saved = Path(path), SavedModel(path)
+    if (file := folder / gguf.GGUF_FILE).is_file():
+        known, (model, tokenizer) = read_answers(saved), gguf.read_gguf(file)
+        # By hfgpt, since the engine of this format is another program.
+        return Copy(known, tokenizer, lambda dtype: _run(model.to(dtype or torch.float32)), lambda: hash_file(file))
+    check_model_path(path)
+    known, tokenizer = read_answers(saved), saved.load_tokenizer()
+    if (file := folder / onnx.ONNX_FILE).is_file():
+        return Copy(known, tokenizer, lambda dtype: _run_onnx(folder, dtype), lambda: hash_file(file))
+    # The weights of an adapter are not all that computes.
+    hash_weights = saved.hash if saved.adapter is None else lambda: None
+    return Copy(known, tokenizer, lambda dtype: _run(load_as_it_is(saved, dtype or "auto")), hash_weights)
+
+
+def _run(model: PreTrainedModel) -> tuple[Compute, torch.dtype]:
+    return compute_with(model), model.dtype
+
+
+def _run_onnx(folder: Path, dtype: torch.dtype | None) -> tuple[Compute, torch.dtype]:
+    if dtype not in (None, torch.float32):
+        raise InputError("an ONNX file is computed in float32: leave out --precision")
+    onnx.check_installed()
+    logits_of = onnx.compute_with_onnx(folder)
+
+    def compute(ids: list[int], positions: list[int]) -> torch.Tensor:
+        return logits_of(torch.tensor([ids]), torch.float32)[0][positions].double().log_softmax(-1)
+
+    return compute, torch.float32
 
 
 def read_answers(saved: SavedModel) -> KnownAnswers:
@@ -108,7 +169,7 @@ def diagnose(known: KnownAnswers, comparison: Comparison, limit: float, same_wei
         limit: Largest allowed difference.
         same_weights: Whether the weights are known to be those that were measured.
     """
-    is_small = comparison.largest <= 4 * known.bfloat16_difference
+    is_small = comparison.largest <= known.limits["bfloat16"]
     if comparison.continues_differently:
         cause = "greedy continuation, though the first tokens agree: check the settings of generation"
     elif comparison.pools_first:
@@ -186,7 +247,7 @@ class Server:
 def _verify_server(known: KnownAnswers, tokenizer: PreTrainedTokenizerBase, server: Server, precision: str) -> str:
     if any(answer.probabilities for answer in known.answers.values()):
         raise InputError("--against is for language models: a classifier has no completions")
-    limit, model = find_limit(known, PRECISIONS[precision]), server.name_model()
+    limit, model = known.limits[precision], server.name_model()
     comparison = Comparison(starts_agree=False)  # not known
     for name, answer in known.answers.items():
         if name != "context":  # which has no room for a token

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy
 import torch
-from tokenizers import pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.conversion.assembly import build_on_meta, load_whole
@@ -28,6 +28,7 @@ from hfgpt.conversion.gpt2 import QKV, check_plain_weights
 from hfgpt.conversion.layouts import Layout
 from hfgpt.errors import InputError
 
+GGUF_FILE = "model.gguf"
 MODULES = {
     "token_embd": ("model.embed_tokens",),
     "position_embd": ("model.embed_positions",),
@@ -40,13 +41,13 @@ MODULES = {
     "output_norm": ("model.norm",),
     "output": ("lm_head",),
 }
-LAYOUT = Layout("gguf", MODULES, "gelu_new")
+LAYOUT = Layout("gguf", MODULES, "gelu_pytorch_tanh")
 # `--dtype` -> name of the file type in the package gguf.
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 # Of the logits, relative to the largest; None: those of an exact conversion.
 TOLERANCES = {"f32": None, "f16": 0.005, "q8_0": 0.05}
 # Names of the same function, the only one in llama.cpp's GPT-2.
-TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 # Settings of a BPE that llama.cpp does not have.
@@ -282,18 +283,57 @@ def _add_tokenizer(writer: Any, vocabulary: Vocabulary, tokenizer: PreTrainedTok
         writer.add_chat_template(strip_generation(tokenizer.get_chat_template()))
 
 
-def read_gguf(path: Path, config: HfGPTConfig) -> PreTrainedModel:
-    """Loads the weights of a GGUF file, in float32, into the model they came from.
+def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Loads a model, in float32, and its tokenizer as llama.cpp does.
+
+    Unknown characters are dropped, or encoded with ids beyond the vocabulary, which llama.cpp drops.
 
     Args:
         path: A file written by `write_gguf`.
-        config: Configuration of the model.
+
+    Raises:
+        InputError: The file is damaged, or was not written by `write_gguf`.
     """
     gguf = import_gguf()
-    tensors = gguf.GGUFReader(path).tensors  # memory-mapped
-    theirs = {found.name: torch.tensor(gguf.dequantize(found.data, found.tensor_type)) for found in tensors}
-    weights = LAYOUT.view(theirs)
-    if not config.qkv_bias:  # a bias other than zero is kept, and rejected as unexpected
-        added = re.compile(r"[qkv]_proj\.bias$")
-        weights = {name: tensor for name, tensor in weights.items() if not added.search(name) or tensor.any()}
-    return load_whole(build_on_meta(config), weights)
+    try:
+        reader = gguf.GGUFReader(path)  # memory-mapped
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        weights = {
+            found.name: torch.tensor(gguf.dequantize(found.data, found.tensor_type)) for found in reader.tensors
+        }
+        tokenizer = _read_tokenizer(metadata)
+        config = HfGPTConfig(
+            vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+            max_position_embeddings=metadata["gpt2.context_length"],
+            hidden_size=metadata["gpt2.embedding_length"],
+            num_hidden_layers=metadata["gpt2.block_count"],
+            num_attention_heads=metadata["gpt2.attention.head_count"],
+            intermediate_size=metadata["gpt2.feed_forward_length"],
+            # Stored in float32; the shortest decimal that rounds to it is the number that was meant.
+            layer_norm_eps=float(str(numpy.float32(metadata["gpt2.attention.layer_norm_epsilon"]))),
+            tie_word_embeddings="output.weight" not in weights,
+            hidden_act=LAYOUT.hidden_act,
+            bos_token_id=metadata["tokenizer.ggml.bos_token_id"],
+            eos_token_id=metadata["tokenizer.ggml.eos_token_id"],
+        )
+        return load_whole(build_on_meta(config), LAYOUT.view(weights)), tokenizer
+    except (ValueError, LookupError, TypeError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"'{path}' cannot be read ({reason}): export the model again") from error
+
+
+def _read_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    # tokenizers needs a token for each part of a character that is merged.
+    parts = dict.fromkeys([*tokens, *(part for left, right in merges for part in (left, right, left + right))])
+    backend = Tokenizer(models.BPE({part: number for number, part in enumerate(parts)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    types = import_gguf().TokenType
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (types.CONTROL, types.USER_DEFINED):
+            backend.add_tokens([AddedToken(token, normalized=False, special=kind == types.CONTROL)])
+    end = tokens[metadata["tokenizer.ggml.eos_token_id"]]
+    template = metadata.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, chat_template=template)

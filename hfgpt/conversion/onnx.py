@@ -19,7 +19,6 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.conversion.checkpoints import is_classifier
 from hfgpt.conversion.gpt2 import gpt2_config
 from hfgpt.conversion.parity import ComputeLogits
@@ -112,24 +111,24 @@ def _quiet():
         transformers_logging.set_verbosity(verbosity)
 
 
-def compute_with_onnx(folder: Path, config: HfGPTConfig) -> ComputeLogits:
+def compute_with_onnx(folder: Path) -> ComputeLogits:
     """A function for the logits of `onnx/model.onnx` in ONNX Runtime, in float32: first those of half of the tokens,
     then, with their cache, those of the others."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / ONNX_FILE, providers=["CPUExecutionProvider"])
-    names = [f"{layer}.{part}" for layer in range(config.num_hidden_layers) for part in ("key", "value")]
-    outputs = ["logits", *(f"present.{name}" for name in names)]
+    shapes = {given.name: given.shape for given in session.get_inputs() if given.name.startswith("past_key_values.")}
+    sizes = [(heads, size) for _, heads, _, size in shapes.values()]
+    outputs = ["logits", *(name.replace("past_key_values", "present") for name in shapes)]
 
     def compute(input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rows, length = input_ids.shape
-        size = (rows, config.num_attention_heads, 0, config.hidden_size // config.num_attention_heads)
-        cache: list[Any] = [numpy.zeros(size, numpy.float32)] * len(names)
+        cache: list[Any] = [numpy.zeros((rows, heads, 0, size), numpy.float32) for heads, size in sizes]
         logits = []
         for start, end in ((0, length // 2), (length // 2, length)):
             if start == end:
                 continue
-            given = {f"past_key_values.{name}": part for name, part in zip(names, cache, strict=True)}
+            given = dict(zip(shapes, cache, strict=True))
             given["input_ids"] = input_ids[:, start:end].numpy()
             given["attention_mask"] = numpy.ones((rows, end), numpy.int64)
             found, *cache = session.run(outputs, given)

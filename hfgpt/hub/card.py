@@ -21,7 +21,7 @@ from hfgpt.adapters import base_of
 from hfgpt.data.report import counted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.folder import FolderRecords, without_paths
-from hfgpt.hub.usage import Place, pipeline_tag, usage_code
+from hfgpt.hub.usage import Place, pipeline_tag, usage_code, verifying_code
 from hfgpt.records import CARD_FILE, is_hub_id, public_name
 from hfgpt.saving import write_text
 
@@ -114,6 +114,11 @@ class Card:
     @property
     def usage(self) -> str:
         return usage_code(self.records, self.place)
+
+    @property
+    def verifying(self) -> str:
+        """Code that compares the model with its known answers; empty if there are none."""
+        return verifying_code(self.records, self.place) if self.records.has_answers else ""
 
     @property
     def recipe(self) -> str:

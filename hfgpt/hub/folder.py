@@ -18,6 +18,7 @@ from hfgpt.records import (
     REMEDY,
     ConversionRecord,
     Environment,
+    KnownAnswers,
     MergeRecord,
     Number,
     RunRecord,
@@ -46,6 +47,7 @@ class FolderRecords:
         adapter: adapter_config.json; empty if the folder does not have an adapter.
         labels: Class id -> label of a classifier.
         has_tokenizer: Whether the folder has a tokenizer.
+        has_answers: Whether it has known answers.
     """
 
     folder: Path
@@ -58,6 +60,7 @@ class FolderRecords:
     adapter: dict[str, Any]
     labels: dict[int, str]
     has_tokenizer: bool
+    has_answers: bool = False
 
     @property
     def task(self) -> str | None:
@@ -176,6 +179,7 @@ def _collect(folder: Path) -> FolderRecords:
         has_tokenizer=any(
             (folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")
         ),
+        has_answers=(folder / KnownAnswers.FILE).is_file(),
     )
 
 

@@ -62,7 +62,12 @@ def main(path: str):
     if job["text"] is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **({} if job["adapter"] else trust))
         answer["ids"] = tokenizer(job["text"])["input_ids"]
-    exec(job["code"], {})  # the code on the card
+    scope = {}
+    exec(job["code"], scope)  # the code on the card
+    try:
+        exec(job["verifying"], scope)
+    except AssertionError as error:
+        answer["fault"] = str(error)
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(answer, file)
 

@@ -30,8 +30,9 @@ from hfgpt.errors import InputError
 from hfgpt.foreign_code import find_foreign_code
 from hfgpt.hub.folder import FolderRecords, read_records
 from hfgpt.hub.staging import files_in
-from hfgpt.hub.usage import Place, usage_code
+from hfgpt.hub.usage import Place, usage_code, verifying_code
 from hfgpt.models import quiet_bars
+from hfgpt.records import KnownAnswers
 from hfgpt.saving import write_json
 
 SCRIPT = Path(__file__).with_name("fresh_process.py")
@@ -136,8 +137,9 @@ def check_as_stranger(folder: Path, expected: Expected, native: bool = False, ba
     with tempfile.TemporaryDirectory(prefix="hfgpt-stranger-") as temporary:
         place = Path(temporary)
         loaded = folder.resolve() if base is None else _join(folder, base, place / "adapter")
-        code = usage_code(records, Place(str(loaded), native=native))
-        answer, logits = _ask(job | {"folder": str(loaded), "code": code}, place)
+        local = Place(str(loaded), native=native)
+        job["verifying"] = verifying_code(records, local) if records.has_answers else ""
+        answer, logits = _ask(job | {"folder": str(loaded), "code": usage_code(records, local)}, place)
     if logits.shape != expected.logits.shape or not torch.equal(logits, expected.logits):
         same_shape = logits.shape == expected.logits.shape
         difference = f" (difference up to {(logits - expected.logits).abs().max():.1e})" if same_shape else ""
@@ -152,6 +154,10 @@ def check_as_stranger(folder: Path, expected: Expected, native: bool = False, ba
     if answer.get("greedy") != expected.greedy:
         raise InputError(
             "a fresh Python process without hfgpt generates different text from these files: save the model again"
+        )
+    if fault := answer.get("fault"):
+        raise InputError(
+            f"these files do not compute the answers in {KnownAnswers.FILE} ({fault}): restore the files saved with it"
         )
 
 

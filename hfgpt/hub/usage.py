@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hfgpt.hub.folder import FolderRecords
+from hfgpt.records import KnownAnswers
 
 WIDTH = 120
 NEW_TOKENS = 64  # in the example for a model without a recipe
@@ -64,6 +65,33 @@ def usage_code(records: FolderRecords, place: Place) -> str:
         pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model=model, tokenizer=tokenizer)'
     call = ", ".join([_example(records), *(f"{key}={value!r}" for key, value in _options(records).items())])
     return "\n".join([*imports, "", *assignments, pipeline, f"print(pipe({call}))"])
+
+
+def verifying_code(records: FolderRecords, place: Place) -> str:
+    """Python code that compares the `pipe` of `usage_code` with known answers, see `hfgpt.known_answers`."""
+    revision = f", revision={_quote(place.revision)}" if place.revision else ""
+    found, expected = "logits.softmax(-1)", "probabilities"
+    if records.task != "classify":
+        found = 'logits.log_softmax(-1)[answer["positions"]].gather(-1, torch.tensor(answer["top_ids"]))'
+        expected = "log_probabilities"
+    return f"""\
+import json
+import torch
+from transformers.utils import cached_file
+
+with open(cached_file({_quote(place.name)}, "{KnownAnswers.FILE}"{revision}), encoding="utf-8") as file:
+    known = json.load(file)
+limit, difference = known["limits"][str(pipe.model.dtype).removeprefix("torch.")], 0.0
+for answer in known["answers"].values():
+    ids = pipe.tokenizer(answer["text"])["input_ids"]
+    assert ids == answer["ids"], "another tokenizer"
+    with torch.no_grad():
+        logits = pipe.model(input_ids=torch.tensor([ids], device=pipe.device)).logits[0].double().cpu()
+    found = {found}
+    expected = torch.tensor(answer["{expected}"], dtype=torch.float64)
+    difference = max((found - expected).abs().max().item(), difference)  # NaN comes first, and stays
+    assert difference <= limit, f"the largest difference is {{difference:.1e}}, and at most {{limit:.1e}} is rounding"
+print(f"verified: this is the model measured on {{known['measured']}}; largest difference {{difference:.1e}}")"""
 
 
 def _load(records: FolderRecords, place: Place) -> tuple[list[str], list[str]]:

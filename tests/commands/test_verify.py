@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -18,7 +19,6 @@ from hfgpt.known_answers import (
     compare_answers,
     compute_with,
     computed_in,
-    find_limit,
     fit_prompts,
     record_answers,
 )
@@ -76,7 +76,7 @@ def test_known_answers_cover_the_context_and_say_how_sure_they_are(language_mode
     assert len(known.answers) == 8
     assert len(known.answers["context"].ids) in (95, 96)
     assert tokenizer.eos_token_id in known.answers["special"].ids
-    assert known.float32_difference < 1e-4 < known.bfloat16_difference
+    assert known.limits["float32"] < 1e-3 < known.limits["float16"] < known.limits["bfloat16"]
     with computed_in(model, torch.float64) as compute:
         for answer in known.answers.values():
             expected = torch.tensor(answer.log_probabilities, dtype=torch.float64)
@@ -91,8 +91,8 @@ def test_known_answers_cover_the_context_and_say_how_sure_they_are(language_mode
 @settings(deadline=None, max_examples=20)
 @given(context=st.integers(1, 70))
 def test_prompts_fit_every_context(context, language_model):
-    _, tokenizer = language_model
-    for name, text in fit_prompts(tokenizer, context).items():
+    model, tokenizer = language_model
+    for name, text in fit_prompts(tokenizer, context, model.config.vocab_size).items():
         tokens = len(tokenizer(text)["input_ids"])
         assert 1 <= tokens <= (context if name == "context" else max(context - 16, 1))
 
@@ -139,7 +139,7 @@ def name_the_fault(kind, model, tokenizer, known, draw):
     """What `verify` says of a model with a fault."""
     copy = type(model)(model.config).eval().requires_grad_(False)
     copy.load_state_dict(model.state_dict())
-    same_weights, precision = True, torch.float32
+    same_weights, precision = True, "float32"
     if kind == "tokenizer":
         with pytest.raises(InputError) as caught:
             check_tokens(known, lambda text: {"input_ids": [i + 1 for i in tokenizer(text)["input_ids"]]}, "copy")
@@ -154,7 +154,7 @@ def name_the_fault(kind, model, tokenizer, known, draw):
     else:
         change = {"mask": {"attention_mask": see_everything}, "positions": {"position_ids": shift_positions}}[kind]
         compute = forward_with(copy, **change)
-    limit = find_limit(known, precision)
+    limit = known.limits[precision]
     comparison = compare_answers(known, compute, limit)
     return diagnose(known, comparison, limit, same_weights) if comparison.prompt else "verified"
 
@@ -186,7 +186,25 @@ def test_another_implementation_is_not_a_false_alarm(attention, language_model, 
         known = record_answers(model, tokenizer, None)
         model.save_pretrained(tmp_path / f"{number}")
         other = type(model).from_pretrained(tmp_path / f"{number}", attn_implementation=attention)
-        assert compare_answers(known, compute_with(other), find_limit(known, torch.float32)).prompt is None
+        assert compare_answers(known, compute_with(other), known.limits["float32"]).prompt is None
+
+
+def test_of_a_long_prompt_only_the_start_is_computed_if_the_weights_are_those_that_were_measured(
+    language_model, tmp_path, monkeypatch
+):
+    model, tokenizer = language_model
+    path = save(model, tokenizer, tmp_path / "m")
+    known = KnownAnswers.read(tmp_path / "m")
+    monkeypatch.setattr("hfgpt.commands.verify.SHORT", 20)
+    other = type(model)(model.config)
+    other.load_state_dict(model.state_dict())
+    embeddings = other.get_parameter("model.embed_positions.weight")
+    embeddings.data[80:] = 0  # the other prompts have fewer tokens
+    other.save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=r"differs in its (weights or positions|mask.*); .* in the prompt 'context'$"):
+        verify(path)
+    replace(known, weights_sha256=hash_weights(tmp_path / "m")).write(tmp_path / "m")
+    assert verify(path).startswith("verified: ")
 
 
 def test_an_exported_model_is_recognized_and_a_changed_one_is_not(language_model, tmp_path):
@@ -292,7 +310,13 @@ def test_damaged_known_answers_are_one_line(language_model, tmp_path):
     path = save(*language_model, tmp_path / "m")
     content = json.loads((tmp_path / "m" / KnownAnswers.FILE).read_text())
     wild = {"answers": {"words": content["answers"]["words"] | {"top_ids": [[99999] * 10] * 4}}}
-    for change in ({"answers": 3}, {"answers": {"words": {"text": "a"}}}, {"bfloat16_difference": "small"}, wild):
+    for change in (
+        {"answers": 3},
+        {"answers": {"words": {"text": "a"}}},
+        {"limits": {"float32": "small"}},
+        {"limits": {}},
+        wild,
+    ):
         (tmp_path / "m" / KnownAnswers.FILE).write_text(json.dumps(content | change))
         with pytest.raises(InputError, match=r"known_answers\.json|known answers"):
             verify(path)

@@ -33,6 +33,7 @@ from hfgpt.hub.contents import SECRETS, find_secrets
 from hfgpt.hub.folder import read_records
 from hfgpt.models import SavedModel, find_model, load_model
 from hfgpt.recipe import load_recipe
+from hfgpt.records import KnownAnswers
 from hfgpt.runs.remeasure import _find_rows
 from hfgpt.runs.run import run as train
 from hfgpt.saving import write_json
@@ -370,6 +371,14 @@ def test_different_results_for_a_stranger_are_an_error(final, tmp_path, monkeypa
         with stranger_in_this_process(tmp_path), pytest.raises(InputError, match=match):
             stranger.check_as_stranger(final, expected)
     monkeypatch.setattr(stranger, "_ask", ask)
+    known = KnownAnswers.read(final)
+    known.answers["words"].log_probabilities[0][0] += 0.1
+    known.write(final)
+    with (
+        stranger_in_this_process(tmp_path),
+        pytest.raises(InputError, match="do not compute the answers in known_ans"),
+    ):
+        stranger.check_as_stranger(final, expected)
     monkeypatch.setattr(stranger, "usage_code", lambda *args: "raise RuntimeError('the card is wrong')")
     with (
         stranger_in_this_process(tmp_path),
@@ -896,9 +905,10 @@ def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
     python = make_clean_environment(tmp_path / "venv")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    card = hub.files("me/text")["README.md"].decode()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    script = CLEAN.format(labels=read_records(runs / "adapter").labels, card="\n".join([code, *handed_out]))
+    cards = [hub.files(name)["README.md"].decode() for name in ("me/text", "me/classes", "me/adapter")]
+    code = [block for card in cards for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL)]
+    assert len(code) == 6
+    script = CLEAN.format(labels=read_records(runs / "adapter").labels, card="\n".join([*code, *handed_out]))
     quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     done = subprocess.run([python, "-c", script], cwd=tmp_path, env=environment, **quiet)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -906,6 +916,7 @@ def test_a_stranger_loads_what_was_published(hub, runs, tmp_path):
     assert "You are using a model of type" not in done.stderr, "no warning about the model type"
     assert "generated_text" in done.stdout
     assert "score" in done.stdout
+    assert done.stdout.count("verified: this is the model measured on ") == 3
     theirs, ids = load_file(tmp_path / "logits.safetensors"), torch.arange(8)[None]
     with torch.no_grad():
         for name, auto_class in (

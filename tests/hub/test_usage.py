@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hfgpt.hub.folder import FolderRecords
-from hfgpt.hub.usage import Place, loading_code, usage_code
+from hfgpt.hub.usage import Place, loading_code, usage_code, verifying_code
 from hfgpt.records import RunRecord
 
 NASTY = [
@@ -43,10 +43,11 @@ def records_of(task: str, text: str, adapter: bool = False, context: int = 64, *
 @pytest.mark.parametrize("text", NASTY)
 @pytest.mark.parametrize("task", ["pretrain", "classify", "instruct"])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_names_appear_only_as_string_literals(text, task, adapter):
+@pytest.mark.parametrize("write_code", [usage_code, verifying_code])
+def test_names_appear_only_as_string_literals(text, task, adapter, write_code):
     records, place = records_of(task, text, adapter), Place(text, text)
-    plain = ast.parse(usage_code(records_of(task, "plain", adapter), Place("plain", "plain")))
-    tree = ast.parse(usage_code(records, place))
+    plain = ast.parse(write_code(records_of(task, "plain", adapter), Place("plain", "plain")))
+    tree = ast.parse(write_code(records, place))
     strings, expected = (
         [node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         for code in (tree, plain)
