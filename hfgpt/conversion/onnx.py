@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GPT2Config, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hfgpt.conversion.checkpoints import is_classifier
@@ -117,18 +117,19 @@ def compute_with_onnx(folder: Path) -> ComputeLogits:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / ONNX_FILE, providers=["CPUExecutionProvider"])
-    shapes = {given.name: given.shape for given in session.get_inputs() if given.name.startswith("past_key_values.")}
-    sizes = [(heads, size) for _, heads, _, size in shapes.values()]
-    outputs = ["logits", *(name.replace("past_key_values", "present") for name in shapes)]
+    config = GPT2Config.from_pretrained(folder)
+    names = [f"{layer}.{part}" for layer in range(config.n_layer) for part in ("key", "value")]
+    outputs = ["logits", *(f"present.{name}" for name in names)]
 
     def compute(input_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         rows, length = input_ids.shape
-        cache: list[Any] = [numpy.zeros((rows, heads, 0, size), numpy.float32) for heads, size in sizes]
+        empty = numpy.zeros((rows, config.n_head, 0, config.n_embd // config.n_head), numpy.float32)
+        cache: list[Any] = [empty] * len(names)
         logits = []
         for start, end in ((0, length // 2), (length // 2, length)):
             if start == end:
                 continue
-            given = dict(zip(shapes, cache, strict=True))
+            given = {f"past_key_values.{name}": part for name, part in zip(names, cache, strict=True)}
             given["input_ids"] = input_ids[:, start:end].numpy()
             given["attention_mask"] = numpy.ones((rows, end), numpy.int64)
             found, *cache = session.run(outputs, given)
