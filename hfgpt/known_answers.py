@@ -8,7 +8,7 @@ import datetime
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ PROMPTS = {
 CONTINUED = ("words", "letter")  # each token takes a forward pass, in float64
 TOP = 10  # recorded tokens of each distribution
 NEW_TOKENS = 16  # of a greedy continuation
-SHORT = 128  # tokens of a prompt that are computed even if the weights are known to be those that were measured
+SHORT = 64  # tokens of a prompt that is computed even if the weights are known to be those that were measured
 
 # (token ids, positions) -> log-probabilities: (positions, V) of the tokens after these positions, or (classes,).
 Compute = Callable[[list[int], list[int]], torch.Tensor]
@@ -83,7 +83,7 @@ def record_answers(
                 answer.probabilities = compute(answer.ids, []).exp().tolist()
                 continue
             last = len(answer.ids) - 1
-            answer.positions = sorted({0, last // 8, last // 2, last})
+            answer.positions = sorted({0, last // 3, 2 * last // 3, last})
             best = compute(answer.ids, answer.positions).topk(min(TOP, model.config.vocab_size))
             answer.top_ids, answer.log_probabilities = best.indices.tolist(), best.values.round(decimals=9).tolist()
             new_tokens = min(NEW_TOKENS, context - last - 1) if name in CONTINUED else 0
@@ -185,14 +185,12 @@ def compare_answers(known: KnownAnswers, compute: Compute, limit: float, longest
         known: The known answers.
         compute: A function for the log-probabilities of the model.
         limit: Largest allowed difference.
-        longest: The most tokens of a prompt to compute; of a longer one, only the answers within them are compared.
+        longest: The most tokens of a prompt to compute; longer ones are left out.
     """
     comparison = Comparison()
     for name, answer in known.answers.items():
         if len(answer.ids) > longest:
-            if answer.positions is None:  # a class depends on all tokens
-                continue
-            answer = _cut_answer(answer, longest)
+            continue
         if answer.probabilities is not None:
             found = compute(answer.ids, []).exp()
             comparison.note(_differences(found, answer.probabilities).item(), limit, name)
@@ -211,20 +209,6 @@ def compare_answers(known: KnownAnswers, compute: Compute, limit: float, longest
         if scores[at:].argmax(-1).tolist() != answer.continuation[:sure] and not comparison.prompt:
             comparison.prompt, comparison.continues_differently = name, True
     return comparison
-
-
-def _cut_answer(answer: Answer, longest: float) -> Answer:
-    """The answers within the first tokens of a prompt."""
-    kept = sum(position < longest for position in answer.positions)
-    return replace(
-        answer,
-        ids=answer.ids[: answer.positions[kept - 1] + 1],
-        positions=answer.positions[:kept],
-        top_ids=answer.top_ids[:kept],
-        log_probabilities=answer.log_probabilities[:kept],
-        continuation=[],
-        gaps=[],
-    )
 
 
 def _differences(found: torch.Tensor, expected: list) -> torch.Tensor:
