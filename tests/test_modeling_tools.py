@@ -4,6 +4,7 @@
 most, by up to 3e-6. What a tool does not change is compared exactly.
 """
 
+import copy
 import os
 import socket
 import subprocess
@@ -113,6 +114,36 @@ def test_export_of_a_classifier(tiny_config):
     assert_close(
         exported(ids, attention_mask=mask, use_cache=False).logits, model(ids, attention_mask=mask).logits, **CLOSE
     )
+
+
+# Pipeline parallelism
+
+
+class Elsewhere(torch.nn.Identity):
+    """A module of another stage, as vLLM has it."""
+
+    def forward(self, *args, **kwargs):
+        return args[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_stages_of_a_pipeline_compute_the_model(tied, tiny_config):
+    """With tied embeddings, vLLM keeps all modules before the blocks in the last stage, which has the head."""
+    torch.manual_seed(0)
+    whole = HfGPTForCausalLM(tiny_config(tie_word_embeddings=tied)).eval().model
+    names = list(whole._pp_plan)
+    blocks = names.index("layers")
+    assert set(names) == {name for name, module in whole.named_children() if [*module.parameters()]}
+    stages = [copy.deepcopy(whole) for _ in range(2)]
+    for number, stage in enumerate(stages):
+        for name in names[:blocks] if number == 1 and not tied else names[blocks + 1 :] if number == 0 else ():
+            setattr(stage, name, Elsewhere())
+        stage.layers[1 - number] = Elsewhere()
+    ids, positions = make_ids(1, 20), {"position_ids": PACKED[:1], "use_cache": False}
+    hidden_states = stages[0](ids, **positions).last_hidden_state
+    found = stages[1](inputs_embeds=hidden_states, **positions).last_hidden_state
+    assert torch.equal(found, whole(ids, **positions).last_hidden_state)
 
 
 # Tensor parallelism
