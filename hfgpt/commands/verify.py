@@ -208,7 +208,8 @@ def _verify_server(known: KnownAnswers, tokenizer: PreTrainedTokenizerBase, serv
 def _difference(answer: Answer, likeliest: dict[str, float], tokenizer: PreTrainedTokenizerBase) -> float:
     """The largest difference of the log-probabilities of the next token; infinite if its likeliest is not named.
 
-    Servers name tokens by their text, so tokens that are only a part of a character cannot be compared.
+    Servers name tokens by their text, so tokens that are only a part of a character cannot be compared. They may leave
+    out the ids without a token, which adds the same to all log-probabilities, so these are compared with the first.
     """
     texts = [tokenizer.decode([index]) for index in answer.top_ids[-1]]
     expected = {
@@ -218,4 +219,5 @@ def _difference(answer: Answer, likeliest: dict[str, float], tokenizer: PreTrain
     }
     if texts[0] in expected and texts[0] not in likeliest:
         return torch.inf
-    return max((abs(expected[text] - likeliest[text]) for text in expected.keys() & likeliest.keys()), default=0.0)
+    added = [likeliest[text] - score for text, score in expected.items() if text in likeliest]
+    return max((abs(difference - added[0]) for difference in added), default=0.0)

@@ -222,7 +222,7 @@ class Completions(BaseHTTPRequestHandler):
         for _ in range(job["max_tokens"]):
             scores = compute_with(model)(ids + new, [len(ids + new) - 1])[0]
             scores[ids + new] -= self.server.penalty if new else 0
-            best = scores.topk(job["logprobs"])
+            best = (scores + self.server.left_out).topk(job["logprobs"])
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             logprobs["top_logprobs"].append({tokenizer.decode([index]): score for index, score in pairs})
             new.append(int(best.indices[0]))
@@ -243,7 +243,7 @@ class Completions(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = HTTPServer(("127.0.0.1", 0), Completions)
-    server.has_logprobs, server.extra, server.penalty = True, 0, 0
+    server.has_logprobs, server.extra, server.penalty, server.left_out = True, 0, 0, 0
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -254,6 +254,8 @@ def server():
 def test_a_server_is_verified_by_its_log_probabilities(language_model, classifier, server, tmp_path, tiny_config):
     path, url = save(*language_model, tmp_path / "m"), f"http://127.0.0.1:{server.server_port}/v1"
     server.pair = language_model
+    assert verify(path, url).startswith("verified: this is the model measured on ")
+    server.left_out = 0.1  # minus the log-probability of the ids that it never generates
     assert verify(path, url).startswith("verified: this is the model measured on ")
 
     rounded, tokenizer = build(tiny_config)
