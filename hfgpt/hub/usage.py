@@ -1,6 +1,7 @@
-"""Python code for the card: how to load and use the model without hfgpt."""
+"""Code for the card: how to load, use and serve the model without hfgpt."""
 
 import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +65,16 @@ def usage_code(records: FolderRecords, place: Place) -> str:
         pipeline = f'pipe = pipeline("{pipeline_tag(records)}", model=model, tokenizer=tokenizer)'
     call = ", ".join([_example(records), *(f"{key}={value!r}" for key, value in _options(records).items())])
     return "\n".join([*imports, "", *assignments, pipeline, f"print(pipe({call}))"])
+
+
+def serving_command(records: FolderRecords, place: Place) -> str | None:
+    """The shell command that serves a model with vLLM; None: it does not run there as it is."""
+    if records.adapter or not records.has_tokenizer or (place.native and records.task == "classify"):
+        return None
+    options = [] if place.native else ["--trust-remote-code"]
+    options += ["--revision", place.revision] if place.revision else []
+    options += ["--pooler-config", '{"seq_pooling_type": "LAST"}'] if records.task == "classify" else []
+    return shlex.join(["vllm", "serve", place.name, *options, "--dtype", "float32"])
 
 
 def _load(records: FolderRecords, place: Place) -> tuple[list[str], list[str]]:

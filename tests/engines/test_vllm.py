@@ -33,14 +33,6 @@ EAGER = {"dtype": "float32", "enforce_eager": True}
 REMOTE = {**EAGER, "trust_remote_code": True}
 LAST = {"pooler_config": {"seq_pooling_type": "LAST"}}  # the option of the model cards
 SECONDS = 600  # to wait for a server
-CLASSIFIER = """
-task: classify
-tokenizer: {kind: char}
-model: {hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, max_position_embeddings: 160}
-data: {path: "synthetic:messages", max_rows: 600}
-training: {max_steps: 150, learning_rate: 0.003, eval_strategy: "no"}
-evaluation: {baseline: false}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +47,14 @@ def plugin(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> Path:
+def classifier(models, tmp_path_factory) -> Path:
     from hfgpt.recipe import load_recipe
     from hfgpt.runs.run import run
 
-    folder = tmp_path_factory.mktemp("classifier")
-    (folder / "recipe.yaml").write_text(CLASSIFIER)
-    run(load_recipe(str(folder / "recipe.yaml"), [f"--training.output_dir={folder / 'model'}"]))
-    return folder / "model"
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    settings = {"model.path": models["bpe", "tied"], "adapters": "null", "training.output_dir": folder}
+    run(load_recipe("demo-messages", [f"--{name}={value}" for name, value in settings.items()]))
+    return folder
 
 
 def environment(plugin: Path | None) -> dict[str, str]:
@@ -132,10 +124,14 @@ def test_ids_without_a_token_are_not_sampled(models, plugin, tmp_path):
     model.save_pretrained(folder)
     known = len(AutoTokenizer.from_pretrained(folder))
     assert known < model.config.vocab_size
-    (found,) = run_vllm([{**job, "model": str(folder), "temperature": 1}], tmp_path, plugin)
-    ids = {index for row in found["result"] for index in row}
-    assert max(ids) < known
-    assert len(ids) > known / 2
+    sampled = []
+    for options, path in ((EAGER, plugin), (REMOTE, None)):
+        changes = {"model": str(folder), "options": options, "temperature": 1}
+        (found,) = run_vllm([{**job, **changes}], tmp_path, path)
+        sampled.append({index for row in found["result"] for index in row})
+    with_plugin, without = sampled
+    assert with_plugin == set(range(known))
+    assert without == set(range(model.config.vocab_size)), "vLLM does not read `suppress_tokens`"
 
 
 def test_class_probabilities(classifier, plugin, tmp_path):
@@ -161,7 +157,7 @@ def test_a_head_size_that_vllm_does_not_have_is_refused(plugin, tmp_path):
     options = {**EAGER, "skip_tokenizer_init": True}
     job = {"model": str(tmp_path / "model"), "options": options, "prompts": [[1]], "temperature": 0, "count": 1}
     (found,) = run_vllm([job], tmp_path, plugin)
-    assert "head_size" in found["error"]
+    assert "head_dim=16" in found["error"]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def run(job: dict) -> list:
     if "texts" in job:
         return [output.outputs.probs for output in engine.classify(job["texts"])]
     prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-    sampling = SamplingParams(temperature=job["temperature"], max_tokens=job["count"], ignore_eos=True, seed=1)
+    sampling = SamplingParams(temperature=job["temperature"], max_tokens=job["count"], ignore_eos=True)
     return [list(output.outputs[0].token_ids) for output in engine.generate(prompts, sampling)]
 
 
