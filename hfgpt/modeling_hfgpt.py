@@ -24,7 +24,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -177,7 +176,6 @@ class HfGPTPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """Like transformers, but raises ValueError for missing or unexpected weights, except those of the heads."""
-        refuse_divided_conversion(*args, **kwargs)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         asked = output_loading_info or "state_dict" in kwargs  # the caller checks, or has chosen the weights
         for kind, heads in (("missing", {"score.weight"}), ("unexpected", {"lm_head.weight", "score.weight"})):
@@ -473,23 +471,6 @@ def refuse_positions_past(context: int, position_ids: torch.Tensor):
         raise ValueError(
             f"the sequence has {last + 1} tokens, but the context length of this model is {context} "
             "(max_position_embeddings): shorten it"
-        )
-
-
-def refuse_divided_conversion(pretrained_model_name_or_path=None, *args, **kwargs):
-    """Raises ValueError if a GPT-2 checkpoint is to be divided among processes as it is loaded.
-
-    transformers divides the weights before it converts them, by the dimensions that they have afterwards.
-    """
-    path = pretrained_model_name_or_path
-    if path is None or not kwargs.keys() & {"distributed_config", "tp_plan", "tp_size"}:
-        return
-    names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
-    config, _ = PreTrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
-    if config.get("model_type") == "gpt2":
-        raise ValueError(
-            f"'{path}' is a GPT-2 checkpoint, which cannot be divided among processes while it is converted: convert "
-            f"it first, with `hfgpt import {path} FOLDER`, and load the folder"
         )
 
 

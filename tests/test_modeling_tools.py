@@ -15,10 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch.export import Dim, export
 from torch.testing import assert_close
-from transformers import GPT2LMHeadModel
 
 from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification
-from hfgpt.conversion.gpt2 import gpt2_config
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -153,7 +151,8 @@ def test_the_stages_of_a_pipeline_compute_the_model(tied, tiny_config):
 PARALLEL = """
 import os, sys
 import torch
-import hfgpt
+from hfgpt import HfGPTForCausalLM
+from hfgpt.training.sharding import gather_whole
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -183,12 +182,11 @@ try:
     torch.testing.assert_close(logits[mask.bool()], recorded["logits"][mask.bool()], atol=1e-5, rtol=1e-5)
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, recorded["generated"])
-    for options in ({"distributed_config": DistributedConfig(tp_size=2)}, {"tp_plan": "auto"}):
-        try:
-            hfgpt.HfGPTForCausalLM.from_pretrained("gpt2", **options)
-            raise AssertionError("loaded")
-        except ValueError as error:
-            assert str(error).startswith("'gpt2' is a GPT-2 checkpoint, which cannot be divided"), error
+    for options in ({"tp_size": 2}, {"fsdp_size": 2}):
+        config = DistributedConfig(**options)
+        converted = AutoModelForCausalLM.from_pretrained(f"{folder}/gpt2", distributed_config=config)
+        for name, weight in HfGPTForCausalLM.from_pretrained(folder).named_parameters():
+            assert torch.equal(gather_whole(converted.get_parameter(name)), weight), (options, name)
     torch.distributed.destroy_process_group()
     status = 0
 finally:
@@ -207,7 +205,7 @@ def test_tensor_parallelism_over_two_processes(model, tmp_path):
     model.save_pretrained(tmp_path)
     recorded = {"ids": ids, "mask": mask, "logits": logits, "generated": generated}
     save_file(recorded, tmp_path / "recorded.safetensors")
-    GPT2LMHeadModel(gpt2_config(model.config)).save_pretrained(tmp_path / "gpt2")
+    model.save_pretrained(tmp_path / "gpt2", save_original_format=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
