@@ -1,5 +1,6 @@
 """Models in vLLM on the CPU, with the plugin and with the saved code: the results are those of transformers."""
 
+import io
 import os
 import shutil
 import signal
@@ -16,10 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 from engines import ENGINES, encode, run_jobs
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hfgpt import HfGPTConfig, HfGPTForCausalLM
+from hfgpt.commands.export import ExportArguments, export
 from hfgpt.commands.verify import verify
 from hfgpt.demo_corpus import generate_messages, generate_stories
 from hfgpt.errors import InputError
@@ -33,6 +36,13 @@ EAGER = {"dtype": "float32", "enforce_eager": True}
 REMOTE = {**EAGER, "trust_remote_code": True}
 LAST = {"pooler_config": {"seq_pooling_type": "LAST"}}  # the option of the model cards
 SECONDS = 600  # to wait for a server
+CLASSIFIER = """
+task: classify
+model: {{path: "{path}"}}
+data: {{path: "synthetic:messages", max_rows: 1000}}
+training: {{per_device_train_batch_size: 16, num_train_epochs: 1, learning_rate: 0.003, eval_strategy: "no"}}
+evaluation: {{baseline: false}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +61,10 @@ def classifier(models, tmp_path_factory) -> Path:
     from hfgpt.recipe import load_recipe
     from hfgpt.runs.run import run
 
-    folder = tmp_path_factory.mktemp("classifier") / "model"
-    settings = {"model.path": models["bpe", "tied"], "adapters": "null", "training.output_dir": folder}
-    run(load_recipe("demo-messages", [f"--{name}={value}" for name, value in settings.items()]))
-    return folder
+    folder = tmp_path_factory.mktemp("classifier")
+    (folder / "classifier.yaml").write_text(CLASSIFIER.format(path=models["bpe", "tied"]))
+    run(load_recipe(str(folder / "classifier.yaml"), ["--training.output_dir", str(folder / "model")]))
+    return folder / "model"
 
 
 def environment(plugin: Path | None) -> dict[str, str]:
@@ -101,9 +111,14 @@ def test_greedy_continuations_with_the_plugin(models, plugin, tmp_path):
 
 def test_greedy_continuations_without_hfgpt(models, tmp_path):
     cases = {"-".join(key): continue_greedily(models[key], REMOTE) for key in (("bpe", "tied"), ("char", "book"))}
+    refused = {**cases["bpe-tied"][0], "options": EAGER}
+    for layout in ("tied", "book"):
+        path = tmp_path / layout
+        export(str(models["bpe", layout]), path, ExportArguments("gpt2"), Console(file=io.StringIO()))
+        cases[f"exported-{layout}"] = continue_greedily(path, EAGER)
     check_greedy(cases, tmp_path, None)
-    refused, *_ = run_vllm([{**cases["bpe-tied"][0], "options": EAGER}], tmp_path, None)
-    assert "trust_remote_code" in refused["error"]
+    (found,) = run_vllm([refused], tmp_path, None)
+    assert "trust_remote_code" in found["error"]
 
 
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
