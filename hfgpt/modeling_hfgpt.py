@@ -296,7 +296,7 @@ class HfGPTModel(HfGPTPreTrainedModel):
             self.config, inputs_embeds, attention_mask, past_key_values, and_mask_function=same_document
         )
 
-        hidden_states = self.embd_dropout(inputs_embeds + self.embed_positions(position_ids))
+        hidden_states = self.embd_dropout(self._add_positions(inputs_embeds, position_ids))
         for block in self.layers:
             # Flash attention detects packed documents from the positions.
             hidden_states = block(
@@ -321,6 +321,12 @@ class HfGPTModel(HfGPTPreTrainedModel):
         ):
             refuse_positions_past(self.config.max_position_embeddings, found)
         return found
+
+    def _add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The inputs of the first block (B, T, C)."""
+        if isinstance(self.layers[0], nn.Identity):  # a later stage of vLLM's pipeline, given hidden states
+            return inputs_embeds
+        return inputs_embeds + self.embed_positions(position_ids)
 
     def _find_documents(self, position_ids, padding_mask, past_key_values) -> torch.Tensor | None:
         """The document indices (B, T) of packed rows; None if every row is a single document."""

@@ -16,7 +16,7 @@ LAYERS = [
     {"records", "output"},
     {"data", "adapters"},
     {"tokenizer", "evaluation"},
-    {"conversion", "datatrove"},
+    {"conversion", "datatrove", "vllm", "vllm_models"},
     {"models"},
     {"building", "known_answers"},
     {"training", "hub"},

@@ -4,6 +4,7 @@
 most, by up to 3e-6. What a tool does not change is compared exactly.
 """
 
+import copy
 import os
 import socket
 import subprocess
@@ -115,12 +116,43 @@ def test_export_of_a_classifier(tiny_config):
     )
 
 
+# Pipeline parallelism
+
+
+class Elsewhere(torch.nn.Identity):
+    """A module of another stage, as vLLM has it."""
+
+    def forward(self, *args, **kwargs):
+        return args[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_stages_of_a_pipeline_compute_the_model(tied, tiny_config):
+    """With tied embeddings, vLLM keeps all modules before the blocks in the last stage, which has the head."""
+    torch.manual_seed(0)
+    whole = HfGPTForCausalLM(tiny_config(tie_word_embeddings=tied)).eval().model
+    names = list(whole._pp_plan)
+    blocks = names.index("layers")
+    assert set(names) == {name for name, module in whole.named_children() if [*module.parameters()]}
+    stages = [copy.deepcopy(whole) for _ in range(2)]
+    for number, stage in enumerate(stages):
+        for name in names[:blocks] if number == 1 and not tied else names[blocks + 1 :] if number == 0 else ():
+            setattr(stage, name, Elsewhere())
+        stage.layers[1 - number] = Elsewhere()
+    ids, positions = make_ids(1, 20), {"position_ids": PACKED[:1], "use_cache": False}
+    hidden_states = stages[0](ids, **positions).last_hidden_state
+    found = stages[1](inputs_embeds=hidden_states, **positions).last_hidden_state
+    assert torch.equal(found, whole(ids, **positions).last_hidden_state)
+
+
 # Tensor parallelism
 
 PARALLEL = """
 import os, sys
 import torch
-import hfgpt
+from hfgpt import HfGPTForCausalLM
+from hfgpt.training.sharding import gather_whole
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -150,6 +182,11 @@ try:
     torch.testing.assert_close(logits[mask.bool()], recorded["logits"][mask.bool()], atol=1e-5, rtol=1e-5)
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, recorded["generated"])
+    for options in ({"tp_size": 2}, {"fsdp_size": 2}):
+        config = DistributedConfig(**options)
+        converted = AutoModelForCausalLM.from_pretrained(f"{folder}/gpt2", distributed_config=config)
+        for name, weight in HfGPTForCausalLM.from_pretrained(folder).named_parameters():
+            assert torch.equal(gather_whole(converted.get_parameter(name)), weight), (options, name)
     torch.distributed.destroy_process_group()
     status = 0
 finally:
@@ -168,6 +205,7 @@ def test_tensor_parallelism_over_two_processes(model, tmp_path):
     model.save_pretrained(tmp_path)
     recorded = {"ids": ids, "mask": mask, "logits": logits, "generated": generated}
     save_file(recorded, tmp_path / "recorded.safetensors")
+    model.save_pretrained(tmp_path / "gpt2", save_original_format=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

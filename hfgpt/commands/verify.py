@@ -35,12 +35,14 @@ class Copy:
         load: Loads the model in a precision, or that of the saved weights if it is None; returns a function for its
             log-probabilities, and the precision.
         hash: SHA-256 of the weights; None: they are not in a single file.
+        has_unused: Whether the model has ids without a token, which servers may leave out.
     """
 
     known: KnownAnswers
     tokenizer: PreTrainedTokenizerBase
     load: Callable[[torch.dtype | None], tuple[Compute, torch.dtype]]
     hash: Callable[[], str | None]
+    has_unused: bool = False
 
 
 def verify(path: str, against: str | None = None, precision: str | None = None) -> str:
@@ -68,7 +70,7 @@ def verify(path: str, against: str | None = None, precision: str | None = None) 
     check_tokens(known, copy.tokenizer, path)
     if against is not None:
         with explained("known answers", path):
-            return _verify_server(known, copy.tokenizer, Server(against), precision or "float32")
+            return _verify_server(copy, Server(against), precision or "float32")
     compute, dtype = copy.load(PRECISIONS.get(precision))
     computed, sha256 = str(dtype).removeprefix("torch."), copy.hash()
     same = sha256 is not None and sha256 == known.weights_sha256
@@ -97,7 +99,8 @@ def open_copy(path: str) -> Copy:
         return Copy(known, tokenizer, lambda dtype: _run_onnx(folder, dtype), lambda: hash_file(file))
     # The weights of an adapter are not all that computes.
     hash_weights = saved.hash if saved.adapter is None else lambda: None
-    return Copy(known, tokenizer, lambda dtype: _run(load_as_it_is(saved, dtype or "auto")), hash_weights)
+    has_unused = saved.config.vocab_size > max(tokenizer.get_vocab().values()) + 1
+    return Copy(known, tokenizer, lambda dtype: _run(load_as_it_is(saved, dtype or "auto")), hash_weights, has_unused)
 
 
 def _run(model: PreTrainedModel) -> tuple[Compute, torch.dtype]:
@@ -244,7 +247,8 @@ class Server:
             raise InputError(f"no server answers at {self.url} ({reason}): start it, or check the URL") from error
 
 
-def _verify_server(known: KnownAnswers, tokenizer: PreTrainedTokenizerBase, server: Server, precision: str) -> str:
+def _verify_server(copy: Copy, server: Server, precision: str) -> str:
+    known, tokenizer = copy.known, copy.tokenizer
     if any(answer.probabilities for answer in known.answers.values()):
         raise InputError("--against is for language models: a classifier has no completions")
     limit, model = known.limits[precision], server.name_model()
@@ -258,7 +262,7 @@ def _verify_server(known: KnownAnswers, tokenizer: PreTrainedTokenizerBase, serv
                     f"{server.url} differs in its tokenizer: the prompt '{name}' has {found['read']} tokens there, "
                     f"and had {len(answer.ids)} when the model was measured on {known.measured}"
                 )
-            comparison.note(_difference(answer, found["likeliest"], tokenizer), limit, name)
+            comparison.note(_difference(answer, found["likeliest"], tokenizer, copy.has_unused), limit, name)
             if found["text"] != tokenizer.decode(answer.continuation[:sure]) and sure and not comparison.prompt:
                 comparison.prompt, comparison.continues_differently = name, True
     if comparison.prompt:
@@ -266,10 +270,13 @@ def _verify_server(known: KnownAnswers, tokenizer: PreTrainedTokenizerBase, serv
     return _verified(known, comparison, limit, precision)
 
 
-def _difference(answer: Answer, likeliest: dict[str, float], tokenizer: PreTrainedTokenizerBase) -> float:
+def _difference(
+    answer: Answer, likeliest: dict[str, float], tokenizer: PreTrainedTokenizerBase, has_unused: bool
+) -> float:
     """The largest difference of the log-probabilities of the next token; infinite if its likeliest is not named.
 
-    Servers name tokens by their text, so tokens that are only a part of a character cannot be compared.
+    Servers name tokens by their text, so tokens that are only a part of a character cannot be compared. Leaving out
+    the ids without a token adds the same to all log-probabilities, so these are compared with the first.
     """
     texts = [tokenizer.decode([index]) for index in answer.top_ids[-1]]
     expected = {
@@ -279,4 +286,6 @@ def _difference(answer: Answer, likeliest: dict[str, float], tokenizer: PreTrain
     }
     if texts[0] in expected and texts[0] not in likeliest:
         return torch.inf
-    return max((abs(expected[text] - likeliest[text]) for text in expected.keys() & likeliest.keys()), default=0.0)
+    differences = [likeliest[text] - score for text, score in expected.items() if text in likeliest]
+    added = max(differences[0], 0.0) if differences and has_unused else 0.0
+    return max((abs(difference - added) for difference in differences), default=0.0)

@@ -6,9 +6,17 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2
 import functools
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import GPT2Config, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, PrefixChange, Transpose, WeightConverter, WeightRenaming
+from transformers.core_model_loading import (
+    Chunk,
+    ConversionOps,
+    PrefixChange,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.conversion.layouts import Layout, strip_wrappers
@@ -31,6 +39,57 @@ MODULES = {
 LAYOUT = Layout("gpt2", MODULES, "gelu_new", transposed=True, ignored=r"\.attn\.(masked_)?bias$")
 
 
+class WholeConversion(ConversionOps):
+    """Converts a weight that may be divided among processes.
+
+    transformers divides each weight of a checkpoint by the dimensions of the converted one, and then converts the
+    parts. Here, these are gathered, converted, and divided again, one weight at a time.
+
+    Args:
+        operations: The conversions, in their order.
+    """
+
+    def __init__(self, operations: list[ConversionOps]):
+        self.operations = operations
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict, source_patterns, target_patterns, full_layer_name, model, **kwargs) -> dict:
+        """Converts the tensors of one weight; for the arguments see transformers' `ConversionOps`."""
+        parameters = dict(model.named_parameters())
+        divided = parameters.get(full_layer_name)
+        if isinstance(divided, DTensor):
+            input_dict = {
+                name: gather(tensors[0], divided, len(target_patterns)) for name, tensors in input_dict.items()
+            }
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, source_patterns, target_patterns, model=model, **kwargs)
+        for name, tensor in input_dict.items():
+            parameter = parameters.get(full_layer_name.replace(target_patterns[0], name))
+            if isinstance(parameter, DTensor):
+                place = (parameter.device_mesh, parameter.placements)
+                input_dict[name] = distribute_tensor(tensor, *place, src_data_rank=None).to_local()
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return WholeConversion([operation.reverse_op for operation in reversed(self.operations)])
+
+
+def gather(part: torch.Tensor, parameter: DTensor, joined: int) -> torch.Tensor:
+    """The whole weight of a checkpoint.
+
+    Args:
+        part: This process's part of it, as transformers divided it.
+        parameter: The parameter by whose dimensions it was divided, the transpose of the weight.
+        joined: How many parameters of this shape the weight has, side by side.
+    """
+    *rows, columns = reversed(parameter.shape)
+    shape = torch.Size([*rows, joined * columns])
+    stride = torch.empty(shape, device="meta").stride()
+    place = (parameter.device_mesh, parameter.placements)
+    return DTensor.from_local(part, *place, run_check=False, shape=shape, stride=stride).full_tensor()
+
+
 def register_loading():
     """Registers the conversion mapping with which `from_pretrained` of hfgpt's classes loads GPT-2 checkpoints."""
     mapping = [WeightRenaming(r"(?<!\w)h\.", "layers.")]
@@ -43,7 +102,7 @@ def register_loading():
             operations = [Transpose(0, 1)] if parameter == "weight" and ".c_" in theirs else []
             operations += [Chunk(0)] if len(ours) > 1 else []
             if operations:
-                mapping.append(WeightConverter(f"{theirs}.{parameter}", targets, operations))
+                mapping.append(WeightConverter(f"{theirs}.{parameter}", targets, [WholeConversion(operations)]))
             else:
                 mapping.append(WeightRenaming(rf"(?<!\w){theirs}.{parameter}", targets[0]))
     for name in ("HfGPTModel", "HfGPTForCausalLM", "HfGPTForSequenceClassification"):

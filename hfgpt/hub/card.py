@@ -21,7 +21,7 @@ from hfgpt.adapters import base_of
 from hfgpt.data.report import counted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.folder import FolderRecords, without_paths
-from hfgpt.hub.usage import Place, pipeline_tag, usage_code, verifying_code
+from hfgpt.hub.usage import Place, pipeline_tag, serving_command, usage_code, verifying_code
 from hfgpt.records import CARD_FILE, is_hub_id, public_name
 from hfgpt.saving import write_text
 
@@ -119,6 +119,10 @@ class Card:
     def verifying(self) -> str:
         """Code that compares the model with its known answers; empty if there are none."""
         return verifying_code(self.records, self.place) if self.records.has_answers else ""
+
+    @property
+    def serving(self) -> str | None:
+        return serving_command(self.records, self.place)
 
     @property
     def recipe(self) -> str:

@@ -1,6 +1,7 @@
-"""Python code for the card: how to load and use the model without hfgpt."""
+"""Code for the card: how to load, use and serve the model without hfgpt."""
 
 import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,6 +93,16 @@ for answer in known["answers"].values():
     difference = max((found - expected).abs().max().item(), difference)  # NaN comes first, and stays
     assert difference <= limit, f"the largest difference is {{difference:.1e}}, and at most {{limit:.1e}} is rounding"
 print(f"verified: this is the model measured on {{known['measured']}}; largest difference {{difference:.1e}}")"""
+
+
+def serving_command(records: FolderRecords, place: Place) -> str | None:
+    """The shell command that serves a model with vLLM; None: it does not run there as it is."""
+    if records.adapter or not records.has_tokenizer or (place.native and records.task == "classify"):
+        return None
+    options = [] if place.native else ["--trust-remote-code"]
+    options += ["--revision", place.revision] if place.revision else []
+    options += ["--pooler-config", '{"seq_pooling_type": "LAST"}'] if records.task == "classify" else []
+    return shlex.join(["vllm", "serve", place.name, *options, "--dtype", "float32"])
 
 
 def _load(records: FolderRecords, place: Place) -> tuple[list[str], list[str]]:

@@ -29,11 +29,11 @@ from hfgpt.tokenizer import train_tokenizer
 TEXT = "The quick brown fox jumps over the lazy dog, and two kites fly above the red ball. "
 
 
-def build(tiny_config, kind="bpe", **fields):
+def build(tiny_config, kind="bpe", pad=0, **fields):
     tokenizer = train_tokenizer([TEXT * 3], kind, vocab_size=300)
     torch.manual_seed(fields.get("num_labels", 0))
     config = tiny_config(
-        vocab_size=len(tokenizer), max_position_embeddings=96, pad_token_id=tokenizer.pad_token_id, **fields
+        vocab_size=len(tokenizer) + pad, max_position_embeddings=96, pad_token_id=tokenizer.pad_token_id, **fields
     )
     model = (HfGPTForSequenceClassification if "num_labels" in fields else HfGPTForCausalLM)(config).eval()
     model.requires_grad_(False)
@@ -240,7 +240,7 @@ class Completions(BaseHTTPRequestHandler):
         for _ in range(job["max_tokens"]):
             scores = compute_with(model)(ids + new, [len(ids + new) - 1])[0]
             scores[ids + new] -= self.server.penalty if new else 0
-            best = scores.topk(job["logprobs"])
+            best = (scores + self.server.left_out).topk(job["logprobs"])
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             logprobs["top_logprobs"].append({tokenizer.decode([index]): score for index, score in pairs})
             new.append(int(best.indices[0]))
@@ -261,7 +261,7 @@ class Completions(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = HTTPServer(("127.0.0.1", 0), Completions)
-    server.has_logprobs, server.extra, server.penalty = True, 0, 0
+    server.has_logprobs, server.extra, server.penalty, server.left_out = True, 0, 0, 0
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -273,6 +273,13 @@ def test_a_server_is_verified_by_its_log_probabilities(language_model, classifie
     path, url = save(*language_model, tmp_path / "m"), f"http://127.0.0.1:{server.server_port}/v1"
     server.pair = language_model
     assert verify(path, url).startswith("verified: this is the model measured on ")
+    server.left_out = 0.1  # minus the log-probability of the ids that it never generates
+    with pytest.raises(InputError, match=rf"^{url} differs in its weights or positions"):
+        verify(path, url)
+    padded, tokenizer = build(tiny_config, pad=20)
+    server.pair = padded, tokenizer
+    assert verify(save(*server.pair, tmp_path / "padded"), url).startswith("verified: ")
+    server.left_out = 0
 
     rounded, tokenizer = build(tiny_config)
     round_weights(rounded, None)

@@ -21,7 +21,7 @@ LAYOUTS = {
 SETTINGS = {
     "model.num_hidden_layers": 2,
     "model.hidden_size": 64,
-    "model.num_attention_heads": 4,
+    "model.num_attention_heads": 2,  # of size 32, the smallest that vLLM has on a CPU
     "model.max_position_embeddings": 160,
     "model.pad_vocab_to_multiple_of": 64,
     "data.max_documents": 400,

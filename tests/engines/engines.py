@@ -29,12 +29,16 @@ TEXTS = [
 
 
 def run_node(script: str, job: object, folder: Path) -> object:
-    """Runs a script of this folder with the installed packages; it reads one JSON file and writes another."""
-    given, result = folder / f"{script}.job.json", folder / f"{script}.result.json"
-    given.write_text(json.dumps(job))
+    """Runs a script of this folder with the installed packages."""
     # Node looks for packages next to a script.
-    copied = shutil.copy(Path(__file__).parent / script, ENGINES)
-    done = subprocess.run(["node", copied, str(given), str(result)], capture_output=True, text=True)
+    return run_jobs(["node", shutil.copy(Path(__file__).parent / script, ENGINES)], job, folder)
+
+
+def run_jobs(command: list[str], job: object, folder: Path, environment: dict[str, str] | None = None) -> object:
+    """Runs a program that reads one JSON file and writes another."""
+    given, result = folder / "job.json", folder / "result.json"
+    given.write_text(json.dumps(job))
+    done = subprocess.run([*command, str(given), str(result)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return json.loads(result.read_text())
 

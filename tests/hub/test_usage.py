@@ -1,12 +1,13 @@
 """The Python code on a card: for any labels, prompts and paths, it is our template with these as string literals."""
 
 import ast
+import shlex
 from pathlib import Path
 
 import pytest
 
 from hfgpt.hub.folder import FolderRecords
-from hfgpt.hub.usage import Place, loading_code, usage_code, verifying_code
+from hfgpt.hub.usage import Place, loading_code, serving_command, usage_code, verifying_code
 from hfgpt.records import RunRecord
 
 NASTY = [
@@ -58,6 +59,21 @@ def test_names_appear_only_as_string_literals(text, task, adapter, write_code):
             node.value = None
     assert ast.dump(tree) == ast.dump(plain), "the code is the same except for strings and numbers"
     assert ast.parse(loading_code(records, place))
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_name_is_one_word_of_the_command_for_vllm(text):
+    words = shlex.split(serving_command(records_of("pretrain", "The"), Place(text, text)))
+    assert words == ["vllm", "serve", text, "--trust-remote-code", "--revision", text, "--dtype", "float32"]
+
+
+def test_a_command_for_vllm_is_given_for_what_runs_there():
+    pooler = '--pooler-config \'{"seq_pooling_type": "LAST"}\''
+    classifier, model = records_of("classify", "a"), records_of("pretrain", "The")
+    assert serving_command(classifier, Place("x")) == f"vllm serve x --trust-remote-code {pooler} --dtype float32"
+    assert serving_command(model, Place("x", native=True)) == "vllm serve x --dtype float32"
+    assert serving_command(classifier, Place("x", native=True)) is None
+    assert serving_command(records_of("pretrain", "The", adapter=True), Place("x")) is None
 
 
 def test_options_of_a_recipe_are_literals():
