@@ -238,7 +238,7 @@ def describe_benchmark(benchmark: Benchmark) -> str:
         benchmark.num_fewshot is not None and counted(benchmark.num_fewshot, "examples") + " per prompt",
         rows and f"{rows} of {benchmark.of_rows:,}" if is_limited else rows,
         benchmark.chat_template and "with the chat template",
-        benchmark.truncated and counted(benchmark.truncated, "prompts") + " truncated to the context",
+        benchmark.truncated and counted(benchmark.truncated, "requests") + " truncated to the context",
         benchmark.shortened and counted(benchmark.shortened, "answers") + " limited to what fits in the context",
         benchmark.unknown_tokens and counted(benchmark.unknown_tokens, "unknown tokens"),
         not benchmark.metrics and "not measured, as unknown tokens do not predict their characters",
