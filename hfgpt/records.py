@@ -331,7 +331,7 @@ class Benchmark(Record):
 
     @property
     def measured(self) -> list[tuple[str, Number, Number | None]]:
-        """The metrics: name, value, and standard error if there is one. A filter of the answers is part of the name."""
+        """The metrics: name (with a filter of the answers, if any), value, and standard error or None."""
         errors = {name.replace("_stderr", "", 1): value for name, value in self.metrics.items() if "_stderr" in name}
         return [(name, value, errors.get(name)) for name, value in self.metrics.items() if "_stderr" not in name]
 

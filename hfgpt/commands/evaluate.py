@@ -33,9 +33,7 @@ def evaluate_benchmarks(path: str, arguments: BenchmarkArguments) -> dict[str, B
     try:
         from hfgpt.evaluation import harness
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"--benchmarks needs the package {error.name}: pip install 'hfgpt[benchmarks]'"
-        ) from error
+        raise InputError(f"--benchmarks needs the package {error.name}: pip install 'hfgpt[benchmarks]'") from error
     benchmarks = harness.find_benchmarks(arguments)  # before the weights are read
     model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM)
     results = harness.run_benchmarks(model, tokenizer, benchmarks, arguments)
@@ -45,7 +43,7 @@ def evaluate_benchmarks(path: str, arguments: BenchmarkArguments) -> dict[str, B
 
 
 def record_benchmarks(folder: Path, results: dict[str, Benchmark]):
-    """Adds results to metrics.json, replacing those of other weights, and renders the model card of the folder again."""
+    """Adds results to metrics.json, without those of other weights, and renders the model card of the folder again."""
     weights = hash_weights(folder)
     for result in results.values():
         result.weights_sha256 = weights

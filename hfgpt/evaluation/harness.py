@@ -1,7 +1,7 @@
 """Benchmarks of lm-evaluation-harness, which this file imports (pip install 'hfgpt[benchmarks]').
 
-The harness leaves several cases to the model or fails on them; they are decided in `FittedLM`. The results of all other
-cases are those of the harness.
+The harness does not handle every request that a small context allows; `FittedLM` does. All other results are those of
+the harness.
 
 Source: Gao et al., "A framework for few-shot language model evaluation" (github.com/EleutherAI/lm-evaluation-harness).
 """
@@ -131,7 +131,7 @@ def find_benchmarks(arguments: BenchmarkArguments) -> list[Task | Group]:
         InputError: A benchmark is unknown or named twice, cannot be loaded, would run code of the Hub or of the model,
             or does not take examples.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     paths = {name: _find_files(Path(name)) for name in arguments.names if _is_path(name)}
     manager = TaskManager(include_defaults=len(paths) < len(arguments.names))
     found, names = [], Counter()

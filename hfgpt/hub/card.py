@@ -95,7 +95,12 @@ class Card:
         """The text of README.md."""
         loader = jinja2.FileSystemLoader(card_folder())
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {"counted": counted, "number": _format, "public_name": public_name, "described": describe_benchmark}
+        environment.filters |= {
+            "counted": counted,
+            "number": _format,
+            "public_name": public_name,
+            "described": describe_benchmark,
+        }
         return environment.get_template(TEMPLATE).render(card=self).strip() + "\n"
 
     @property
