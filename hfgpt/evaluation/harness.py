@@ -11,6 +11,7 @@ import difflib
 import importlib.metadata
 import logging
 import math
+import re
 import unittest.mock
 from collections import Counter
 from collections.abc import Iterator
@@ -100,12 +101,11 @@ class FittedLM(HFLM):
             yield (before + after[:start])[len(piece) - most :], piece
 
     def _encode_parts(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        if not context.strip():  # the harness moves spaces to the continuation
-            return [self.prefix_token_id], self.tok_encode(context + continuation, add_special_tokens=False)
-        before, after = self._encode_pair(context, continuation)
-        if before + after != self.tok_encode(context + continuation):
-            before, after = self.tok_encode(context), self.tok_encode(continuation)
-        return before, after
+        whole = self.tok_encode(context + continuation)
+        before = self.tok_encode(context.rstrip())  # as in the harness: spaces belong to the continuation
+        if whole[: len(before)] != before:
+            return self.tok_encode(context), self.tok_encode(continuation)
+        return before or [self.prefix_token_id], whole[len(before) :]
 
     def _fit(self, request: Instance) -> Instance:
         """A request to generate, with a prompt and a number of new tokens that fit the context together."""
@@ -133,7 +133,11 @@ def find_benchmarks(arguments: BenchmarkArguments) -> list[Task | Group]:
     """
     logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     paths = {name: _find_files(Path(name)) for name in arguments.names if _is_path(name)}
-    manager = TaskManager(include_defaults=len(paths) < len(arguments.names))
+    files = [file for found in paths.values() for file in found]
+    groups = [file for file in files if re.search(rb"^group\s*:", file.read_bytes(), re.MULTILINE)]
+    # The harness's own index takes many seconds; a group may name tasks of it, and of its folder.
+    needs_index = groups or len(paths) < len(arguments.names)
+    manager = TaskManager(include_path=[file.parent for file in groups], include_defaults=bool(needs_index))
     found, names = [], Counter()
     for name in arguments.names:
         if name not in paths and name not in manager.task_index:

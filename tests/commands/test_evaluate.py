@@ -40,10 +40,6 @@ class Model:
     def tok_encode(self, text, add_special_tokens=None):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def _encode_pair(self, context, continuation):
-        before = self.tok_encode(context)
-        return before, self.tok_encode(context + continuation)[len(before) :]
-
     def _loglikelihood_tokens(self, requests, **options):
         self.parts = [(before, after) for _, before, after in requests]
         assert all(before and after and len(before + after) <= self.max_length + 1 for before, after in self.parts)
@@ -72,7 +68,7 @@ def harness(monkeypatch):
         },
         "lm_eval.models.huggingface": {"HFLM": Model},
         "lm_eval.models.utils": {"normalize_gen_kwargs": lambda given, most: {"max_gen_toks": most, **given}},
-        "lm_eval.tasks": {"TaskManager": lambda include_defaults: manager},
+        "lm_eval.tasks": {"TaskManager": lambda include_path, include_defaults: manager},
     }
     for name, names in content.items():
         for parent in ("lm_eval", name.rpartition(".")[0], name):

@@ -1,5 +1,6 @@
 """lm-evaluation-harness: its numbers are those of the model, for any batch size, and what is cut is said."""
 
+import copy
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from hfgpt.evaluation.perplexity import row_nll
 from hfgpt.models import find_model
 from hfgpt.records import read_benchmarks
 from hfgpt.tasks import TASKS
-from hfgpt.tokenizer import train_tokenizer
+from hfgpt.tokenizer import train_tokenizer, wrap_in_end_of_text
 
 pytestmark = pytest.mark.engine
 
@@ -187,6 +188,9 @@ def test_log_likelihoods(loaded):
         found = lm.loglikelihood(requests, disable_tqdm=True)
         assert [value for value, _ in found] == pytest.approx(expected, rel=1e-5)
         assert lm.truncated["own"] == 2
+    wrapped = copy.deepcopy(tokenizer)
+    wrap_in_end_of_text(wrapped)  # as if it were a classifier's
+    assert FittedLM(model, wrapped, 4).loglikelihood(requests, disable_tqdm=True) == found
     assert found[2][1] is True, "greedy decoding continues 'Once upon' with ' a'"
 
 
@@ -242,6 +246,20 @@ def test_options(folder, write_task):
     assert "2 examples per prompt; 5 rows of 40" in render_benchmarks({"own": result})
     with pytest.raises(InputError, match="needs a tokenizer with a chat template"):
         evaluate(folder, task, chat_template=True)
+
+
+def test_groups(folder, write_task, tmp_path):
+    rows = [{"prompt": story[:40], "choices": ["a", "b"], "gold": number % 2} for number, story in enumerate(STORIES)]
+    names = [
+        write_task("multiple_choice", rows[part::2], "acc", name=f"part{part}") and f"part{part}" for part in (0, 1)
+    ]
+    group = {"group": "parts", "task": names, "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump(group))
+    arguments = BenchmarkArguments([str(tmp_path / "group.yaml")])
+    found = evaluate_benchmarks(folder, arguments)
+    assert found.keys() == {"parts", "part0", "part1"}
+    assert found["parts"].metrics["acc"] == (found["part0"].metrics["acc"] + found["part1"].metrics["acc"]) / 2
+    assert found["parts"].rows == 40
 
 
 def test_refusals(folder, write_task, tmp_path):
