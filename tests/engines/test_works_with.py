@@ -141,7 +141,7 @@ def test_lm_evaluation_harness(run, tmp_path):
 def test_onnx_runtime(run):
     page = run("ONNX Runtime")
     with torch.no_grad():
-        expected = page.model.eval()(torch.tensor(page.ids)).logits
+        expected = page.model.eval()(torch.tensor(page.ids)).logits[..., : len(page.tokenizer)]
     assert torch.tensor(page.logits).allclose(expected, atol=1e-4)
 
 
@@ -179,8 +179,8 @@ def test_tensorboard_and_trackio(run, trackio_folder):
     assert {event.step: event.value for event in found.Scalars("train/loss")} == pytest.approx(losses, abs=1e-4)
     (database,) = trackio_folder.glob("*.db")
     with contextlib.closing(sqlite3.connect(database)) as connection:
-        rows = connection.execute("select step, metrics from metrics").fetchall()
-    assert {step: json.loads(text).get("train/loss") for step, text in rows}.items() >= losses.items()
+        rows = [json.loads(text) for (text,) in connection.execute("select metrics from metrics")]
+    assert {row["train/global_step"]: row["train/loss"] for row in rows if "train/loss" in row} == losses
 
 
 def test_versions_are_those_that_were_run():
