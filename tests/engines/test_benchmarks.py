@@ -5,16 +5,18 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfgpt import HfGPTForCausalLM
+from hfgpt import HfGPTForCausalLM, cli
 from hfgpt.commands.evaluate import evaluate_benchmarks, render_benchmarks
 from hfgpt.commands.export import ExportArguments, export
 from hfgpt.data.sources import DataArguments
+from hfgpt.data.templates import TEMPLATES
 from hfgpt.demo_corpus import generate_stories
 from hfgpt.errors import InputError
 from hfgpt.evaluation import BenchmarkArguments, EvaluationArguments
@@ -246,6 +248,30 @@ def test_options(folder, write_task):
     assert "2 examples per prompt; 5 rows of 40" in render_benchmarks({"own": result})
     with pytest.raises(InputError, match="needs a tokenizer with a chat template"):
         evaluate(folder, task, chat_template=True)
+
+
+def test_chat_template(folder, loaded, write_task):
+    model, tokenizer = loaded
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = next(iter(TEMPLATES.values()))
+    tokenizer.save_pretrained(folder)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "A fox"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(chat, return_tensors="pt")
+    answer = model.generate(**ids, max_new_tokens=30, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    row = {"prompt": "A fox", "answer": tokenizer.decode(answer, skip_special_tokens=True).split(".")[0]}
+    result = evaluate(folder, write_task("generate_until", [row], "exact_match"), chat_template=True)
+    assert (result.metrics["exact_match"], result.chat_template) == (1, True)
+
+
+def test_the_command_prints_one_json_object(folder, write_task, capsys):
+    task = write_task("multiple_choice", [{"prompt": "a", "choices": ["a", "b"], "gold": 0}], "acc")
+    cli.app(["evaluate", folder, "--benchmarks", task, "--json"], standalone_mode=False)
+    out = capsys.readouterr().out
+    found = json.loads(out)["benchmarks"]["own"]
+    assert found == json.loads((Path(folder) / "metrics.json").read_text())["benchmarks"]["own"]
+    assert out.count("\n") == 1
 
 
 def test_groups(folder, write_task, tmp_path):
