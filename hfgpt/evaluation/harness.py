@@ -193,6 +193,7 @@ def run_benchmarks(
         results = simple_evaluate(
             lm,
             tasks=benchmarks,
+            task_manager=TaskManager(include_defaults=False),  # they are loaded; its index would take seconds
             num_fewshot=arguments.num_fewshot,
             limit=arguments.limit,
             apply_chat_template=arguments.chat_template,

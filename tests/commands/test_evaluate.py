@@ -68,7 +68,7 @@ def harness(monkeypatch):
         },
         "lm_eval.models.huggingface": {"HFLM": Model},
         "lm_eval.models.utils": {"normalize_gen_kwargs": lambda given, most: {"max_gen_toks": most, **given}},
-        "lm_eval.tasks": {"TaskManager": lambda include_path, include_defaults: manager},
+        "lm_eval.tasks": {"TaskManager": lambda include_path=None, include_defaults=True: manager},
     }
     for name, names in content.items():
         for parent in ("lm_eval", name.rpartition(".")[0], name):
