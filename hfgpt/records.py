@@ -24,6 +24,7 @@ from hfgpt.errors import InputError
 from hfgpt.saving import write_json
 
 RECIPE_FILE, CARD_FILE, LOG_FILE, METRICS_FILE = "recipe.yaml", "README.md", "training_log.jsonl", "metrics.json"
+BENCHMARKS = "benchmarks"  # the entry of metrics.json for benchmarks
 LABELS_FILE, ANSWERS_FILE, JUDGEMENTS_FILE = "labels.json", "answers.jsonl", "judgements.jsonl"
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy")
 Number = float | int
@@ -294,6 +295,46 @@ class KnownAnswers(Record):
     limits: Annotated[dict[str, float], REQUIRED] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True)
+class Benchmark(Record):
+    """The result of a benchmark of lm-evaluation-harness, an entry of `benchmarks` in metrics.json.
+
+    Args:
+        metrics: Name -> value, with `acc_stderr` for the standard error of `acc`.
+        dataset, subset: The data: a Hub id or a file, and the configuration of a Hub dataset.
+        rows, of_rows: Number of rows evaluated, and of all rows.
+        num_fewshot: Examples in each prompt.
+        chat_template: Whether prompts were formatted with the chat template.
+        truncated: Number of requests whose prompt was truncated to the context.
+        shortened: Number of requests with fewer new tokens than the benchmark asks for.
+        unknown_tokens: Tokens of the texts that stand for characters the tokenizer does not know.
+        version, lm_eval: Version of the benchmark, and of the harness.
+        weights_sha256: SHA-256 of the weights.
+        finished: Time.
+    """
+
+    metrics: Annotated[dict[str, Number], REQUIRED]
+    dataset: Annotated[str | None, PLACE] = None
+    subset: str | None = None
+    rows: int | None = None
+    of_rows: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool | None = None
+    truncated: int | None = None
+    shortened: int | None = None
+    unknown_tokens: int | None = None
+    version: str | None = None
+    lm_eval: str | None = None
+    weights_sha256: str | None = None
+    finished: str | None = None
+
+    @property
+    def measured(self) -> list[tuple[str, Number, Number | None]]:
+        """The metrics: name (with a filter of the answers, if any), value, and standard error or None."""
+        errors = {name.replace("_stderr", "", 1): value for name, value in self.metrics.items() if "_stderr" in name}
+        return [(name, value, errors.get(name)) for name, value in self.metrics.items() if "_stderr" not in name]
+
+
 # Records with a hash of the weights. A model derived from a run may still have its run.json, so that comes last.
 OF_WEIGHTS = (ConversionRecord, MergeRecord, RunRecord)
 
@@ -316,20 +357,35 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: Path) -> dict[str, Number]:
-    """The content of metrics.json; empty if there is no file.
+    """The metrics in metrics.json, without benchmarks; empty if there is no file.
 
     Raises:
         InputError: It cannot be read, or has a value that is not a number.
     """
     metrics = read_object(folder / METRICS_FILE) or {}
+    metrics.pop(BENCHMARKS, None)
     if wrong := [name for name, value in metrics.items() if not isinstance(value, int | float)]:
         raise InputError(f"'{folder / METRICS_FILE}' has an invalid value, {wrong[0]} is not a number: {REMEDY}")
     return metrics
 
 
-def write_metrics(folder: Path, metrics: dict[str, Number]):
+def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
+    """Name -> result of each benchmark in metrics.json.
+
+    Raises:
+        InputError: It cannot be read, or an entry is invalid.
+    """
+    path = folder / METRICS_FILE
+    found = (read_object(path) or {}).get(BENCHMARKS, {})
+    if not isinstance(found, dict) or not all(isinstance(result, dict) for result in found.values()):
+        raise InputError(f"'{path}' has an invalid value, {BENCHMARKS} is not an object of objects: {REMEDY}")
+    return {name: Benchmark.from_dict(result, path) for name, result in found.items()}
+
+
+def write_metrics(folder: Path, metrics: dict[str, Number], benchmarks: dict[str, Benchmark] | None = None):
     """Writes metrics.json, atomically."""
-    write_json(folder / METRICS_FILE, metrics)
+    found = {name: result.to_dict() for name, result in (benchmarks or {}).items()}
+    write_json(folder / METRICS_FILE, {**metrics, **({BENCHMARKS: found} if found else {})})
 
 
 def is_run(folder: Path) -> bool:

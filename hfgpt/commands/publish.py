@@ -334,6 +334,12 @@ def check_weights(folder: Path, records: FolderRecords) -> tuple[FolderRecords, 
     saved = find_model(str(folder))
     model = saved.load()
     run = dataclasses.replace(records.run, weights_sha256=hash_weights(folder))
+    for name, benchmark in records.benchmarks.items():
+        if benchmark.weights_sha256 != run.weights_sha256:
+            raise InputError(
+                f"the benchmark '{name}' in metrics.json was measured on other weights: run it again, or remove "
+                "the entry benchmarks"
+            )
     tokenizer = saved.load_tokenizer() if records.has_tokenizer or run.tokenizer_sha256 else None
     if run.tokenizer_sha256 and tokenizer_hash(tokenizer) != run.tokenizer_sha256:
         raise InputError(f"the tokenizer in '{folder}' is not the one used in the run: restore the original")

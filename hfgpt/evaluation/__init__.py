@@ -1,5 +1,6 @@
 """Evaluation of trained models: token-weighted metrics, measured on the saved weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hfgpt.errors import InputError
@@ -64,3 +65,29 @@ class AnswerEvaluationArguments:
         for name in ("max_new_tokens", "batch_size", "max_answers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"evaluation.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+@dataclass
+class BenchmarkArguments:
+    """Options of `hfgpt evaluate --benchmarks`.
+
+    Args:
+        names: Tasks, groups or tags of the harness; YAML files; or folders with YAML files of tasks.
+        batch_size: Requests per batch.
+        limit: Evaluate only the first N rows of each benchmark; None: all.
+        num_fewshot: Examples in each prompt; None: as the benchmark defines it.
+        chat_template: Whether to format prompts with the tokenizer's chat template.
+    """
+
+    names: Sequence[str]
+    batch_size: int = 8
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+
+    def __post_init__(self):
+        for name, least in (("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        if not all(self.names):
+            raise InputError("--benchmarks has an empty name: give names separated by commas, such as arc_easy,piqa")

@@ -22,7 +22,7 @@ from hfgpt.data.report import counted
 from hfgpt.hub import HubArguments
 from hfgpt.hub.folder import FolderRecords, without_paths
 from hfgpt.hub.usage import Place, pipeline_tag, serving_command, usage_code, verifying_code
-from hfgpt.records import CARD_FILE, is_hub_id, public_name
+from hfgpt.records import CARD_FILE, Benchmark, is_hub_id, public_name
 from hfgpt.saving import write_text
 
 TEMPLATE = "card.md.jinja"
@@ -95,7 +95,12 @@ class Card:
         """The text of README.md."""
         loader = jinja2.FileSystemLoader(card_folder())
         environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {"counted": counted, "number": _format, "public_name": public_name}
+        environment.filters |= {
+            "counted": counted,
+            "number": _format,
+            "public_name": public_name,
+            "described": describe_benchmark,
+        }
         return environment.get_template(TEMPLATE).render(card=self).strip() + "\n"
 
     @property
@@ -162,6 +167,19 @@ class Card:
             for result in self.results
             if result.kind
         ]
+        results += [
+            EvalResult(
+                task_type=pipeline_tag(records),
+                dataset_type=_dataset_of(name, benchmark),
+                dataset_name=name,
+                dataset_config=benchmark.subset,
+                metric_type=metric.partition(",")[0],
+                metric_name=f"{metric}; {describe_benchmark(benchmark)}",
+                metric_value=value,
+            )
+            for name, benchmark in records.benchmarks.items()
+            for metric, value, _ in benchmark.measured
+        ]
         return ModelCardData(
             library_name="peft" if records.adapter else "transformers",
             pipeline_tag=pipeline_tag(records),
@@ -197,20 +215,55 @@ def write_card(folder: Path, records: FolderRecords, hub: HubArguments, place: P
 
 def evaluation_results(records: FolderRecords) -> list[dict[str, Any]]:
     """The results in the format of the Hub's `.eval_results/*.yaml`."""
-    sha = records.run.weights_sha256
-    weights = f"; {'converted from ' if records.is_exported else ''}weights with SHA-256 {sha}" if sha else ""
+
+    def weights(sha: str | None) -> str:
+        return f"; {'converted from ' if records.is_exported else ''}weights with SHA-256 {sha}" if sha else ""
+
     entries = [
         EvalResultEntry(
             dataset_id=records.data_name,
             task_id=result.kind,
             value=result.value,
             date=records.run.measured_again or records.run.finished,
-            notes=f"{result.label}, on {records.measured_on}; hfgpt evaluate{weights}",
+            notes=f"{result.label}, on {records.measured_on}; hfgpt evaluate{weights(records.run.weights_sha256)}",
         )
         for result in _results(records.metrics)
         if result.kind
     ]
+    entries += [
+        EvalResultEntry(
+            dataset_id=_dataset_of(name, benchmark),
+            task_id=f"{name}/{metric}",
+            value=value,
+            date=benchmark.finished,
+            notes=f"{describe_benchmark(benchmark)}{weights(benchmark.weights_sha256)}",
+        )
+        for name, benchmark in records.benchmarks.items()
+        for metric, value, _ in benchmark.measured
+    ]
     return eval_result_entries_to_yaml(entries)
+
+
+def describe_benchmark(benchmark: Benchmark) -> str:
+    """How a benchmark was run, and what was cut for the model's context, in one line."""
+    rows = benchmark.rows and counted(benchmark.rows, "rows")
+    is_limited = benchmark.of_rows and benchmark.of_rows != benchmark.rows
+    statements = [
+        benchmark.num_fewshot is not None and counted(benchmark.num_fewshot, "examples") + " per prompt",
+        rows and f"{rows} of {benchmark.of_rows:,}" if is_limited else rows,
+        benchmark.chat_template and "with the chat template",
+        benchmark.truncated and counted(benchmark.truncated, "requests") + " truncated to the context",
+        benchmark.shortened and counted(benchmark.shortened, "answers") + " limited to what fits in the context",
+        benchmark.unknown_tokens and counted(benchmark.unknown_tokens, "unknown tokens"),
+        not benchmark.metrics and "not measured, as unknown tokens do not predict their characters",
+        benchmark.lm_eval and f"lm_eval {benchmark.lm_eval}",
+    ]
+    return "; ".join(statement for statement in statements if statement)
+
+
+def _dataset_of(name: str, benchmark: Benchmark) -> str:
+    """The public name of a benchmark's data; a group has none of its own."""
+    return public_name(benchmark.dataset or name)
 
 
 def public_base(records: FolderRecords, hub: HubArguments) -> str | None:

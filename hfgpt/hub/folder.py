@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hfgpt.records import (
     LABELS_FILE,
     RECIPE_FILE,
     REMEDY,
+    Benchmark,
     ConversionRecord,
     Environment,
     KnownAnswers,
@@ -24,6 +25,7 @@ from hfgpt.records import (
     RunRecord,
     is_checkpoint,
     public_name,
+    read_benchmarks,
     read_metrics,
     read_object,
 )
@@ -41,13 +43,14 @@ class FolderRecords:
 
     Args:
         folder: The folder.
-        recipe, metrics: recipe.yaml and metrics.json; empty if the file does not exist.
+        recipe, metrics: recipe.yaml, and metrics.json without benchmarks; empty if the file does not exist.
         run: run.json; without entries if the file does not exist.
         data, merge, conversion: data_report.json, merge.json and conversion.json; None if there is no such file.
         adapter: adapter_config.json; empty if the folder does not have an adapter.
         labels: Class id -> label of a classifier.
         has_tokenizer: Whether the folder has a tokenizer.
         has_answers: Whether it has known answers.
+        benchmarks: The results of benchmarks in metrics.json.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class FolderRecords:
     labels: dict[int, str]
     has_tokenizer: bool
     has_answers: bool = False
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
 
     @property
     def task(self) -> str | None:
@@ -180,6 +184,7 @@ def _collect(folder: Path) -> FolderRecords:
             (folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json")
         ),
         has_answers=(folder / KnownAnswers.FILE).is_file(),
+        benchmarks=read_benchmarks(folder),
     )
 
 

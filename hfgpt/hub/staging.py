@@ -14,7 +14,7 @@ from hfgpt.hub import HubArguments
 from hfgpt.hub.card import evaluation_results, write_card
 from hfgpt.hub.folder import FolderRecords, read_records, without_paths
 from hfgpt.hub.usage import Place
-from hfgpt.records import LOG_FILE, RECIPE_FILE, write_metrics
+from hfgpt.records import LOG_FILE, RECIPE_FILE, Benchmark, write_metrics
 from hfgpt.saving import write_json, write_text
 
 # Keys of the section hub that describe the model; the others describe where it is published.
@@ -69,8 +69,9 @@ def _stage_records(staging: Path, records: FolderRecords, hub: HubArguments, pla
     for record in (records.run, records.data, records.merge, staged.conversion):
         if record and (content := record.publishable()):
             write_json(staging / record.FILE, content)
-    if records.metrics:
-        write_metrics(staging, records.metrics)
+    if records.metrics or records.benchmarks:
+        benchmarks = {name: Benchmark(**result.publishable()) for name, result in records.benchmarks.items()}
+        write_metrics(staging, records.metrics, benchmarks)
     recipe = without_paths(records.recipe)
     if recipe:
         described = {name: getattr(hub, name) for name in DESCRIBING if getattr(hub, name) is not None}

@@ -33,18 +33,29 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[tuple[str, str], Path]:
+def model_folder(tmp_path_factory) -> Path:
+    return Path(os.environ.get("HFGPT_ENGINE_MODELS") or tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def models(model_folder) -> dict[tuple[str, str], Path]:
     """(tokenizer, layout) -> a small language model trained on stories."""
+    return {(kind, layout): train(model_folder, kind, layout) for kind in TOKENIZERS for layout in LAYOUTS}
+
+
+@pytest.fixture(scope="session")
+def story_model(model_folder) -> Path:
+    """One of the models."""
+    return train(model_folder, "bpe", "tied")
+
+
+def train(folder: Path, kind: str, layout: str) -> Path:
     from hfgpt.recipe import load_recipe
     from hfgpt.runs.run import run
 
-    folder = Path(os.environ.get("HFGPT_ENGINE_MODELS") or tmp_path_factory.mktemp("models"))
-    settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
-    found = {}
-    for kind, tokenizer in TOKENIZERS.items():
-        for layout, changes in LAYOUTS.items():
-            path = found[kind, layout] = folder / f"{kind}-{layout}"
-            if not path.exists():
-                output = ["--training.output_dir", str(path)]
-                run(load_recipe("demo", [*settings, *tokenizer, *changes, *output]))
-    return found
+    path = folder / f"{kind}-{layout}"
+    if not path.exists():
+        settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
+        output = ["--training.output_dir", str(path)]
+        run(load_recipe("demo", [*settings, *TOKENIZERS[kind], *LAYOUTS[layout], *output]))
+    return path
