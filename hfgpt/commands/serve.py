@@ -62,7 +62,7 @@ def check_packages(web: bool):
         for name in PACKAGES[extra]:
             if find_spec(name) is None:
                 command = f"pip install 'hfgpt[{'web' if web else 'serve'}]'"
-                raise InputError(f"hfgpt serve needs the package {name}, which is not installed: {command}")
+                raise InputError(f"the server needs the package {name}, which is not installed: {command}")
 
 
 def listen(host: str, port: int) -> socket.socket:
