@@ -69,7 +69,11 @@ class Page:
 
     def answer(self, text: str, history: list[dict]) -> Iterator[str]:
         """The answer to a message, as it grows."""
-        messages = [{"role": turn["role"], "content": read_text(turn["content"])} for turn in history]
+        turns = [{"role": turn["role"], "content": read_text(turn["content"])} for turn in history]
+        pairs = itertools.pairwise([*turns, {"role": None}])
+        # A message that was refused has no answer.
+        answered = [(turn, after) for turn, after in pairs if (turn["role"], after["role"]) == ("user", "assistant")]
+        messages = [turn for pair in answered if pair[1]["content"] for turn in pair]
 
         def write(sampling: SamplingArguments, streamer: PageStreamer):
             Chat(self.model, self.tokenizer, sampling, messages, self.system).answer(text, streamer)
@@ -92,7 +96,7 @@ class Page:
             yield from itertools.accumulate(streamer)
             future.result()
         except InputError as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+            gradio.Warning(str(error))  # after an Error, gradio's text box would stay disabled
         finally:
             streamer.stopped = True
 

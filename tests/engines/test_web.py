@@ -41,6 +41,9 @@ class Browser:
     def messages(self) -> list[str]:
         return [found.text for found in self.driver.find_elements("css selector", "[data-testid='bot']")]
 
+    def text(self) -> str:
+        return self.driver.find_element("tag name", "body").text
+
     def wait_for(self, condition) -> bool:
         return self.wait.until(lambda _: condition())
 
@@ -81,9 +84,9 @@ def test_a_conversation(path, driver):
         page.write("Who are you?\n")
         page.wait_for(lambda: [text.split() for text in page.messages()] == [expected.split()])
         page.write("a" * CONTEXT + "\n")
-        page.wait_for(lambda: "shorten it" in driver.find_element("tag name", "body").text)
+        page.wait_for(lambda: "shorten it" in page.text())
         page.write("Who are you now?\n")  # the page still answers
-        page.wait_for(lambda: len(page.messages()) >= 2)
+        page.wait_for(lambda: len(page.messages()) == 2 and page.messages()[1])
         assert page.contacted() == {url.removeprefix("http://")}
 
 
