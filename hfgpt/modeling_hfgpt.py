@@ -20,14 +20,17 @@ Multitask Learners" (GPT-2, 2019); Press and Wolf, "Using the Output Embedding t
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import ContinuousBatchingManager, GenerationMixin, StoppingCriteria
+from transformers.generation.continuous_batching.requests import RequestState
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -37,11 +40,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing
+from transformers.utils import TransformersKwargs, can_return_tuple, is_tracing, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hfgpt import AUTO_MAP, HfGPTConfig
+
+logger = logging.get_logger(__name__)
 
 
 def eager_attention_forward(
@@ -277,6 +282,8 @@ class HfGPTModel(HfGPTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # (B, T, C)
 
+        if "cache" in kwargs:  # continuous batching computes a token past the end of a request, and drops it
+            position_ids = position_ids.clamp(max=self.config.max_position_embeddings - 1)
         given, padding_mask = position_ids is not None, find_padding_mask(attention_mask)  # (B, S)
         position_ids = self._find_positions(inputs_embeds, padding_mask, position_ids, past_key_values)  # (B or 1, T)
 
@@ -389,16 +396,105 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
+    # Generation ends at the context, where transformers would continue until the position embedding fails.
+
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        # transformers would generate until the position embedding fails after the end of the context.
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        context = self.config.max_position_embeddings
-        if generation_config.max_length > context:
-            new = generation_config.max_length - input_ids_length
-            raise ValueError(
-                f"prompt length {input_ids_length} plus max_new_tokens {new} exceeds the context length {context}: "
-                f"set max_new_tokens to at most {max(0, context - input_ids_length)}, or shorten the prompt"
-            )
+        generation_config._prompt_length = input_ids_length
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """Limits the generated length to what fits, since here `generate` first has the length and the positions."""
+        context, prompt = self.config.max_position_embeddings, generation_config._prompt_length
+        positions = model_kwargs.get("position_ids")  # (B, T); None if a wrapper hides the signature of `forward`
+        lengths = torch.tensor([prompt]) if positions is None else positions.amax(-1) + 1  # (B), without padding
+        longest, shortest = int(lengths.max()), int(lengths.min())
+        if longest >= context:
+            raise ValueError(describe_full_prompt(context, longest))
+        new_tokens = generation_config.max_length - prompt
+        excess = max(new_tokens - (context - shortest), 0)
+        generation_config.max_length -= excess
+        generation_config._row_ends = None
+        warn_of_the_end(context, new_tokens, context - longest)
+        if longest > shortest and new_tokens > context - longest:  # the row with the longest prompt ends first
+            generation_config._row_ends = prompt + context - lengths
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length - excess
+        )
+
+    def _get_stopping_criteria(self, generation_config, stopping_criteria, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, *args, **kwargs)
+        if (ends := getattr(generation_config, "_row_ends", None)) is not None:
+            beams, end = generation_config.num_beams > 1, generation_config._eos_token_tensor
+            if generation_config._pad_token_tensor is None or (beams and end is None):
+                raise ValueError(
+                    "the rows reach the end of the context at different steps, after which they are padded: set "
+                    f"{'eos_token_id' if beams else 'pad_token_id'}"
+                )
+            criteria.append(RowEndCriteria(ends))
+        return criteria
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        if (
+            mask is not None and positions is not None
+        ):  # a row that has reached the context gets padding while the others continue
+            mask[:, -1:].masked_fill_(positions[:, -1:] >= self.config.max_position_embeddings, 0)
+            positions[:, -1:].clamp_(max=self.config.max_position_embeddings - 1)
+        return model_kwargs
+
+    def _get_candidate_generator(self, generation_config, **kwargs):
+        """Candidates of assisted generation, cut before the end, as transformers does except with prompt lookup."""
+        generator = super()._get_candidate_generator(generation_config=generation_config, **kwargs)
+        propose, end = generator.get_candidates, generation_config.max_length - 1
+
+        def get_candidates(input_ids, **kwargs):
+            ids, logits = propose(input_ids, **kwargs)
+            return ids[:, :end], None if logits is None else logits[:, : end - input_ids.shape[1]]
+
+        generator.get_candidates = get_candidates
+        return generator
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Like transformers, but a request ends at the context, and a prompt that does not fit fails alone."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        manager.add_request = partial(add_request_that_fits, manager)
+        return manager
+
+
+class RowEndCriteria(StoppingCriteria):
+    """Ends each row of a padded batch at its own length.
+
+    Args:
+        ends: (rows), the number of columns at which each row ends.
+    """
+
+    eos_token_id = None  # transformers pads the rows that have ended if a criterion has this attribute
+
+    def __init__(self, ends: torch.Tensor):
+        self.ends = ends
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        rows = torch.arange(len(input_ids), device=input_ids.device)  # beam search has several for each of `ends`
+        return input_ids.shape[1] >= self.ends.to(input_ids.device)[rows * len(self.ends) // len(input_ids)]
+
+
+def add_request_that_fits(manager: ContinuousBatchingManager, input_ids: list[int], request_id=None, **kwargs):
+    """`ContinuousBatchingManager.add_request` with `max_new_tokens` limited to the context."""
+    context = manager.model.config.max_position_embeddings
+    room = context - len(input_ids)
+    limits = kwargs.pop("max_new_tokens", None), manager.generation_config.max_new_tokens, room
+    asked = next(limit for limit in limits if limit is not None)
+    if room > 0 or not manager.is_tp_driver:
+        warn_of_the_end(context, asked, room)
+        return type(manager).add_request(manager, input_ids, request_id, max_new_tokens=min(asked, room), **kwargs)
+    request_id = request_id or f"req_{uuid4()}"
+    for name in [request_id, *(f"{request_id}__child#{i}" for i in range(manager.num_return_sequences - 1))]:
+        state = RequestState(name, list(input_ids))
+        manager.output_router.fail_and_deliver(state, ValueError(describe_full_prompt(context, len(input_ids))))
+    return request_id
 
 
 class HfGPTForSequenceClassification(HfGPTPreTrainedModel):
@@ -471,6 +567,23 @@ def refuse_positions_past(context: int, position_ids: torch.Tensor):
         raise ValueError(
             f"the sequence has {last + 1} tokens, but the context length of this model is {context} "
             "(max_position_embeddings): shorten it"
+        )
+
+
+def describe_full_prompt(context: int, length: int) -> str:
+    """The error of a prompt that leaves no room for a new token."""
+    return (
+        f"prompt length {length} leaves no room for new tokens in the context length {context}: shorten the prompt to "
+        f"at most {context - 1} tokens"
+    )
+
+
+def warn_of_the_end(context: int, new_tokens: int, room: int):
+    """Warns, once per process, that generation may end before the number of new tokens."""
+    if new_tokens > room:
+        logger.warning_once(
+            f"max_new_tokens or max_length may exceed the context length of this model ({context}, "
+            "max_position_embeddings): generation ends there"
         )
 
 

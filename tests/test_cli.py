@@ -33,6 +33,7 @@ COMMANDS = [
     "classify",
     "evaluate",
     "verify",
+    "serve",
     "merge",
     "import",
     "export",
@@ -603,7 +604,7 @@ def test_the_commands_and_options_are_stable():
     """Scripts rely on them: renaming or removing one breaks scripts."""
     sampling = "--max-new-tokens --temperature --top-k --top-p --greedy"
     expected = {
-        "chat": f"MODEL --system {sampling} --seed",
+        "chat": f"MODEL --system {sampling} --seed --web",
         "classify": "MODEL TEXTS --file --json",
         "demo": "--output-dir",
         "doctor": "--json",
@@ -619,6 +620,7 @@ def test_the_commands_and_options_are_stable():
         "prepare": "RECIPE OUT --shard --json",
         "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
         "recipes": "--json",
+        "serve": "MODEL --host --port --web",
         "train": "RECIPE --resume --on --submit --timeout --namespace",
     }
     found = {

@@ -5,10 +5,15 @@ wrong position or one token too many changes them by 0.01 or more. Generated ids
 tokens are never that close here.
 """
 
+import copy
+import logging
+import re
+
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, StaticCache
+from transformers.utils import logging as transformers_logging
 
 from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification, HfGPTModel
 
@@ -216,25 +221,151 @@ def test_padding_takes_no_space_in_the_context(model):
             model(ids, attention_mask=mask)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_ends_exactly_at_the_context(use_cache, model):
-    ids = make_ids(2, 30)
-    assert generate(model, ids, 2, use_cache=use_cache).shape == (2, 32)
-    for new_tokens in (3, 1000):
-        match = rf"length 30 plus max_new_tokens {new_tokens}.*context length 32.*at most 2\b"
-        with pytest.raises(ValueError, match=match):
-            generate(model, ids, new_tokens, use_cache=use_cache)
-    with pytest.raises(ValueError, match=r"prompt length 30 plus max_new_tokens 10.*context length 32"):
-        model.generate(ids, max_length=40)
-    full = make_ids(2, 32)
-    with pytest.raises(ValueError, match=r"prompt length 32 plus max_new_tokens 1.*context length 32.*at most 0\b"):
-        generate(model, full, 1)
-    with pytest.raises(ValueError, match=r"length 40 plus max_new_tokens 5.*context length 32.*at most 0\b.*shorten"):
-        generate(model, make_ids(2, 40), 5)
+# Generation at the end of the context
+
+WARNING = r"may exceed the context length of this model \(32, max_position_embeddings\): generation ends there"
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+MODES = {
+    "greedy": {"do_sample": False},
+    "without a cache": {"do_sample": False, "use_cache": False},
+    "static cache": {"do_sample": False, **STATIC},
+    "sampling": {"do_sample": True, "top_k": 5},
+    "several samples": {"do_sample": True, "top_k": 5, "num_return_sequences": 3},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 4},
+}
+
+
+@pytest.fixture
+def warnings_of_the_model():
+    """What the model warns of; once per process, so earlier warnings are forgotten."""
+    records, handler = [], logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = transformers_logging.get_logger(HfGPTForCausalLM.__module__)
+    transformers_logging.get_logger("transformers").warning_once.__func__.cache_clear()
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def seeded(model, *args, **kwargs) -> torch.Tensor:
+    torch.manual_seed(3)
+    return model.generate(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generation_ends_at_the_context(mode, model):
+    ids = make_ids(1 if mode == "prompt lookup" else 2, 26)
+    expected = seeded(model, ids, max_new_tokens=6, **MODES[mode])
+    assert expected.shape[1] == CONTEXT
+    for length in ({"max_new_tokens": 7}, {"max_new_tokens": 1000}, {"max_length": 33}, {"max_length": 1000}):
+        assert torch.equal(seeded(model, ids, **length, **MODES[mode]), expected)
+    assert seeded(model, ids, max_new_tokens=5, **MODES[mode]).shape[1] == CONTEXT - 1
+
+
+def test_one_warning_says_that_generation_ends_at_the_context(model, warnings_of_the_model):
+    generate(model, make_ids(2, 30), 2)
+    assert warnings_of_the_model == []
+    generate(model, make_ids(2, 30), 3)
+    generate(model, make_ids(2, 20), 100)
+    (warning,) = warnings_of_the_model
+    assert re.search(WARNING, warning)
+
+
+def test_an_end_of_text_before_the_context_ends_generation(model):
+    ids = make_ids(1, 26)
+    tokens = generate(model, ids, 6)[0, 26:].tolist()
+    end = tokens[2]
+    assert generate(model, ids, 1000, eos_token_id=end)[0, 26:].tolist() == tokens[: tokens.index(end) + 1]
+
+
+@pytest.mark.parametrize("mode", ["greedy", "without a cache", "static cache", "beams"])
+@pytest.mark.parametrize("new_tokens", [4, 12, 40])
+def test_each_row_of_a_padded_batch_ends_at_the_context(new_tokens, mode, model):
+    """40 columns; the rows have 30, 17 and 25 tokens, so that even the longest is padded."""
+    rows = [make_ids(1, length, seed=length) for length in (30, 17, 25)]
+    ids = torch.cat([torch.nn.functional.pad(row, (40 - row.shape[1], 0), value=5) for row in rows])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (40 - row.shape[1], 0)) for row in rows])
+    options = MODES[mode] | {"pad_token_id": 0, "num_return_sequences": 1}
+    if mode == "beams":
+        options["eos_token_id"] = 63
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **options)[:, 40:]
+    assert generated.shape[1] <= min(new_tokens, CONTEXT - 17)
+    for row, tokens in zip(rows, generated, strict=True):
+        alone = model.generate(row, max_new_tokens=min(new_tokens, CONTEXT - row.shape[1]), **options)
+        alone = alone[0, row.shape[1] :].tolist()
+        assert tokens.tolist() == alone + [0 if mode != "beams" else tokens[-1]] * (len(tokens) - len(alone))
+
+
+def test_rows_that_end_at_different_steps_need_a_padding_token(model):
+    ids, mask = make_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :3] = 0
+    model.generation_config.pad_token_id = None
+    assert generate(model, ids, 2, attention_mask=mask).shape == (2, 32)
+    with pytest.raises(ValueError, match=r"rows reach the end of the context at different steps.*set pad_token_id"):
+        generate(model, ids, 3, attention_mask=mask)
+    with pytest.raises(ValueError, match=r"at different steps.*set eos_token_id"):
+        generate(model, ids, 3, attention_mask=mask, pad_token_id=0, num_beams=2)
+
+
+@pytest.mark.parametrize("length", [32, 40])
+def test_a_prompt_that_leaves_no_room_is_refused(length, model):
+    match = rf"prompt length {length} leaves no room.*context length 32: shorten the prompt to at most 31 tokens"
+    with pytest.raises(ValueError, match=match):
+        generate(model, make_ids(2, length), 1)
+    assert generate(model, make_ids(2, 31), 1000).shape == (2, 32)
 
 
 def test_generation_from_embeddings_ends_at_the_context(model):
-    embeddings = model.get_input_embeddings()(make_ids(2, 30))
-    assert generate(model, None, 2, inputs_embeds=embeddings).shape == (2, 2)
-    with pytest.raises(ValueError, match="32"):
-        generate(model, None, 5, inputs_embeds=embeddings)
+    ids = make_ids(2, 30)
+    embeddings = model.get_input_embeddings()(ids)
+    for new_tokens in (2, 3, 1000):
+        assert torch.equal(
+            generate(model, None, new_tokens, inputs_embeds=embeddings), generate(model, ids, 2)[:, 30:]
+        )
+
+
+def test_a_continued_cache_ends_at_the_context(model):
+    ids = make_ids(1, 20)
+    cache = DynamicCache(config=model.config)
+    first = generate(model, ids, 4, past_key_values=cache)
+    assert torch.equal(generate(model, first, 1000, past_key_values=cache), generate(model, ids, 12))
+
+
+def test_a_streamer_gets_the_tokens_that_fit(model):
+    class Streamer:
+        def __init__(self):
+            self.parts, self.ended = [], False
+
+        def put(self, value):
+            self.parts.append(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    ids = make_ids(1, 29)
+    expected = generate(model, ids, 1000, streamer=streamer)
+    assert [token for part in streamer.parts for token in part] == expected[0].tolist()
+    assert streamer.ended
+
+
+def test_continuous_batching_ends_each_request_at_the_context(tiny_config):
+    """One request past the context ends alone, and a prompt that does not fit fails alone."""
+    torch.manual_seed(0)
+    model = HfGPTForCausalLM(tiny_config(bos_token_id=None, eos_token_id=None)).eval()
+    model.generation_config.pad_token_id = 0
+    prompts = [make_ids(1, length, seed=length)[0].tolist() for length in (5, 32, 30, 31, 45, 10)]
+    fitting = [prompt for prompt in prompts if len(prompt) < CONTEXT]
+    expected = [generate(model, torch.tensor([prompt]), 8)[0, len(prompt) :].tolist() for prompt in fitting]
+    config = copy.deepcopy(model.generation_config)
+    config.update(max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    batching = ContinuousBatchingConfig(block_size=16, num_blocks=64, max_batch_tokens=64)
+    results = list(model.generate_batch(prompts, config, continuous_batching_config=batching, warmup=False).values())
+    assert [len(result.prompt_ids) for result in results] == [len(prompt) for prompt in prompts]
+    done = [result for result in results if result.error is None]
+    assert [result.generated_tokens for result in done] == expected
+    assert [len(result.generated_tokens) for result in done] == [8, 2, 1, 8]
+    for result in results:
+        if len(result.prompt_ids) >= CONTEXT:
+            assert re.search(r"prompt length (32|45) leaves no room", result.error)

@@ -64,7 +64,9 @@ def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, context: int) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, context: int, allow_unknown: bool = False
+) -> list[int]:
     """The token ids of a prompt.
 
     Args:
@@ -72,6 +74,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
         prompt: Any text; an empty prompt becomes the end-of-text token, after which a new document starts.
         max_new_tokens: Number of new tokens that must fit.
         context: Context length of the model.
+        allow_unknown: Encode characters that the tokenizer does not know as its unknown token.
 
     Raises:
         InputError: Prompt and continuation exceed the context, or the prompt has characters the tokenizer cannot
@@ -83,7 +86,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_token
     except Exception as error:
         raise InputError(f"the tokenizer cannot encode the prompt {prompt!r} ({error}): change it") from error
     unknown_id = unknown_token_id(tokenizer)
-    if unknown_id in ids:
+    if unknown_id in ids and not allow_unknown:
         unknown = next((c for c in prompt if unknown_id in tokenizer(c)["input_ids"]), prompt)
         raise InputError(f"the prompt {prompt!r} has {unknown!r}, which the tokenizer cannot encode: remove it")
     if not ids and tokenizer.eos_token_id is None:
