@@ -53,7 +53,7 @@ def serving(*arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130
         assert errors.endswith("hfgpt: stopped\n")
-        assert "Traceback" not in errors
+        assert "Traceback" not in errors, errors
         assert time.monotonic() - started < 30
     finally:
         process.kill()
