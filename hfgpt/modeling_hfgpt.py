@@ -331,7 +331,8 @@ class HfGPTModel(HfGPTPreTrainedModel):
 
     def _add_positions(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The inputs of the first block (B, T, C)."""
-        if isinstance(self.layers[0], nn.Identity):  # a later stage of vLLM's pipeline, given hidden states
+        # In a later stage of vLLM's or SGLang's pipeline, the inputs are hidden states.
+        if isinstance(self.layers[0], nn.Identity):
             return inputs_embeds
         return inputs_embeds + self.embed_positions(position_ids)
 

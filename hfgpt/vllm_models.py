@@ -1,4 +1,4 @@
-"""hfgpt's models in vLLM: its Transformers backend, which runs the model's own code, with two corrections.
+"""hfgpt's models in vLLM: its Transformers backend, which runs the model's own code, with corrections.
 
 The classes have the names of vLLM's, by which vLLM recognizes this backend.
 """
@@ -6,6 +6,7 @@ The classes have the names of vLLM's, by which vLLM recognizes this backend.
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import transformers as backend
+from vllm.model_executor.models.utils import WeightsMapper
 
 
 class TransformersForCausalLM(backend.TransformersForCausalLM):
@@ -28,6 +29,14 @@ class TransformersForCausalLM(backend.TransformersForCausalLM):
 
 
 class TransformersForSequenceClassification(backend.TransformersForSequenceClassification):
-    """The classifier; by default, vLLM would read the first token, which has not seen the others."""
+    """The classifier: the head is a linear layer with the name `score`, and reads the last token.
+
+    vLLM's own class looks for its weights as `classifier`, adds a dimension, and reads the first token by default.
+    """
 
     default_seq_pooling_type = "LAST"
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_prefix={"score.": "classifier."})
+        self.classifier.__class__ = torch.nn.Linear

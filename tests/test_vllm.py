@@ -39,6 +39,7 @@ def registered(monkeypatch) -> dict[str, str]:
         "vllm.config": {"VllmConfig": object},
         "vllm.model_executor": {},
         "vllm.model_executor.models": {"transformers": backend},
+        "vllm.model_executor.models.utils": {"WeightsMapper": dict},
     }
     for name, content in contents.items():
         module = ModuleType(name)

@@ -99,7 +99,8 @@ def serving_command(records: FolderRecords, place: Place) -> str | None:
     """The shell command that serves a model with vLLM; None: it does not run there as it is."""
     if records.adapter or not records.has_tokenizer or (place.native and records.task == "classify"):
         return None
-    options = [] if place.native else ["--trust-remote-code"]
+    # vLLM has a class for the head of classifiers only with hfgpt's plugin, which trusts the code.
+    options = [] if place.native or records.task == "classify" else ["--trust-remote-code"]
     options += ["--revision", place.revision] if place.revision else []
     options += ["--pooler-config", '{"seq_pooling_type": "LAST"}'] if records.task == "classify" else []
     return shlex.join(["vllm", "serve", place.name, *options, "--dtype", "float32"])

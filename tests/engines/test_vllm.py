@@ -158,12 +158,13 @@ def test_class_probabilities(classifier, plugin, tmp_path):
     assert len({max(range(len(row)), key=row.__getitem__) for row in expected}) > 1
     job = {"model": str(classifier), "texts": texts}
     jobs = [{**job, "options": options} for options in (EAGER, {**EAGER, **LAST})]
-    remote = [{**job, "options": options} for options in ({**REMOTE, **LAST}, REMOTE)]
-    *right, wrong = [*run_vllm(jobs, tmp_path, plugin), *run_vllm(remote, tmp_path, None)]
+    first = {**EAGER, "pooler_config": {"seq_pooling_type": "CLS"}}
+    *right, wrong = run_vllm([*jobs, {**job, "options": first}], tmp_path, plugin)
     for found in right:
         torch.testing.assert_close(torch.tensor(found["result"]), torch.tensor(expected), rtol=0, atol=1e-4)
-    difference = (torch.tensor(wrong["result"]) - torch.tensor(expected)).abs().max()
-    assert difference > 0.01, "without the plugin or the option of the card, it would read the first token"
+    assert (torch.tensor(wrong["result"]) - torch.tensor(expected)).abs().max() > 0.01, "by the first token"
+    (refused,) = run_vllm([{**job, "options": {**REMOTE, **LAST}}], tmp_path, None)
+    assert "no module or parameter named 'score'" in refused["error"]
 
 
 def test_a_head_size_that_vllm_does_not_have_is_refused(plugin, tmp_path):

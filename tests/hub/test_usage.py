@@ -70,7 +70,7 @@ def test_a_name_is_one_word_of_the_command_for_vllm(text):
 def test_a_command_for_vllm_is_given_for_what_runs_there():
     pooler = '--pooler-config \'{"seq_pooling_type": "LAST"}\''
     classifier, model = records_of("classify", "a"), records_of("pretrain", "The")
-    assert serving_command(classifier, Place("x")) == f"vllm serve x --trust-remote-code {pooler} --dtype float32"
+    assert serving_command(classifier, Place("x")) == f"vllm serve x {pooler} --dtype float32"
     assert serving_command(model, Place("x", native=True)) == "vllm serve x --dtype float32"
     assert serving_command(classifier, Place("x", native=True)) is None
     assert serving_command(records_of("pretrain", "The", adapter=True), Place("x")) is None
