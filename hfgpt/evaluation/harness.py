@@ -138,6 +138,8 @@ def find_benchmarks(arguments: BenchmarkArguments) -> list[Task | Group]:
     # The harness's own index takes many seconds; a group may name tasks of it, and of its folder.
     needs_index = groups or len(paths) < len(arguments.names)
     manager = TaskManager(include_path=[file.parent for file in groups], include_defaults=bool(needs_index))
+    # The harness loads a group by its name only.
+    indexed = {entry.yaml_path: name for name, entry in manager.task_index.items() if entry.yaml_path in groups}
     found, names = [], Counter()
     for name in arguments.names:
         if name not in paths and name not in manager.task_index:
@@ -149,7 +151,7 @@ def find_benchmarks(arguments: BenchmarkArguments) -> list[Task | Group]:
             _refuse_unsafe(name)
         for spec in paths.get(name, [name]):
             with _explained(str(spec)):
-                loaded = manager.load([str(spec)])
+                loaded = manager.load([indexed.get(spec, str(spec))])
             for task in loaded["tasks"].values():
                 _check_task(task, arguments)
             names.update({**loaded["tasks"], **loaded["groups"]}.keys())

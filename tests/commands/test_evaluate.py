@@ -52,7 +52,10 @@ class Model:
 @pytest.fixture
 def harness(monkeypatch):
     """The module hfgpt.evaluation.harness, with a stand-in for lm_eval; `harness.results` is what it returns."""
-    entries = {"piqa": SimpleNamespace(cfg={}), "humaneval": SimpleNamespace(cfg={"unsafe_code": True})}
+    entries = {
+        "piqa": SimpleNamespace(cfg={}, yaml_path=None),
+        "humaneval": SimpleNamespace(cfg={"unsafe_code": True}, yaml_path=None),
+    }
     task = SimpleNamespace(task_name="piqa", UNSAFE_CODE=False, get_config={"num_fewshot": 0}.get)
     manager = SimpleNamespace(
         task_index=entries, all_tasks=list(entries), load=lambda names: {"tasks": {"piqa": task}, "groups": {}}
