@@ -439,9 +439,8 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        if (
-            mask is not None and positions is not None
-        ):  # a row that has reached the context gets padding while the others continue
+        if mask is not None and positions is not None:
+            # A row that has reached the context gets padding while the others continue.
             mask[:, -1:].masked_fill_(positions[:, -1:] >= self.config.max_position_embeddings, 0)
             positions[:, -1:].clamp_(max=self.config.max_position_embeddings - 1)
         return model_kwargs
