@@ -157,7 +157,7 @@ def test_reports_are_consistent(finished):
     assert log[-1] == {"step": steps, "epoch": 2.0, **finished.metrics}
 
 
-def test_the_readme_contains_the_metrics(finished, monkeypatch):
+def test_the_readme_contains_the_metrics(finished, monkeypatch, capsys):
     _, front, text = (finished.folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
     metrics = finished.metrics
@@ -169,11 +169,13 @@ def test_the_readme_contains_the_metrics(finished, monkeypatch):
         f"| bits per byte | {metrics['eval_bits_per_byte']:.4f} |",
     ):
         assert words in text
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    usage, verifying = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {}
     monkeypatch.chdir(finished.folder.parent)  # the card has the folder's name without its parent
-    exec(code, names)
+    exec(usage, names)
     assert type(names["pipe"].model) is HfGPTForCausalLM
+    exec(verifying, names)
+    assert "verified: this is the model measured on " in capsys.readouterr().out
 
 
 def test_an_occupied_folder_is_refused(finished, load, train, tmp_path):
