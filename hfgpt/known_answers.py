@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import hfgpt
 from hfgpt.records import Answer, KnownAnswers
@@ -87,7 +87,7 @@ def record_answers(
             best = compute(answer.ids, answer.positions).topk(min(TOP, model.config.vocab_size))
             answer.top_ids, answer.log_probabilities = best.indices.tolist(), best.values.round(decimals=9).tolist()
             new_tokens = min(NEW_TOKENS, context - last - 1) if name in CONTINUED else 0
-            answer.continuation, answer.gaps = _continue(compute, answer.ids, new_tokens)
+            answer.continuation, answer.gaps = _continue(model, answer.ids, new_tokens)
     known = KnownAnswers(
         measured=datetime.datetime.now(datetime.UTC).date().isoformat(),
         hfgpt=hfgpt.__version__,
@@ -140,15 +140,17 @@ def _count_tokens(text: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int
     return len(ids) if max(ids, default=0) < vocab_size else math.inf
 
 
-def _continue(compute: Compute, ids: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+@torch.no_grad()
+def _continue(model: nn.Module, ids: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
     """The greedy continuation, and how much likelier each token is than the next likely one, in nats."""
-    start, gaps = len(ids), []
-    ids = list(ids)
+    cache, rows, continuation, gaps = DynamicCache(), torch.tensor([ids], device=model.device), [], []
     for _ in range(new_tokens):
-        best = compute(ids, [len(ids) - 1])[0].topk(2)
-        ids.append(int(best.indices[0]))
+        logits = model(input_ids=rows, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        best = logits.double().log_softmax(-1).topk(2)
+        continuation.append(int(best.indices[0]))
         gaps.append(float(best.values[0] - best.values[1]))
-    return ids[start:], gaps
+        rows = best.indices[None, :1]
+    return continuation, gaps
 
 
 @contextmanager
