@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
+import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 from openai.types import Completion, CompletionChoice, CompletionUsage
@@ -183,6 +184,16 @@ class BodyLimit:
             return body.pop() if body else await receive()
 
         return await self.app(scope, receive_body, send)
+
+
+class Server(uvicorn.Server):
+    """Ends the streams of open pages before it waits for its connections to close."""
+
+    async def shutdown(self, *args, **kwargs):
+        for route in self.config.app.routes:
+            if stop := getattr(getattr(route, "app", None), "stop_event", None):  # of gradio, which sets it in close()
+                stop.set()
+        await super().shutdown(*args, **kwargs)
 
 
 def build_app(

@@ -36,7 +36,7 @@ def serve(path: str, host: str, port: int, page: SamplingArguments | None = None
         model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
         import uvicorn
 
-        from hfgpt.commands.endpoints import build_app
+        from hfgpt.commands.endpoints import Server, build_app
 
         app, submit = build_app(path, model, tokenizer)
         address = f"[{host}]" if ":" in host else host
@@ -49,7 +49,7 @@ def serve(path: str, host: str, port: int, page: SamplingArguments | None = None
         if not is_local(host):
             print("hfgpt: warning: other machines can use this server, without a password", file=sys.stderr)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
 
 
 def check_packages(web: bool):
@@ -71,6 +71,8 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         InputError: The address cannot be used.
     """
+    if not host:  # would listen on all addresses
+        raise InputError("--host is empty: use 127.0.0.1, or 0.0.0.0 to let other machines use the server")
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:

@@ -153,6 +153,11 @@ def test_hosts_that_cannot_be_used(host):
         listen(host, 0)
 
 
+def test_an_empty_host_is_refused():
+    with pytest.raises(InputError, match="--host is empty: use 127.0.0.1"):
+        listen("", 0)
+
+
 def test_addresses_of_this_machine():
     assert all(map(is_local, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
     assert not any(map(is_local, ("0.0.0.0", "::", "192.168.1.1", "example.org")))
