@@ -6,6 +6,7 @@ instead of bytes); what was not measured is left out.
 Sources: Mitchell et al., "Model Cards for Model Reporting" (2019); huggingface_hub's `ModelCardData` for the metadata.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,15 +94,7 @@ class Card:
 
     def render(self) -> str:
         """The text of README.md."""
-        loader = jinja2.FileSystemLoader(card_folder())
-        environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
-        environment.filters |= {
-            "counted": counted,
-            "number": _format,
-            "public_name": public_name,
-            "described": describe_benchmark,
-        }
-        return environment.get_template(TEMPLATE).render(card=self).strip() + "\n"
+        return _template().render(card=self).strip() + "\n"
 
     @property
     def title(self) -> str:
@@ -192,6 +185,19 @@ class Card:
             model_name=self.title if results else None,
             eval_results=results or None,
         )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(card_folder())
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "counted": counted,
+        "number": _format,
+        "public_name": public_name,
+        "described": describe_benchmark,
+    }
+    return environment.get_template(TEMPLATE)
 
 
 def card_folder() -> Path:
