@@ -86,14 +86,12 @@ class Branch:
         place: Where users will load them from.
         hashes: Name -> SHA-256 of the checked files.
         kind: `model`, or `space` for the files of a Space.
-        commit: Its commit, after the upload.
     """
 
     folder: Path
     place: Place
     hashes: dict[str, str] = field(default_factory=dict)
     kind: str = "model"
-    commit: str | None = None
 
     def hash_files(self) -> dict[str, str]:
         """Name -> SHA-256 of the files as they are now."""
@@ -157,20 +155,12 @@ def publish(
         show_missing(contents, records, hub, console)
         if arguments.dry_run:
             if space:
-                make_space(space, branches[0].place, hub, arguments)
-                show_files(space, console)
+                make_space(space, branches[0].place, hub, arguments, console)
             show_card(branches[0], console)
             return ""
 
         # 8. Upload and verify.
-        for branch in branches:
-            commit = send(branch, arguments, f"Publish {folder.resolve().name}")
-            passed(f"uploaded and verified {len(branch.hashes)} files: {commit.pr_url or commit.commit_url}")
-            branch.commit = commit.oid
-        if space:
-            make_space(space, dataclasses.replace(branches[0].place, revision=branches[0].commit), hub, arguments)
-            send(space, arguments, f"Run {repo_id}")
-            passed(f"uploaded and verified the Space: {constants.ENDPOINT}/spaces/{arguments.space}")
+        send_all(branches, space, f"Publish {folder.resolve().name}", hub, arguments, passed, console)
         place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
         console.print(f"published: {place}", highlight=False, soft_wrap=True)
         return describe_loading(branches)
@@ -287,11 +277,12 @@ def plan_space(temporary: Path, records: FolderRecords, arguments: PublishArgume
     return Branch(temporary / "space", Place(arguments.space), kind="space")
 
 
-def make_space(space: Branch, model: Place, hub: HubArguments, arguments: PublishArguments):
-    """Makes the files of a Space that runs a model, and checks that they contain no secret."""
+def make_space(space: Branch, model: Place, hub: HubArguments, arguments: PublishArguments, console: Console):
+    """Makes and shows the files of a Space that runs a model, and checks that they contain no secret."""
     write_space(space.folder, model, hub.license, arguments.private)
     space.hashes = space.hash_files()
     refuse_secrets(space.folder, list(space.hashes))
+    show_files(space, console)
 
 
 def pin_base(records: FolderRecords, hub: HubArguments, staging: Path) -> HubArguments:
@@ -407,7 +398,7 @@ def check_metadata(path: Path):
         raise InputError("the card has no metadata: correct the section hub")
 
 
-def send(branch: Branch, arguments: PublishArguments, message: str) -> CommitInfo:
+def send(branch: Branch, arguments: PublishArguments, message: str, passed: Callable[[str], None]) -> CommitInfo:
     """Uploads a branch in one commit and verifies it; for a pull request, `branch.place` becomes its branch."""
     place, message = branch.place, arguments.commit_message or message
     target = Target(place.name, arguments.private, place.revision, arguments.create_pr, message, branch.kind)
@@ -415,8 +406,26 @@ def send(branch: Branch, arguments: PublishArguments, message: str) -> CommitInf
         raise InputError("files changed after they were checked: publish again")
     commit = upload(branch.folder, list(branch.hashes), target)
     verify(branch.hashes, target, commit)
+    passed(f"uploaded and verified {len(branch.hashes)} files: {commit.pr_url or commit.commit_url}")
     branch.place = dataclasses.replace(place, revision=commit.pr_revision or place.revision)
     return commit
+
+
+def send_all(
+    branches: Sequence[Branch],
+    space: Branch | None,
+    message: str,
+    hub: HubArguments,
+    arguments: PublishArguments,
+    passed: Callable[[str], None],
+    console: Console,
+):
+    """Uploads and verifies the branches, then the Space, which runs the commit of the first branch."""
+    commits = [send(branch, arguments, message, passed) for branch in branches]
+    if space:
+        published = dataclasses.replace(branches[0].place, revision=commits[0].oid)
+        make_space(space, published, hub, arguments, console)
+        send(space, arguments, f"Run {published.name}", passed)
 
 
 def describe_loading(branches: Sequence[Branch]) -> str:

@@ -276,9 +276,9 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
     present = [file.rfilename for file in info.siblings or []]
     foreign = [name for name in present if name not in EMPTY]
     if foreign and not _is_ours(target, info.sha, present):
+        ours = "an hfgpt model" if kind == "model" else "a Space of hfgpt"
         raise InputError(
-            f"'{repo_id}' contains {foreign[0]} but not {'an hfgpt model' if kind == 'model' else 'a Space of hfgpt'}, and would be overwritten: choose another "
-            "repository"
+            f"'{repo_id}' contains {foreign[0]} but not {ours}, and would be overwritten: choose another repository"
         )
     return info.sha, present
 
