@@ -161,8 +161,6 @@ def publish(
 
         # 8. Upload and verify.
         send_all(branches, space, f"Publish {folder.resolve().name}", hub, arguments, passed, console)
-        place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
-        console.print(f"published: {place}", highlight=False, soft_wrap=True)
         return describe_loading(branches)
 
 
@@ -420,12 +418,15 @@ def send_all(
     passed: Callable[[str], None],
     console: Console,
 ):
-    """Uploads and verifies the branches, then the Space, which runs the commit of the first branch."""
+    """Uploads and verifies the branches, then the Space, which runs the commit of the first branch; prints their URLs."""
     commits = [send(branch, arguments, message, passed) for branch in branches]
     if space:
         published = dataclasses.replace(branches[0].place, revision=commits[0].oid)
         make_space(space, published, hub, arguments, console)
         send(space, arguments, f"Run {published.name}", passed)
+    visibility = "private" if arguments.private else "public"
+    for repository in (branches[0].place.name, *([f"spaces/{space.place.name}"] if space else [])):
+        console.print(f"published: {constants.ENDPOINT}/{repository} ({visibility})", highlight=False, soft_wrap=True)
 
 
 def describe_loading(branches: Sequence[Branch]) -> str:

@@ -85,6 +85,7 @@ def test_a_model_is_published_with_a_space(hub, run, send):
     assert files.keys() == {"README.md", "app.py", "requirements.txt"}
     assert (space.private, space.messages) == (False, ["Run me/model"])
     assert shown.count("uploaded and verified") == 2
+    assert f"published: {hub.url}/spaces/me/model (public)" in shown
     app = files["app.py"].decode()
     assert 'MODEL = "me/model"' in app
     assert f'OPTIONS = {{"revision": "{commit}", "trust_remote_code": True}}' in app
