@@ -418,7 +418,7 @@ def send_all(
     passed: Callable[[str], None],
     console: Console,
 ):
-    """Uploads and verifies the branches, then the Space, which runs the commit of the first branch; prints their URLs."""
+    """Uploads and verifies the branches, then the Space, which runs the first of them; prints their URLs."""
     commits = [send(branch, arguments, message, passed) for branch in branches]
     if space:
         published = dataclasses.replace(branches[0].place, revision=commits[0].oid)
