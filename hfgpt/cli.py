@@ -445,11 +445,16 @@ def publish_model(
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
     ] = False,
     commit_message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+    space: Annotated[bool, typer.Option("--space", help="Also make or update a Space that runs the model.")] = False,
+    space_name: Annotated[
+        str | None, typer.Option(help="user/name of the Space (default: REPO_ID); implies --space.")
+    ] = None,
 ):
     """Check a model, write its model card and upload it to the Hub; set card fields with --hub.license mit etc."""
     from hfgpt.commands.publish import PublishArguments, publish
 
-    arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message)
+    made = space_name if space_name is not None else repo_id if space else None
+    arguments = PublishArguments(publish_format, private, dry_run, revision, create_pr, commit_message, space=made)
     if code := publish(model, repo_id, arguments, _overrides(context)):
         _print(code)
 

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub for models on 127.0.0.1: it stores what it receives and fails on demand.
+"""A small Hugging Face Hub for models and Spaces on 127.0.0.1: it stores what it receives and fails on demand.
 
 It implements the parts of the protocol that huggingface_hub uses to create repositories and branches, to commit with
 LFS uploads, and to download. A fault is a rule: a pattern of "METHOD path", how many matching requests to let pass
@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         return body
 
     def answer(self):
-        path = unquote(urlsplit(self.path).path)
+        path = unquote(urlsplit(self.path).path).replace("/api/spaces/", "/api/models/spaces/", 1)
         request = f"{self.command} {self.path}"
         self.server.log.append(request)
         fault = self.server.fault_for(request)
@@ -175,6 +175,10 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, body):
         wanted = json.loads(body)
         repo_id = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if wanted.get("sdk") != "gradio":
+                return self.refuse(400, "a Space needs an SDK")
+            repo_id = f"spaces/{repo_id}"
         url = f"{self.server.url}/{repo_id}"
         if repo_id in self.server.repositories:
             return self.reply(409, {"error": "exists", "url": url})
@@ -196,7 +200,13 @@ class Handler(BaseHTTPRequestHandler):
             return None
         repository, sha = found
         siblings = [{"rfilename": path} for path in repository.commits[sha]]
-        about = {"id": repo_id, "modelId": repo_id, "sha": sha, "private": repository.private, "siblings": siblings}
+        about = {
+            "id": repo_id.removeprefix("spaces/"),
+            "modelId": repo_id,
+            "sha": sha,
+            "private": repository.private,
+            "siblings": siblings,
+        }
         return self.reply(200, {**about, "_id": "x", "tags": [], "downloads": 0, "likes": 0})
 
     def branch(self, body, repo_id, name):
@@ -297,7 +307,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(200, data, headers, "application/octet-stream")
 
 
-REPO = "([^/]+/[^/]+)"
+REPO = "((?:spaces/)?[^/]+/[^/]+)"
 ROUTES = (
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/validate-yaml", Handler.validate_yaml),

@@ -618,7 +618,8 @@ def test_the_commands_and_options_are_stable():
         "merge": "ADAPTER OUT --tolerance",
         "plan": "RECIPE --json",
         "prepare": "RECIPE OUT --shard --json",
-        "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message",
+        "publish": "MODEL REPO_ID --format --private/--public --dry-run --revision --create-pr --commit-message "
+        "--space --space-name",
         "recipes": "--json",
         "serve": "MODEL --host --port --web",
         "train": "RECIPE --resume --on --submit --timeout --namespace",

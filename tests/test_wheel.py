@@ -34,7 +34,8 @@ def test_wheel_contains_every_recipe_and_every_file_of_the_package(installed):
         assert expected <= {path.relative_to(target) for path in target.glob(pattern)}
     machines = [{path.name for path in (root / "recipes/machines").iterdir()} for root in (ROOT, installed / "hfgpt")]
     assert machines[0] == machines[1]
-    assert [path.name for path in (installed / "hfgpt/model_cards").iterdir()] == ["card.md.jinja"]
+    templates = {path.name for path in (installed / "hfgpt/model_cards").iterdir()}
+    assert templates == {"card.md.jinja", "space_app.py"}
     assert not (installed / "tests").exists()
 
 

@@ -21,6 +21,7 @@ from hfgpt.hub import HubArguments, check_repo_id
 from hfgpt.hub.card import describe_architecture
 from hfgpt.hub.contents import Contents, find_secrets, sort_contents
 from hfgpt.hub.folder import FolderRecords, explained_records, read_records
+from hfgpt.hub.space import write_space
 from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
 from hfgpt.hub.stranger import Expected, check_as_stranger, compute_expected, compute_native
 from hfgpt.hub.upload import Target, fetch_base, upload, verify
@@ -49,6 +50,7 @@ class PublishArguments:
         create_pr: Whether to open a pull request.
         commit_message: None: one that names the folder.
         measure: Whether to re-evaluate the weights; not needed right after a run.
+        space: `user/name` of a Gradio Space that runs the model, to make or update; None: none.
     """
 
     format: str = "hfgpt"
@@ -58,12 +60,17 @@ class PublishArguments:
     create_pr: bool = False
     commit_message: str | None = None
     measure: bool = True
+    space: str | None = None
 
     def __post_init__(self):
         if self.format not in ("hfgpt", "gpt2"):
             raise InputError(f"--format is '{self.format}'; it must be hfgpt or gpt2")
         if self.create_pr and self.revision is not None:
             raise InputError("--create-pr opens a pull request against main: leave out --revision")
+        if self.space is not None:
+            check_repo_id("--space-name", self.space)
+            if self.create_pr:
+                raise InputError("--space runs a published commit, which a pull request is not: leave out --create-pr")
         if self.revision is not None and not re.fullmatch(r"\w[\w./-]*", self.revision):
             raise InputError(
                 f"--revision '{self.revision}' is not a valid branch name: use letters, digits and . - _ /"
@@ -78,17 +85,21 @@ class Branch:
         folder: The folder of exactly these files.
         place: Where users will load them from.
         hashes: Name -> SHA-256 of the checked files.
+        kind: `model`, or `space` for the files of a Space.
     """
 
     folder: Path
     place: Place
     hashes: dict[str, str] = field(default_factory=dict)
+    kind: str = "model"
 
     def hash_files(self) -> dict[str, str]:
         """Name -> SHA-256 of the files as they are now."""
         return {name: hash_file(self.folder / name) for name in files_in(self.folder)}
 
     def __str__(self) -> str:
+        if self.kind == "space":
+            return f"Space {self.place.name}"
         return f"branch {self.place.revision or 'main'}, format {'gpt2' if self.place.native else 'hfgpt'}"
 
 
@@ -125,6 +136,7 @@ def publish(
         # 1. to 4. Check the folder; the model is loaded here, once for all checks.
         records, hub, contents, (model, tokenizer) = check_folder(folder, arguments, overrides, passed)
         branches = plan_branches(Path(temporary), repo_id, arguments, hub)
+        space = plan_space(Path(temporary), records, arguments)
 
         # 5. Evaluate these weights for the card.
         if arguments.measure:
@@ -142,15 +154,13 @@ def publish(
             show_files(branch, console)
         show_missing(contents, records, hub, console)
         if arguments.dry_run:
+            if space:
+                make_space(space, branches[0].place, hub, arguments, console)
             show_card(branches[0], console)
             return ""
 
         # 8. Upload and verify.
-        for branch in branches:
-            commit = send(branch, arguments, f"Publish {folder.resolve().name}")
-            passed(f"uploaded and verified {len(branch.hashes)} files: {commit.pr_url or commit.commit_url}")
-        place = f"{constants.ENDPOINT}/{repo_id} ({'private' if arguments.private else 'public'})"
-        console.print(f"published: {place}", highlight=False, soft_wrap=True)
+        send_all(branches, space, f"Publish {folder.resolve().name}", hub, arguments, passed, console)
         return describe_loading(branches)
 
 
@@ -248,6 +258,29 @@ def plan_branches(temporary: Path, repo_id: str, arguments: PublishArguments, hu
             )
         branches.append(Branch(temporary / NATIVE_BRANCH, Place(repo_id, NATIVE_BRANCH, native=True)))
     return branches
+
+
+def plan_space(temporary: Path, records: FolderRecords, arguments: PublishArguments) -> Branch | None:
+    """The Space to publish, whose files are not made yet; None: there is none.
+
+    Raises:
+        InputError: The model cannot run there.
+    """
+    if arguments.space is None:
+        return None
+    if records.adapter and arguments.format == "hfgpt":
+        raise InputError("--space needs a model, not an adapter: pass --format gpt2, or merge it with hfgpt merge")
+    if not records.has_tokenizer:
+        raise InputError(f"--space needs a tokenizer, and '{records.folder}' has none: leave out --space")
+    return Branch(temporary / "space", Place(arguments.space), kind="space")
+
+
+def make_space(space: Branch, model: Place, hub: HubArguments, arguments: PublishArguments, console: Console):
+    """Makes and shows the files of a Space that runs a model, and checks that they contain no secret."""
+    write_space(space.folder, model, hub.license, arguments.private)
+    space.hashes = space.hash_files()
+    refuse_secrets(space.folder, list(space.hashes))
+    show_files(space, console)
 
 
 def pin_base(records: FolderRecords, hub: HubArguments, staging: Path) -> HubArguments:
@@ -363,16 +396,37 @@ def check_metadata(path: Path):
         raise InputError("the card has no metadata: correct the section hub")
 
 
-def send(branch: Branch, arguments: PublishArguments, message: str) -> CommitInfo:
+def send(branch: Branch, arguments: PublishArguments, message: str, passed: Callable[[str], None]) -> CommitInfo:
     """Uploads a branch in one commit and verifies it; for a pull request, `branch.place` becomes its branch."""
     place, message = branch.place, arguments.commit_message or message
-    target = Target(place.name, arguments.private, place.revision, arguments.create_pr, message)
+    target = Target(place.name, arguments.private, place.revision, arguments.create_pr, message, branch.kind)
     if branch.hash_files() != branch.hashes:
         raise InputError("files changed after they were checked: publish again")
     commit = upload(branch.folder, list(branch.hashes), target)
     verify(branch.hashes, target, commit)
+    passed(f"uploaded and verified {len(branch.hashes)} files: {commit.pr_url or commit.commit_url}")
     branch.place = dataclasses.replace(place, revision=commit.pr_revision or place.revision)
     return commit
+
+
+def send_all(
+    branches: Sequence[Branch],
+    space: Branch | None,
+    message: str,
+    hub: HubArguments,
+    arguments: PublishArguments,
+    passed: Callable[[str], None],
+    console: Console,
+):
+    """Uploads and verifies the branches, then the Space, which runs the first of them; prints their URLs."""
+    commits = [send(branch, arguments, message, passed) for branch in branches]
+    if space:
+        published = dataclasses.replace(branches[0].place, revision=commits[0].oid)
+        make_space(space, published, hub, arguments, console)
+        send(space, arguments, f"Run {published.name}", passed)
+    visibility = "private" if arguments.private else "public"
+    for repository in (branches[0].place.name, *([f"spaces/{space.place.name}"] if space else [])):
+        console.print(f"published: {constants.ENDPOINT}/{repository} ({visibility})", highlight=False, soft_wrap=True)
 
 
 def describe_loading(branches: Sequence[Branch]) -> str:

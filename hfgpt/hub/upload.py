@@ -65,6 +65,7 @@ class Target:
         revision: A branch, created if it does not exist; None: main.
         create_pr: Whether to open a pull request instead of committing to the branch.
         message: Commit message.
+        kind: `model` or `space`.
     """
 
     repo_id: str
@@ -72,6 +73,7 @@ class Target:
     revision: str | None = None
     create_pr: bool = False
     message: str = "Publish with hfgpt"
+    kind: str = "model"
 
     def __str__(self) -> str:
         return self.repo_id if self.revision is None else f"{self.repo_id} (branch {self.revision})"
@@ -110,7 +112,7 @@ def verify(hashes: dict[str, str], target: Target, commit: CommitInfo):
     revision = commit.pr_revision or commit.oid
     with tempfile.TemporaryDirectory(prefix="hfgpt-verify-", ignore_cleanup_errors=True) as cache:
         names = [glob.escape(name) for name in hashes]
-        options = {"revision": revision, "cache_dir": cache, "allow_patterns": names}
+        options = {"revision": revision, "cache_dir": cache, "allow_patterns": names, "repo_type": target.kind}
         try:
             arrived = Path(_persist(lambda: snapshot_download(target.repo_id, **options), target.repo_id))
         except InputError as error:
@@ -212,16 +214,18 @@ def _persist(attempt: Callable[[], T], repo_id: str, waits: Sequence[float] | No
 def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
     api = HfApi()
     if "README.md" in names:
-        _validate(folder / "README.md")
+        _validate(folder / "README.md", target.kind)
     head, present = _prepare(api, target)
-    stale = sorted(name for name in present if OURS.fullmatch(name) and name not in names)
+    is_model = target.kind == "model"
+    stale = sorted(name for name in present if is_model and OURS.fullmatch(name) and name not in names)
     operations = [CommitOperationAdd(name, folder / name) for name in names]
     # Not `upload_folder`: with hf_xet it commits in batches and splits a batch whose commit fails (_upload_pipeline.py
     # of huggingface_hub 2.4), so the repository may be left with some of the files; and a `*` in its `delete_patterns`
     # also matches subfolders.
     return api.create_commit(
         target.repo_id,
-        [*operations, *(CommitOperationDelete(name) for name in stale)],
+        repo_type=target.kind,
+        operations=[*operations, *(CommitOperationDelete(name) for name in stale)],
         commit_message=target.message,
         revision=target.revision,
         create_pr=target.create_pr,
@@ -229,7 +233,7 @@ def _commit(folder: Path, names: list[str], target: Target) -> CommitInfo:
     )
 
 
-def _validate(card: Path):
+def _validate(card: Path, kind: str):
     """Lets the Hub check a card's metadata, before a repository is created.
 
     `ModelCard.validate` does so, too, but in huggingface_hub 1.5 it ignores HF_ENDPOINT.
@@ -237,7 +241,7 @@ def _validate(card: Path):
     Raises:
         InputError: The Hub rejects the metadata.
     """
-    body = {"repoType": "model", "content": card.read_text(encoding="utf-8")}
+    body = {"repoType": kind, "content": card.read_text(encoding="utf-8")}
     answer = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=body)
     if answer.status_code == 400:
         said = re.sub(r"\s+", " ", answer.text).strip()[:300]
@@ -251,11 +255,12 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
     Raises:
         InputError: The repository exists with a different visibility, or has a model that is not hfgpt's.
     """
-    repo_id, revision = target.repo_id, target.revision
+    repo_id, revision, kind = target.repo_id, target.revision, target.kind
     try:
-        private = api.repo_info(repo_id).private
+        private = api.repo_info(repo_id, repo_type=kind).private
     except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=target.private, exist_ok=True)
+        sdk = "gradio" if kind == "space" else None
+        api.create_repo(repo_id, private=target.private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         private = target.private
     if bool(private) != target.private:
         raise InputError(
@@ -264,25 +269,27 @@ def _prepare(api: HfApi, target: Target) -> tuple[str, list[str]]:
             else f"'{repo_id}' exists and is private: leave out --public, or change its visibility on the Hub"
         )
     try:
-        info = api.repo_info(repo_id, revision=revision)
+        info = api.repo_info(repo_id, revision=revision, repo_type=kind)
     except RevisionNotFoundError:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.repo_info(repo_id, revision=revision)
+        info = api.repo_info(repo_id, revision=revision, repo_type=kind)
     present = [file.rfilename for file in info.siblings or []]
     foreign = [name for name in present if name not in EMPTY]
-    if foreign and not _is_ours(repo_id, info.sha, present):
+    if foreign and not _is_ours(target, info.sha, present):
+        ours = "an hfgpt model" if kind == "model" else "a Space of hfgpt"
         raise InputError(
-            f"'{repo_id}' contains {foreign[0]} but not an hfgpt model, and would be overwritten: choose another "
-            "repository"
+            f"'{repo_id}' contains {foreign[0]} but not {ours}, and would be overwritten: choose another repository"
         )
     return info.sha, present
 
 
-def _is_ours(repo_id: str, revision: str, present: Sequence[str]) -> bool:
+def _is_ours(target: Target, revision: str, present: Sequence[str]) -> bool:
     """Whether hfgpt published the files of a repository, by the card's tags or the model's type."""
     with tempfile.TemporaryDirectory(prefix="hfgpt-look-") as cache:
         read = {
-            name: Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache)).read_text(encoding="utf-8")
+            name: Path(
+                hf_hub_download(target.repo_id, name, revision=revision, cache_dir=cache, repo_type=target.kind)
+            ).read_text(encoding="utf-8")
             for name in ("README.md", "config.json")
             if name in present
         }

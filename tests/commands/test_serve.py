@@ -154,7 +154,7 @@ def test_hosts_that_cannot_be_used(host):
 
 
 def test_an_empty_host_is_refused():
-    with pytest.raises(InputError, match="--host is empty: use 127.0.0.1"):
+    with pytest.raises(InputError, match=r"--host is empty: use 127\.0\.0\.1"):
         listen("", 0)
 
 
