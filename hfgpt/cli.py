@@ -301,7 +301,7 @@ def _evaluate_benchmarks(model: str, names: str, given: dict, unused: list[str],
 
 @app.command()
 def verify(
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, also of an export, or a Hub model id.")],
     against: Annotated[
         str | None,
         typer.Option(
