@@ -24,7 +24,7 @@ from hfgpt.hub.folder import FolderRecords, explained_records, read_records
 from hfgpt.hub.space import write_space
 from hfgpt.hub.staging import files_in, stage, stage_base, stage_native
 from hfgpt.hub.stranger import Expected, check_as_stranger, compute_expected, compute_native
-from hfgpt.hub.upload import Target, fetch_base, upload, verify
+from hfgpt.hub.upload import Target, fetch_base, prepare, upload, verify
 from hfgpt.hub.usage import Place, loading_code
 from hfgpt.models import find_model, hash_weights
 from hfgpt.output import stderr_console
@@ -398,15 +398,19 @@ def check_metadata(path: Path):
 
 def send(branch: Branch, arguments: PublishArguments, message: str, passed: Callable[[str], None]) -> CommitInfo:
     """Uploads a branch in one commit and verifies it; for a pull request, `branch.place` becomes its branch."""
-    place, message = branch.place, arguments.commit_message or message
-    target = Target(place.name, arguments.private, place.revision, arguments.create_pr, message, branch.kind)
+    target = _target(branch, arguments, message)
     if branch.hash_files() != branch.hashes:
         raise InputError("files changed after they were checked: publish again")
     commit = upload(branch.folder, list(branch.hashes), target)
     verify(branch.hashes, target, commit)
     passed(f"uploaded and verified {len(branch.hashes)} files: {commit.pr_url or commit.commit_url}")
-    branch.place = dataclasses.replace(place, revision=commit.pr_revision or place.revision)
+    branch.place = dataclasses.replace(branch.place, revision=commit.pr_revision or branch.place.revision)
     return commit
+
+
+def _target(branch: Branch, arguments: PublishArguments, message: str) -> Target:
+    place, message = branch.place, arguments.commit_message or message
+    return Target(place.name, arguments.private, place.revision, arguments.create_pr, message, branch.kind)
 
 
 def send_all(
@@ -419,6 +423,8 @@ def send_all(
     console: Console,
 ):
     """Uploads and verifies the branches, then the Space, which runs the first of them; prints their URLs."""
+    if space:  # refused before the model is uploaded
+        prepare(_target(space, arguments, message))
     commits = [send(branch, arguments, message, passed) for branch in branches]
     if space:
         published = dataclasses.replace(branches[0].place, revision=commits[0].oid)

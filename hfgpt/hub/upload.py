@@ -79,6 +79,15 @@ class Target:
         return self.repo_id if self.revision is None else f"{self.repo_id} (branch {self.revision})"
 
 
+def prepare(target: Target):
+    """Creates the repository and the branch if they do not exist.
+
+    Raises:
+        InputError: The repository exists with a different visibility or has other files, or the Hub cannot be reached.
+    """
+    _persist(lambda: _prepare(HfApi(), target), target.repo_id)
+
+
 def upload(folder: Path, names: list[str], target: Target) -> CommitInfo:
     """Uploads files in one commit, which also deletes stale files of earlier uploads.
 

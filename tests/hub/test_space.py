@@ -132,6 +132,7 @@ def test_what_no_space_is_made_for(hub, runs, run, send):
     with pytest.raises(InputError, match=r"'me/model' contains app\.py but not a Space of hfgpt"):
         send(run, space="me/model")
     assert hub.files("spaces/me/model") == {"app.py": b"mine"}
+    assert "me/model" not in hub.repositories, "the model was not uploaded"
 
 
 def test_the_app_continues_a_text(runs, start):
