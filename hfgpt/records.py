@@ -357,7 +357,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: Path) -> dict[str, Number]:
-    """The metrics in metrics.json, without benchmarks; empty if there is no file.
+    """The metrics in metrics.json, without benchmarks; empty if the file does not exist.
 
     Raises:
         InputError: It cannot be read, or has a value that is not a number.

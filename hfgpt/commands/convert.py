@@ -258,7 +258,7 @@ def load_to_export(model_path: str, merge_adapters: bool) -> tuple[PreTrainedMod
     """Loads a model, or an adapter merged into its base model, and its tokenizer, which may be missing.
 
     Raises:
-        InputError: There is no hfgpt model, or `merge_adapters` does not match it.
+        InputError: `model_path` is not an hfgpt model, or `merge_adapters` is not whether it is an adapter.
     """
     saved = find_model(model_path)
     if (saved.base is not None) != merge_adapters:

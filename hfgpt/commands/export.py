@@ -48,7 +48,8 @@ def export(model_path: str, out: Path, arguments: ExportArguments, console: Cons
         The parity report, also saved as `out/conversion.json`.
 
     Raises:
-        InputError: There is no hfgpt model, the format cannot represent it, `out` exists, or the logits differ.
+        InputError: `model_path` is not an hfgpt model, the format cannot represent it, `out` exists, or the logits
+            differ.
     """
     if arguments.format not in FORMATS:
         raise InputError(f"--format is '{arguments.format}'; it must be one of {', '.join(FORMATS)}")

@@ -26,7 +26,7 @@ def serve(path: str, host: str, port: int, page: SamplingArguments | None = None
         system: System prompt of the page.
 
     Raises:
-        InputError: A package is missing, the address cannot be used, or there is no language model.
+        InputError: A package is not installed, the address cannot be used, or `path` is not a language model.
     """
     check_packages(page is not None)
     saved = find_model(path)
@@ -77,7 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
         unknown = isinstance(error, (socket.gaierror, UnicodeError))
-        reason = "there is no such host" if unknown else os.strerror(error.errno)  # without the address
+        reason = "unknown host" if unknown else os.strerror(error.errno)  # without the address
         raise InputError(
             f"cannot listen on {host}, port {port} ({reason}): choose another --host or --port"
         ) from error

@@ -87,7 +87,7 @@ def check_dtype(dtype: str):
     """Checks `--dtype`, and that the package gguf is installed.
 
     Raises:
-        InputError: There is no such type, or no such package.
+        InputError: The type is not supported, or the package is not installed.
     """
     if dtype not in FILE_TYPES:
         raise InputError(f"--dtype is '{dtype}'; it must be one of {', '.join(FILE_TYPES)}")
