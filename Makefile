@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 
 # Tests run in two processes of one thread each: the models are too small to benefit from more threads.
 test: $(TESTABLE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "hfgpt needs Python 3.11 or newer: make PYTHON=python3.12" >&2; exit 2; }

@@ -13,6 +13,13 @@ from hub_server import Hub
 HUB = Hub()
 os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HUB_DISABLE_XET": "1"}
 
+# These files take longest. They start first, so that at the end no process of the tests waits for another.
+LONG = ["test_processes.py", "test_publish.py", "test_prepared.py", "test_readme.py", "test_upload.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture
 def hub():

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hfgpt.commands.chat import Chat
 from hfgpt.evaluation.classification import predict
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
 from hfgpt.models import find_model, load_classifier
@@ -16,6 +15,7 @@ from hfgpt.output import PlainConsole, stderr_console
 from hfgpt.recipe import load_recipe
 from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
+from hfgpt.serving.conversation import Chat
 
 TABLE_WIDTH = 72  # columns that the table at the end needs
 PROMPTS = ("Once upon a time", "One rainy day,", "In a small village")

@@ -36,13 +36,13 @@ def serve(path: str, host: str, port: int, page: SamplingArguments | None = None
         model, tokenizer = saved.load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
         import uvicorn
 
-        from hfgpt.commands.endpoints import Server, build_app
+        from hfgpt.serving.endpoints import Server, build_app
 
         app, submit = build_app(path, model, tokenizer)
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listening.getsockname()[1]}"
         if page is not None:
-            from hfgpt.commands.web import Page, add_page
+            from hfgpt.serving.web import Page, add_page
 
             app = add_page(app, Page(submit, model, tokenizer, page, system))
         print(f"{url}/v1" if page is None else f"{url}\n{url}/v1", flush=True)

@@ -12,13 +12,14 @@ import time
 import pytest
 import torch
 
-from hfgpt.commands.chat import Chat, describe_training, run_chat
+from hfgpt.commands.chat import describe_training, run_chat
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.templates import render_letters, set_chat_template
 from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.models import load_model, load_model_tokenizer
 from hfgpt.records import RunRecord
+from hfgpt.serving.conversation import Chat
 from hfgpt.tokenizer import train_tokenizer
 
 GREEDY = SamplingArguments(max_new_tokens=20, greedy=True)

@@ -4,10 +4,10 @@ import socket
 
 import pytest
 
-from hfgpt.commands.requests import read_chat, read_completion
 from hfgpt.commands.serve import check_packages, is_local, listen
 from hfgpt.data.templates import render_letters, set_chat_template
 from hfgpt.errors import InputError
+from hfgpt.serving.requests import read_chat, read_completion
 from hfgpt.tokenizer import train_tokenizer
 
 CONTEXT = 400

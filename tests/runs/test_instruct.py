@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hfgpt.commands.chat import Chat, run_chat
+from hfgpt.commands.chat import run_chat
 from hfgpt.commands.inspect import inspect_recipe
 from hfgpt.commands.merge import merge
 from hfgpt.data.instructions import InstructionDataArguments
@@ -24,6 +24,7 @@ from hfgpt.models import find_model, load_model, load_model_tokenizer
 from hfgpt.recipe import load_recipe
 from hfgpt.runs.run import run as run_recipe
 from hfgpt.saving import hash_file
+from hfgpt.serving.conversation import Chat
 from hfgpt.tasks import TASKS
 from hfgpt.training import estimate
 from hfgpt.training.callbacks import ProgressCallback

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
-import hfgpt.vllm
+from hfgpt.serving import vllm
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Backend:
@@ -45,8 +45,8 @@ def registered(monkeypatch) -> dict[str, str]:
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "hfgpt.vllm_models", raising=False)
-    hfgpt.vllm.register()
+    monkeypatch.delitem(sys.modules, "hfgpt.serving.vllm_models", raising=False)
+    vllm.register()
     return found
 
 
@@ -59,8 +59,8 @@ def test_the_entry_point_is_the_plugin_and_imports_nothing_by_itself():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ((name, place),) = project["entry-points"]["vllm.general_plugins"].items()
     entry = importlib.metadata.EntryPoint(name, place, "vllm.general_plugins")
-    assert entry.load() is hfgpt.vllm.register
-    tree = ast.parse(Path(hfgpt.vllm.__file__).read_text())
+    assert entry.load() is vllm.register
+    tree = ast.parse(Path(vllm.__file__).read_text())
     assert not [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
 
 

@@ -21,8 +21,8 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
-from hfgpt.commands.requests import read_chat, read_completion
 from hfgpt.errors import InputError
+from hfgpt.serving.requests import read_chat, read_completion
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 LARGEST_BODY = 2**22  # bytes

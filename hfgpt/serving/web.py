@@ -12,9 +12,9 @@ from dataclasses import replace
 from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from hfgpt.commands.chat import Chat
 from hfgpt.errors import InputError
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
+from hfgpt.serving.conversation import Chat
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 

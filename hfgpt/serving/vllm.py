@@ -6,7 +6,7 @@ def register():
     from vllm import ModelRegistry
 
     # By name, since vLLM imports its models only after it has started its processes.
-    ModelRegistry.register_model("HfGPTForCausalLM", "hfgpt.vllm_models:TransformersForCausalLM")
+    ModelRegistry.register_model("HfGPTForCausalLM", "hfgpt.serving.vllm_models:TransformersForCausalLM")
     ModelRegistry.register_model(
-        "HfGPTForSequenceClassification", "hfgpt.vllm_models:TransformersForSequenceClassification"
+        "HfGPTForSequenceClassification", "hfgpt.serving.vllm_models:TransformersForSequenceClassification"
     )
