@@ -24,8 +24,9 @@ def train(kind: str, rows: int, length: int) -> int:
 
     import hfgpt
     from hfgpt.adapters import AdapterArguments, attach_adapter
+    from hfgpt.training.arguments import HfGPTTrainingArguments
     from hfgpt.training.hardware import peak_memory_bytes
-    from hfgpt.training.trainer import HfGPTTrainer, HfGPTTrainingArguments
+    from hfgpt.training.trainer import HfGPTTrainer
 
     set_seed(0)
     model = AutoModelForCausalLM.from_config(hfgpt.HfGPTConfig.from_preset("gpt2"))

@@ -1,4 +1,4 @@
-"""GPT from top to bottom: attention, MLP, block, model, language model, sequence classifier.
+"""GPT from top to bottom: attention, MLP, block, model, generation, language model, sequence classifier.
 
 GPT-2's architecture: learned token and position embeddings, pre-LayerNorm blocks, causal multi-head attention, a
 tanh-GELU MLP of four times the hidden size, a final LayerNorm and a linear head, with tied or separate embeddings.
@@ -349,55 +349,8 @@ class HfGPTModel(HfGPTPreTrainedModel):
         return documents
 
 
-class HfGPTForCausalLM(HfGPTPreTrainedModel, GenerationMixin):
-    """The language model, with a linear head that predicts the next token."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: HfGPTConfig):
-        super().__init__(config)
-        self.model = HfGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
-        """Computes logits (B, T, V) and, given labels, the mean cross-entropy in nats.
-
-        Args:
-            labels: (B, T), the input ids (shifted internally), or -100 for positions to ignore.
-            logits_to_keep: Compute logits only for the last n positions, or for the given positions; 0: for all.
-            kwargs: Among others `shift_labels` (B, T), targets that are already shifted and replace `labels`, so that
-                the last position also has a target; and `num_items_in_batch`, the divisor of the summed loss instead
-                of the number of targets.
-
-        For the other arguments see `HfGPTModel.forward`.
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
-
-    # Generation ends at the context, where transformers would continue until the position embedding fails.
+class HfGPTGenerationMixin(GenerationMixin):
+    """Ends generation at the context, where transformers would continue until the position embedding fails."""
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
@@ -495,6 +448,55 @@ def add_request_that_fits(manager: ContinuousBatchingManager, input_ids: list[in
         state = RequestState(name, list(input_ids))
         manager.output_router.fail_and_deliver(state, ValueError(describe_full_prompt(context, len(input_ids))))
     return request_id
+
+
+class HfGPTForCausalLM(HfGPTPreTrainedModel, HfGPTGenerationMixin):
+    """The language model, with a linear head that predicts the next token."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: HfGPTConfig):
+        super().__init__(config)
+        self.model = HfGPTModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Computes logits (B, T, V) and, given labels, the mean cross-entropy in nats.
+
+        Args:
+            labels: (B, T), the input ids (shifted internally), or -100 for positions to ignore.
+            logits_to_keep: Compute logits only for the last n positions, or for the given positions; 0: for all.
+            kwargs: Among others `shift_labels` (B, T), targets that are already shifted and replace `labels`, so that
+                the last position also has a target; and `num_items_in_batch`, the divisor of the summed loss instead
+                of the number of targets.
+
+        For the other arguments see `HfGPTModel.forward`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 class HfGPTForSequenceClassification(HfGPTPreTrainedModel):

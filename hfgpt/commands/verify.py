@@ -256,6 +256,9 @@ def _verify_server(copy: Copy, server: Server, precision: str) -> str:
     for name, answer in known.answers.items():
         if name != "context":  # which has no room for a token
             sure = count_sure(answer, limit)
+            expected = answer.continuation[:sure]
+            if tokenizer.eos_token_id in expected:  # where servers end
+                expected = expected[: expected.index(tokenizer.eos_token_id)]
             found = server.complete(model, answer.text, max(sure, 1))
             if found["read"] != len(answer.ids):
                 raise InputError(
@@ -263,7 +266,7 @@ def _verify_server(copy: Copy, server: Server, precision: str) -> str:
                     f"and had {len(answer.ids)} when the model was measured on {known.measured}"
                 )
             comparison.note(_difference(answer, found["likeliest"], tokenizer, copy.has_unused), limit, name)
-            if found["text"] != tokenizer.decode(answer.continuation[:sure]) and sure and not comparison.prompt:
+            if found["text"] != tokenizer.decode(expected) and sure and not comparison.prompt:
                 comparison.prompt, comparison.continues_differently = name, True
     if comparison.prompt:
         raise InputError(f"{server.url} {diagnose(known, comparison, limit, same_weights=False)}")

@@ -244,7 +244,9 @@ class Completions(BaseHTTPRequestHandler):
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             logprobs["top_logprobs"].append({tokenizer.decode([index]): score for index, score in pairs})
             new.append(int(best.indices[0]))
-        choice = {"text": tokenizer.decode(new), "logprobs": logprobs if self.server.has_logprobs else None}
+            if new[-1] == tokenizer.eos_token_id:
+                break
+        choice = {"text": tokenizer.decode(new, skip_special_tokens=True), "logprobs": logprobs if self.server.has_logprobs else None}
         self._send({"choices": [choice], "usage": {"prompt_tokens": len(ids) + self.server.extra}})
 
     def _send(self, content):
@@ -308,6 +310,14 @@ def test_a_server_is_verified_by_its_log_probabilities(language_model, classifie
         verify(path, "http://127.0.0.1:9/v1")
     with pytest.raises(InputError, match=r"^--against is 'ftp://x'; it must be the URL of a server"):
         verify(path, "ftp://x")
+    server.has_logprobs = True
+    ending, tokenizer = server.pair = build(tiny_config, tie_word_embeddings=False)
+    answer = record_answers(ending, tokenizer, "").answers["words"]
+    hidden = ending.model(torch.tensor([answer.ids + answer.continuation[:2]])).last_hidden_state[0, -1]
+    ending.lm_head.weight[tokenizer.eos_token_id] = hidden  # by far the likeliest after two tokens
+    known = record_answers(ending, tokenizer, "").answers["words"]
+    assert tokenizer.eos_token_id in known.continuation[:-1]
+    assert verify(save(*server.pair, tmp_path / "ending"), url).startswith("verified: ")
     classifying = save(*classifier, tmp_path / "c")
     with pytest.raises(InputError, match=r"^--against is for language models: a classifier has no completions$"):
         verify(classifying, url)
