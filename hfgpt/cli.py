@@ -494,6 +494,36 @@ def keys(
         _print(render_keys(found, output_width()))
 
 
+@app.command()
+def bench(
+    part: Annotated[
+        str | None,
+        typer.Argument(metavar="PART", help="train, decode, data, load or memory (default: all)."),
+    ] = None,
+    nanogpt: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also measure nanoGPT: a checkout of it, whose model.py is run."),
+    ] = None,
+    as_json: AsJson = False,
+):
+    """Compare speed and memory with transformers' GPT-2 on this machine: the same weights, in turns.
+
+    Ratios are hfgpt's value relative to the other's. All parts take about half an hour on two cores.
+    """
+    from hfgpt.bench import BenchArguments
+
+    arguments = BenchArguments(part, nanogpt)
+    from hfgpt.commands.bench import bench as measure
+    from hfgpt.commands.bench import render_comparison, render_machine
+
+    if not as_json:
+        measure(arguments, lambda found: _print(render_machine(found)), lambda found: _print(render_comparison(found)))
+        return
+    machines, comparisons = [], []
+    measure(arguments, machines.append, comparisons.append)
+    print(json.dumps({"machine": machines[0].to_dict(), "comparisons": [found.to_dict() for found in comparisons]}))
+
+
 @app.command(name="inspect", context_settings=TAKES_OVERRIDES)
 def inspect_data(
     context: typer.Context,

@@ -23,6 +23,7 @@ LAYERS = [
     {"recipe"},
     {"tasks"},
     {"runs", "serving"},
+    {"bench"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -246,7 +246,8 @@ class Completions(BaseHTTPRequestHandler):
             new.append(int(best.indices[0]))
             if new[-1] == tokenizer.eos_token_id:
                 break
-        choice = {"text": tokenizer.decode(new, skip_special_tokens=True), "logprobs": logprobs if self.server.has_logprobs else None}
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        choice = {"text": text, "logprobs": logprobs if self.server.has_logprobs else None}
         self._send({"choices": [choice], "usage": {"prompt_tokens": len(ids) + self.server.extra}})
 
     def _send(self, content):

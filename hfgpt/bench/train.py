@@ -1,0 +1,138 @@
+"""Training: the bare step (forward, backward, fused AdamW), and the whole loop of Trainer."""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from hfgpt.bench.measuring import HFGPT, Comparison, measure_in_turns, repetitions_within, synchronize
+from hfgpt.bench.models import BABY, GPT2_SMALL, SMALL, Shape, build_models, draw_ids, loss_of
+from hfgpt.training.arguments import HfGPTTrainingArguments
+from hfgpt.training.flops import training_flops_per_token
+from hfgpt.training.hardware import has_native_bf16
+from hfgpt.training.trainer import HfGPTTrainer
+
+SECONDS = 1.0  # of a measurement
+WARM_UP = 3  # steps
+
+
+class Clock(TrainerCallback):
+    """Records when each step ends."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.ends.append(time.perf_counter())
+
+
+class BareStep:
+    """Training steps of one contender, without Trainer.
+
+    Args:
+        model: The model.
+        ids: A batch (B, T + 1).
+        bf16: Mixed precision.
+    """
+
+    def __init__(self, model: nn.Module, ids: torch.Tensor, bf16: bool):
+        self.model, self.ids, self.bf16 = model.train(), ids, bf16
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def take(self):
+        precision = torch.autocast(self.ids.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        with precision:
+            loss = loss_of(self.model, self.ids)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def measure(self, steps: int) -> float:
+        """Tokens per second."""
+        begun = time.perf_counter()
+        for _ in range(steps):
+            self.take()
+        synchronize(self.ids.device)
+        return steps * (self.ids.numel() - len(self.ids)) / (time.perf_counter() - begun)
+
+
+def choose_shapes(device: torch.device) -> list[Shape]:
+    """The shapes to train: on an accelerator, GPT-2 at its full context."""
+    large = GPT2_SMALL if device.type == "cpu" else replace(GPT2_SMALL, length=1024, rows=16)
+    return [SMALL, BABY, large]
+
+
+def precisions(device: torch.device) -> list[str]:
+    """float32, and the default of `hfgpt train` on this device."""
+    return ["float32", "bfloat16"] if has_native_bf16(device) else ["float32"]
+
+
+def measure_step(
+    shape: Shape, precision: str, flops: float, device: torch.device, nanogpt: Path | None, advance: Callable
+) -> list[Comparison]:
+    """Compares the bare step.
+
+    Args:
+        shape: Model and batch.
+        precision: float32, or bfloat16 (mixed).
+        flops: FLOP/s of matrix products on this machine.
+        device: Device.
+        nanogpt: A checkout of nanoGPT.
+        advance: Called after each measurement.
+    """
+    ids, bf16 = draw_ids(shape, device), precision == "bfloat16"
+    steps = {name: BareStep(model, ids, bf16) for name, model in build_models(shape, device, nanogpt).items()}
+    number = min(repetitions_within(SECONDS, step.take) for step in steps.values())
+    values = measure_in_turns({name: partial(step.measure, number) for name, step in steps.items()}, advance)
+    limit = flops / training_flops_per_token(shape.config(), shape.length)
+    return [Comparison("train", f"step, {shape.name}, {precision}", "tokens/s", values, limit=limit)]
+
+
+def measure_loop(
+    shape: Shape, precision: str, flops: float, device: torch.device, advance: Callable
+) -> list[Comparison]:
+    """Compares `Trainer` with GPT-2 and `HfGPTTrainer` with hfgpt, with the same arguments; see `measure_step`."""
+    models = build_models(shape, device)
+    rows = torch.randint(shape.vocabulary, (64 * shape.rows, shape.length))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    number = min(repetitions_within(2 * SECONDS, BareStep(models[HFGPT], draw_ids(shape, device), False).take), 40)
+
+    def measure(name: str) -> float:
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {
+                "output_dir": folder,
+                "max_steps": WARM_UP + number,
+                "per_device_train_batch_size": shape.rows,
+                "bf16": precision == "bfloat16",
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "learning_rate": 1e-5,
+                "use_cpu": device.type == "cpu",
+                "dataloader_pin_memory": device.type != "cpu",
+            }
+            if name == HFGPT:
+                arguments = HfGPTTrainingArguments(**settings)
+                trainer = HfGPTTrainer(models[name], arguments, train_dataset=data, callbacks=[clock])
+            else:
+                arguments = TrainingArguments(**settings)
+                trainer = Trainer(models[name], arguments, default_data_collator, data, callbacks=[clock])
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        seconds = statistics.median(after - before for before, after in itertools.pairwise(clock.ends[WARM_UP - 1 :]))
+        advance()
+        return shape.rows * shape.length / seconds
+
+    values = measure_in_turns({name: partial(measure, name) for name in models}, lambda: None)
+    limit = flops / training_flops_per_token(shape.config(), shape.length)
+    return [Comparison("train", f"Trainer, {shape.name}, {precision}", "tokens/s", values, limit=limit)]
