@@ -26,11 +26,13 @@ from uuid import uuid4
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import ContinuousBatchingManager, GenerationMixin, StoppingCriteria
 from transformers.generation.continuous_batching.requests import RequestState
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -47,6 +49,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_hfgpt import AUTO_MAP, HfGPTConfig
 
 logger = logging.get_logger(__name__)
+
+MANY_LOGITS, CHUNK_OF_LOGITS = 2**25, 2**27  # bytes in float32, see `CrossEntropyInChunks`
 
 
 def eager_attention_forward(
@@ -450,6 +454,64 @@ def add_request_that_fits(manager: ContinuousBatchingManager, input_ids: list[in
     return request_id
 
 
+class CrossEntropyInChunks(torch.autograd.Function):
+    """The cross-entropy of a linear head, computed together with its gradients for some rows at a time.
+
+    Logits of all rows would take up most of the memory of a small model, three times: also as probabilities and as
+    gradients. Here there are never more than `CHUNK_OF_LOGITS` bytes of them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, divisor):
+        """The summed loss of hidden states (N, C) and targets (N), -100 for none, over `divisor`; weight (V, C)."""
+        device, vocab_size = hidden.device.type, len(weight)
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        inputs, matrix = hidden.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), device=hidden.device)
+        by_hidden = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
+        by_weight = None
+        count = -(-4 * len(hidden) * vocab_size // CHUNK_OF_LOGITS)
+        size = -(-len(hidden) // count)
+        # Rows that start at multiples of 64 values: matrix products are slower with GPT-2's 50,257.
+        shape = (size, -(-vocab_size // 64) * 64)
+        place = hidden.new_empty(shape, dtype=torch.float32)[:, :vocab_size]
+        low_place = place if dtype == torch.float32 else hidden.new_empty(shape, dtype=dtype)[:, :vocab_size]
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(hidden), size):
+                rows, target = inputs[start : start + size], targets[start : start + size]
+                learned, column = target != -100, target.clamp(min=0).unsqueeze(1)
+                scores, gradient = (
+                    place[: len(rows)],
+                    low_place[: len(rows)],
+                )  # (n, V): logits, then probabilities, ...
+                scores.copy_(torch.mm(rows, matrix.T, out=gradient))
+                expected, largest = scores.gather(1, column).squeeze(1), scores.amax(1)
+                total = scores.sub_(largest.unsqueeze(1)).exp_().sum(1)
+                loss += ((largest + total.log() - expected) * learned).sum()
+                share = learned / divisor
+                scores.mul_((share / total).unsqueeze(1)).scatter_add_(1, column, -share.unsqueeze(1))
+                gradient.copy_(scores)
+                if by_hidden is not None:
+                    torch.mm(gradient, matrix, out=by_hidden[start : start + size])
+                if ctx.needs_input_grad[1] and by_weight is None:
+                    by_weight = (gradient.T @ rows).float()
+                elif ctx.needs_input_grad[1] and dtype == torch.float32:
+                    by_weight.addmm_(gradient.T, rows)
+                elif ctx.needs_input_grad[1]:
+                    by_weight += gradient.T @ rows
+        ctx.by_hidden = by_hidden if by_hidden is None else by_hidden.to(hidden.dtype)
+        ctx.by_weight = by_weight if by_weight is None else by_weight.to(weight.dtype)
+        return loss / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_loss):
+        by_hidden, by_weight = ctx.by_hidden, ctx.by_weight
+        ctx.by_hidden = ctx.by_weight = None
+        return *(None if found is None else found.mul_(by_loss) for found in (by_hidden, by_weight)), None, None
+
+
 class HfGPTForCausalLM(HfGPTPreTrainedModel, HfGPTGenerationMixin):
     """The language model, with a linear head that predicts the next token."""
 
@@ -483,20 +545,44 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, HfGPTGenerationMixin):
             labels: (B, T), the input ids (shifted internally), or -100 for positions to ignore.
             logits_to_keep: Compute logits only for the last n positions, or for the given positions; 0: for all.
             kwargs: Among others `shift_labels` (B, T), targets that are already shifted and replace `labels`, so that
-                the last position also has a target; and `num_items_in_batch`, the divisor of the summed loss instead
-                of the number of targets.
+                the last position also has a target; `num_items_in_batch`, the divisor of the summed loss instead of
+                the number of targets; and `skip_logits=True` if only the loss is needed: if there are many logits,
+                they are then not returned, which saves time and memory.
 
         For the other arguments see `HfGPTModel.forward`.
         """
+        skip_logits = kwargs.pop("skip_logits", False)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])  # (B, T, V)
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
+        hidden_states, logits, loss = outputs.last_hidden_state[:, kept, :], None, None
+        has_targets = labels is not None or kwargs.get("shift_labels") is not None
+        if has_targets and skip_logits and self._can_skip_logits(hidden_states, **kwargs):
+            loss = self._loss_in_chunks(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)  # (B, T, V)
+        if has_targets and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+
+    def _can_skip_logits(self, hidden_states: torch.Tensor, ignore_index: int = -100, **kwargs) -> bool:
+        """Whether the loss can be computed in chunks, and there are so many logits that it is worthwhile."""
+        if 4 * hidden_states.shape[:-1].numel() * self.config.vocab_size < MANY_LOGITS or is_tracing(hidden_states):
+            return False
+        head = self.lm_head
+        # Neither quantized, adapted, divided among processes, nor with hooks, as accelerate adds to offload weights.
+        is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
+        is_plain = is_plain and not head._forward_hooks and not head._forward_pre_hooks
+        return is_plain and self.loss_function is ForCausalLMLoss and ignore_index == -100
+
+    def _loss_in_chunks(self, hidden_states, labels, shift_labels=None, num_items_in_batch=None, **kwargs):
+        """The loss of `ForCausalLMLoss`."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+        targets = shift_labels.flatten().to(hidden_states.device)
+        divisor = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        return CrossEntropyInChunks.apply(hidden_states.flatten(0, 1), self.lm_head.weight, targets, divisor)
 
 
 class HfGPTForSequenceClassification(HfGPTPreTrainedModel):

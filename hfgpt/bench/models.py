@@ -91,11 +91,11 @@ def build_models(
 
 def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """The loss of predicting each next token of ids (B, T + 1); all contenders compute it as they do in training."""
+    targets = ids[:, 1:].contiguous()
     if isinstance(model, HfGPTForCausalLM | GPT2LMHeadModel):
-        return model(
-            input_ids=ids[:, :-1], labels=ids[:, :-1], shift_labels=ids[:, 1:].contiguous(), use_cache=False
-        ).loss
-    return model(ids[:, :-1], ids[:, 1:].contiguous())[1]
+        options = {"skip_logits": True} if isinstance(model, HfGPTForCausalLM) else {}
+        return model(input_ids=ids[:, :-1], labels=targets, shift_labels=targets, use_cache=False, **options).loss
+    return model(ids[:, :-1], targets)[1]
 
 
 def draw_ids(shape: Shape, device: torch.device) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """Hardware of this machine: device name, native bfloat16, peak FLOP/s, memory."""
 
+import ctypes
+import os
 import platform
 import re
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -97,6 +100,30 @@ def reset_peak_memory(device: torch.device) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """On a CPU with glibc, keeps freed memory in the process for later tensors, until the end.
+
+    By default, glibc returns large blocks to the system, which clears every page again when it is next needed: in a
+    training step of GPT-2 small in bfloat16, that takes a tenth of the time. Settings in the environment are left as
+    they are.
+    """
+    is_set = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or is_set:
+        yield
+        return
+    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3), whose defaults are restored at the end
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(mmap_max, 65536)
+        libc.mallopt(trim_threshold, 128 * 1024)
+        libc.malloc_trim(0)
 
 
 def _process_status(name: str) -> int:

@@ -25,11 +25,12 @@ from transformers import Trainer, TrainerState, default_data_collator
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 
-from hfgpt.adapters import is_adapted, saved_tensors
+from hfgpt.adapters import base_of, is_adapted, saved_tensors
 from hfgpt.configuration_hfgpt import HfGPTConfig
 from hfgpt.data.report import counted
 from hfgpt.errors import STOP_SIGNALS, InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
+from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.models import quiet_bars, save_labels
 from hfgpt.saving import CHECKSUMS_FILE, explain_full_disk, quote_path, read_checksums, write_checksums
 from hfgpt.training.batches import (
@@ -52,6 +53,7 @@ from hfgpt.training.checkpoints import (
 from hfgpt.training.divergence import ROLLBACK, find_rollbacks
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.gradients import PairwiseSums
+from hfgpt.training.hardware import kept_memory
 from hfgpt.training.optimizers import MuonFactory
 from hfgpt.training.sharding import (
     gather_weights,
@@ -110,6 +112,8 @@ class HfGPTTrainer(Trainer):
         # Whether the current and the last batch only keep this process in step with the others.
         self.is_filler = self.was_filler = False
         self.measure, self.sums = measure, None
+        # Label smoothing needs the logits.
+        self.skips_logits = isinstance(base_of(self.model), HfGPTForCausalLM) and self.label_smoother is None
         self.speed: SpeedMeter | None = None  # adds speed and memory to the log
         self.last_scheduled: Path | None = None  # the checkpoint to roll back to
         self.rolled_back_at = 0  # step of the last rollback
@@ -200,6 +204,8 @@ class HfGPTTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer's label smoothing shifts the labels itself, and so loses the last target of `shift_labels`."""
         if self.label_smoother is None or "shift_labels" not in inputs:
+            if self.skips_logits and model.training and not return_outputs:
+                inputs = {**inputs, "skip_logits": True}
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss, outputs = loss if return_outputs else (loss, None)
         else:
@@ -477,6 +483,10 @@ class HfGPTTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer takes an extra step when it resumes at `max_steps`, as does a run that stopped after training."""
+        with kept_memory(self.args.device):
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | None, **kwargs) -> TrainOutput:
         self.last_scheduled, self.rolled_back_at = None, 0
         if resume_from_checkpoint is None:
             return super().train(**kwargs)

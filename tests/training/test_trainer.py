@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, default_data_collator
 
+from hfgpt import modeling_hfgpt
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training import arguments as module
@@ -333,3 +334,27 @@ def test_a_full_disk_at_the_first_checkpoint_leaves_nothing_to_resume_from(
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
     with pytest.raises(InputError, match=r"--resume, which starts over, since no checkpoint was saved$"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
+)
+def test_training_without_logits_takes_the_same_steps(options, make_model, make_blocks, make_trainer, monkeypatch):
+    def train() -> tuple[dict, list[float]]:
+        trainer = make_trainer(make_model(), make_blocks(400), max_steps=5, **options)
+        trainer.train()
+        return trainer.model.state_dict(), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    expected, losses = train()
+    calls, compute = [], modeling_hfgpt.CrossEntropyInChunks.forward
+    monkeypatch.setattr(modeling_hfgpt, "MANY_LOGITS", 0)
+    monkeypatch.setattr(
+        modeling_hfgpt.CrossEntropyInChunks, "forward", staticmethod(lambda *args: calls.append(1) or compute(*args))
+    )
+    found, found_losses = train()
+    assert len(calls) == 5 * options.get("gradient_accumulation_steps", 1)
+    assert found_losses == pytest.approx(losses, rel=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    trainer = make_trainer(make_model(), make_blocks(400), max_steps=1, label_smoothing_factor=0.1)
+    trainer.train()
+    assert len(calls) == 5 * options.get("gradient_accumulation_steps", 1), "label smoothing needs the logits"
