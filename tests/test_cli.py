@@ -40,6 +40,7 @@ COMMANDS = [
     "publish",
     "recipes",
     "keys",
+    "bench",
     "inspect",
     "plan",
     "doctor",
@@ -622,6 +623,7 @@ def test_the_commands_and_options_are_stable():
         "--space --space-name",
         "recipes": "--json",
         "serve": "MODEL --host --port --web",
+        "bench": "PART --nanogpt --json",
         "train": "RECIPE --resume --on --submit --timeout --namespace",
     }
     found = {

@@ -214,14 +214,14 @@ def test_a_login_is_required_before_training(hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(InputError, match="log in with `hf auth login`"):
         check_login("me/model")
-    monkeypatch.setenv("HF_TOKEN", "some")
+    monkeypatch.setenv("HF_TOKEN", "hf_MyOwnToken")
     check_login("me/model")
     hub.faults.append(Fault("whoami", "cut", times=99))
     check_login("me/model")  # a network failure is no reason not to train
 
 
 def test_an_adapter_that_cannot_be_published_is_refused_before_training(hub, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "some")
+    monkeypatch.setenv("HF_TOKEN", "hf_MyOwnToken")
     (tmp_path / "recipe.yaml").write_text(
         "task: classify\ndata: {path: synthetic:messages}\nhub: {repo_id: me/lora}\n"
     )
@@ -242,7 +242,7 @@ def test_trainers_own_pushes_are_refused():
 
 @pytest.fixture
 def train(recipes, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "some")
+    monkeypatch.setenv("HF_TOKEN", "hf_MyOwnToken")
     monkeypatch.setattr("hfgpt.commands.publish.check_as_stranger", lambda *args, **kwargs: None)
     monkeypatch.setattr(way, "WAITS", ())
 
@@ -276,7 +276,7 @@ def test_checkpoints_are_pushed_with_their_code(hub, train):
 
 
 def test_only_the_newest_checkpoint_waits_and_no_copies_remain(hub, text_run, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "some")
+    monkeypatch.setenv("HF_TOKEN", "hf_MyOwnToken")
     busy, done = threading.Event(), threading.Event()
     sent = []
 

@@ -340,8 +340,9 @@ def test_a_full_disk_at_the_first_checkpoint_leaves_nothing_to_resume_from(
     "options", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}], ids=str
 )
 def test_training_without_logits_takes_the_same_steps(options, make_model, make_blocks, make_trainer, monkeypatch):
-    def train() -> tuple[dict, list[float]]:
-        trainer = make_trainer(make_model(), make_blocks(400), max_steps=5, **options)
+    def train(**more) -> tuple[dict, list[float]]:
+        # Adam would divide the gradient of a key's bias, which is zero but for rounding, by its own size.
+        trainer = make_trainer(make_model(), make_blocks(4000), max_steps=5, optim="sgd", **options, **more)
         trainer.train()
         return trainer.model.state_dict(), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -354,7 +355,7 @@ def test_training_without_logits_takes_the_same_steps(options, make_model, make_
     found, found_losses = train()
     assert len(calls) == 5 * options.get("gradient_accumulation_steps", 1)
     assert found_losses == pytest.approx(losses, rel=1e-5)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    trainer = make_trainer(make_model(), make_blocks(400), max_steps=1, label_smoothing_factor=0.1)
-    trainer.train()
-    assert len(calls) == 5 * options.get("gradient_accumulation_steps", 1), "label smoothing needs the logits"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    calls.clear()
+    train(label_smoothing_factor=0.1)
+    assert not calls, "label smoothing needs the logits"
