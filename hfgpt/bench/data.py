@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,8 @@ def measure_data(advance: Callable) -> list[Comparison]:
     contenders = {HFGPT: _load_blocks, USUAL: _map_and_group, ALONE: _tokenize}
     with progress_bar(worthwhile=False):
         values = measure_in_turns({name: partial(measure, load) for name, load in contenders.items()}, advance)
-    return [Comparison("data", f"text to rows of {LENGTH}, {megabytes:.0f} MB", "MB/s", values)]
+    encoder = "gigatoken" if find_spec("gigatoken") else "tokenizers"
+    return [Comparison("data", f"text to rows, {megabytes:.0f} MB, {encoder}", "MB/s", values)]
 
 
 def _load_blocks(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase):
