@@ -458,15 +458,13 @@ class CrossEntropyInChunks(torch.autograd.Function):
     """The cross-entropy of a linear head, computed together with its gradients for some rows at a time.
 
     Logits of all rows would take up most of the memory of a small model, three times: also as probabilities and as
-    gradients. Here there are never more than `CHUNK_OF_LOGITS` bytes of them.
+    gradients. Here there are never more than `CHUNK_OF_LOGITS` bytes of them in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, divisor):
         """The summed loss of hidden states (N, C) and targets (N), -100 for none, over `divisor`; weight (V, C)."""
-        device, vocab_size = hidden.device.type, len(weight)
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+        device, vocab_size, dtype = hidden.device.type, len(weight), product_dtype(hidden)
         inputs, matrix = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
         by_hidden = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
@@ -481,10 +479,8 @@ class CrossEntropyInChunks(torch.autograd.Function):
             for start in range(0, len(hidden), size):
                 rows, target = inputs[start : start + size], targets[start : start + size]
                 learned, column = target != -100, target.clamp(min=0).unsqueeze(1)
-                scores, gradient = (
-                    place[: len(rows)],
-                    low_place[: len(rows)],
-                )  # (n, V): logits, then probabilities, ...
+                # (n, V): logits, then probabilities, then gradients; in float32, both are the same memory.
+                scores, gradient = place[: len(rows)], low_place[: len(rows)]
                 scores.copy_(torch.mm(rows, matrix.T, out=gradient))
                 expected, largest = scores.gather(1, column).squeeze(1), scores.amax(1)
                 total = scores.sub_(largest.unsqueeze(1)).exp_().sum(1)
@@ -500,16 +496,25 @@ class CrossEntropyInChunks(torch.autograd.Function):
                     by_weight.addmm_(gradient.T, rows)
                 elif ctx.needs_input_grad[1]:
                     by_weight += gradient.T @ rows
-        ctx.by_hidden = by_hidden if by_hidden is None else by_hidden.to(hidden.dtype)
-        ctx.by_weight = by_weight if by_weight is None else by_weight.to(weight.dtype)
+        ctx.gradients = (
+            None if by_hidden is None else by_hidden.to(hidden.dtype),
+            None if by_weight is None else by_weight.to(weight.dtype),
+        )
         return loss / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_loss):
-        by_hidden, by_weight = ctx.by_hidden, ctx.by_weight
-        ctx.by_hidden = ctx.by_weight = None
-        return *(None if found is None else found.mul_(by_loss) for found in (by_hidden, by_weight)), None, None
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were used before: call backward once, or keep the logits")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(None if gradient is None else gradient.mul_(by_loss) for gradient in gradients), None, None
+
+
+def product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    """The type in which a linear layer computes: with autocast, not that of its input."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 class HfGPTForCausalLM(HfGPTPreTrainedModel, HfGPTGenerationMixin):
@@ -570,6 +575,8 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, HfGPTGenerationMixin):
         """Whether the loss can be computed in chunks, and there are so many logits that it is worthwhile."""
         if 4 * hidden_states.shape[:-1].numel() * self.config.vocab_size < MANY_LOGITS or is_tracing(hidden_states):
             return False
+        if product_dtype(hidden_states) not in (torch.float32, torch.bfloat16):
+            return False  # in float16, gradients that are not scaled up would be rounded to zero
         head = self.lm_head
         # Neither quantized, adapted, divided among processes, nor with hooks, as accelerate adds to offload weights.
         is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)

@@ -133,3 +133,21 @@ def test_logits_are_kept_where_the_loss_needs_them_or_they_are_few(chunks, tiny_
     assert model(ids, labels=targets, skip_logits=True).logits is None
     model.loss_function = lambda **kwargs: torch.tensor(5.0)
     assert model(ids, labels=targets, skip_logits=True).loss == 5
+
+
+def test_gradients_are_used_once(chunks, tiny_config):
+    model, (ids, targets) = HfGPTForCausalLM(tiny_config()), draw()
+    chunks(7, 64)
+    loss = model(ids, shift_labels=targets, skip_logits=True).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"^the gradients of this loss were used before: call backward once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_types_keep_the_logits(dtype, chunks, tiny_config):
+    model, (ids, targets) = HfGPTForCausalLM(tiny_config()), draw()
+    chunks(7, 64)
+    assert model.to(dtype)(ids, shift_labels=targets, skip_logits=True).logits is not None
+    with torch.autocast("cpu", torch.float16):
+        assert model.float()(ids, shift_labels=targets, skip_logits=True).logits is not None
