@@ -141,6 +141,11 @@ def test_loading_is_measured_in_a_process_of_its_own(tmp_path):
     assert size / 2 < memory < 10 * size + 2**26
 
 
+def test_a_failed_process_is_one_line():
+    with pytest.raises(InputError, match=r"^a measurement failed \(MemoryError: too much\): it needs up to 8 GB"):
+        run_python("raise MemoryError('too much')")
+
+
 def test_wrong_arguments():
     with pytest.raises(InputError, match=r"^'speed' is not a part of hfgpt bench: use train, decode, data, load or m"):
         BenchArguments("speed")

@@ -59,6 +59,7 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
+from hfgpt import modeling_hfgpt
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation.perplexity import Perplexity
 from hfgpt.evaluation.spread import map_over_processes
@@ -71,6 +72,7 @@ from hfgpt.training.trainer import HfGPTTrainer
 probe = estimate.probe_tokens_per_second
 estimate.probe_tokens_per_second = lambda *args, **kwargs: probe(*args[:3], seconds=0.02)
 runs.plot_loss = lambda *args: None
+modeling_hfgpt.CHUNK_OF_LOGITS = 4 * 300 * 20
 # In bfloat16, Muon turns a difference in the last digit of a gradient into one of 1e-4.
 optimizers.has_native_bf16 = lambda device: False
 
@@ -112,6 +114,7 @@ class Shares(TrainerCallback):
 
 
 def train(task, folder, *overrides, stop=None, resume=False):
+    modeling_hfgpt.MANY_LOGITS = 0 if task == "pretrain" else 2**25  # the loss in chunks of 20 rows
     recipe = load_recipe(f"{task}.yaml", [f"--training.output_dir={folder}/{task}", *overrides])
     try:
         runs.run(recipe, resume, Console(quiet=True), [Shares(), *([Stop(stop)] if stop else [])])
