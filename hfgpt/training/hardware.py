@@ -114,15 +114,17 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc" or is_set:
         yield
         return
-    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3), whose defaults are restored at the end
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # parameters of mallopt(3)
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
     try:
         yield
     finally:
+        # What glibc adapts its thresholds to once large blocks have been freed; setting any of them ends that.
         libc.mallopt(mmap_max, 65536)
-        libc.mallopt(trim_threshold, 128 * 1024)
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 64 * 2**20)
         libc.malloc_trim(0)
 
 
