@@ -19,13 +19,12 @@ def count():
         torch.ones(2**24)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / (10 * 2**26)
 
-shares = [count()]
-with kept_memory(torch.device("cpu")):
-    shares += [count()]
-shares += [count()]
 os.environ["MALLOC_ARENA_MAX"] = "1"
 with kept_memory(torch.device("cpu")):
-    print(shares + [count()])
+    own_settings = count()
+del os.environ["MALLOC_ARENA_MAX"]
+with kept_memory(torch.device("cpu")):
+    print([own_settings, count()])
 """
 
 
@@ -34,5 +33,5 @@ def test_freed_memory_is_kept_while_training():
     """The share of a large tensor that the system clears when it is made again."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=plain, capture_output=True, text=True, check=True)
-    before, kept, after, own_settings = json.loads(done.stdout)
-    assert kept < 0.5 < 0.95 < min(before, after, own_settings)
+    own_settings, kept = json.loads(done.stdout)
+    assert kept < 0.5 < 0.95 < own_settings
