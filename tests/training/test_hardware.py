@@ -34,4 +34,4 @@ def test_freed_memory_is_kept_while_training():
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=plain, capture_output=True, text=True, check=True)
     own_settings, kept = json.loads(done.stdout)
-    assert kept < 0.5 < 0.95 < own_settings
+    assert kept < own_settings / 2
