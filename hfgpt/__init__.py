@@ -21,6 +21,7 @@ _LAZY = {
     "HfGPTForSequenceClassification": "modeling_hfgpt",
     "HfGPTTrainer": "training.trainer",
     "HfGPTTrainingArguments": "training.arguments",
+    "speed_up_generation": "evaluation.fast_generation",
     "InputError": "errors",
 }
 __all__ = [*_LAZY, "__version__"]

@@ -52,6 +52,12 @@ Temperature = Annotated[
 TopK = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 disables this.")]
 TopP = Annotated[float, typer.Option(help="Sample from the most likely tokens whose probabilities add up to this.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Always choose the most likely token.")]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast", help="On a CPU, read the weights in float16: up to four times as fast, but the text can differ."
+    ),
+]
 
 
 def _print_version(requested: bool):
@@ -153,15 +159,19 @@ def generate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same text.")
     ] = 0,
+    fast: Fast = False,
 ):
     """Generate text from a prompt."""
     from transformers import AutoModelForCausalLM
 
+    from hfgpt.evaluation.fast_generation import speed_up_generation
     from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer, generate_texts
     from hfgpt.models import find_model
 
     arguments = SamplingArguments(max_new_tokens, temperature, top_k, top_p, greedy, num_samples, seed)
     network, tokenizer = find_model(model).load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
+    if fast:
+        speed_up_generation(network, half=True)
     streamer = TerminalStreamer(tokenizer, skip_special_tokens=True) if num_samples == 1 else None
     texts = generate_texts(network, tokenizer, prompt, arguments, streamer)
     if streamer is None:
@@ -183,6 +193,7 @@ def chat(
         int, typer.Option(min=0, max=2**32 - 1, help="Random seed; the same seed gives the same answers.")
     ] = 0,
     web: Annotated[bool, typer.Option("--web", help="Chat in a browser instead; prints the URL of the page.")] = False,
+    fast: Fast = False,
 ):
     """Chat with an instruction-tuned model; commands: /reset, /system TEXT, /exit."""
     from hfgpt.commands.chat import run_chat
@@ -192,9 +203,9 @@ def chat(
     if web:
         from hfgpt.commands.serve import serve as serve_model
 
-        serve_model(model, "127.0.0.1", 0, sampling, system)
+        serve_model(model, "127.0.0.1", 0, sampling, system, fast)
     else:
-        run_chat(model, sampling, system)
+        run_chat(model, sampling, system, fast=fast)
 
 
 @app.command()
@@ -333,6 +344,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 chooses a free one.")] = 8000,
     web: Annotated[bool, typer.Option("--web", help="Also serve a page to use the model in a browser.")] = False,
+    fast: Fast = False,
 ):
     """Serve a language model with an OpenAI-compatible API until Ctrl-C; prints the URL when it is ready.
 
@@ -341,7 +353,7 @@ def serve(
     from hfgpt.commands.serve import serve as serve_model
     from hfgpt.evaluation.generation import SamplingArguments
 
-    serve_model(model, host, port, SamplingArguments() if web else None)
+    serve_model(model, host, port, SamplingArguments() if web else None, fast=fast)
 
 
 @app.command()

@@ -51,6 +51,44 @@ from .configuration_hfgpt import AUTO_MAP, HfGPTConfig
 logger = logging.get_logger(__name__)
 
 MANY_LOGITS, CHUNK_OF_LOGITS = 2**25, 2**27  # bytes in float32, see `CrossEntropyInChunks`
+MANY_WEIGHTS = 2**17  # of a matrix whose product with one row is divided among threads, see `multiply_row`
+
+
+def project(linear: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """`linear(inputs)`; for a single row on a CPU, such as a token of `generate`, by `multiply_row`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or inputs.shape[:-1].numel() != 1:
+        return linear(inputs)
+    if not has_plain_weight(linear):
+        return linear(inputs)
+    weight = linear.weight
+    is_suitable = weight.device.type == "cpu" and weight.dtype == inputs.dtype == torch.float32
+    if not is_suitable or weight.numel() < MANY_WEIGHTS or is_tracing(inputs) or torch.is_autocast_enabled("cpu"):
+        return linear(inputs)
+    return multiply_row(inputs.reshape(1, -1), weight, linear.bias).view(*inputs.shape[:-1], -1)
+
+
+def multiply_row(row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`nn.functional.linear` of a row (1, in), divided into as many products as there are threads.
+
+    PyTorch multiplies a single row in one thread, which reads the weights (out, in) about half as fast as the memory
+    allows. Each output is the same sum of products in both cases.
+    """
+    parts = min(torch.get_num_threads(), len(weight))
+    size = len(weight) // parts
+    divided = weight[: parts * size].reshape(parts, size, -1)
+    output = torch.bmm(row.expand(parts, 1, -1), divided.transpose(1, 2)).view(1, -1)  # (1, parts * size)
+    if parts * size < len(weight):
+        output = torch.cat([output, nn.functional.linear(row, weight[parts * size :])], dim=1)
+    return output if bias is None else output.add_(bias)
+
+
+def has_plain_weight(linear: nn.Module) -> bool:
+    """Whether a linear layer is not quantized, adapted, divided among processes, or with hooks.
+
+    accelerate replaces `forward` of the layers whose weights it moves to another device.
+    """
+    is_plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter and "forward" not in vars(linear)
+    return is_plain and not linear._forward_hooks and not linear._forward_pre_hooks
 
 
 def eager_attention_forward(
@@ -99,9 +137,9 @@ class HfGPTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # -1 for the heads: with tensor parallelism, each process has a subset of them.
         head_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query = project(self.q_proj, hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, D)
+        key = project(self.k_proj, hidden_states).view(head_shape).transpose(1, 2)
+        value = project(self.v_proj, hidden_states).view(head_shape).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
 
@@ -113,7 +151,7 @@ class HfGPTAttention(nn.Module):
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()  # (B, T, C)
-        return self.resid_dropout(self.o_proj(output)), weights
+        return self.resid_dropout(project(self.o_proj, output)), weights
 
 
 class HfGPTMLP(nn.Module):
@@ -128,7 +166,8 @@ class HfGPTMLP(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.resid_dropout(self.down_proj(self.act_fn(self.up_proj(hidden_states))))
+        activations = self.act_fn(project(self.up_proj, hidden_states))  # (B, T, 4C)
+        return self.resid_dropout(project(self.down_proj, activations))
 
 
 class HfGPTBlock(GradientCheckpointingLayer):
@@ -566,7 +605,7 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, HfGPTGenerationMixin):
         if has_targets and skip_logits and self._can_skip_logits(hidden_states, **kwargs):
             loss = self._loss_in_chunks(hidden_states, labels, **kwargs)
         else:
-            logits = self.lm_head(hidden_states)  # (B, T, V)
+            logits = project(self.lm_head, hidden_states)  # (B, T, V)
         if has_targets and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
@@ -577,11 +616,7 @@ class HfGPTForCausalLM(HfGPTPreTrainedModel, HfGPTGenerationMixin):
             return False
         if product_dtype(hidden_states) not in (torch.float32, torch.bfloat16):
             return False  # in float16, gradients that are not scaled up would be rounded to zero
-        head = self.lm_head
-        # Neither quantized, adapted, divided among processes, nor with hooks, as accelerate adds to offload weights.
-        is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head)
-        is_plain = is_plain and not head._forward_hooks and not head._forward_pre_hooks
-        return is_plain and self.loss_function is ForCausalLMLoss and ignore_index == -100
+        return has_plain_weight(self.lm_head) and self.loss_function is ForCausalLMLoss and ignore_index == -100
 
     def _loss_in_chunks(self, hidden_states, labels, shift_labels=None, num_items_in_batch=None, **kwargs):
         """The loss of `ForCausalLMLoss`."""

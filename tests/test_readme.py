@@ -109,7 +109,7 @@ def test_readme_python_runs(workspace):
             exec(code.replace("max_steps=200", "max_steps=2"), {})
     assert printed.getvalue().startswith("Once upon a time")
     assert " parameters\n" in printed.getvalue()
-    assert printed.getvalue().endswith(" nats per token\n")
+    assert " nats per token\nOnce upon a time" in printed.getvalue()
     assert (workspace / "runs" / "script" / "README.md").is_file()
 
 

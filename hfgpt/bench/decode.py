@@ -11,6 +11,7 @@ from torch import nn
 
 from hfgpt.bench.measuring import HFGPT, NANOGPT, Comparison, measure_in_turns, synchronize
 from hfgpt.bench.models import BABY, GPT2_SMALL, SMALL, Shape, build_models
+from hfgpt.evaluation.fast_generation import speed_up_generation
 
 PROMPT, NEW_TOKENS = 16, 64
 SHAPES = [replace(shape, context=max(shape.context, 256)) for shape in (SMALL, BABY, GPT2_SMALL)]
@@ -40,33 +41,44 @@ def measure_decoding(
         advance: Called after each measurement.
 
     Returns:
-        For one row, greedy and sampled, the first token, and the same for 16 rows.
+        For one row, greedy and sampled, the first token, and the same for 16 rows; on a CPU, also with
+        `speed_up_generation`, in float32 and in float16.
     """
     models = {name: model.eval() for name, model in build_models(shape, device, nanogpt).items()}
     weights = sum(weight.nbytes for weight in models[HFGPT].parameters())
     found = []
-    for rows in BATCHES:
+
+    def compare(case: str, models: dict[str, nn.Module], rows: int, new_tokens: int, do_sample: bool):
         ids = torch.randint(shape.vocabulary, (rows, PROMPT), device=device)
 
-        def measure(name: str, new_tokens: int, do_sample: bool, ids: torch.Tensor = ids) -> float:
+        def measure(model: nn.Module, new_tokens: int) -> float:
             begun = time.perf_counter()
-            generated = generate(models[name], ids, new_tokens, do_sample)
+            generated = generate(model, ids, new_tokens, do_sample)
             synchronize(device)
             seconds = time.perf_counter() - begun
             assert generated.shape[1] == PROMPT + new_tokens
-            return len(ids) * new_tokens / seconds if new_tokens > 1 else 1000 * seconds
+            return rows * new_tokens / seconds if new_tokens > 1 else 1000 * seconds
 
+        for model in models.values():
+            measure(model, min(new_tokens, 4))  # warms up
+        values = measure_in_turns(
+            {name: partial(measure, model, new_tokens) for name, model in models.items()}, advance
+        )
+        what = f"{case}, {shape.name}, {rows} row{'s' if rows > 1 else ''}"
+        is_time = new_tokens == 1
+        limit = None if is_time else rows * bandwidth / weights
+        found.append(Comparison("decode", what, "ms" if is_time else "tokens/s", values, is_time, limit))
+
+    for rows in BATCHES:
         # nanoGPT has no cache: its 16 rows would take minutes.
-        chosen = [name for name in models if name != NANOGPT or rows == 1]
-        cases = [("greedy", NEW_TOKENS, False), ("sampled", NEW_TOKENS, True), ("first token", 1, False)]
-        for case, new_tokens, do_sample in cases:
-            for name in chosen:
-                measure(name, min(new_tokens, 4), do_sample)  # warms up
-            values = measure_in_turns(
-                {name: partial(measure, name, new_tokens, do_sample) for name in chosen}, advance
-            )
-            what = f"{case}, {shape.name}, {rows} row{'s' if rows > 1 else ''}"
-            is_time = new_tokens == 1
-            limit = None if is_time else rows * bandwidth / weights
-            found.append(Comparison("decode", what, "ms" if is_time else "tokens/s", values, is_time, limit))
+        chosen = {name: model for name, model in models.items() if name != NANOGPT or rows == 1}
+        compare("greedy", chosen, rows, NEW_TOKENS, do_sample=False)
+        compare("sampled", chosen, rows, NEW_TOKENS, do_sample=True)
+        compare("first token", chosen, rows, 1, do_sample=False)
+    if device.type == "cpu":
+        models.pop(NANOGPT, None)
+        for case, half in (("fast loop", False), ("--fast", True)):
+            models[HFGPT] = speed_up_generation(models[HFGPT], half)
+            for name, do_sample in (("greedy", False), ("sampled", True)):
+                compare(f"{name}, {case}", models, 1, NEW_TOKENS, do_sample)
     return found

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from hfgpt.data.templates import TEMPLATES
 from hfgpt.errors import InputError
+from hfgpt.evaluation.fast_generation import speed_up_generation
 from hfgpt.evaluation.generation import SamplingArguments, TerminalStreamer
 from hfgpt.models import find_model
 from hfgpt.output import stderr_console
@@ -23,7 +24,13 @@ HELP = (
 )
 
 
-def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, lines: Iterator[str] | None = None):
+def run_chat(
+    path: str,
+    sampling: SamplingArguments,
+    system: str | None = None,
+    lines: Iterator[str] | None = None,
+    fast: bool = False,
+):
     """Chats with a model until the input ends. On a terminal, Ctrl-C only interrupts the current answer.
 
     Args:
@@ -31,11 +38,14 @@ def run_chat(path: str, sampling: SamplingArguments, system: str | None = None, 
         sampling: Sampling settings.
         system: System prompt.
         lines: The user's messages; None: read from the terminal or standard input.
+        fast: Generate with weights in float16, see `speed_up_generation`.
 
     Raises:
-        InputError: There is no model, or it was not trained to chat.
+        InputError: There is no model, or it was not trained to chat; or as `speed_up_generation`.
     """
     model, tokenizer = find_model(path).load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
+    if fast:
+        speed_up_generation(model, half=True)
     chat = Chat(model, tokenizer, sampling, system=system)
     console, interactive = stderr_console(), lines is None and sys.stdin.isatty()
     if interactive:

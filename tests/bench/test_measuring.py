@@ -126,6 +126,11 @@ def test_all_parts_measure_every_contender(nanogpt, monkeypatch, capsys):
         **{f"Trainer, tiny, {precision}": [HFGPT, GPT2] for precision in precisions},
         **{f"{case}, tiny, 1 row": [HFGPT, GPT2, NANOGPT] for case in ("greedy", "sampled", "first token")},
         **{f"{case}, tiny, 16 rows": [HFGPT, GPT2] for case in ("greedy", "sampled", "first token")},
+        **{
+            f"{case}, {loop}, tiny, 1 row": [HFGPT, GPT2]
+            for case in ("greedy", "sampled")
+            for loop in ("fast loop", "--fast")
+        },
         "text to rows, 0 MB, gigatoken": [HFGPT, "map and group_texts", "tokenizer alone"],
     }
     assert all(len(values) == 5 and min(values) > 0 for entry in found for values in entry.values.values())

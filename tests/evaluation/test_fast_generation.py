@@ -1,0 +1,321 @@
+"""Fast generation: the tokens, scores and caches of transformers' own loop, for whatever settings it is used with.
+
+Products with joined weights are the same sums; `CLOSE` allows for another order of them on other processors.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
+
+from hfgpt import HfGPTConfig, HfGPTForCausalLM, InputError
+from hfgpt.evaluation import fast_generation
+from hfgpt.evaluation.fast_generation import speed_up_generation
+from hfgpt.modeling_hfgpt import multiply_row, project
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+PROMPT = torch.tensor([[5, 9, 2, 40]])
+
+
+@pytest.fixture(params=[{}, {"qkv_bias": False, "hidden_act": "relu", "tie_word_embeddings": False}])
+def model(request, tiny_config):
+    torch.manual_seed(0)
+    model = HfGPTForCausalLM(tiny_config(bos_token_id=None, eos_token_id=None, **request.param)).eval()
+    for parameter in model.parameters():  # otherwise the text repeats itself
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(model.model.embed_positions.weight, std=3)
+    return model
+
+
+class Recorder:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value.flatten().tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def count_steps(model, monkeypatch) -> list[int]:
+    """The positions for which the fast loop computes a step, from now on."""
+    positions, step = [], fast_generation.FastLoop._step
+
+    def counted(self, token, index, caches):
+        positions.append(index)
+        return step(self, token, index, caches)
+
+    monkeypatch.setattr(fast_generation.FastLoop, "_step", counted)
+    return positions
+
+
+def generate(model, seed: int = 0, **settings):
+    torch.manual_seed(seed)
+    return model.generate(PROMPT, **{"max_new_tokens": 20, "do_sample": False, **settings})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 100},  # more than the context of 32
+        {"max_length": 12, "max_new_tokens": None},
+        {"suppress_tokens": [1, 2, 3], "min_new_tokens": 5},
+    ],
+)
+def test_the_tokens_are_those_of_generate(settings, model, monkeypatch):
+    expected = [generate(model, seed, **settings) for seed in range(3)]
+    speed_up_generation(model)
+    positions = count_steps(model, monkeypatch)
+    for seed, ids in enumerate(expected):
+        assert generate(model, seed, **settings).tolist() == ids.tolist()
+    assert len(positions) == sum(ids.shape[1] - 4 - 1 for ids in expected)
+    if settings.get("max_new_tokens") != 1:
+        assert len(set(expected[0][0, 4:].tolist())) > 3, "the text is not trivial"
+
+
+def test_the_end_of_text_token_and_stopping_criteria_end_the_text(model, monkeypatch):
+    ids = generate(model)[0, 4:].tolist()
+    speed_up_generation(model)
+    positions = count_steps(model, monkeypatch)
+    stopped = generate(model, eos_token_id=ids[5], pad_token_id=0)[0, 4:].tolist()
+    assert stopped == ids[: ids.index(ids[5]) + 1]
+    assert positions
+    late = StoppingCriteriaList([MaxTimeCriteria(max_time=-1)])
+    assert generate(model, stopping_criteria=late)[0, 4:].tolist() == ids[:1]
+
+
+def test_processors_see_the_text_so_far(model):
+    def processors():
+        return LogitsProcessorList(
+            [RepetitionPenaltyLogitsProcessor(5.0), MinNewTokensLengthLogitsProcessor(4, 6, eos_token_id=[0])]
+        )
+
+    expected = generate(model, logits_processor=processors())
+    assert expected.tolist() != generate(model).tolist()
+    assert generate(speed_up_generation(model), logits_processor=processors()).tolist() == expected.tolist()
+
+
+def test_a_streamer_gets_the_prompt_and_each_token(model):
+    ids = generate(model)
+    recorder = Recorder()
+    generate(speed_up_generation(model), streamer=recorder)
+    assert recorder.parts == [PROMPT[0].tolist(), *([token] for token in ids[0, 4:].tolist())]
+    assert recorder.ended
+
+
+def test_returned_logits_scores_and_cache(model, monkeypatch):
+    settings = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True, "top_k": 5}
+    expected = generate(model, do_sample=True, **settings)
+    speed_up_generation(model)
+    positions = count_steps(model, monkeypatch)
+    found = generate(model, do_sample=True, **settings)
+    assert len(positions) == 19
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert_close(torch.cat(found.logits), torch.cat(expected.logits), **CLOSE)
+    assert_close(torch.cat(found.scores), torch.cat(expected.scores), **CLOSE)
+    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == 23
+    for ours, theirs in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert_close(ours.keys, theirs.keys, **CLOSE)
+        assert_close(ours.values, theirs.values, **CLOSE)
+    # The results can be used in training, and to continue.
+    for tensor in (found.sequences, found.logits[0], found.scores[0], found.past_key_values.layers[0].keys):
+        assert not tensor.is_inference()
+    continued = model.generate(found.sequences, past_key_values=found.past_key_values, max_new_tokens=3)
+    del model.generate
+    again = model.generate(expected.sequences, past_key_values=expected.past_key_values, max_new_tokens=3)
+    assert continued.tolist() == again.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"inputs": PROMPT.repeat(2, 1)},
+        {"attention_mask": torch.tensor([[0, 1, 1, 1]])},
+        {"num_return_sequences": 2, "do_sample": True},
+        {"use_cache": False},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"past_key_values": "of the first two tokens"},
+    ],
+)
+def test_other_settings_use_the_loop_of_transformers(settings, model, monkeypatch):
+    def run():
+        chosen = {"inputs": PROMPT, "max_new_tokens": 6, "do_sample": False, **settings}
+        if "past_key_values" in settings:
+            chosen["past_key_values"] = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(PROMPT[:, :2], past_key_values=chosen["past_key_values"], use_cache=True)
+        torch.manual_seed(0)
+        found = model.generate(**chosen)
+        return getattr(found, "sequences", found).tolist()
+
+    expected = run()
+    speed_up_generation(model, half=True)
+    positions = count_steps(model, monkeypatch)
+    assert run() == expected
+    assert not positions
+
+
+def test_a_model_in_training_mode_keeps_its_dropout(tiny_config, monkeypatch):
+    model = HfGPTForCausalLM(tiny_config(resid_pdrop=0.5, bos_token_id=None, eos_token_id=None))
+    speed_up_generation(model)
+    positions = count_steps(model, monkeypatch)
+    generate(model.train())
+    assert not positions
+
+
+def test_beams_are_refused(model):
+    speed_up_generation(model)
+    with pytest.raises(
+        InputError, match=r"fast generation does not support beam_search: call del model.generate first"
+    ):
+        generate(model, num_beams=2)
+    del model.generate
+    assert generate(model, num_beams=2).shape == (1, 24)
+
+
+def test_changed_weights_are_read_again(model):
+    speed_up_generation(model)
+    before = generate(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
+    changed = generate(model)
+    assert changed.tolist() != before.tolist()
+    del model.generate
+    assert generate(model).tolist() == changed.tolist()
+
+
+def test_a_copy_and_a_saved_model_are_independent(model, tmp_path):
+    speed_up_generation(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(-1)
+    fast = generate(other)
+    del other.generate
+    assert generate(other).tolist() == fast.tolist() != generate(model).tolist()
+    model.save_pretrained(tmp_path)
+    assert generate(AutoModelForCausalLM.from_pretrained(tmp_path)).tolist() == generate(model).tolist()
+
+
+def test_half_rounds_to_float16(model, monkeypatch):
+    settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 3}
+    expected = generate(model, **settings)
+    speed_up_generation(model, half=True)
+    positions = count_steps(model, monkeypatch)
+    found = generate(model, **settings)
+    assert len(positions) == 2
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    ours, theirs = torch.cat(found.logits), torch.cat(expected.logits)
+    assert torch.equal(ours[0], theirs[0]), "the prompt is processed in float32"
+    assert 0 < (ours - theirs).abs().max() < 0.01 * theirs.abs().max()
+
+
+def test_half_keeps_logits_that_are_far_from_zero_together(model):
+    """Otherwise, float16 would round these, of about 1,000, to multiples of one half."""
+    with torch.no_grad():
+        model.model.norm.bias.fill_(1)
+        model.lm_head.weight.add_(1000 / model.config.hidden_size)
+    settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4}
+    expected = torch.cat(generate(model, **settings).logits)
+    assert expected.min() > 500
+    found = torch.cat(generate(speed_up_generation(model, half=True), **settings).logits)
+    assert (found - expected).abs().max() < 0.1
+
+
+def test_half_refuses_what_is_too_large(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 70_000
+    with pytest.raises(InputError, match="a weight is too large for float16: use half=False"):
+        speed_up_generation(model, half=True)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 60_000
+        model.model.layers[1].post_attention_layernorm.bias.fill_(100)
+    speed_up_generation(model, half=True)
+    with pytest.raises(InputError, match="a value became too large for float16: use half=False"):
+        generate(model)
+
+
+def test_models_that_are_not_plain_are_refused(model, tiny_config):
+    with pytest.raises(InputError, match="not a GPT2LMHeadModel: merge an adapter first"):
+        speed_up_generation(_gpt2())
+    with pytest.raises(InputError, match=r"weights in float32 on the CPU, not in torch.bfloat16 on cpu"):
+        speed_up_generation(HfGPTForCausalLM(tiny_config()).bfloat16())
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="plain linear layers, not adapters, quantized weights or hooks"):
+        speed_up_generation(model)
+
+
+def _gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+
+
+# Products of one row
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 1000])
+@pytest.mark.parametrize("rows", [512, 513, 515])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_row_is_multiplied_in_parts(threads, rows, bias, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    linear, row = torch.nn.Linear(512, rows, bias=bias), torch.randn(1, 512)
+    expected = linear(row).detach()
+    assert_close(multiply_row(row, linear.weight.detach(), linear.bias), expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        found = project(linear, row.view(1, 1, 512))
+    assert found.shape == (1, 1, rows)
+    assert_close(found[0], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_only_one_row_without_gradients_is_multiplied_in_parts(monkeypatch):
+    calls = []
+    monkeypatch.setattr("hfgpt.modeling_hfgpt.multiply_row", lambda *_: calls.append(1) or torch.zeros(1, 512))
+    linear, row = torch.nn.Linear(512, 512), torch.randn(1, 1, 512)
+    project(linear, row)
+    with torch.no_grad():
+        project(linear, row.expand(1, 2, 512))
+        project(torch.nn.Linear(512, 128), row)
+        with torch.autocast("cpu", torch.bfloat16):
+            project(linear, row)
+        linear.requires_grad_(False)
+        torch.jit.trace(lambda inputs: project(linear, inputs), row, check_trace=False)
+    assert not calls
+    with torch.no_grad():
+        project(linear, row)
+    assert calls == [1]
+
+
+def test_hooks_of_a_layer_are_called(tiny_config):
+    linear, seen = torch.nn.Linear(512, 512), []
+    linear.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        project(linear, torch.randn(1, 1, 512))
+    assert seen == [1]
+
+
+def test_generation_configurations_are_left_as_they_are(model):
+    config = GenerationConfig(max_new_tokens=5, do_sample=False)
+    before = config.to_dict()
+    speed_up_generation(model).generate(PROMPT, generation_config=config)
+    assert config.to_dict() == before
+    assert isinstance(model.config, HfGPTConfig)
