@@ -23,7 +23,7 @@ from hfgpt.data.report import counted
 from hfgpt.errors import InputError
 from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.flops import training_flops_per_token
-from hfgpt.training.hardware import describe_device, process_memory_bytes
+from hfgpt.training.hardware import describe_device, kept_memory, process_memory_bytes
 from hfgpt.training.optimizers import hidden_matrix_names
 from hfgpt.training.tensor_parallel import check_divisible
 from hfgpt.training.trainer import HfGPTTrainer
@@ -184,32 +184,35 @@ def probe_tokens_per_second(
         # Arguments that Trainer rejects are reported here, before anything is written.
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
             raise InputError(f"training: {' '.join(str(error).split())}") from error
-        rows, full = 1, arguments.per_device_train_batch_size
-        backward_seconds = optimizer_seconds = float("inf")
-        start = time.perf_counter()
-        # The first iteration at each batch size is a warm-up; of the rest, the fastest counts.
-        while time.perf_counter() - start < seconds or backward_seconds == float("inf"):
-            ids = torch.randint(model.config.vocab_size, (rows, block_size), device=model.device)
-            began = time.perf_counter()
-            labels = torch.zeros_like(ids[:, 0]) if model.config.problem_type else ids
-            with trainer.accelerator.autocast():
-                loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-            loss.backward()
-            loss.item()  # waits for an accelerator
-            halfway = time.perf_counter()
-            optimizer.step()
-            optimizer.zero_grad()
-            _synchronize(model.device)
-            ended = time.perf_counter()
-            per_row = (halfway - began) / rows
-            # Twice the rows take up to twice the time; for short rows hardly more.
-            if rows < full and (halfway - began) * 2 * 3 < seconds:
-                rows = min(2 * rows, full)
-                continue
-            backward_seconds = min(backward_seconds, per_row)
-            optimizer_seconds = min(optimizer_seconds, ended - halfway)
+        with kept_memory(arguments.device):
+            row_seconds = _time_row(trainer, model, block_size, seconds)
+            for _ in range(2):  # the first step creates the optimizer's state
+                began = time.perf_counter()
+                optimizer.step()
+                _synchronize(model.device)
+                step_seconds = time.perf_counter() - began
     rows_per_step = arguments.rows_per_step / arguments.data_processes
-    return rows_per_step * block_size / (rows_per_step * backward_seconds + optimizer_seconds)
+    return rows_per_step * block_size / (rows_per_step * row_seconds + step_seconds)
+
+
+def _time_row(trainer: HfGPTTrainer, model: PreTrainedModel, block_size: int, seconds: float) -> float:
+    """Seconds per row, forward and backward, at the largest batch size for which three batches fit in `seconds`."""
+    rows, full = 1, trainer.args.per_device_train_batch_size
+    loss_only = {"skip_logits": True} if trainer.skips_logits else {}
+    start, times = time.perf_counter(), []
+    while len(times) < 2 or time.perf_counter() - start < seconds:
+        ids = torch.randint(model.config.vocab_size, (rows, block_size), device=model.device)
+        labels = torch.zeros_like(ids[:, 0]) if model.config.problem_type else ids
+        began = time.perf_counter()
+        with trainer.accelerator.autocast():
+            loss = model(input_ids=ids, labels=labels, use_cache=False, **loss_only).loss
+        loss.backward()
+        loss.item()  # waits for an accelerator
+        times.append(time.perf_counter() - began)
+        # Twice the rows take up to twice the time; for short rows hardly more.
+        if len(times) == 2 and rows < full and 2 * 3 * times[1] < seconds:
+            rows, times = min(2 * rows, full), []
+    return min(times[1:]) / rows  # the first batch of a size is a warm-up
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Estimates compared with real runs: weights, optimizer state, steps, FLOPs; and probes without side effects."""
 
+import contextlib
 import copy
 import math
 import os
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,6 +166,31 @@ def test_probe_changes_nothing(options, make_model, make_arguments):
     )
     # Trainer creates the run folder when it is constructed; a plan writes nothing.
     assert not Path(arguments.output_dir).exists()
+
+
+def test_the_first_batch_of_each_size_is_a_warm_up(monkeypatch):
+    now, sizes = [0.0], []
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    class Model:
+        device, config = torch.device("cpu"), SimpleNamespace(vocab_size=8, problem_type=None)
+
+        def __call__(self, input_ids, **kwargs):
+            rows = len(input_ids)
+            now[0] += rows * (0.01 if rows in sizes else 1)
+            sizes.append(rows)
+            return SimpleNamespace(loss=torch.ones((), requires_grad=True))
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(per_device_train_batch_size=6),
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+        skips_logits=True,
+    )
+    assert module._time_row(trainer, Model(), 4, seconds=0.3) == pytest.approx(0.01)
+    assert sizes == [1, 1, 2, 2, 4, 4, 6, 6]
+    now[0], sizes[:] = 0, []
+    assert module._time_row(trainer, Model(), 4, seconds=0.1) == pytest.approx(0.01)
+    assert sizes == [1, 1, 2, 2]
 
 
 def test_a_plan_combines_an_estimate_and_a_probe(make_model, make_arguments, monkeypatch):
