@@ -1,7 +1,6 @@
 """Start-up, loading and memory, each measured in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from hfgpt.bench.measuring import GPT2, HFGPT, NANOGPT, Comparison, measure_in_turns
+from hfgpt.bench.measuring import GPT2, HFGPT, NANOGPT, Comparison, measure_in_turns, run_python
 from hfgpt.bench.models import GPT2_SMALL, build_models
-from hfgpt.errors import InputError
 
 OURS, THEIRS = "from hfgpt import HfGPTForCausalLM", "from transformers import GPT2LMHeadModel"
 LOAD = """
@@ -49,21 +47,6 @@ for _ in range(2):  # in the second, the optimizer has its state
     step.take()
 print(peak_memory_bytes(device) - before)
 """
-
-
-def run_python(code: str, *arguments: str) -> list[float] | float:
-    """What a program prints, in a process of its own.
-
-    Raises:
-        InputError: It failed, probably for lack of memory.
-    """
-    words = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        fact = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise InputError(f"a measurement failed ({fact}): it needs up to 8 GB of memory")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_load(advance: Callable) -> list[Comparison]:

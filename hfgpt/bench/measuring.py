@@ -1,11 +1,17 @@
 """Paired measurements: the contenders take turns, so that a change in the speed of the machine affects all of them."""
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+
+from hfgpt.errors import InputError
 
 HFGPT, GPT2, NANOGPT = "hfgpt", "GPT-2", "nanoGPT"
 ROUNDS = 5
@@ -79,6 +85,21 @@ def measure_in_turns(
             values[name].append(contenders[name]())
             advance()
     return values
+
+
+def run_python(code: str, *arguments: str) -> list[float] | float:
+    """What a program prints as JSON in its last line, in a process of its own.
+
+    Raises:
+        InputError: It failed, probably for lack of memory.
+    """
+    words = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+    environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        fact = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise InputError(f"a measurement failed ({fact}): it needs up to 8 GB of memory")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def repetitions_within(seconds: float, action: Callable[[], None]) -> int:

@@ -1,12 +1,13 @@
 """Training: the bare step (forward, backward, fused AdamW), and the whole loop of Trainer."""
 
 import itertools
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,17 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hfgpt.bench.measuring import HFGPT, Comparison, measure_in_turns, repetitions_within, synchronize
+from hfgpt.bench.measuring import (
+    GPT2,
+    HFGPT,
+    Comparison,
+    measure_in_turns,
+    repetitions_within,
+    run_python,
+    synchronize,
+)
 from hfgpt.bench.models import BABY, GPT2_SMALL, SMALL, Shape, build_models, draw_ids, loss_of
+from hfgpt.models import find_device
 from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.hardware import has_native_bf16
@@ -23,6 +33,13 @@ from hfgpt.training.trainer import HfGPTTrainer
 
 SECONDS = 1.0  # of a measurement
 WARM_UP = 3  # steps
+LOOP = """
+import json, sys
+from hfgpt.bench.models import Shape
+from hfgpt.bench.train import run_loop
+name, shape, precision = json.loads(sys.argv[1])
+print(run_loop(name, Shape(**shape), precision))
+"""
 
 
 class Clock(TrainerCallback):
@@ -97,42 +114,47 @@ def measure_step(
     return [Comparison("train", f"step, {shape.name}, {precision}", "tokens/s", values, limit=limit)]
 
 
-def measure_loop(
-    shape: Shape, precision: str, flops: float, device: torch.device, advance: Callable
-) -> list[Comparison]:
-    """Compares `Trainer` with GPT-2 and `HfGPTTrainer` with hfgpt, with the same arguments; see `measure_step`."""
-    models = build_models(shape, device)
-    rows = torch.randint(shape.vocabulary, (64 * shape.rows, shape.length))
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    number = min(repetitions_within(2 * SECONDS, BareStep(models[HFGPT], draw_ids(shape, device), False).take), 40)
+def measure_loop(shape: Shape, precision: str, flops: float, advance: Callable) -> list[Comparison]:
+    """Compares `Trainer` with GPT-2 and `HfGPTTrainer` with hfgpt, each in its own process; see `measure_step`.
+
+    In one process, each would use the memory that the other has freed.
+    """
 
     def measure(name: str) -> float:
-        clock = Clock()
-        with tempfile.TemporaryDirectory() as folder:
-            settings = {
-                "output_dir": folder,
-                "max_steps": WARM_UP + number,
-                "per_device_train_batch_size": shape.rows,
-                "bf16": precision == "bfloat16",
-                "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "learning_rate": 1e-5,
-                "use_cpu": device.type == "cpu",
-                "dataloader_pin_memory": device.type != "cpu",
-            }
-            if name == HFGPT:
-                arguments = HfGPTTrainingArguments(**settings)
-                trainer = HfGPTTrainer(models[name], arguments, train_dataset=data, callbacks=[clock])
-            else:
-                arguments = TrainingArguments(**settings)
-                trainer = Trainer(models[name], arguments, default_data_collator, data, callbacks=[clock])
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        seconds = statistics.median(after - before for before, after in itertools.pairwise(clock.ends[WARM_UP - 1 :]))
-        advance()
-        return shape.rows * shape.length / seconds
+        return run_python(LOOP, json.dumps([name, asdict(shape), precision]))
 
-    values = measure_in_turns({name: partial(measure, name) for name in models}, lambda: None)
+    values = measure_in_turns({name: partial(measure, name) for name in (HFGPT, GPT2)}, advance)
     limit = flops / training_flops_per_token(shape.config(), shape.length)
     return [Comparison("train", f"Trainer, {shape.name}, {precision}", "tokens/s", values, limit=limit)]
+
+
+def run_loop(name: str, shape: Shape, precision: str) -> float:
+    """Trains one contender, and returns its tokens per second, that of the median step."""
+    device = find_device()
+    model, clock = build_models(shape, device, only=name)[name], Clock()
+    rows = torch.randint(shape.vocabulary, (64 * shape.rows, shape.length))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    number = min(repetitions_within(SECONDS, BareStep(model, draw_ids(shape, device), False).take), 40)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "output_dir": folder,
+            "max_steps": WARM_UP + max(number, 3),
+            "per_device_train_batch_size": shape.rows,
+            "bf16": precision == "bfloat16",
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "learning_rate": 1e-5,
+            "use_cpu": device.type == "cpu",
+            "dataloader_pin_memory": device.type != "cpu",
+        }
+        if name == HFGPT:
+            arguments = HfGPTTrainingArguments(**settings)
+            trainer = HfGPTTrainer(model, arguments, train_dataset=data, callbacks=[clock])
+        else:
+            arguments = TrainingArguments(**settings)
+            trainer = Trainer(model, arguments, default_data_collator, data, callbacks=[clock])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    seconds = statistics.median(after - before for before, after in itertools.pairwise(clock.ends[WARM_UP - 1 :]))
+    return shape.rows * shape.length / seconds

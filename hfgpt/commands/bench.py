@@ -90,9 +90,8 @@ def list_jobs(part: str, machine: Machine, device: torch.device, nanogpt: Path |
     if part == "train":
         for shape in train.choose_shapes(device):
             for precision, flops in machine.matrix_flops.items():
-                case = (shape, precision, flops, device)
-                name = f"{shape.name}, {precision}"
-                yield Job(f"steps of {name}", partial(train.measure_step, *case, nanogpt))
+                case, name = (shape, precision, flops), f"{shape.name}, {precision}"
+                yield Job(f"steps of {name}", partial(train.measure_step, *case, device, nanogpt))
                 yield Job(f"Trainer with {name}", partial(train.measure_loop, *case))
     elif part == "decode":
         for shape in decode.SHAPES:

@@ -10,8 +10,8 @@ import torch
 
 from hfgpt.bench import BenchArguments, decode, train
 from hfgpt.bench import data as data_module
-from hfgpt.bench.load import LOAD, OURS, run_python
-from hfgpt.bench.measuring import GPT2, HFGPT, NANOGPT, Comparison, measure_in_turns, measure_matrix_flops
+from hfgpt.bench.load import LOAD, OURS
+from hfgpt.bench.measuring import GPT2, HFGPT, NANOGPT, Comparison, measure_in_turns, measure_matrix_flops, run_python
 from hfgpt.bench.models import SMALL, Shape, build_models, draw_ids, loss_of
 from hfgpt.commands.bench import bench, render_comparison
 from hfgpt.errors import InputError
@@ -108,10 +108,18 @@ def test_a_contender_that_computes_something_else_is_noticed(nanogpt):
         build_models(TINY, CPU, nanogpt)
 
 
+def run_loop_here(code: str, argument: str) -> float:
+    """In this process, since starting one takes seconds."""
+    assert code == train.LOOP
+    name, shape, precision = json.loads(argument)
+    return train.run_loop(name, Shape(**shape), precision)
+
+
 def test_all_parts_measure_every_contender(nanogpt, monkeypatch, capsys):
     """With a tiny model; loading and memory, which start processes, are measured by hand."""
     monkeypatch.setattr(train, "choose_shapes", lambda device: [TINY])
     monkeypatch.setattr(train, "SECONDS", 0.01)
+    monkeypatch.setattr(train, "run_python", run_loop_here)
     monkeypatch.setattr(decode, "SHAPES", [TINY])
     monkeypatch.setattr(data_module, "STORIES", 30)
     found, machines = [], []
