@@ -51,6 +51,7 @@ from .configuration_hfgpt import AUTO_MAP, HfGPTConfig
 logger = logging.get_logger(__name__)
 
 MANY_LOGITS, CHUNK_OF_LOGITS = 2**25, 2**27  # bytes in float32, see `CrossEntropyInChunks`
+SHORT_ROW = 256  # tokens, see `is_faster_in_float32`
 MANY_WEIGHTS = 2**17  # of a matrix whose product with one row is divided among threads, see `multiply_row`
 
 
@@ -111,6 +112,25 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def is_faster_in_float32(query: torch.Tensor) -> bool:
+    """Whether attention is being trained in bfloat16 on short rows on a CPU.
+
+    There, PyTorch's kernel takes up to three times as long backward as in float32; for more tokens, it is faster.
+    """
+    is_trained = query.dtype == torch.bfloat16 and query.requires_grad and not is_tracing(query)
+    return is_trained and query.device.type == "cpu" and query.shape[2] <= SHORT_ROW
+
+
+def attend_in_float32(attention_interface, module, query, key, value, attention_mask, **kwargs):
+    """`attention_interface` on float32 copies; returns what it returns, the output in the type of the query."""
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
+    with torch.autocast("cpu", enabled=False):
+        inputs = (query.float(), key.float(), value.float(), attention_mask)
+        output, weights = attention_interface(module, *inputs, **kwargs)
+    return output.to(query.dtype), weights
+
+
 class HfGPTAttention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -146,6 +166,8 @@ class HfGPTAttention(nn.Module):
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        if self.config._attn_implementation == "sdpa" and is_faster_in_float32(query):
+            attention_interface = partial(attend_in_float32, attention_interface)
         dropout = self.config.attn_pdrop if self.training else 0.0
         output, weights = attention_interface(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs

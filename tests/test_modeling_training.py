@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification, HfGPTModel
+from hfgpt import HfGPTForCausalLM, HfGPTForSequenceClassification, HfGPTModel, modeling_hfgpt
 
 CLOSE = {"atol": 5e-6, "rtol": 5e-6}
 IMPLEMENTATIONS = ["sdpa", "eager"]
@@ -257,3 +257,37 @@ def test_embeddings_can_replace_ids_but_not_accompany_them(model):
         model(ids, inputs_embeds=embeddings)
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+
+
+@pytest.mark.parametrize("rows", ["plain", "padded", "packed", "prepared mask"])
+def test_attention_on_short_rows_in_bfloat16_is_trained_in_float32(rows, tiny_config, monkeypatch):
+    torch.manual_seed(0)
+    model = HfGPTForCausalLM(tiny_config())
+    ids = torch.randint(64, (2, 12))
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    if rows == "padded":
+        inputs["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
+    if rows == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(7)]).expand(2, -1)
+    if rows == "prepared mask":
+        hidden = torch.full((12, 12), -1e9).triu(1)
+        inputs["attention_mask"] = hidden.expand(2, 1, 12, 12)
+    calls, attend = [], modeling_hfgpt.attend_in_float32
+    monkeypatch.setattr(modeling_hfgpt, "attend_in_float32", lambda *a, **k: calls.append(1) or attend(*a, **k))
+
+    def train(precision: str, short_row: int = 256) -> torch.Tensor:
+        monkeypatch.setattr(modeling_hfgpt, "SHORT_ROW", short_row)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            model(**inputs).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    exact = train("float32")
+    usual = train("bfloat16", short_row=11)
+    assert not calls
+    faster = train("bfloat16")
+    assert len(calls) == model.config.num_hidden_layers
+    assert (faster - exact).norm() < 1.1 * (usual - exact).norm() < 0.05 * exact.norm()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**inputs)
+    assert len(calls) == model.config.num_hidden_layers
