@@ -62,10 +62,29 @@ def test_muon_is_close_to_torchs_bfloat16(options, monkeypatch):
         assert torch.linalg.norm(mine - other) < 0.05 * torch.linalg.norm(other - before)
 
 
-def test_muon_is_torchs_where_bfloat16_is_native(monkeypatch):
+@pytest.mark.parametrize("large", [0, 200, 1000])
+def test_muon_is_torchs_for_large_matrices_where_bfloat16_is_native(large, monkeypatch):
     monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: True)
-    for mine, other in zip(*step_both({})[:2], strict=True):
-        assert torch.equal(mine, other)
+    monkeypatch.setattr(optimizers, "LARGE_MATRIX", large)
+    batches, step = [], Muon._step_together
+    monkeypatch.setattr(Muon, "_step_together", lambda self, *args: batches.append(len(args[0])) or step(self, *args))
+    for mine, other, before in zip(*step_both({}), strict=True):
+        assert torch.linalg.norm(mine - other) < 0.05 * torch.linalg.norm(other - before)
+        if mine.numel() >= large:
+            assert torch.equal(mine, other)
+    # In each of four steps, a batch of two, one or two others, and the single row, which has no gradient in the first.
+    assert len(batches) == {0: 0, 200: 4 * 2 + 3, 1000: 4 * 3 + 3}[large]
+    assert batches.count(2) == (4 if large else 0)
+
+
+def test_a_step_leaves_the_gradients(monkeypatch):
+    monkeypatch.setattr(optimizers, "has_native_bf16", lambda device: True)
+    monkeypatch.setattr(optimizers, "LARGE_MATRIX", 100)
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in ((4, 4), (16, 16))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    Muon(parameters, lr=0.1).step()
+    assert all(torch.equal(parameter.grad, torch.ones_like(parameter)) for parameter in parameters)
 
 
 def test_muon_calls_the_closure_once(monkeypatch):
