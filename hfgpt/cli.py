@@ -55,7 +55,8 @@ Greedy = Annotated[bool, typer.Option("--greedy", help="Always choose the most l
 Fast = Annotated[
     bool,
     typer.Option(
-        "--fast", help="On a CPU, read the weights in float16: up to four times as fast, but the text can differ."
+        "--fast",
+        help="On a CPU, read the weights in float16: up to four times as fast for one text, which can differ.",
     ),
 ]
 

@@ -51,7 +51,7 @@ from .configuration_hfgpt import AUTO_MAP, HfGPTConfig
 logger = logging.get_logger(__name__)
 
 MANY_LOGITS, CHUNK_OF_LOGITS = 2**25, 2**27  # bytes in float32, see `CrossEntropyInChunks`
-SHORT_ROW = 256  # tokens, see `is_faster_in_float32`
+SHORT_ROW, SMALL_HEAD = 256, 2**14  # tokens, and values in a head, see `is_faster_in_float32`
 MANY_WEIGHTS = 2**17  # of a matrix whose product with one row is divided among threads, see `multiply_row`
 
 
@@ -115,10 +115,12 @@ def eager_attention_forward(
 def is_faster_in_float32(query: torch.Tensor) -> bool:
     """Whether attention is being trained in bfloat16 on short rows on a CPU.
 
-    There, PyTorch's kernel takes up to three times as long backward as in float32; for more tokens, it is faster.
+    There, PyTorch's kernel takes up to three times as long backward as in float32; on longer rows, it takes less time.
     """
-    is_trained = query.dtype == torch.bfloat16 and query.requires_grad and not is_tracing(query)
-    return is_trained and query.device.type == "cpu" and query.shape[2] <= SHORT_ROW
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or not query.requires_grad or is_tracing(query):
+        return False
+    length, head_dim = query.shape[2:]
+    return length <= SHORT_ROW and length * head_dim <= SMALL_HEAD
 
 
 def attend_in_float32(attention_interface, module, query, key, value, attention_mask, **kwargs):
@@ -416,6 +418,11 @@ class HfGPTModel(HfGPTPreTrainedModel):
 
 class HfGPTGenerationMixin(GenerationMixin):
     """Ends generation at the context, where transformers would continue until the position embedding fails."""
+
+    decoding_loop = None  # set by `hfgpt.speed_up_generation`
+
+    def _sample(self, *args, **kwargs):
+        return (self.decoding_loop or super()._sample)(*args, **kwargs)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)

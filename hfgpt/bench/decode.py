@@ -48,7 +48,7 @@ def measure_decoding(
     weights = sum(weight.nbytes for weight in models[HFGPT].parameters())
     found = []
 
-    def compare(case: str, models: dict[str, nn.Module], rows: int, new_tokens: int, do_sample: bool):
+    def compare(case: str, models: dict[str, nn.Module], rows: int, new_tokens: int, do_sample: bool, read: int):
         ids = torch.randint(shape.vocabulary, (rows, PROMPT), device=device)
 
         def measure(model: nn.Module, new_tokens: int) -> float:
@@ -66,19 +66,19 @@ def measure_decoding(
         )
         what = f"{case}, {shape.name}, {rows} row{'s' if rows > 1 else ''}"
         is_time = new_tokens == 1
-        limit = None if is_time else rows * bandwidth / weights
+        limit = None if is_time else rows * bandwidth / read
         found.append(Comparison("decode", what, "ms" if is_time else "tokens/s", values, is_time, limit))
 
     for rows in BATCHES:
         # nanoGPT has no cache: its 16 rows would take minutes.
         chosen = {name: model for name, model in models.items() if name != NANOGPT or rows == 1}
-        compare("greedy", chosen, rows, NEW_TOKENS, do_sample=False)
-        compare("sampled", chosen, rows, NEW_TOKENS, do_sample=True)
-        compare("first token", chosen, rows, 1, do_sample=False)
+        compare("greedy", chosen, rows, NEW_TOKENS, False, weights)
+        compare("sampled", chosen, rows, NEW_TOKENS, True, weights)
+        compare("first token", chosen, rows, 1, False, weights)
     if device.type == "cpu":
         models.pop(NANOGPT, None)
         for case, half in (("fast loop", False), ("--fast", True)):
             models[HFGPT] = speed_up_generation(models[HFGPT], half)
             for name, do_sample in (("greedy", False), ("sampled", True)):
-                compare(f"{name}, {case}", models, 1, NEW_TOKENS, do_sample)
+                compare(f"{name}, {case}", models, 1, NEW_TOKENS, do_sample, weights // 2 if half else weights)
     return found

@@ -117,7 +117,7 @@ def measure_step(
 def measure_loop(shape: Shape, precision: str, flops: float, advance: Callable) -> list[Comparison]:
     """Compares `Trainer` with GPT-2 and `HfGPTTrainer` with hfgpt, each in its own process; see `measure_step`.
 
-    In one process, each would use the memory that the other has freed.
+    In one process, a trainer would use the memory that an earlier one has kept.
     """
 
     def measure(name: str) -> float:

@@ -114,8 +114,8 @@ def generate_ids(model: PreTrainedModel, prompt_ids: torch.Tensor, **settings: A
     """
     try:
         return model.generate(prompt_ids, return_dict_in_generate=False, **settings)
-    except (OSError, MemoryError, torch.OutOfMemoryError, UnicodeEncodeError):
-        raise  # errors of the machine, or of the streamer's output
+    except (OSError, MemoryError, torch.OutOfMemoryError, UnicodeEncodeError, InputError):
+        raise  # errors of the machine, of the streamer's output, or already explained
     # The exception for a wrong type or value depends on where it is first used.
     except Exception as error:
         if model.generation_config.to_dict() == GenerationConfig.from_model_config(model.config).to_dict():

@@ -21,8 +21,9 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon, but orthogonalizing in float32 on hardware that emulates bfloat16, and in batches on CPUs.
 
     torch.optim.Muon converts each gradient to bfloat16. On a processor without native bfloat16, its products take
-    about twenty times as long as in float32, and longer than the training step itself. On a CPU, small matrices of the
-    same shape take half the time as a batch. Everything else (momentum, state, hyperparameters) is torch's.
+    about twenty times as long as in float32, and longer than the training step itself. On a CPU, orthogonalizing small
+    matrices of the same shape as a batch takes half the time. Everything else (momentum, state, hyperparameters) is
+    torch's.
 
     A sharded matrix is orthogonalized whole, in every process; its momentum stays sharded.
     """

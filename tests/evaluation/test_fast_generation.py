@@ -7,12 +7,14 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -23,6 +25,7 @@ from hfgpt import HfGPTConfig, HfGPTForCausalLM, InputError
 from hfgpt.evaluation import fast_generation
 from hfgpt.evaluation.fast_generation import speed_up_generation
 from hfgpt.modeling_hfgpt import multiply_row, project
+from hfgpt.tokenizer import train_tokenizer
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 PROMPT = torch.tensor([[5, 9, 2, 40]])
@@ -140,7 +143,7 @@ def test_returned_logits_scores_and_cache(model, monkeypatch):
     for tensor in (found.sequences, found.logits[0], found.scores[0], found.past_key_values.layers[0].keys):
         assert not tensor.is_inference()
     continued = model.generate(found.sequences, past_key_values=found.past_key_values, max_new_tokens=3)
-    del model.generate
+    del model.decoding_loop
     again = model.generate(expected.sequences, past_key_values=expected.past_key_values, max_new_tokens=3)
     assert continued.tolist() == again.tolist()
 
@@ -150,11 +153,17 @@ def test_returned_logits_scores_and_cache(model, monkeypatch):
     [
         {"inputs": PROMPT.repeat(2, 1)},
         {"attention_mask": torch.tensor([[0, 1, 1, 1]])},
+        {"position_ids": torch.tensor([[7, 8, 9, 10]])},
         {"num_return_sequences": 2, "do_sample": True},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
         {"use_cache": False},
+        {"cache_implementation": "static"},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"past_key_values": "of the first two tokens"},
+        {"stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(8)])},
     ],
+    ids=lambda settings: next(iter(settings)),
 )
 def test_other_settings_use_the_loop_of_transformers(settings, model, monkeypatch):
     def run():
@@ -174,6 +183,108 @@ def test_other_settings_use_the_loop_of_transformers(settings, model, monkeypatc
     assert not positions
 
 
+def hook_on(module):
+    module.register_forward_hook(lambda module, args, output: output * 1.5)
+
+
+def replaced_forward(module):
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 1.5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: hook_on(model.model.layers[0].mlp.up_proj),
+        lambda model: hook_on(model.model.layers[0]),
+        lambda model: hook_on(model.model.embed_tokens),
+        lambda model: replaced_forward(model.model.layers[0].mlp),
+        lambda model: model.add_adapter(LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)),
+        lambda model: setattr(model.model.layers[0], "mlp", torch.nn.Linear(16, 16)),
+    ],
+)
+def test_changes_of_the_model_are_not_left_out(change, tiny_config, monkeypatch):
+    torch.manual_seed(0)
+    model = HfGPTForCausalLM(tiny_config(hidden_size=16, bos_token_id=None, eos_token_id=None)).eval()
+    speed_up_generation(model)
+    change(model)
+    positions = count_steps(model, monkeypatch)
+    found = generate(model)
+    model.decoding_loop = None
+    assert found.tolist() == generate(model).tolist()
+    assert not positions
+    with pytest.raises(InputError, match="without adapters, quantized weights and hooks"):
+        speed_up_generation(model)
+
+
+def test_prompt_tuning_around_the_model_is_not_left_out(model):
+    tuned = get_peft_model(speed_up_generation(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    torch.nn.init.normal_(tuned.prompt_encoder["default"].embedding.weight, std=3)
+    tuned.eval()
+    found = tuned.generate(input_ids=PROMPT, max_new_tokens=6, do_sample=False)
+    del model.decoding_loop
+    assert found.tolist() == tuned.generate(input_ids=PROMPT, max_new_tokens=6, do_sample=False).tolist()
+
+
+def test_stop_strings(model, monkeypatch):
+    tokenizer = train_tokenizer(["abcdefgh " * 20], kind="char")
+    ids = generate(model)[0, 4:].tolist()
+    known = next(token for token in ids if token in tokenizer.get_vocab().values())
+    settings = {"stop_strings": [tokenizer.decode([known])], "tokenizer": tokenizer}
+    expected = generate(model, **settings)
+    assert expected.shape[1] == 5 + ids.index(known)
+    speed_up_generation(model)
+    positions = count_steps(model, monkeypatch)
+    assert generate(model, **settings).tolist() == expected.tolist()
+    assert len(positions) == ids.index(known)
+
+
+def test_an_empty_cache_is_filled(model, monkeypatch):
+    caches = []
+    for fast in (False, True):
+        if fast:
+            speed_up_generation(model)
+            positions = count_steps(model, monkeypatch)
+        caches.append(DynamicCache(config=model.config))
+        generate(model, past_key_values=caches[-1], max_new_tokens=5)
+    assert len(positions) == 4
+    for theirs, ours in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert ours.keys.shape[2] == 8
+        assert_close(ours.keys, theirs.keys, **CLOSE)
+        assert_close(ours.values, theirs.values, **CLOSE)
+
+
+def test_processors_and_criteria_can_compute_gradients_and_change_their_inputs(model):
+    kept, seen = [], []
+
+    def process(ids, scores):
+        with torch.enable_grad():
+            weight = scores.new_ones(1, requires_grad=True)
+            (weight * scores.sum()).backward()
+        kept.append(scores)
+        for earlier in kept:
+            earlier += 1
+        return scores
+
+    def stop(ids, scores, **kwargs):
+        seen.append(scores)
+        return torch.zeros(1, dtype=torch.bool)
+
+    expected = generate(model)
+    settings = {"logits_processor": LogitsProcessorList([process])}
+    assert generate(speed_up_generation(model), **settings).tolist() == expected.tolist()
+    generate(model, stopping_criteria=StoppingCriteriaList([stop]))
+    assert set(seen) == {None}, "as in transformers, only with returned scores"
+
+
+def test_autocast_uses_the_loop_of_transformers(model, monkeypatch):
+    speed_up_generation(model)
+    positions = count_steps(model, monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model)
+    assert not positions
+
+
 def test_a_model_in_training_mode_keeps_its_dropout(tiny_config, monkeypatch):
     model = HfGPTForCausalLM(tiny_config(resid_pdrop=0.5, bos_token_id=None, eos_token_id=None))
     speed_up_generation(model)
@@ -182,24 +293,25 @@ def test_a_model_in_training_mode_keeps_its_dropout(tiny_config, monkeypatch):
     assert not positions
 
 
-def test_beams_are_refused(model):
-    speed_up_generation(model)
-    with pytest.raises(
-        InputError, match=r"fast generation does not support beam_search: call del model.generate first"
-    ):
-        generate(model, num_beams=2)
-    del model.generate
-    assert generate(model, num_beams=2).shape == (1, 24)
-
-
-def test_changed_weights_are_read_again(model):
-    speed_up_generation(model)
+@pytest.mark.parametrize("half", [False, True])
+def test_changed_weights_are_read_again(half, model):
+    speed_up_generation(model, half)
     before = generate(model)
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.weight.mul_(-1)
     changed = generate(model)
     assert changed.tolist() != before.tolist()
-    del model.generate
+    again = generate(speed_up_generation(model, half))
+    assert again.tolist() == changed.tolist()
+
+
+def test_in_float32_weights_are_not_copied(model):
+    speed_up_generation(model)
+    before = generate(model)
+    model.model.layers[0].self_attn.v_proj.weight.data.mul_(-1)  # not noticed by PyTorch
+    changed = generate(model)
+    assert changed.tolist() != before.tolist()
+    del model.decoding_loop
     assert generate(model).tolist() == changed.tolist()
 
 
@@ -209,7 +321,7 @@ def test_a_copy_and_a_saved_model_are_independent(model, tmp_path):
     with torch.no_grad():
         other.model.embed_tokens.weight.mul_(-1)
     fast = generate(other)
-    del other.generate
+    del other.decoding_loop
     assert generate(other).tolist() == fast.tolist() != generate(model).tolist()
     model.save_pretrained(tmp_path)
     assert generate(AutoModelForCausalLM.from_pretrained(tmp_path)).tolist() == generate(model).tolist()
@@ -253,14 +365,11 @@ def test_half_refuses_what_is_too_large(model):
         generate(model)
 
 
-def test_models_that_are_not_plain_are_refused(model, tiny_config):
+def test_other_models_are_refused(tiny_config):
     with pytest.raises(InputError, match="not a GPT2LMHeadModel: merge an adapter first"):
         speed_up_generation(_gpt2())
     with pytest.raises(InputError, match=r"weights in float32 on the CPU, not in torch.bfloat16 on cpu"):
         speed_up_generation(HfGPTForCausalLM(tiny_config()).bfloat16())
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
-    with pytest.raises(InputError, match="plain linear layers, not adapters, quantized weights or hooks"):
-        speed_up_generation(model)
 
 
 def _gpt2():
