@@ -48,7 +48,7 @@ def measure_decoding(
     weights = sum(weight.nbytes for weight in models[HFGPT].parameters())
     found = []
 
-    def compare(case: str, models: dict[str, nn.Module], rows: int, new_tokens: int, do_sample: bool, read: int):
+    def compare(case: str, models: dict[str, nn.Module], rows: int, new_tokens: int, do_sample: bool, size: int):
         ids = torch.randint(shape.vocabulary, (rows, PROMPT), device=device)
 
         def measure(model: nn.Module, new_tokens: int) -> float:
@@ -66,7 +66,7 @@ def measure_decoding(
         )
         what = f"{case}, {shape.name}, {rows} row{'s' if rows > 1 else ''}"
         is_time = new_tokens == 1
-        limit = None if is_time else rows * bandwidth / read
+        limit = None if is_time else rows * bandwidth / size
         found.append(Comparison("decode", what, "ms" if is_time else "tokens/s", values, is_time, limit))
 
     for rows in BATCHES:

@@ -163,7 +163,8 @@ class FastLoop:
             logits = logits.clone()  # outside of inference mode, a tensor like any other
         if streamer is not None:
             streamer.end()
-        for index, cache in enumerate(caches):  # the last token has not been processed
+        # As in transformers, the cache does not include the last new token, which was never passed to the model.
+        for index, cache in enumerate(caches):
             past.update(*cache[:, :, input_ids.shape[1] : length - 1].split(1), index)
         sequences = ids[:, :length].clone()
         if not config.return_dict_in_generate:
