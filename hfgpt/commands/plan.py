@@ -22,7 +22,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
         data = task.load(recipe, characters=CHARACTERS)
     model = task.build(recipe, data)
     estimate = plan_run(model, recipe.training, data.row_length, data.train_rows, SECONDS)
-    if recipe.training.max_steps <= 0:
+    if recipe.training.max_steps <= 0 and recipe.training.max_seconds is None:
         estimate.share = data.share
     if recipe.pretraining:
         estimate.first_pass = prepare_first_pass(recipe, data, SECONDS).estimate

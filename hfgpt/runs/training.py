@@ -60,9 +60,11 @@ def run_training(
         InputError: The loss is not finite, the disk is full, or an experiment tracker failed.
     """
     if checkpoint:
+        of_steps = f" of {estimate.steps:,}" if trainer.args.max_seconds is None else ""
+        of_tokens = f" of {estimate.tokens:,}" if trainer.args.max_seconds is None else ""
         console.print(
-            f"resuming from {checkpoint.name}: step {step_of(checkpoint):,} of {estimate.steps:,} (token "
-            f"{step_of(checkpoint) * estimate.tokens_per_step:,} of {estimate.tokens:,}); same data order and dropout",
+            f"resuming from {checkpoint.name}: step {step_of(checkpoint):,}{of_steps} (token "
+            f"{step_of(checkpoint) * estimate.tokens_per_step:,}{of_tokens}); same data order and dropout",
             highlight=False,
         )
     progress = ProgressCallback(console)

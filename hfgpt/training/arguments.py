@@ -22,7 +22,15 @@ from hfgpt.training.trackers import check_installed
 LEARNED = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size", "auto_find_batch_size"),
     "num_train_epochs",
-    *("max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay"),
+    *(
+        "max_steps",
+        "max_seconds",
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "weight_decay",
+    ),
     *("decay_all_parameters", "optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2"),
     *("adam_epsilon", "muon_learning_rate", "muon_momentum", "max_grad_norm", "label_smoothing_factor"),
     *("neftune_noise_alpha", "average_tokens_across_devices", "bf16", "fp16", "tf32", "seed", "data_seed"),
@@ -36,7 +44,11 @@ LIMITS = (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
         "global_batch_size block_size max_rollbacks",
     ),
-    ("above 0", lambda value: 0 < value < math.inf, "num_train_epochs logging_steps eval_steps save_steps"),
+    (
+        "above 0",
+        lambda value: 0 < value < math.inf,
+        "num_train_epochs logging_steps eval_steps save_steps max_seconds",
+    ),
     (
         "finite and at least 0",
         lambda value: 0 <= value < math.inf,
@@ -90,6 +102,9 @@ class HfGPTTrainingArguments(TrainingArguments):
             into batches of at most `per_device_train_batch_size`, and these among the processes, so that a run on
             another number of processes takes the same steps. None: `per_device_train_batch_size` x
             `gradient_accumulation_steps` x processes.
+        max_seconds: Training time in seconds, instead of `max_steps` or `num_train_epochs`. The learning-rate schedule
+            then follows the clock, so the result depends on the speed of the machine. A resumed run has the remaining
+            time.
         muon_learning_rate: If set, train the weight matrices of the blocks with Muon at this learning rate, and the
             rest with AdamW at `learning_rate`; both use the same schedule.
         muon_momentum: Momentum of Muon; use less than the usual 0.95 for runs of a few hundred steps.
@@ -107,6 +122,7 @@ class HfGPTTrainingArguments(TrainingArguments):
 
     bf16: bool | None = None
     global_batch_size: int | None = None
+    max_seconds: float | None = None
     muon_learning_rate: float | None = None
     muon_momentum: float = 0.95
     decay_all_parameters: bool = False
@@ -130,6 +146,8 @@ class HfGPTTrainingArguments(TrainingArguments):
                 f"training.max_steps is {self.max_steps}; it must be at least 1, or -1 to train for num_train_epochs"
             )
         check_numbers("training", self)
+        if self.max_seconds is not None:
+            self._check_time_limit()
         if self.push_to_hub:
             raise InputError(
                 "training.push_to_hub would push checkpoints without the model's code and hide errors: set "
@@ -166,6 +184,25 @@ class HfGPTTrainingArguments(TrainingArguments):
             if self.on_divergence == "rollback" and getattr(self, name):
                 raise InputError(
                     f"training.on_divergence is rollback, which does not support training.{name}: unset it"
+                )
+
+    def _check_time_limit(self):
+        if self.max_steps > 0:
+            raise InputError(
+                f"training.max_steps is {self.max_steps}, and cannot be combined with training.max_seconds: remove "
+                "one of them"
+            )
+        if self.warmup_steps >= 1:
+            raise InputError(
+                f"training.warmup_steps is {self.warmup_steps:g} steps: with training.max_seconds, it must be a "
+                "fraction of the time, such as 0.05"
+            )
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(
+                    f"training.{name} is {value:g}, a fraction of all steps, whose number is unknown with "
+                    "training.max_seconds: set it to at least 1"
                 )
 
     def _check_global_batch(self, rows: int, processes: int):

@@ -51,7 +51,8 @@ class ProgressCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             status = _join(self.loss, self.eval_loss, self.speed)
-            self.progress.update(self.task, completed=state.global_step, status=status)
+            # With training.max_seconds, max_steps is an estimate that changes.
+            self.progress.update(self.task, total=state.max_steps, completed=state.global_step, status=status)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

@@ -41,7 +41,7 @@ class Estimate:
             whose memory holds only tensors; its own context is not counted.
         tokens_per_step: Tokens predicted per optimizer step on all devices, averaged over an epoch, whose last step
             may be smaller.
-        steps: Optimizer steps.
+        steps: Optimizer steps; with a time limit, those that the measured speed allows, or 0 if it was not measured.
         flops_per_token: FLOPs per token, forward and backward.
         tokens_per_second: Measured by the benchmark on this machine; None if it was not run, if the whole model, of
             which each process will have a part, does not fit on one device, or with tensor parallelism.
@@ -163,12 +163,24 @@ def _activations_bytes(config: HfGPTConfig, arguments: HfGPTTrainingArguments, l
 def probe_tokens_per_second(
     model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, seconds: float
 ) -> float:
+    """Tokens per second on one device, including optimizer steps at the recipe's gradient accumulation.
+
+    Measured by `probe_seconds`.
+    """
+    row_seconds, step_seconds = probe_seconds(model, arguments, block_size, seconds)
+    rows_per_step = arguments.rows_per_step / arguments.data_processes
+    return rows_per_step * block_size / (rows_per_step * row_seconds + step_seconds)
+
+
+def probe_seconds(
+    model: PreTrainedModel, arguments: HfGPTTrainingArguments, block_size: int, seconds: float
+) -> tuple[float, float]:
     """Trains a copy of the model on random tokens for `seconds`; changes neither the model nor the random state.
 
     The batch grows up to the micro-batch size as time allows, so a large model on a slow machine uses fewer rows.
 
     Returns:
-        Tokens per second on one device, including optimizer steps at the recipe's gradient accumulation.
+        Seconds per row, forward and backward, and seconds per optimizer step, on one device.
     """
     arguments = copy.copy(arguments)
     arguments.eval_strategy = IntervalStrategy.NO  # Trainer would require an evaluation dataset
@@ -191,8 +203,7 @@ def probe_tokens_per_second(
                 optimizer.step()
                 _synchronize(model.device)
                 step_seconds = time.perf_counter() - began
-    rows_per_step = arguments.rows_per_step / arguments.data_processes
-    return rows_per_step * block_size / (rows_per_step * row_seconds + step_seconds)
+    return row_seconds, step_seconds
 
 
 def _time_row(trainer: HfGPTTrainer, model: PreTrainedModel, block_size: int, seconds: float) -> float:
@@ -239,7 +250,8 @@ def describe_time(estimate: Estimate) -> str:
 
 def describe_steps(estimate: Estimate) -> str:
     """The number of steps and their size, as in `500 steps of 2,048 tokens on average`."""
-    return f"{counted(estimate.steps, 'steps')} of {estimate.tokens_per_step:,} tokens on average"
+    number = counted(estimate.steps, "steps") if estimate.steps else "an unknown number of steps"
+    return f"{number} of {estimate.tokens_per_step:,} tokens on average"
 
 
 def plan_run(
@@ -252,11 +264,16 @@ def plan_run(
     if arguments.device.type == "cpu":
         estimate.process_bytes = max(process_memory_bytes() - _weights_bytes(model), 0)
     estimate.device = describe_device(arguments.device)
+    estimate.steps = 0 if arguments.max_seconds is not None else estimate.steps
     with explained_memory(arguments):
         try:
             speed = probe_tokens_per_second(model, arguments, block_size, seconds)
             if not arguments.is_tensor_parallel:
                 estimate.tokens_per_second = arguments.world_size * speed
+                if arguments.max_seconds is not None:
+                    estimate.steps = max(
+                        round(arguments.max_seconds * estimate.tokens_per_second / estimate.tokens_per_step), 1
+                    )
         except torch.OutOfMemoryError:
             if not arguments.is_sharded:
                 raise

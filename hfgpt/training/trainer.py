@@ -66,6 +66,7 @@ from hfgpt.training.sharding import (
 from hfgpt.training.speed import SpeedMeter
 from hfgpt.training.state import check_moments, check_schedule, read_state, readable_checkpoint, settings_of
 from hfgpt.training.tensor_parallel import divide_model, enable_parallelism
+from hfgpt.training.time_limit import MOST_STEPS, PARTS, TimeLimit
 
 
 class HfGPTTrainer(Trainer):
@@ -102,6 +103,9 @@ class HfGPTTrainer(Trainer):
                 raise InputError("training.global_batch_size needs a dataset with a length: remove it")
             args = copy.copy(args)
             args.gradient_accumulation_steps = count_rounds(args, args.rows_per_step)
+        if args.max_seconds is not None:
+            args = copy.copy(args)
+            args.max_steps = MOST_STEPS
         super().__init__(model, args, data_collator or default_data_collator, train_dataset, *others, **kwargs)
         if self.args.n_gpu > 1:  # Trainer would use DataParallel, and scale some losses by the number of GPUs
             raise InputError(
@@ -112,11 +116,12 @@ class HfGPTTrainer(Trainer):
         # Whether the current and the last batch only keep this process in step with the others.
         self.is_filler = self.was_filler = False
         self.measure, self.sums = measure, None
+        if self.args.max_seconds is not None:
+            self.add_callback(TimeLimit(self.args.max_seconds))
         # Label smoothing needs the logits.
         self.skips_logits = isinstance(base_of(self.model), HfGPTForCausalLM) and self.label_smoother is None
         self.speed: SpeedMeter | None = None  # adds speed and memory to the log
-        self.last_scheduled: Path | None = None  # the checkpoint to roll back to
-        self.rolled_back_at = 0  # step of the last rollback
+        self.last_scheduled, self.rolled_back_at = None, 0  # checkpoint to roll back to, step of the last rollback
         self.checks_each_step = self.args.device.type == "cpu"  # an accelerator would have to be waited for
         self.save_error: Exception | None = None
         if self.args.muon_learning_rate is not None:
@@ -151,6 +156,10 @@ class HfGPTTrainer(Trainer):
             divide_model(self.model, self.accelerator.torch_device_mesh["tp"])
             self.is_distributed_loading_by_transformers = True  # so that accelerate does not wrap it
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Trainer's schedule counts steps; with `max_seconds`, it counts parts of the time."""
+        return super().create_scheduler(num_training_steps if self.args.max_seconds is None else PARTS, optimizer)
 
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's batches depend on the number of processes, and on the random state at the start of an epoch.
@@ -459,10 +468,12 @@ class HfGPTTrainer(Trainer):
         with self._noting_errors(output_dir):
             super()._save_rng_state(output_dir)
 
-    def _finalize_training(self, *args, **kwargs):
+    def _finalize_training(self, trial, num_train_samples, start_time):
         """Trainer deletes the newest checkpoint, even of a stopped run, if the limit is 1 and another one is best."""
+        if self.args.max_seconds is not None:  # Trainer's number is that of `MOST_STEPS`
+            num_train_samples = self.state.max_steps * self.args.rows_per_step
         with self._keeping_checkpoints():
-            output = super()._finalize_training(*args, **kwargs)
+            output = super()._finalize_training(trial, num_train_samples, start_time)
         self._remove_old_checkpoints(finished=self.state.global_step >= self.state.max_steps)
         return output
 
@@ -493,7 +504,8 @@ class HfGPTTrainer(Trainer):
         with readable_checkpoint(resume_from_checkpoint):
             state = read_state(Path(resume_from_checkpoint))
         self.last_scheduled = self._find_last_scheduled(Path(resume_from_checkpoint))
-        if not 0 < self.args.max_steps <= state.global_step:
+        last_step = self.args.max_steps if self.args.max_seconds is None else state.max_steps
+        if not 0 < last_step <= state.global_step:
             return super().train(resume_from_checkpoint, **kwargs)
         self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state

@@ -22,7 +22,7 @@ from hfgpt.modeling_hfgpt import HfGPTForCausalLM
 from hfgpt.training import estimate as module
 from hfgpt.training import hardware
 from hfgpt.training.arguments import HfGPTTrainingArguments
-from hfgpt.training.estimate import describe_time, estimate_run, plan_run, probe_tokens_per_second
+from hfgpt.training.estimate import describe_steps, describe_time, estimate_run, plan_run, probe_tokens_per_second
 from hfgpt.training.flops import count_matrix_parameters, training_flops_per_token
 
 
@@ -344,3 +344,12 @@ def test_if_the_peak_cannot_be_reset_it_is_that_of_the_process(monkeypatch):
     monkeypatch.setattr(hardware.Path, "write_text", lambda self, text: (_ for _ in ()).throw(FileNotFoundError))
     assert not hardware.reset_peak_memory(torch.device("cpu"))
     assert hardware.process_memory_bytes() == hardware.peak_memory_bytes(torch.device("cpu")) > 0
+
+
+def test_a_time_limit_allows_the_steps_of_the_measured_speed(make_model, make_arguments, monkeypatch):
+    monkeypatch.setattr(module, "probe_tokens_per_second", lambda *args: 3200.0)
+    estimate = plan_run(make_model(), make_arguments(max_seconds=20.0), block_size=16, blocks=100)
+    assert estimate.tokens_per_step == 123  # 13 steps of at most 8 rows per epoch of 100
+    assert estimate.steps == round(20 * 3200 / 123)
+    assert estimate.seconds == pytest.approx(20, rel=0.01)
+    assert describe_steps(estimate) == "520 steps of 123 tokens on average"
