@@ -83,6 +83,10 @@ def train(
     context: typer.Context,
     recipe: RecipeName,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the latest checkpoint.")] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Choose the best model for this time, such as 5m, and forecast its loss."),
+    ] = None,
     on: Annotated[
         str | None,
         typer.Option(metavar="FLAVOR", help="Hardware of HF Jobs to train on; show the job without submitting it."),
@@ -94,10 +98,14 @@ def train(
     ] = None,
 ):
     """Train a model from a recipe; override any key with --section.key value."""
+    from hfgpt.durations import Budget, parse_duration
     from hfgpt.recipe import load_recipe
 
+    limit = None if budget is None else Budget(parse_duration(budget, "--budget"), _overrides(context))
     job = {"submit": submit, "timeout": timeout, "namespace": namespace}
     if on is not None:
+        if limit:
+            raise InputError("--budget measures the speed of this machine, not of HF Jobs: leave out --budget or --on")
         from hfgpt.commands.jobs import JobArguments, train_on_job
 
         arguments = JobArguments(on, **{key: value for key, value in job.items() if value is not None})
@@ -109,7 +117,7 @@ def train(
     loaded = load_recipe(recipe, _overrides(context), check_paths=True)
     from hfgpt.commands.train import train as train_recipe
 
-    train_recipe(loaded, resume)
+    train_recipe(loaded, resume, budget=limit)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

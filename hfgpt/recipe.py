@@ -5,6 +5,7 @@ and keys or sections that are not mappings (`recipe_keys.py` does), nor for null
 duplicate YAML keys (this file does).
 """
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -13,6 +14,7 @@ import importlib
 import itertools
 import pydoc
 import re
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from hfgpt.data.files import find_source, is_url, looks_local, nearest
 from hfgpt.errors import InputError
 from hfgpt.recipe_keys import SECTIONS, check_overrides, find_unknown, section_keys, suggest
-from hfgpt.saving import check_model_path
+from hfgpt.saving import check_model_path, write_text
 
 if TYPE_CHECKING:  # `section_types` imports them, and torch, after the keys have been checked
     from hfgpt.adapters import AdapterArguments
@@ -247,6 +249,22 @@ def parse_sections(overrides: list[str], task: str, sections: list[str]) -> dict
     except ArgumentError as error:
         raise InputError(_explain(error)[1]) from error
     return {section: _build(kind, values[section]) for section, kind in kinds.items()}
+
+
+def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """A recipe with other values, given by their dotted keys, which are checked as in a file.
+
+    Raises:
+        InputError: A value is invalid.
+    """
+    tree = copy.deepcopy(recipe.values)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        tree[section][name] = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{recipe.name}.yaml"
+        write_text(path, yaml.safe_dump(tree))
+        return load_recipe(str(path))
 
 
 def render_recipe(recipe: Recipe) -> str:

@@ -157,6 +157,19 @@ class Samples(Record):
 
 
 @dataclass(kw_only=True)
+class Forecast(Record):
+    """The validation loss that was expected before a training, in nats per token, and the limits of an interval."""
+
+    loss: Annotated[float, REQUIRED]
+    low: Annotated[float, REQUIRED]
+    high: Annotated[float, REQUIRED]
+
+    def describe(self) -> str:
+        """The forecast as in `1.850 nats per token (1.750 to 1.950)`."""
+        return f"{self.loss:.3f} nats per token ({self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(kw_only=True)
 class RunRecord(TrainingRecord, Environment):
     """run.json: what the weights of a run depend on, the cost of training, and what the model card shows.
 
@@ -174,6 +187,7 @@ class RunRecord(TrainingRecord, Environment):
     processes: int | None = None
     rows_per_step: int | None = None
     rows_per_batch: int | None = None
+    forecast: Annotated[Forecast | None, END] = None
     base_model: Annotated[str | None, PLACE] = None
     base_weights_sha256: str | None = None
     architecture: dict[str, Any] | None = None

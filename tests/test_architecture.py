@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file imports only from lower layers, or from files in its own folder.
 LAYERS = [
     {"", "configuration_hfgpt", "errors", "demo_corpus"},  # "" is hfgpt/__init__.py
-    {"modeling_hfgpt", "saving", "recipe_keys", "foreign_code"},
+    {"modeling_hfgpt", "durations", "saving", "recipe_keys", "foreign_code"},
     {"records", "output"},
     {"data", "adapters"},
     {"tokenizer", "evaluation"},

@@ -626,7 +626,7 @@ def test_the_commands_and_options_are_stable():
         "recipes": "--json",
         "serve": "MODEL --host --port --web --fast",
         "bench": "PART --nanogpt --json",
-        "train": "RECIPE --resume --on --submit --timeout --namespace",
+        "train": "RECIPE --resume --budget --on --submit --timeout --namespace",
     }
     found = {
         name: " ".join(

@@ -17,6 +17,7 @@ from hfgpt.commands.demo import run_demo
 from hfgpt.conversion import book, gpt2
 from hfgpt.conversion.assembly import build_native_on_meta
 from hfgpt.demo_corpus import generate_instructions, generate_messages, generate_stories
+from hfgpt.runs import budget
 from hfgpt.training import estimate
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +59,9 @@ def workspace(tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_CACHE_HOME", folder / "cache")
     probe = estimate.probe_tokens_per_second  # half a second per run
     monkeypatch.setattr(estimate, "probe_tokens_per_second", lambda *args, **kwargs: probe(*args[:3], seconds=0.02))
+    for name in ("PLANNING", "RECORDING"):
+        monkeypatch.setattr(budget, name, 0.2)
+    monkeypatch.setattr(budget, "SHAPES", [(1, 32)])
     with contextlib.chdir(folder):
         quick = ["--training.max_steps", "2", "--training.save_strategy", "no"]
         run_demo(
@@ -91,8 +95,8 @@ def test_readme_commands_run(workspace, monkeypatch, capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("hfgpt ")]
     assert len(commands) >= 6
     for command in commands:
-        words = shlex.split(command)
-        if words[1] in ("train", "plan", "inspect"):
+        words = shlex.split(command.replace("--budget 1m", "--budget 5s"))
+        if words[1] in ("train", "plan", "inspect") and "--budget" not in words:
             words += SHORT
         words += SHORTER.get("".join(words[2:3]), ())
         monkeypatch.setattr("sys.argv", words)

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 import hfgpt
 from hfgpt.data.cache import cache_folder
 from hfgpt.data.files import find_source, has_tokens, is_url
+from hfgpt.durations import parse_duration
 from hfgpt.errors import InputError
 from hfgpt.recipe import Recipe, find_recipe, recipe_folder
 from hfgpt.records import RECIPE_FILE
@@ -60,8 +61,7 @@ class JobArguments:
             near = difflib.get_close_matches(self.flavor, flavors, n=1, cutoff=0.4)
             remedy = f"did you mean '{near[0]}'?" if near else f"the flavors are: {', '.join(flavors)}"
             raise InputError(f"'{self.flavor}' is not a flavor of HF Jobs; {remedy}")
-        if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[smhd]", self.timeout):
-            raise InputError(f"--timeout is '{self.timeout}'; it must be a number and a unit, such as 30m, 4h or 2d")
+        parse_duration(self.timeout, "--timeout")
         if "attempts" not in inspect.signature(HfApi.run_job).parameters:
             raise InputError("--on needs huggingface_hub 2.4 or newer: run pip install --upgrade huggingface_hub")
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from hfgpt.commands.publish import PublishArguments, check_base, publish
+from hfgpt.durations import Budget
 from hfgpt.errors import InputError
 from hfgpt.hub.background import CheckpointPushes
 from hfgpt.hub.upload import check_login
@@ -17,7 +18,9 @@ from hfgpt.saving import quote_path
 from hfgpt.training.callbacks import append_log
 
 
-def train(recipe: Recipe, resume: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, resume: bool = False, console: Console | None = None, budget: Budget | None = None
+) -> dict[str, Any]:
     """Runs a recipe, and publishes the result if the recipe sets `hub.repo_id`.
 
     Args, returns and raises as `hfgpt.runs.run.run`; in addition:
@@ -27,12 +30,12 @@ def train(recipe: Recipe, resume: bool = False, console: Console | None = None) 
     """
     hub, is_main = recipe.hub, recipe.training.process_index == 0
     if hub is None or hub.repo_id is None:
-        return run(recipe, resume, console)
+        return run(recipe, resume, console, budget=budget)
     console = console or stderr_console(quiet=not is_main)
     check_publication(recipe)
     pushes = CheckpointPushes(hub, console) if hub.strategy == "checkpoints" and is_main else None
     try:
-        metrics = run(recipe, resume, console, [pushes] if pushes else [])
+        metrics = run(recipe, resume, console, [pushes] if pushes else [], budget)
     finally:
         if pushes:
             pushes.stop()

@@ -60,9 +60,11 @@ def prepare_first_pass(recipe: Recipe, data: Data, seconds: float) -> FirstPass:
     return FirstPass(model, arguments, blocks, plan_run(model, arguments, blocks.block_size, len(blocks), seconds))
 
 
-def is_first_pass_finished(recipe: Recipe) -> bool:
-    """Whether an interrupted run has already finished its first pass."""
-    return (first_pass_folder(recipe) / CHECKSUMS_FILE).is_file()
+def plan_first_pass(recipe: Recipe, data: Data, seconds: float) -> FirstPass | None:
+    """The first pass of a recipe; None if it has none, or if an interrupted run has already finished it."""
+    if not recipe.pretraining or (first_pass_folder(recipe) / CHECKSUMS_FILE).is_file():
+        return None
+    return prepare_first_pass(recipe, data, seconds)
 
 
 def run_first_pass(first: FirstPass, tokenizer: PreTrainedTokenizerBase, console: Console):
@@ -93,8 +95,10 @@ def run_first_pass(first: FirstPass, tokenizer: PreTrainedTokenizerBase, console
     trainer.accelerator.wait_for_everyone()
 
 
-def after_first_pass(recipe: Recipe, data: Data) -> tuple[Recipe, Data]:
-    """The recipe and data of the run after the first pass, with its model as the base model."""
+def finish_first_pass(first: FirstPass | None, recipe: Recipe, data: Data, console: Console) -> tuple[Recipe, Data]:
+    """Runs the first pass, unless it is None; returns recipe and data with its model as the base model."""
+    if first:
+        run_first_pass(first, data.tokenizer, console)
     kept = {name: getattr(recipe.model, name) for name in ("attn_implementation", "load_in_4bit", *DROPOUTS)}
     model = ModelArguments(path=str(first_pass_folder(recipe).resolve()), **kept)
     return dataclasses.replace(recipe, model=model), dataclasses.replace(data, base=find_base_model(model))

@@ -14,7 +14,7 @@ from hfgpt.errors import InputError
 from hfgpt.models import SavedModel
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe, first_difference, load_recipe, render_recipe
-from hfgpt.records import CARD_FILE, METRICS_FILE, RECIPE_FILE, RunRecord, is_finished, is_run
+from hfgpt.records import CARD_FILE, METRICS_FILE, RECIPE_FILE, Forecast, RunRecord, is_finished, is_run
 from hfgpt.saving import (
     check_writable,
     explain_full_disk,
@@ -185,13 +185,14 @@ def _advise_longer(recipe: Recipe) -> str:
     return f"to train it further, start a new run from its weights with --model.path {quote_path(weights)}{others}"
 
 
-def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None):
+def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None, forecast: Forecast | None = None):
     """Writes everything known before training, all or nothing: the recipe, the tokenizer and the data report.
 
     Args:
         recipe: The recipe of the run.
         data: Its data; report and tokenizer are written.
         checkpoint: The checkpoint to resume from.
+        forecast: The forecast of a new run with a budget; a resumed run keeps its own.
 
     Raises:
         InputError: Data, tokenizer, base model or precision of a resumed run have changed.
@@ -199,6 +200,7 @@ def begin_run(recipe: Recipe, data: Data, checkpoint: Path | None = None):
     folder = Path(recipe.training.output_dir)
     sources = describe_sources(recipe, data)
     before = RunRecord.read(folder)
+    sources.forecast = before.forecast if before else forecast
     if checkpoint and before is None:
         raise InputError(
             f"'{folder}' has no run.json, which resuming needs to check that nothing changed: restore it, or start a "

@@ -1,7 +1,6 @@
 """The messages that a run prints before training and at the end."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from hfgpt.adapters import trainable_parameters
 from hfgpt.data.report import counted
 from hfgpt.recipe import Recipe
+from hfgpt.records import Forecast, RunRecord
 from hfgpt.runs.first_pass import FirstPass
 from hfgpt.runs.training import Training
 from hfgpt.saving import quote_path
@@ -59,15 +59,22 @@ def describe_start(
     return "\n".join(lines)
 
 
-def describe_end(task: Task, metrics: dict[str, Any], samples: Sequence[str], training: Training) -> str:
-    """The lines printed at the end of a run: metrics, actual and planned time, sample outputs."""
+def describe_end(task: Task, metrics: dict[str, Any], record: RunRecord, training: Training) -> str:
+    """The lines printed at the end of a run: metrics, actual and planned time, the forecast, sample outputs."""
     planned = training.estimate.seconds
     lines = [
         f"{task.describe(metrics)}; {training.seconds:.0f} s of training"
         f"{'' if planned is None else f' (planned {planned:.0f})'}",
-        *(f"sample: {text}" for text in samples),
+        *([describe_forecast(record.forecast, metrics["eval_loss"])] if record.forecast else []),
+        *(f"sample: {text}" for text in record.samples.texts),
     ]
     return "\n".join(lines)
+
+
+def describe_forecast(forecast: Forecast, loss: float) -> str:
+    """Whether a forecast was right, in one line."""
+    place = "below" if loss < forecast.low else "above" if loss > forecast.high else "within"
+    return f"forecast: {forecast.describe()}; the loss is {place} the interval"
 
 
 def describe_next(folder: Path, task: Task) -> str:

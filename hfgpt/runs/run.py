@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import distributed
 from transformers import PreTrainedModel, TrainerCallback
 
+from hfgpt.durations import Budget
 from hfgpt.errors import InputError, Interrupted
 from hfgpt.evaluation.spread import all_see, map_over_processes
 from hfgpt.hub import HubArguments
@@ -24,7 +25,8 @@ from hfgpt.models import find_model, hash_weights
 from hfgpt.output import stderr_console
 from hfgpt.recipe import Recipe
 from hfgpt.records import RECIPE_FILE, write_metrics
-from hfgpt.runs.first_pass import after_first_pass, is_first_pass_finished, prepare_first_pass, run_first_pass
+from hfgpt.runs.budget import check_budget, fit_to_budget, keep_choice
+from hfgpt.runs.first_pass import finish_first_pass, plan_first_pass
 from hfgpt.runs.folder import begin_run, check_run_folder, hold_folder
 from hfgpt.runs.messages import describe_end, describe_next, describe_start
 from hfgpt.runs.record import describe_run
@@ -43,6 +45,7 @@ def run(
     resume: bool = False,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    budget: Budget | None = None,
 ) -> dict[str, Any]:
     """Trains the model that a recipe describes and writes a complete run folder.
 
@@ -51,6 +54,7 @@ def run(
         resume: Whether to resume from the last checkpoint in `training.output_dir`.
         console: The console to print to; None: stderr.
         callbacks: Trainer callbacks, in addition to those for progress and log.
+        budget: Choose the model and its training for this time; None: as in the recipe.
 
     Returns:
         The content of `metrics.json`; empty in all processes but the main one.
@@ -62,15 +66,19 @@ def run(
     """
     is_main = recipe.training.process_index == 0
     console = console or stderr_console(quiet=not is_main)
+    if budget:
+        check_budget(recipe)
     with hold_folder(Path(recipe.training.output_dir), is_main), explained_disconnection():
-        return _run_steps(recipe, resume, console, callbacks)
+        return _run_steps(recipe, resume, console, callbacks, budget)
 
 
-def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequence, budget: Budget | None) -> dict:
     started, arguments, task = time.perf_counter(), recipe.training, TASKS[recipe.task]
     folder, is_main = Path(arguments.output_dir), arguments.process_index == 0
 
     # 1. The run folder: free, or with the run to resume. Also check what will be needed at the end of the run.
+    if budget and resume:
+        recipe = keep_choice(recipe, budget)
     checkpoint = check_run_folder(recipe, resume, console)
     task.check(recipe)
     if is_main:  # the only process that reports
@@ -80,24 +88,22 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     with main_process_first():  # the other processes use its cache
         data = task.load(recipe, folder if resume else None)
 
-    # 3. The model.
+    # 3. The model; within a budget, the best one for the time that is left.
+    recipe, forecast = fit_to_budget(recipe, data, budget, console) if budget and not resume else (recipe, None)
     model = task.build(recipe, data)
 
     # 4. The plan, with that of a first pass of language modeling if the recipe has one.
-    estimate = plan_run(model, arguments, data.row_length, data.train_rows, seconds=0.5)
-    has_first_pass = recipe.pretraining and not is_first_pass_finished(recipe)
-    first = prepare_first_pass(recipe, data, seconds=0.5) if has_first_pass else None
+    estimate = plan_run(model, recipe.training, data.row_length, data.train_rows, seconds=0.5)
+    first = plan_first_pass(recipe, data, seconds=0.5)
     console.print(describe_start(recipe, data, model, estimate, first, is_new=checkpoint is None), highlight=False)
 
     # 5. Train: the first pass, and then the run itself, from its weights.
     PartialState().wait_for_everyone()  # all processes have checked the folder
     if is_main:
-        begin_run(recipe, data, checkpoint)
+        begin_run(recipe, data, checkpoint, forecast)
     with explained_memory(arguments):
-        if first:
-            run_first_pass(first, data.tokenizer, console)
         if recipe.pretraining:
-            recipe, data = after_first_pass(recipe, data)
+            recipe, data = finish_first_pass(first, recipe, data, console)
             model = task.build(recipe, data)
         trainer = build_trainer(recipe, model, data)
         training = run_training(trainer, estimate, checkpoint, console, callbacks)
@@ -118,11 +124,12 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
 
     # 7. Write the records; the model card is last and marks the run as finished.
     write_results(recipe, training, data, measured)
-    describe_run(recipe, training, data, samples, started).write(folder)
+    record = describe_run(recipe, training, data, samples, started)
+    record.write(folder)
     answers.write(folder)
     metrics = judge(measured, folder)
     write_card(folder, read_records(folder), recipe.hub or HubArguments(), Place.of_folder(folder))
-    console.print(describe_end(task, metrics, samples["texts"], training), highlight=False)
+    console.print(describe_end(task, metrics, record, training), highlight=False)
     console.print(describe_next(folder, task), soft_wrap=True)  # not wrapped, so that the command can be copied
     return metrics
 

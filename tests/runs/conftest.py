@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
+from hfgpt.durations import Budget
 from hfgpt.recipe import Recipe, load_recipe
 from hfgpt.runs import run as module
 from hfgpt.training import estimate
@@ -105,6 +106,7 @@ def train(load) -> Callable[..., Run]:
         *overrides: str,
         resume: bool = False,
         plot: bool = False,
+        budget: Budget | None = None,
         during: Callable[[int], Any] = lambda step: None,
         **options,
     ) -> Run:
@@ -124,7 +126,7 @@ def train(load) -> Callable[..., Run]:
             patch.setattr(ProgressCallback, "on_step_begin", on_step_begin)
             if not plot:
                 patch.setattr(module, "plot_loss", lambda *args: None)
-            metrics = module.run(recipe, resume, console)
+            metrics = module.run(recipe, resume, console, budget=budget)
         return Run(recipe, folder, metrics, console.file.getvalue())
 
     return train
