@@ -3,7 +3,8 @@
     python benchmarks/scaling.py measure TEXT:CONTEXT,CONTEXT:TOKENIZER[:VOCABULARY] ...     takes hours
     python benchmarks/scaling.py fit
 
-`measure` adds runs to scaling.jsonl, and `fit` prints the numbers of hfgpt/training/scaling.py.
+`measure` adds runs to scaling.jsonl, and `fit` prints the numbers of hfgpt/training/scaling.py. Two longer runs in the
+table (of 6 and 8 million tokens) were added by `train`; some of the largest in `RUNS` were left out on some texts.
 
 The runs in scaling.jsonl are on four texts, three of them from packages of Debian 12 (bible-kjv-text, anarchism,
 fortunes-de):

@@ -11,7 +11,7 @@ LENGTH = {"training.max_steps", "training.num_train_epochs", "training.max_secon
 
 
 class Budget:
-    """The time for a whole command, which begins now.
+    """The time for a whole command, which begins now; a resumed run has the rest of its training time instead.
 
     Args:
         seconds: The time.
@@ -41,7 +41,7 @@ def parse_duration(text: str, option: str) -> float:
         option: The option that it is the value of, for the error message.
 
     Raises:
-        InputError: It is not a duration, or zero.
+        InputError: It is not a duration, or it is zero.
     """
     if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[smhd]", text):
         raise InputError(f"{option} is '{text}'; it must be a number and a unit, such as 30m, 4h or 2d")

@@ -28,20 +28,23 @@ PLANNING = 1.0  # seconds from the choice to the first step: the model is built,
 RECORDING = 3.0  # seconds after the evaluation: known answers, plots and the model card
 CONTEXT, SECONDS = "model.max_position_embeddings", "training.max_seconds"
 ROWS = "training.per_device_train_batch_size"
-SIZES = {"model.num_hidden_layers", "model.hidden_size", "model.num_attention_heads"}
+HEADS = "num_attention_heads"
+SIZES = {"model.num_hidden_layers", "model.hidden_size", f"model.{HEADS}"}
 TASK = Pretraining()
 
 
-def check_budget(recipe: Recipe):
+def check_budget(recipe: Recipe, budget: Budget):
     """Checks that a recipe trains a new language model in one process.
 
     Raises:
         InputError: It does not.
     """
-    instead = "leave out --budget, and set training.max_seconds for a time limit"
+    instead = "leave out --budget, and pass --training.max_seconds for a time limit"
     if recipe.task != "pretrain" or recipe.model.path is not None:
         fact = "this recipe does not train a new language model, whose size --budget chooses"
         raise InputError(f"{fact}: {instead}")
+    if "model.preset" in budget.fixed:
+        raise InputError("--budget chooses the size of the model, as does --model.preset: remove one of them")
     if recipe.training.world_size > 1:
         raise InputError(f"--budget is for one process, and there are {recipe.training.world_size}: {instead}")
 
@@ -84,15 +87,15 @@ def fit_to_budget(
     candidate = choose(recipe, data, budget)
     outlook, recipe = candidate.outlook, change(recipe, budget, candidate.outlook.values())
     began = time.perf_counter()
-    TASK.sample(TASK.build(recipe, data), data, recipe)
+    TASK.sample(TASK.build(recipe, data).to(recipe.training.device), data, recipe)
     ending = candidate.ending + time.perf_counter() - began
     seconds = round(budget.left - candidate.planning - ending, 1)
     if seconds <= 0:
-        raise too_short(budget, candidate.planning, ending, data)
+        raise too_short(budget, candidate.planning + ending, data)
     recipe = change(recipe, budget, {SECONDS: seconds})
     parts = f"{seconds:,.0f} s for training and {ending:,.0f} s for the evaluation"
     told = f"budget: {budget.seconds:,.0f} s, of which {parts}"
-    if reason := why_unknown(outlook, ngrams, budget):
+    if reason := why_unknown(outlook, ngrams, budget, recipe.training.device):
         console.print(f"{told}; no forecast of the loss, since {reason}", highlight=False)
         return recipe, None
     expected = outlook.expect_loss(min(ngrams))
@@ -101,8 +104,10 @@ def fit_to_budget(
     return recipe, forecast
 
 
-def why_unknown(outlook: Outlook, ngrams: list[float], budget: Budget) -> str | None:
+def why_unknown(outlook: Outlook, ngrams: list[float], budget: Budget, device: torch.device) -> str | None:
     """Why the law may not hold for a run; None: it does."""
+    if device.type != "cpu":
+        return "it was only measured for runs on CPUs"
     if other := sorted(budget.fixed & outlook.values().keys() - SIZES):
         return f"--{other[0]} may differ from that of the measured runs"
     if outlook.weights > MOST_WEIGHTS or outlook.tokens > MOST_TOKENS:
@@ -130,12 +135,16 @@ class Candidate:
 
 
 def choose(recipe: Recipe, data: PretrainingData, budget: Budget) -> Candidate:
-    """The best model for the time that is left, from small to large until two are not better."""
+    """The best model for the time that is left, from small to large until two are not better.
+
+    Raises:
+        InputError: There is not even enough time for the smallest one.
+    """
     best, best_loss, worse = None, math.inf, 0
     for layers, width in shapes_of(recipe, budget):
         try:
             candidate = measure(recipe, data, budget, layers, width)
-        except torch.OutOfMemoryError:
+        except (InputError, MemoryError, torch.OutOfMemoryError):  # too little time or memory
             if best is None:
                 raise
             break
@@ -148,14 +157,26 @@ def choose(recipe: Recipe, data: PretrainingData, budget: Budget) -> Candidate:
 
 
 def shapes_of(recipe: Recipe, budget: Budget) -> list[tuple[int, int]]:
-    """Blocks and hidden size of the models to choose from, with those that are set on the command line."""
-    layers = recipe.model.num_hidden_layers if "model.num_hidden_layers" in budget.fixed else None
-    width = recipe.model.hidden_size if "model.hidden_size" in budget.fixed else None
-    return list(dict.fromkeys((layers or deep, width or wide) for deep, wide in SHAPES))
+    """Blocks and hidden size of the models to choose from, with those that are set on the command line.
+
+    Raises:
+        InputError: None has the number of heads that is set on the command line.
+    """
+    fixed = {key: getattr(recipe.model, key.partition(".")[2]) for key in SIZES & budget.fixed}
+    layers, width, heads = (fixed.get(f"model.{name}") for name in ("num_hidden_layers", "hidden_size", HEADS))
+    shapes = dict.fromkeys((layers or deep, width or wide) for deep, wide in SHAPES)
+    usable = [(deep, wide) for deep, wide in shapes if width or wide % (heads or 1) == 0]
+    if not usable:
+        raise InputError(f"no hidden size of --budget is a multiple of {heads} heads: also pass --model.hidden_size")
+    return usable
 
 
 def measure(recipe: Recipe, data: PretrainingData, budget: Budget, layers: int, width: int) -> Candidate:
-    """Measures the speed of a model in training and evaluation, and so the tokens that it can be trained on."""
+    """Measures the speed of a model in training and evaluation, and so the tokens that it can be trained on.
+
+    Raises:
+        InputError: There is no time to train it.
+    """
     began, length = time.perf_counter(), data.row_length
     outlook = Outlook(layers, width, length, 1e6, data.report.split("train").tokens)
     shaped = change(recipe, budget, outlook.values())
@@ -164,9 +185,11 @@ def measure(recipe: Recipe, data: PretrainingData, budget: Budget, layers: int, 
     planning = PLANNING + time.perf_counter() - began
     ending = RECORDING + estimate_evaluation(model, data, shaped.training)
     left = budget.left - planning - ending
+    if left <= 0:
+        raise too_short(budget, planning + ending, data)
     for _ in range(5):  # with more tokens, batches are larger, and take less time per token
         rows = shaped.training.rows_per_step if ROWS in budget.fixed else outlook.rows
-        outlook = dataclasses.replace(outlook, tokens=max(left / (row + step / rows) * length, 1.0))
+        outlook = dataclasses.replace(outlook, tokens=left / (row + step / rows) * length)
     return Candidate(outlook, planning, ending)
 
 
@@ -182,12 +205,11 @@ def estimate_evaluation(model: PreTrainedModel, data: PretrainingData, arguments
     return (time.perf_counter() - began) * len(blocks) / rows
 
 
-def too_short(budget: Budget, planning: float, ending: float, data: PretrainingData) -> InputError:
-    """The error of a budget that leaves too little time for training."""
-    tokens = data.splits["validation"].predicted_tokens
-    used = budget.seconds - budget.left + planning
+def too_short(budget: Budget, needed: float, data: PretrainingData) -> InputError:
+    """The error of a budget that leaves no time for training; `needed` are the seconds for everything else."""
+    tokens, used = data.report.split("validation").predicted_tokens, budget.seconds - budget.left
     return InputError(
-        f"--budget is {budget.seconds:,.0f} s, which is too short: the start takes {used:,.0f} s, and the end, with "
-        f"the evaluation of {tokens:,} tokens, takes about {ending:,.0f} s; raise it, or lower "
-        "data.validation_fraction"
+        f"--budget is {budget.seconds:,.0f} s, which is too short: everything but the training takes about "
+        f"{used + needed:,.0f} s, with the evaluation of {tokens:,} tokens at the end; raise it, or evaluate on less "
+        "text (data.validation_fraction)"
     )

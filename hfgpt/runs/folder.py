@@ -157,6 +157,8 @@ def keep_steps(arguments: HfGPTTrainingArguments, folder: Path):
 
 def _is_longer(old: HfGPTTrainingArguments, new: HfGPTTrainingArguments) -> bool:
     """Whether a run is only extended, with a learning rate that does not depend on the number of steps."""
+    if old.max_seconds is not None or new.max_seconds is not None:
+        return False
     if old.max_steps > 0 or new.max_steps > 0:
         return _has_constant_rate(new) and 0 < old.max_steps < new.max_steps
     return _has_constant_rate(new) and old.num_train_epochs < new.num_train_epochs
@@ -172,7 +174,7 @@ def _advise_longer(recipe: Recipe) -> str:
     """How to continue training after the run in the recipe's folder."""
     folder = Path(recipe.training.output_dir)
     last = find_last_checkpoint(folder)
-    if last and _has_constant_rate(recipe.training):
+    if last and _has_constant_rate(recipe.training) and recipe.training.max_seconds is None:
         return "to train it further, pass --resume and a larger --training.max_steps"
     if recipe.adapters is not None:
         return (

@@ -67,7 +67,7 @@ def run(
     is_main = recipe.training.process_index == 0
     console = console or stderr_console(quiet=not is_main)
     if budget:
-        check_budget(recipe)
+        check_budget(recipe, budget)
     with hold_folder(Path(recipe.training.output_dir), is_main), explained_disconnection():
         return _run_steps(recipe, resume, console, callbacks, budget)
 
@@ -101,7 +101,7 @@ def _run_steps(recipe: Recipe, resume: bool, console: Console, callbacks: Sequen
     PartialState().wait_for_everyone()  # all processes have checked the folder
     if is_main:
         begin_run(recipe, data, checkpoint, forecast)
-    with explained_memory(arguments):
+    with explained_memory(recipe.training):
         if recipe.pretraining:
             recipe, data = finish_first_pass(first, recipe, data, console)
             model = task.build(recipe, data)

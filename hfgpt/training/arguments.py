@@ -190,12 +190,18 @@ class HfGPTTrainingArguments(TrainingArguments):
         if self.max_steps > 0:
             raise InputError(
                 f"training.max_steps is {self.max_steps}, and cannot be combined with training.max_seconds: remove "
-                "one of them"
+                "one of them, or pass --training.max_steps -1"
             )
         if self.warmup_steps >= 1:
             raise InputError(
                 f"training.warmup_steps is {self.warmup_steps:g} steps: with training.max_seconds, it must be a "
                 "fraction of the time, such as 0.05"
+            )
+        counted = {"num_decay_steps", "num_stable_steps", "timescale"} & set(self.lr_scheduler_kwargs or ())
+        if counted or self.lr_scheduler_type == "inverse_sqrt":
+            raise InputError(
+                f"training.lr_scheduler_{'kwargs' if counted else 'type'} has {min(counted, default='inverse_sqrt')}, "
+                "which counts steps: with training.max_seconds, use another schedule, such as linear or cosine"
             )
         for name in ("logging_steps", "eval_steps", "save_steps"):
             value = getattr(self, name)

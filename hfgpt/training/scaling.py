@@ -93,6 +93,7 @@ class Outlook:
 
 FIXED = {
     "model.preset": None,
+    "model.intermediate_size": None,  # four times the hidden size
     "model.attn_pdrop": 0.0,  # attention with dropout is slow on a CPU
     "training.gradient_accumulation_steps": 1,
     "training.global_batch_size": None,
@@ -100,7 +101,9 @@ FIXED = {
     "training.weight_decay": 0.0,
     "training.warmup_steps": 0.03,
     "training.max_grad_norm": 0.0,  # the updates of both optimizers do not depend on the scale of the gradient
+    "training.label_smoothing_factor": 0.0,
     "training.lr_scheduler_type": "linear",
+    "training.lr_scheduler_kwargs": None,
     "training.eval_strategy": "no",
     "training.load_best_model_at_end": False,
 }

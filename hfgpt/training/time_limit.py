@@ -1,12 +1,13 @@
 """A training that ends after a given time, with a learning-rate schedule that follows the clock."""
 
+import copy
 import time
 
 import torch
 from accelerate import PartialState
 from torch import distributed
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from hfgpt.errors import InputError
 
@@ -14,8 +15,21 @@ PARTS = 1_000_000  # of the time, which the schedule counts instead of optimizer
 MOST_STEPS = 1 << 31  # Trainer needs a limit
 
 
+def without_step_limit(arguments: TrainingArguments, is_stream: bool) -> TrainingArguments:
+    """The arguments for a Trainer that is to take as many steps as the time allows.
+
+    Raises:
+        InputError: The dataset is a stream, which Trainer would take for one endless epoch.
+    """
+    if is_stream:
+        raise InputError("training.max_seconds needs a dataset with a length: set training.max_steps instead")
+    arguments = copy.copy(arguments)
+    arguments.max_steps = MOST_STEPS
+    return arguments
+
+
 class TimeLimit(TrainerCallback):
-    """Ends a training after `seconds`, including evaluations and checkpoints in between.
+    """Ends a training with the step that is closest to `seconds`, including evaluations and checkpoints in between.
 
     The schedule is one of `PARTS` steps, whose current step is set by the clock; a checkpoint contains it, and so the
     time that was used before it. In several processes, the slowest clock counts.
@@ -38,12 +52,13 @@ class TimeLimit(TrainerCallback):
         self.began = time.monotonic() - self.used
         state.max_steps = state.global_step + 1  # at least; the next step tells more
 
-    def on_optimizer_step(self, args, state, control, lr_scheduler=None, **kwargs):
+    def on_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         """Sets the schedule to the current time, and `max_steps` to the number of steps that the time allows."""
         elapsed = torch.tensor(time.monotonic() - self.began, dtype=torch.float64)
         if self.group is not None:
             distributed.all_reduce(elapsed, distributed.ReduceOp.MAX, self.group)
         step = state.global_step + 1  # Trainer counts it, and advances the schedule by one, after this
-        lr_scheduler.last_epoch = min(int(elapsed / self.seconds * PARTS), PARTS) - 1
+        if not getattr(optimizer, "step_was_skipped", False):  # in float16; Trainer then leaves the schedule as it is
+            lr_scheduler.last_epoch = min(int(elapsed / self.seconds * PARTS), PARTS) - 1
         step_seconds = (elapsed.item() - self.used) / (step - self.first_step)
         state.max_steps = step + max(round((self.seconds - elapsed.item()) / step_seconds), 0)

@@ -66,7 +66,7 @@ from hfgpt.training.sharding import (
 from hfgpt.training.speed import SpeedMeter
 from hfgpt.training.state import check_moments, check_schedule, read_state, readable_checkpoint, settings_of
 from hfgpt.training.tensor_parallel import divide_model, enable_parallelism
-from hfgpt.training.time_limit import MOST_STEPS, PARTS, TimeLimit
+from hfgpt.training.time_limit import PARTS, TimeLimit, without_step_limit
 
 
 class HfGPTTrainer(Trainer):
@@ -104,8 +104,7 @@ class HfGPTTrainer(Trainer):
             args = copy.copy(args)
             args.gradient_accumulation_steps = count_rounds(args, args.rows_per_step)
         if args.max_seconds is not None:
-            args = copy.copy(args)
-            args.max_steps = MOST_STEPS
+            args = without_step_limit(args, train_dataset is not None and is_stream)
         super().__init__(model, args, data_collator or default_data_collator, train_dataset, *others, **kwargs)
         if self.args.n_gpu > 1:  # Trainer would use DataParallel, and scale some losses by the number of GPUs
             raise InputError(

@@ -80,9 +80,12 @@ def test_the_end_says_whether_the_forecast_was_right(loss, place):
     ],
 )
 def test_there_is_no_forecast_for_what_was_not_measured(outlook, ngrams, reason):
-    said = module.why_unknown(outlook, ngrams, Budget(60, ["--model.hidden_size", "64", "--data.path", "text.txt"]))
+    cpu, budget = torch.device("cpu"), Budget(60, ["--model.hidden_size", "64", "--data.path", "text.txt"])
+    said = module.why_unknown(outlook, ngrams, budget, cpu)
     assert (said is None) if reason is None else said.startswith(reason)
-    said = module.why_unknown(outlook, ngrams, Budget(60, ["--training.learning_rate=0.1"]))
+    said = module.why_unknown(outlook, ngrams, Budget(60), torch.device("cuda"))
+    assert said == "it was only measured for runs on CPUs"
+    said = module.why_unknown(outlook, ngrams, Budget(60, ["--training.learning_rate=0.1"]), cpu)
     assert said == "--training.learning_rate may differ from that of the measured runs"
 
 
@@ -146,7 +149,10 @@ def test_models_that_do_not_fit_into_memory_are_left_out(steady, load, tmp_path,
 
 
 def test_a_budget_that_leaves_no_time_is_refused_and_leaves_nothing(steady, train, tmp_path):
-    with pytest.raises(InputError, match=r"^--budget is 0 s, which is too short: the start takes .* raise it"):
+    said = (
+        r"^--budget is 0 s, which is too short: everything but the training takes about \d+ s, .*; raise it, or evalu"
+    )
+    with pytest.raises(InputError, match=said):
         train(tmp_path / "run", budget=Budget(0.1))
     assert not (tmp_path / "run").exists()
 
@@ -161,8 +167,35 @@ def test_a_budget_that_leaves_no_time_is_refused_and_leaves_nothing(steady, trai
 )
 def test_recipes_that_a_budget_cannot_change_are_refused(task, path, processes, message):
     training = SimpleNamespace(world_size=processes)
-    with pytest.raises(InputError, match=f"^{message}.*: leave out --budget, and set training.max_seconds"):
-        module.check_budget(SimpleNamespace(task=task, model=SimpleNamespace(path=path), training=training))
+    with pytest.raises(InputError, match=f"^{message}.*: leave out --budget, and pass --training.max_seconds"):
+        module.check_budget(
+            SimpleNamespace(task=task, model=SimpleNamespace(path=path), training=training), Budget(60)
+        )
+
+
+def test_a_preset_on_the_command_line_is_refused(load, tmp_path):
+    with pytest.raises(InputError, match=r"as does --model.preset: remove one of them"):
+        module.check_budget(load(tmp_path), Budget(60, ["--model.preset", "gpt2"]))
+
+
+def test_a_budget_without_time_for_the_smallest_model_measures_no_other(steady, load, tmp_path, monkeypatch):
+    probe, widths = module.probe_seconds, []
+    monkeypatch.setattr(
+        module, "probe_seconds", lambda m, *rest: widths.append(m.config.hidden_size) or probe(m, *rest)
+    )
+    with pytest.raises(InputError, match="which is too short"):
+        choose(load, 0.1, folder=tmp_path)
+    assert widths == [SMALL[0][1]]
+
+
+def test_only_models_that_the_given_heads_divide_are_measured(steady, load, tmp_path):
+    def shapes(heads: int) -> list[tuple[int, int]]:
+        override = f"model.num_attention_heads={heads}"
+        return module.shapes_of(load(tmp_path, override), Budget(60, [f"--{override}"]))
+
+    assert shapes(32) == [(2, 32), (2, 64)]
+    with pytest.raises(InputError, match="no hidden size of --budget is a multiple of 7 heads: also pass --model.hid"):
+        shapes(7)
 
 
 def test_an_override_of_the_length_is_refused():

@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+from datasets import IterableDataset
 
 from hfgpt.errors import InputError
 from hfgpt.training import time_limit
@@ -77,6 +79,14 @@ def test_a_resumed_training_has_the_remaining_time(clock, make_model, make_block
             {"warmup_steps": 20},
             r"training.warmup_steps is 20 steps: with training.max_seconds, .* fraction of the time",
         ),
+        (
+            {"lr_scheduler_type": "inverse_sqrt"},
+            r"training.lr_scheduler_type has inverse_sqrt, which counts steps: .*",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 20}},
+            r"training.lr_scheduler_kwargs has num_decay_steps, which counts steps: .* such as linear or cosine",
+        ),
         ({"logging_steps": 0.1}, r"training.logging_steps is 0.1, a fraction of all steps, .* set it to at least 1"),
         ({"max_seconds": 0}, r"training.max_seconds is 0; it must be above 0"),
     ],
@@ -91,3 +101,19 @@ def test_a_schedule_that_depends_on_the_loss_is_refused(make_model, make_blocks,
     trainer = make_trainer(make_model(), make_blocks(100), eval_dataset=make_blocks(40), max_seconds=4, **arguments)
     with pytest.raises(InputError, match=r"reduce_lr_on_plateau.* set training.lr_scheduler_type to another"):
         trainer.train()
+
+
+def test_a_stream_is_refused(make_model, make_trainer):
+    rows = IterableDataset.from_generator(lambda: iter([{"input_ids": [1, 2], "labels": [1, 2]}]))
+    with pytest.raises(InputError, match=r"^training.max_seconds needs a dataset with a length: set training.max_st"):
+        make_trainer(make_model(), rows, max_seconds=4)
+
+
+def test_the_schedule_waits_when_a_step_was_skipped(clock):
+    limit, state = time_limit.TimeLimit(4.0), SimpleNamespace(global_step=0, max_steps=1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD([torch.zeros(1)]), lambda step: 1.0)
+    limit.on_train_begin(None, state, None, lr_scheduler=scheduler)
+    limit.on_optimizer_step(None, state, None, SimpleNamespace(step_was_skipped=True), scheduler)
+    assert scheduler.last_epoch == 0
+    limit.on_optimizer_step(None, state, None, SimpleNamespace(step_was_skipped=False), scheduler)
+    assert scheduler.last_epoch == time_limit.PARTS / 4 - 1
