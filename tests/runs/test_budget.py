@@ -194,7 +194,9 @@ def test_only_models_that_the_given_heads_divide_are_measured(steady, load, tmp_
         return module.shapes_of(load(tmp_path, override), Budget(60, [f"--{override}"]))
 
     assert shapes(32) == [(2, 32), (2, 64)]
-    with pytest.raises(InputError, match="no hidden size of --budget is a multiple of 7 heads: also pass --model.hid"):
+    with pytest.raises(
+        InputError, match=r"no hidden size of --budget is a multiple of 7 heads: also pass --model.hid"
+    ):
         shapes(7)
 
 
