@@ -41,7 +41,7 @@ def run_chat(
         fast: Generate with weights in float16, see `speed_up_generation`.
 
     Raises:
-        InputError: There is no model, it was not trained to chat, or it does not support `fast`.
+        InputError: The model does not exist, was not trained to chat, or does not support `fast`.
     """
     model, tokenizer = find_model(path).load_with_tokenizer(AutoModelForCausalLM, changed_weights="warn")
     if fast:

@@ -32,6 +32,7 @@ def plan_recipe(recipe: Recipe) -> Estimate:
 def render_plan(estimate: Estimate) -> str:
     """The estimate as text for the terminal."""
     mib = 1024**2
+    known = "{:,}".format if estimate.steps else "unknown".format
     estimated = "" if estimate.share == 1 else f", estimated from {estimate.share:.2%} of the text"
     rows = [
         ("parameters", f"{estimate.parameters:,}"),
@@ -41,10 +42,10 @@ def render_plan(estimate: Estimate) -> str:
         ("memory: activations", f"{estimate.activations_bytes / mib:,.1f} MiB"),
         ("memory: libraries and data", f"{estimate.process_bytes / mib:,.1f} MiB (this process now)"),
         ("memory: total", f"{estimate.memory_bytes / mib:,.1f} MiB"),
-        ("steps", f"{estimate.steps:,} of {estimate.tokens_per_step:,} tokens on average{estimated}"),
-        ("tokens", f"{estimate.tokens:,}"),
+        ("steps", f"{known(estimate.steps)} of {estimate.tokens_per_step:,} tokens on average{estimated}"),
+        ("tokens", known(estimate.tokens)),
         ("FLOPs per token", f"{estimate.flops_per_token:.3g}, forward and backward"),
-        ("FLOPs", f"{estimate.flops:.3g}"),
+        ("FLOPs", f"{estimate.flops:.3g}" if estimate.steps else "unknown"),
         ("speed", f"{_speed(estimate)} on {estimate.device}"),
         ("time", f"{_duration(estimate.seconds)}, not including evaluation"),
     ]

@@ -35,8 +35,8 @@ def serve(
         fast: Generate with weights in float16, see `speed_up_generation`.
 
     Raises:
-        InputError: A package is not installed, the address cannot be used, `path` is not a language model,
-            or it does not support `fast`.
+        InputError: A package is not installed, the address cannot be used, or the model is not a
+            language model or does not support `fast`.
     """
     check_packages(page is not None)
     saved = find_model(path)

@@ -17,10 +17,11 @@ from hfgpt.errors import InputError
 from hfgpt.evaluation.perplexity import measure_perplexity
 from hfgpt.recipe import Recipe, load_recipe, with_values
 from hfgpt.records import RECIPE_FILE, Forecast
+from hfgpt.tasks import TASKS
 from hfgpt.tasks.preparation import context_length
-from hfgpt.tasks.pretrain import Pretraining, PretrainingData
+from hfgpt.tasks.pretrain import PretrainingData
 from hfgpt.training.arguments import HfGPTTrainingArguments
-from hfgpt.training.estimate import probe_seconds
+from hfgpt.training.estimate import explained_memory, probe_seconds
 from hfgpt.training.scaling import FIXED, LEAST_NGRAMS, MOST_TOKENS, MOST_WEIGHTS, SHAPES, SPREAD, Outlook
 
 PROBE = 0.25  # seconds to measure the speed of a model
@@ -30,7 +31,7 @@ CONTEXT, SECONDS = "model.max_position_embeddings", "training.max_seconds"
 ROWS = "training.per_device_train_batch_size"
 HEADS = "num_attention_heads"
 SIZES = {"model.num_hidden_layers", "model.hidden_size", f"model.{HEADS}"}
-TASK = Pretraining()
+TASK = TASKS["pretrain"]
 
 
 def check_budget(recipe: Recipe, budget: Budget):
@@ -84,7 +85,8 @@ def fit_to_budget(
     """
     recipe = change(recipe, budget, {CONTEXT: context_length(recipe, None)})  # also that of a preset
     ngrams = measure_ngrams(data.splits["train"], data.splits["validation"])
-    candidate = choose(recipe, data, budget)
+    with explained_memory(recipe.training):
+        candidate = choose(recipe, data, budget)
     outlook, recipe = candidate.outlook, change(recipe, budget, candidate.outlook.values())
     began = time.perf_counter()
     TASK.sample(TASK.build(recipe, data).to(recipe.training.device), data, recipe)
@@ -105,16 +107,16 @@ def fit_to_budget(
 
 
 def why_unknown(outlook: Outlook, ngrams: list[float], budget: Budget, device: torch.device) -> str | None:
-    """Why the law may not hold for a run; None: it does."""
+    """Why the scaling law may not hold for a run; None: it does."""
     if device.type != "cpu":
-        return "it was only measured for runs on CPUs"
+        return "the scaling law was measured on CPUs only"
     if other := sorted(budget.fixed & outlook.values().keys() - SIZES):
         return f"--{other[0]} may differ from that of the measured runs"
     if outlook.weights > MOST_WEIGHTS or outlook.tokens > MOST_TOKENS:
         return "the run is more than ten times larger than the measured ones"
     if outlook.dropout:
         epochs = outlook.tokens / outlook.unique
-        return f"the text is read about {epochs:,.0f} times, which may overfit: use more text or a shorter budget"
+        return f"the model may overfit in about {epochs:,.0f} epochs: use more text or a shorter budget"
     if min(ngrams) < LEAST_NGRAMS * ngrams[0]:
         return "the text repeats itself much more than those of the measured runs"
     return None
@@ -138,7 +140,7 @@ def choose(recipe: Recipe, data: PretrainingData, budget: Budget) -> Candidate:
     """The best model for the time that is left, from small to large until two are not better.
 
     Raises:
-        InputError: There is not even enough time for the smallest one.
+        InputError: The budget is too short even for the smallest model.
     """
     best, best_loss, worse = None, math.inf, 0
     for layers, width in shapes_of(recipe, budget):
@@ -175,7 +177,7 @@ def measure(recipe: Recipe, data: PretrainingData, budget: Budget, layers: int, 
     """Measures the speed of a model in training and evaluation, and so the tokens that it can be trained on.
 
     Raises:
-        InputError: There is no time to train it.
+        InputError: The budget is too short to train this model.
     """
     began, length = time.perf_counter(), data.row_length
     outlook = Outlook(layers, width, length, 1e6, data.report.split("train").tokens)

@@ -264,16 +264,16 @@ def plan_run(
     if arguments.device.type == "cpu":
         estimate.process_bytes = max(process_memory_bytes() - _weights_bytes(model), 0)
     estimate.device = describe_device(arguments.device)
-    estimate.steps = 0 if arguments.max_seconds is not None else estimate.steps
+    if arguments.max_seconds is not None:
+        estimate.steps = 0  # unknown without a benchmark
     with explained_memory(arguments):
         try:
             speed = probe_tokens_per_second(model, arguments, block_size, seconds)
             if not arguments.is_tensor_parallel:
                 estimate.tokens_per_second = arguments.world_size * speed
                 if arguments.max_seconds is not None:
-                    estimate.steps = max(
-                        round(arguments.max_seconds * estimate.tokens_per_second / estimate.tokens_per_step), 1
-                    )
+                    tokens = arguments.max_seconds * estimate.tokens_per_second
+                    estimate.steps = max(round(tokens / estimate.tokens_per_step), 1)
         except torch.OutOfMemoryError:
             if not arguments.is_sharded:
                 raise

@@ -1,7 +1,7 @@
-"""The expected loss of a new language model, from its size and the number of tokens: a law fitted to measured runs.
+"""A scaling law: the expected loss of a new language model, from its size and the number of training tokens.
 
-`benchmarks/scaling.py` made the runs in `benchmarks/scaling.jsonl`, with the batch sizes and learning rates of this
-file, and fitted the numbers below.
+The numbers below are fitted by `benchmarks/scaling.py` to the runs in `benchmarks/scaling.jsonl`, which have the batch
+sizes and learning rates of this file.
 """
 
 import math
@@ -17,12 +17,30 @@ SHAPES = (
 # factor * millions ** -exponent.
 FACTOR, CONTEXT = 0.5111, 0.097
 WEIGHTS, TOKENS = (0.121, 0.356), (0.323, 0.502)
-SPREAD = 0.157  # of the loss of a text that the law was not fitted to, in 95 of 100 cases
+SPREAD = 0.157  # relative half-width of the 95% prediction interval for a text that is not among the measured ones
 LEAST_NGRAMS = 0.5  # of the unigram loss: the measured texts have 0.60 to 0.84, and generated ones as little as 0.16
 MOST_WEIGHTS, MOST_TOKENS = 3e7, 8e7  # ten times those of the largest measured runs
-# Epochs after which a text has hardly more to offer: Muennighoff et al., "Scaling Data-Constrained Language Models"
+# Epochs after which repeating the text adds little: Muennighoff et al., "Scaling Data-Constrained Language Models"
 # (2023), equation 5.
 REPEATS = 15
+
+# The keys of a recipe that are the same in all measured runs.
+FIXED = {
+    "model.preset": None,
+    "model.intermediate_size": None,  # four times the hidden size
+    "model.attn_pdrop": 0.0,  # attention with dropout is slow on a CPU
+    "training.gradient_accumulation_steps": 1,
+    "training.global_batch_size": None,
+    "training.max_steps": -1,
+    "training.weight_decay": 0.0,
+    "training.warmup_steps": 0.03,
+    "training.max_grad_norm": 0.0,  # the updates of both optimizers do not depend on the scale of the gradient
+    "training.label_smoothing_factor": 0.0,
+    "training.lr_scheduler_type": "linear",
+    "training.lr_scheduler_kwargs": None,
+    "training.eval_strategy": "no",
+    "training.load_best_model_at_end": False,
+}
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,9 @@ class Outlook:
 
     @property
     def dropout(self) -> float:
-        """More, the more often a text is read and the larger the model is for it; 0: it hardly overfits."""
-        rereading = self.tokens / self.unique * self.weights / self.unique
-        return 0.0 if rereading < 8 else 0.1 if rereading < 50 else 0.2
+        """Grows with the number of epochs and the size of the model relative to the text; 0: little overfitting."""
+        overfitting = self.tokens / self.unique * self.weights / self.unique
+        return 0.0 if overfitting < 8 else 0.1 if overfitting < 50 else 0.2
 
     def values(self) -> dict[str, Any]:
         """The keys of a recipe that follow from it, by their dotted names."""
@@ -89,21 +107,3 @@ class Outlook:
         factors = zip((WEIGHTS, TOKENS), (self.weights, tokens), strict=True)
         excess = sum(factor * (number / 1e6) ** -exponent for (factor, exponent), number in factors)
         return ngrams * FACTOR * (self.context / 128) ** CONTEXT * (1 + excess)
-
-
-FIXED = {
-    "model.preset": None,
-    "model.intermediate_size": None,  # four times the hidden size
-    "model.attn_pdrop": 0.0,  # attention with dropout is slow on a CPU
-    "training.gradient_accumulation_steps": 1,
-    "training.global_batch_size": None,
-    "training.max_steps": -1,
-    "training.weight_decay": 0.0,
-    "training.warmup_steps": 0.03,
-    "training.max_grad_norm": 0.0,  # the updates of both optimizers do not depend on the scale of the gradient
-    "training.label_smoothing_factor": 0.0,
-    "training.lr_scheduler_type": "linear",
-    "training.lr_scheduler_kwargs": None,
-    "training.eval_strategy": "no",
-    "training.load_best_model_at_end": False,
-}

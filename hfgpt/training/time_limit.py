@@ -1,4 +1,4 @@
-"""A training that ends after a given time, with a learning-rate schedule that follows the clock."""
+"""Time-limited training, with a learning-rate schedule that follows the clock."""
 
 import copy
 import time
