@@ -59,10 +59,13 @@ class BareStep:
         model: The model.
         ids: A batch (B, T + 1).
         bf16: Mixed precision.
+        compiled: Whether to compile the model, as is usual on an accelerator, where it takes a minute.
     """
 
-    def __init__(self, model: nn.Module, ids: torch.Tensor, bf16: bool):
+    def __init__(self, model: nn.Module, ids: torch.Tensor, bf16: bool, compiled: bool = False):
         self.model, self.ids, self.bf16 = model.train(), ids, bf16
+        if compiled:
+            self.model.compile()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def take(self):
@@ -93,10 +96,17 @@ def precisions(device: torch.device) -> list[str]:
     return ["float32", "bfloat16"] if has_native_bf16(device) else ["float32"]
 
 
+def loop_cases(device: torch.device) -> dict[str, dict[str, str]]:
+    """Case -> contender -> precision: the same for both; and each with its own default, if that is not float32."""
+    known = precisions(device)
+    same = {precision: dict.fromkeys((HFGPT, GPT2), precision) for precision in known}
+    return same if len(known) == 1 else same | {"defaults": {HFGPT: "bfloat16", GPT2: "float32"}}
+
+
 def measure_step(
     shape: Shape, precision: str, flops: float, device: torch.device, nanogpt: Path | None, advance: Callable
 ) -> list[Comparison]:
-    """Compares the bare step.
+    """Compares the bare step with GPT-2's and, with the exact GELU of nanoGPT, with nanoGPT's.
 
     Args:
         shape: Model and batch.
@@ -106,26 +116,48 @@ def measure_step(
         nanogpt: A checkout of nanoGPT.
         advance: Called after each measurement.
     """
-    ids, bf16 = draw_ids(shape, device), precision == "bfloat16"
-    steps = {name: BareStep(model, ids, bf16) for name, model in build_models(shape, device, nanogpt).items()}
+    found = [_compare_steps(build_models(shape, device), shape, precision, flops, advance)]
+    if nanogpt is not None:
+        shape = replace(shape, name=f"{shape.name}, exact GELU", activation="gelu")
+        models = build_models(shape, device, nanogpt)
+        del models[GPT2]
+        found.append(_compare_steps(models, shape, precision, flops, advance))
+    return found
+
+
+def _compare_steps(
+    models: dict[str, nn.Module], shape: Shape, precision: str, flops: float, advance: Callable
+) -> Comparison:
+    device, bf16 = next(models[HFGPT].parameters()).device, precision == "bfloat16"
+    ids = draw_ids(shape, device)
+    steps = {name: BareStep(model, ids, bf16, compiled=device.type != "cpu") for name, model in models.items()}
     number = min(repetitions_within(SECONDS, step.take) for step in steps.values())
     values = measure_in_turns({name: partial(step.measure, number) for name, step in steps.items()}, advance)
     limit = flops / training_flops_per_token(shape.config(), shape.length)
-    return [Comparison("train", f"step, {shape.name}, {precision}", "tokens/s", values, limit=limit)]
+    return Comparison("train", f"step, {shape.name}, {precision}", "tokens/s", values, limit=limit)
 
 
-def measure_loop(shape: Shape, precision: str, flops: float, advance: Callable) -> list[Comparison]:
-    """Compares `Trainer` with GPT-2 and `HfGPTTrainer` with hfgpt, each in its own process; see `measure_step`.
+def measure_loop(
+    shape: Shape, case: str, precisions: dict[str, str], flops: float, advance: Callable
+) -> list[Comparison]:
+    """Compares `Trainer` with GPT-2 and `HfGPTTrainer` with hfgpt, each in its own process.
 
     In one process, a trainer would use the memory that an earlier one has kept.
+
+    Args:
+        shape: Model and batch.
+        case: Name of the comparison.
+        precisions: Contender -> float32, or bfloat16 (mixed).
+        flops: FLOP/s of matrix products on this machine, in the precision of hfgpt.
+        advance: Called after each measurement.
     """
 
     def measure(name: str) -> float:
-        return run_python(LOOP, json.dumps([name, asdict(shape), precision]))
+        return run_python(LOOP, json.dumps([name, asdict(shape), precisions[name]]))
 
-    values = measure_in_turns({name: partial(measure, name) for name in (HFGPT, GPT2)}, advance)
+    values = measure_in_turns({name: partial(measure, name) for name in precisions}, advance)
     limit = flops / training_flops_per_token(shape.config(), shape.length)
-    return [Comparison("train", f"Trainer, {shape.name}, {precision}", "tokens/s", values, limit=limit)]
+    return [Comparison("train", f"Trainer, {shape.name}, {case}", "tokens/s", values, limit=limit)]
 
 
 def run_loop(name: str, shape: Shape, precision: str) -> float:
@@ -141,6 +173,7 @@ def run_loop(name: str, shape: Shape, precision: str) -> float:
             "max_steps": WARM_UP + max(number, 3),
             "per_device_train_batch_size": shape.rows,
             "bf16": precision == "bfloat16",
+            "torch_compile": device.type != "cpu",
             "save_strategy": "no",
             "report_to": "none",
             "disable_tqdm": True,

@@ -90,9 +90,11 @@ def list_jobs(part: str, machine: Machine, device: torch.device, nanogpt: Path |
     if part == "train":
         for shape in train.choose_shapes(device):
             for precision, flops in machine.matrix_flops.items():
-                case, name = (shape, precision, flops), f"{shape.name}, {precision}"
-                yield Job(f"steps of {name}", partial(train.measure_step, *case, device, nanogpt))
-                yield Job(f"Trainer with {name}", partial(train.measure_loop, *case))
+                step = partial(train.measure_step, shape, precision, flops, device, nanogpt)
+                yield Job(f"steps of {shape.name}, {precision}", step)
+            for case, chosen in train.loop_cases(device).items():
+                loop = partial(train.measure_loop, shape, case, chosen, machine.matrix_flops[chosen[HFGPT]])
+                yield Job(f"Trainer with {shape.name}, {case}", loop)
     elif part == "decode":
         for shape in decode.SHAPES:
             case = (shape, machine.bandwidth, device, nanogpt)

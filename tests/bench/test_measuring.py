@@ -3,10 +3,12 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from hfgpt.bench import BenchArguments, decode, train
 from hfgpt.bench import data as data_module
@@ -15,6 +17,8 @@ from hfgpt.bench.measuring import GPT2, HFGPT, NANOGPT, Comparison, measure_in_t
 from hfgpt.bench.models import SMALL, Shape, build_models, draw_ids, loss_of
 from hfgpt.commands.bench import bench, render_comparison
 from hfgpt.errors import InputError
+from hfgpt.training import arguments
+from hfgpt.training.arguments import HfGPTTrainingArguments
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 1, 2, 8, 50, 96, length=16, rows=3)
@@ -108,6 +112,27 @@ def test_a_contender_that_computes_something_else_is_noticed(nanogpt):
         build_models(TINY, CPU, nanogpt)
 
 
+def test_both_trainers_in_the_precision_of_their_defaults(monkeypatch):
+    monkeypatch.setattr(train, "has_native_bf16", lambda device: False)
+    assert train.loop_cases(CPU) == {"float32": {HFGPT: "float32", GPT2: "float32"}}
+    monkeypatch.setattr(train, "has_native_bf16", lambda device: True)
+    assert train.loop_cases(CPU)["defaults"] == {HFGPT: "bfloat16", GPT2: "float32"}
+    monkeypatch.setattr(arguments, "has_native_bf16", lambda device: True)
+    assert (HfGPTTrainingArguments().bf16, TrainingArguments().bf16) == (True, False)
+
+
+@pytest.mark.parametrize("name", [HFGPT, GPT2])
+def test_compiled_steps_are_those_of_the_model(name, monkeypatch):
+    """With a compiler that generates no code; on an accelerator, it is the usual one."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    ids = draw_ids(TINY, CPU)
+    steps = [train.BareStep(build_models(TINY, CPU)[name], ids, bf16=False, compiled=flag) for flag in (False, True)]
+    for step in steps:
+        step.take()
+    for expected, found in zip(*(step.model.parameters() for step in steps), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def run_loop_here(code: str, argument: str) -> float:
     """In this process, since starting one takes seconds."""
     assert code == train.LOOP
@@ -130,8 +155,9 @@ def test_all_parts_measure_every_contender(nanogpt, monkeypatch, capsys):
     assert precisions == train.precisions(CPU)
     contenders = {comparison.what: list(comparison.values) for comparison in found}
     assert contenders == {
-        **{f"step, tiny, {precision}": [HFGPT, GPT2, NANOGPT] for precision in precisions},
-        **{f"Trainer, tiny, {precision}": [HFGPT, GPT2] for precision in precisions},
+        **{f"step, tiny, {precision}": [HFGPT, GPT2] for precision in precisions},
+        **{f"step, tiny, exact GELU, {precision}": [HFGPT, NANOGPT] for precision in precisions},
+        **{f"Trainer, tiny, {case}": [HFGPT, GPT2] for case in train.loop_cases(CPU)},
         **{f"{case}, tiny, 1 row": [HFGPT, GPT2, NANOGPT] for case in ("greedy", "sampled", "first token")},
         **{f"{case}, tiny, 16 rows": [HFGPT, GPT2] for case in ("greedy", "sampled", "first token")},
         **{
