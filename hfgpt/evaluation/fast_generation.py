@@ -101,7 +101,7 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The weights of a block; the projections are query, key and value, or one layer with all three."""
+    """The weights of a block; the projections are query, key and value, or one layer that joins them."""
 
     input_norm: Layer
     projections: Sequence[Layer]
@@ -192,7 +192,10 @@ class FastLoop:
 
     @torch.no_grad()
     def _read_weights(self):
-        """Finds the weights, and copies them to float16 unless they are those of the last copy."""
+        """Finds the weights, and copies them to float16 unless they are those of the last copy.
+
+        In float32, only small ones are copied, each time: that takes less than a token.
+        """
         if self.half:
             version = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
             if version == self.version:
@@ -209,7 +212,7 @@ class FastLoop:
     def _read_block(self, block: HfGPTBlock) -> Block:
         attention, mlp = block.self_attn, block.mlp
         projections = [(layer.weight, layer.bias) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        if self.half:
+        if self.half or attention.q_proj.weight.numel() < MANY_WEIGHTS:
             weights, biases = zip(*projections, strict=True)
             projections = [(torch.cat(weights), None if biases[0] is None else torch.cat(biases))]
         return Block(
@@ -218,7 +221,7 @@ class FastLoop:
             self._store(attention.o_proj.weight, attention.o_proj.bias),
             Layer(block.post_attention_layernorm.weight, block.post_attention_layernorm.bias),
             self._store(mlp.up_proj.weight, mlp.up_proj.bias),
-            mlp.act_fn,
+            mlp.act_fn.forward,
             self._store(mlp.down_proj.weight, mlp.down_proj.bias),
         )
 
@@ -243,18 +246,19 @@ class FastLoop:
         """The logits (1, V) after a token (1), the one at position `index`."""
         config = self.model.config
         size, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        hidden = functional.embedding(token, self.embeddings) + self.positions[index]  # (1, C)
+        hidden = torch.embedding(self.embeddings, token) + self.positions[index]  # (1, C)
         for block, cache in zip(self.blocks, caches, strict=True):
-            normed = functional.layer_norm(hidden, (size,), *block.input_norm, eps)
-            projected = torch.cat([self._multiply(normed, layer) for layer in block.projections], dim=1)
+            normed = torch.layer_norm(hidden, (size,), *block.input_norm, eps)
+            projected = [self._multiply(normed, layer) for layer in block.projections]
+            projected = projected[0] if len(projected) == 1 else torch.cat(projected, dim=1)
             projected = projected.view(3, heads, 1, size // heads)
             cache.narrow(2, index, 1).copy_(projected.narrow(0, 1, 2))
             keys, values = cache.narrow(2, 0, index + 1).split(1)  # (1, H, S, D)
             attended = functional.scaled_dot_product_attention(projected.narrow(0, 0, 1), keys, values)
             hidden = hidden + self._multiply(attended.view(1, size), block.output)
-            normed = functional.layer_norm(hidden, (size,), *block.norm, eps)
+            normed = torch.layer_norm(hidden, (size,), *block.norm, eps)
             hidden = hidden + self._multiply(block.activation(self._multiply(normed, block.up)), block.down)
-        hidden = functional.layer_norm(hidden, (size,), *self.norm, eps)
+        hidden = torch.layer_norm(hidden, (size,), *self.norm, eps)
         logits = self._multiply(hidden, self.head)
         if self.half:
             logits += hidden @ self.center

@@ -305,7 +305,7 @@ def test_changed_weights_are_read_again(half, model):
     assert again.tolist() == changed.tolist()
 
 
-def test_in_float32_weights_are_not_copied(model):
+def test_in_float32_all_changes_of_weights_are_noticed(model):
     speed_up_generation(model)
     before = generate(model)
     model.model.layers[0].self_attn.v_proj.weight.data.mul_(-1)  # not noticed by PyTorch
