@@ -29,12 +29,14 @@ print(json.dumps([seconds, peak_memory_bytes(torch.device("cpu")) - before]))
 IMPORT = "import time; begun = time.perf_counter(); {imported}; print(time.perf_counter() - begun)"
 TRAIN = """
 import json, sys
+from contextlib import nullcontext
 from pathlib import Path
 import torch
 from dataclasses import replace
+from hfgpt.bench.measuring import HFGPT
 from hfgpt.bench.models import GPT2_SMALL, build_models, draw_ids
 from hfgpt.bench.train import BareStep
-from hfgpt.training.hardware import peak_memory_bytes, process_memory_bytes, reset_peak_memory
+from hfgpt.training.hardware import peak_memory_bytes, process_memory_bytes, reset_peak_memory, training_heap
 device, shape = torch.device("cpu"), replace(GPT2_SMALL, rows=4, length=512)
 name, checkpointing, nanogpt = json.loads(sys.argv[1])
 model = build_models(shape, device, nanogpt and Path(nanogpt), only=name)[name]
@@ -43,8 +45,9 @@ if checkpointing:
 before = process_memory_bytes() - sum(weight.nbytes for weight in model.parameters())
 reset_peak_memory(device)
 step = BareStep(model, draw_ids(shape, device), bf16=False)
-for _ in range(2):  # in the second, the optimizer has its state
-    step.take()
+with training_heap(device, checkpointing) if name == HFGPT else nullcontext():  # as in `hfgpt train`
+    for _ in range(2):  # in the second, the optimizer has its state
+        step.take()
 print(peak_memory_bytes(device) - before)
 """
 

@@ -23,7 +23,7 @@ from hfgpt.data.report import counted
 from hfgpt.errors import InputError
 from hfgpt.training.arguments import HfGPTTrainingArguments
 from hfgpt.training.flops import training_flops_per_token
-from hfgpt.training.hardware import describe_device, kept_memory, process_memory_bytes
+from hfgpt.training.hardware import describe_device, process_memory_bytes, training_heap
 from hfgpt.training.optimizers import hidden_matrix_names
 from hfgpt.training.tensor_parallel import check_divisible
 from hfgpt.training.trainer import HfGPTTrainer
@@ -196,7 +196,7 @@ def probe_seconds(
         # Arguments that Trainer rejects are reported here, before anything is written.
         except (ValueError, TypeError, RuntimeError, ImportError) as error:
             raise InputError(f"training: {' '.join(str(error).split())}") from error
-        with kept_memory(arguments.device):
+        with training_heap(arguments.device, arguments.gradient_checkpointing):
             row_seconds = _time_row(trainer, model, block_size, seconds)
             for _ in range(2):  # the first step creates the optimizer's state
                 began = time.perf_counter()

@@ -53,7 +53,7 @@ from hfgpt.training.checkpoints import (
 from hfgpt.training.divergence import ROLLBACK, find_rollbacks
 from hfgpt.training.flops import training_flops_per_token
 from hfgpt.training.gradients import PairwiseSums
-from hfgpt.training.hardware import kept_memory
+from hfgpt.training.hardware import training_heap
 from hfgpt.training.optimizers import MuonFactory
 from hfgpt.training.sharding import (
     gather_weights,
@@ -493,7 +493,7 @@ class HfGPTTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer takes an extra step when it resumes at `max_steps`, as does a run that stopped after training."""
-        with kept_memory(self.args.device):
+        with training_heap(self.args.device, self.args.gradient_checkpointing):
             return self._train(resume_from_checkpoint, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | None, **kwargs) -> TrainOutput:
