@@ -529,7 +529,7 @@ def bench(
 ):
     """Compare speed and memory with transformers' GPT-2 on this machine: the same weights, in turns.
 
-    Ratios are hfgpt's value relative to the other's. All parts take about half an hour on two cores.
+    Ratios are hfgpt's value relative to the other's. All parts take about an hour on two cores.
     """
     from hfgpt.bench import BenchArguments
 
