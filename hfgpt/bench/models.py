@@ -111,7 +111,7 @@ def draw_ids(shape: Shape, device: torch.device) -> torch.Tensor:
 def _check_losses(models: dict[str, nn.Module], shape: Shape):
     ids = draw_ids(shape, next(models[HFGPT].parameters()).device)
     losses = {name: loss_of(model.eval(), ids).item() for name, model in models.items()}
-    # Unlike that of most shapes, nanoGPT's GELU is exact; and the probabilities of its 47 more tokens are not zero.
+    # nanoGPT's GELU is always exact, and the probabilities of its 47 additional tokens are not zero.
     tolerances = {GPT2: 1e-4, NANOGPT: 1e-2}
     for name, tolerance in tolerances.items():
         if name in losses and abs(losses[name] - losses[HFGPT]) > tolerance:
