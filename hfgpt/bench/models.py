@@ -87,7 +87,7 @@ def build_models(
     native.tie_weights()
     models = {HFGPT: ours, GPT2: native}
     if nanogpt is not None:
-        models[NANOGPT] = _build_nanogpt(_import_nanogpt(nanogpt), shape, native)
+        models[NANOGPT] = _build_nanogpt(import_nanogpt(nanogpt), shape, native)
     models = {name: model.to(device) for name, model in models.items()}
     _check_losses(models, shape)
     return models if only is None else {only: models[only]}
@@ -118,7 +118,12 @@ def _check_losses(models: dict[str, nn.Module], shape: Shape):
             raise RuntimeError(f"the loss of {name} is {losses[name]}, that of hfgpt {losses[HFGPT]}")
 
 
-def _import_nanogpt(folder: Path) -> ModuleType:
+def import_nanogpt(folder: Path) -> ModuleType:
+    """nanoGPT's module `model`.
+
+    Raises:
+        InputError: The folder is not a checkout of nanoGPT.
+    """
     file = folder / "model.py"
     if not file.is_file():
         raise InputError(f"--nanogpt '{folder}' has no model.py: pass a checkout of github.com/karpathy/nanoGPT")

@@ -15,6 +15,7 @@ from hfgpt.bench import PARTS, BenchArguments, decode, train
 from hfgpt.bench.data import measure_data
 from hfgpt.bench.load import measure_load, measure_memory
 from hfgpt.bench.measuring import HFGPT, Comparison, measure_bandwidth, measure_matrix_flops
+from hfgpt.bench.models import import_nanogpt
 from hfgpt.models import find_device, quiet_bars
 from hfgpt.output import stderr_console
 from hfgpt.training.hardware import describe_device
@@ -64,6 +65,8 @@ def bench(arguments: BenchArguments, announce: Callable[[Machine], Any], report:
     Raises:
         InputError: The checkout of nanoGPT cannot be used.
     """
+    if arguments.nanogpt is not None:
+        import_nanogpt(arguments.nanogpt)  # before minutes are spent on other measurements
     device, verbosity = find_device(), logging.get_verbosity()
     logging.set_verbosity_error()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

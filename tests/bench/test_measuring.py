@@ -185,6 +185,12 @@ def test_a_failed_process_is_one_line():
         run_python("raise MemoryError('too much')")
 
 
+def test_another_checkout_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "model.py").write_text("GPT = 1\n")
+    with pytest.raises(InputError, match=r"model\.py does not define GPT and GPTConfig: pass a checkout of nanoGPT$"):
+        bench(BenchArguments("train", tmp_path), pytest.fail, pytest.fail)
+
+
 def test_wrong_arguments():
     with pytest.raises(InputError, match=r"^'speed' is not a part of hfgpt bench: use train, decode, data, load or m"):
         BenchArguments("speed")
