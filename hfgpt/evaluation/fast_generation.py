@@ -1,28 +1,26 @@
 """Faster generation on a CPU, for one text at a time: a decoding loop with few operations per token.
 
 A step of a small model takes less time than the Python around it, and a step of a large one takes as long as reading
-the weights. So this loop has no masks, no modules and a cache of fixed size, and can read weights of half the size.
+the weights. So this loop has no masks, no modules and a cache of fixed size, and can read weights of half the size;
+its steps are in `decoding_steps.py`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils import output_capturing
 
 from hfgpt.errors import InputError
+from hfgpt.evaluation.decoding_steps import LargeStep, SmallStep, has_few_weights
 from hfgpt.modeling_hfgpt import (
-    MANY_WEIGHTS,
     HfGPTAttention,
     HfGPTBlock,
     HfGPTForCausalLM,
     HfGPTMLP,
     HfGPTModel,
-    multiply_row,
 )
 
 MODULES = (
@@ -42,8 +40,9 @@ def speed_up_generation(model: HfGPTForCausalLM, half: bool = False) -> HfGPTFor
     Args:
         model: A language model in float32 on the CPU.
         half: Whether to read the weights in float16, half as many bytes, from a copy. Results of the matrix products
-            are rounded to float16, so that the text can differ. The prompt is still processed in float32. The copy is
-            made again when weights change, but PyTorch does not notice changes through `.data`: then call this again.
+            are rounded to float16, so that the text can differ. The prompt is still processed in float32, and so are
+            blocks with a hidden size of up to 256, where it is faster. The copy is made again when weights change,
+            but PyTorch does not notice changes through `.data`: then call this again.
 
     Returns:
         The same model.
@@ -93,25 +92,6 @@ def is_plain(model: nn.Module) -> bool:
     return is_own and "prepare_inputs_for_generation" not in vars(model)
 
 
-class Layer(NamedTuple):
-    """The weight and the bias of a linear layer or a norm."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-class Block(NamedTuple):
-    """The weights of a block; the projections are query, key and value, or one layer that joins them."""
-
-    input_norm: Layer
-    projections: Sequence[Layer]
-    output: Layer
-    norm: Layer
-    up: Layer
-    activation: Callable
-    down: Layer
-
-
 class FastLoop:
     """Generates tokens in place of transformers' `_sample`; for the arguments see `speed_up_generation`."""
 
@@ -159,7 +139,7 @@ class FastLoop:
             if stopping_criteria(ids[:, :length], kept_scores).all():
                 break
             with torch.inference_mode():
-                logits = self._step(token, length - 1, caches)
+                logits = self.step(token, length - 1, caches)
             logits = logits.clone()  # outside of inference mode, a tensor like any other
         if streamer is not None:
             streamer.end()
@@ -194,43 +174,15 @@ class FastLoop:
     def _read_weights(self):
         """Finds the weights, and copies them to float16 unless they are those of the last copy.
 
-        In float32, only small ones are copied, each time: that takes less than a token.
+        In float32, those of small models are copied each time, which takes less than a token.
         """
         if self.half:
             version = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
             if version == self.version:
                 return
             self.version = version
-        base, head = self.model.model, self.model.lm_head.weight
-        self.blocks = [self._read_block(block) for block in base.layers]
-        self.norm = Layer(base.norm.weight, base.norm.bias)
-        self.embeddings, self.positions = base.embed_tokens.weight, base.embed_positions.weight
-        # All logits together can be far from zero, where float16 is coarse.
-        self.center = head.mean(dim=0) if self.half else None
-        self.head = self._store(head - self.center if self.half else head, None)
-
-    def _read_block(self, block: HfGPTBlock) -> Block:
-        attention, mlp = block.self_attn, block.mlp
-        projections = [(layer.weight, layer.bias) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        if self.half or attention.q_proj.weight.numel() < MANY_WEIGHTS:
-            weights, biases = zip(*projections, strict=True)
-            projections = [(torch.cat(weights), None if biases[0] is None else torch.cat(biases))]
-        return Block(
-            Layer(block.input_layernorm.weight, block.input_layernorm.bias),
-            [self._store(*layer) for layer in projections],
-            self._store(attention.o_proj.weight, attention.o_proj.bias),
-            Layer(block.post_attention_layernorm.weight, block.post_attention_layernorm.bias),
-            self._store(mlp.up_proj.weight, mlp.up_proj.bias),
-            mlp.act_fn.forward,
-            self._store(mlp.down_proj.weight, mlp.down_proj.bias),
-        )
-
-    def _store(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
-        if not self.half:
-            return Layer(weight, bias)
-        if not (stored := weight.half()).isfinite().all():
-            raise InputError("a weight is too large for float16: use half=False, or omit --fast")
-        return Layer(stored, bias)
+        is_small = has_few_weights(*self.model.model.layers)
+        self.step = SmallStep(self.model, self.half) if is_small else LargeStep(self.model, self.half)
 
     def _copy_caches(self, past: DynamicCache, size: int) -> list[torch.Tensor]:
         """Keys and values (2, H, size, D) of each block, with those of the prompt."""
@@ -241,36 +193,3 @@ class FastLoop:
             cache[:, :, : joined.shape[2]] = joined
             caches.append(cache)
         return caches
-
-    def _step(self, token: torch.Tensor, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
-        """The logits (1, V) after a token (1), the one at position `index`."""
-        config = self.model.config
-        size, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        hidden = torch.embedding(self.embeddings, token) + self.positions[index]  # (1, C)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            normed = torch.layer_norm(hidden, (size,), *block.input_norm, eps)
-            projected = [self._multiply(normed, layer) for layer in block.projections]
-            projected = projected[0] if len(projected) == 1 else torch.cat(projected, dim=1)
-            projected = projected.view(3, heads, 1, size // heads)
-            cache.narrow(2, index, 1).copy_(projected.narrow(0, 1, 2))
-            keys, values = cache.narrow(2, 0, index + 1).split(1)  # (1, H, S, D)
-            attended = functional.scaled_dot_product_attention(projected.narrow(0, 0, 1), keys, values)
-            hidden = hidden + self._multiply(attended.view(1, size), block.output)
-            normed = torch.layer_norm(hidden, (size,), *block.norm, eps)
-            hidden = hidden + self._multiply(block.activation(self._multiply(normed, block.up)), block.down)
-        hidden = torch.layer_norm(hidden, (size,), *self.norm, eps)
-        logits = self._multiply(hidden, self.head)
-        if self.half:
-            logits += hidden @ self.center
-            if not logits.isfinite().all():
-                raise InputError("a value became too large for float16: use half=False, or omit --fast")
-        return logits
-
-    def _multiply(self, row: torch.Tensor, layer: Layer) -> torch.Tensor:
-        """The product of a row (1, in) and a linear layer."""
-        if self.half:
-            output = functional.linear(row.half(), layer.weight).float()
-            return output if layer.bias is None else output.add_(layer.bias)
-        if layer.weight.numel() >= MANY_WEIGHTS:
-            return multiply_row(row, *layer)
-        return functional.linear(row, *layer)

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from hfgpt import HfGPTConfig, HfGPTForCausalLM, InputError
-from hfgpt.evaluation import fast_generation
+from hfgpt.evaluation import decoding_steps
+from hfgpt.evaluation.decoding_steps import PART, LargeHead, LargeStep, SmallLinear, SmallStep
 from hfgpt.evaluation.fast_generation import speed_up_generation
 from hfgpt.modeling_hfgpt import multiply_row, project
 from hfgpt.tokenizer import train_tokenizer
@@ -31,8 +32,16 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 PROMPT = torch.tensor([[5, 9, 2, 40]])
 
 
+@pytest.fixture(params=["in NumPy", "in PyTorch"])
+def steps(request, monkeypatch) -> str:
+    """How the tiny models of these tests are computed: as small ones, or as if they were large."""
+    if request.param == "in PyTorch":
+        monkeypatch.setattr(decoding_steps, "FEW_WEIGHTS", 0)
+    return request.param
+
+
 @pytest.fixture(params=[{}, {"qkv_bias": False, "hidden_act": "relu", "tie_word_embeddings": False}])
-def model(request, tiny_config):
+def model(request, steps, tiny_config):
     torch.manual_seed(0)
     model = HfGPTForCausalLM(tiny_config(bos_token_id=None, eos_token_id=None, **request.param)).eval()
     for parameter in model.parameters():  # otherwise the text repeats itself
@@ -56,13 +65,14 @@ class Recorder:
 
 def count_steps(model, monkeypatch) -> list[int]:
     """The positions for which the fast loop computes a step, from now on."""
-    positions, step = [], fast_generation.FastLoop._step
+    positions = []
+    for kind in (LargeStep, SmallStep):
 
-    def counted(self, token, index, caches):
-        positions.append(index)
-        return step(self, token, index, caches)
+        def counted(self, token, index, caches, step=kind.__call__):
+            positions.append(index)
+            return step(self, token, index, caches)
 
-    monkeypatch.setattr(fast_generation.FastLoop, "_step", counted)
+        monkeypatch.setattr(kind, "__call__", counted)
     return positions
 
 
@@ -327,6 +337,7 @@ def test_a_copy_and_a_saved_model_are_independent(model, tmp_path):
     assert generate(AutoModelForCausalLM.from_pretrained(tmp_path)).tolist() == generate(model).tolist()
 
 
+@pytest.mark.parametrize("steps", ["in PyTorch"], indirect=True)
 def test_half_rounds_to_float16(model, monkeypatch):
     settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 3}
     expected = generate(model, **settings)
@@ -340,6 +351,7 @@ def test_half_rounds_to_float16(model, monkeypatch):
     assert 0 < (ours - theirs).abs().max() < 0.01 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("steps", ["in PyTorch"], indirect=True)
 def test_half_keeps_logits_that_are_far_from_zero_together(model):
     """Otherwise, float16 would round these, of about 1,000, to multiples of one half."""
     with torch.no_grad():
@@ -352,6 +364,7 @@ def test_half_keeps_logits_that_are_far_from_zero_together(model):
     assert (found - expected).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("steps", ["in PyTorch"], indirect=True)
 def test_half_refuses_what_is_too_large(model):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 70_000
@@ -363,6 +376,37 @@ def test_half_refuses_what_is_too_large(model):
     speed_up_generation(model, half=True)
     with pytest.raises(InputError, match="a value became too large for float16: use half=False"):
         generate(model)
+
+
+@pytest.mark.parametrize("steps", ["in NumPy"], indirect=True)
+def test_half_leaves_small_models_in_float32(model):
+    settings = {"return_dict_in_generate": True, "output_logits": True}
+    expected = torch.cat(generate(speed_up_generation(model), **settings).logits)
+    assert torch.equal(torch.cat(generate(speed_up_generation(model, half=True), **settings).logits), expected)
+
+
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-5), (True, 1e-2)])
+def test_small_blocks_with_a_large_head(half, tolerance, tiny_config, monkeypatch):
+    monkeypatch.setattr(decoding_steps, "FEW_WEIGHTS", 4 * 32 * 32)
+    torch.manual_seed(0)
+    model = HfGPTForCausalLM(tiny_config(vocab_size=150, bos_token_id=None, eos_token_id=None)).eval()
+    settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 3}
+    expected = torch.cat(generate(model, **settings).logits)
+    speed_up_generation(model, half)
+    assert type(model.decoding_loop.step) is SmallStep
+    assert type(model.decoding_loop.step.head) is LargeHead
+    assert_close(torch.cat(generate(model, **settings).logits), expected, atol=tolerance * expected.std(), rtol=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_not_finite_are_those_of_generate(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.inf
+    settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 3}
+    expected = torch.cat(generate(model, **settings).logits)
+    assert expected.isnan().any()
+    found = torch.cat(generate(speed_up_generation(model), **settings).logits)
+    assert_close(found, expected, equal_nan=True, **CLOSE)
 
 
 def test_other_models_are_refused(tiny_config):
@@ -379,6 +423,18 @@ def _gpt2():
 
 
 # Products of one row
+
+
+@pytest.mark.parametrize("inputs", [128, 300, 2 * PART])
+@pytest.mark.parametrize("rows", [1, 65, 211])
+@pytest.mark.parametrize("bias", [True, False])
+def test_small_layers_are_multiplied_together_in_parts(inputs, rows, bias):
+    layers = [torch.nn.Linear(inputs, rows, bias=bias) for _ in range(3)]
+    row = torch.randn(inputs)
+    together = SmallLinear(*layers)
+    assert all(part.size <= max(PART, inputs) for part in together.parts)
+    expected = torch.cat([layer(row) for layer in layers]).detach()
+    assert_close(torch.from_numpy(together(row.numpy())), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 1000])

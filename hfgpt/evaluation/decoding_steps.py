@@ -1,0 +1,236 @@
+"""A step of fast generation: the logits after one token, in PyTorch for large models and in NumPy for small ones.
+
+In a small model, calling PyTorch's operations takes longer than what they compute. NumPy's take less time to call.
+
+Shapes: C hidden size, H heads, D = C / H, S tokens attended to, V vocabulary size.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hfgpt.errors import InputError
+from hfgpt.modeling_hfgpt import MANY_WEIGHTS, HfGPTBlock, HfGPTForCausalLM, multiply_row
+
+FEW_WEIGHTS = 2**18  # of the largest matrix in a block that is faster in NumPy, with a hidden size of up to 256
+PART = 2**13  # weights, so few that OpenBLAS does not divide their product among all threads, which would be slower
+
+
+def has_few_weights(*modules: nn.Module) -> bool:
+    """Whether each weight of these modules is so small that NumPy multiplies it faster."""
+    return all(weight.numel() <= FEW_WEIGHTS for module in modules for weight in module.parameters())
+
+
+class Layer(NamedTuple):
+    """The weight and the bias of a linear layer or a norm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def read_layer(*layers: nn.Module) -> Layer:
+    """The weights of a layer, or copies of those of several that have the same input, joined."""
+    if len(layers) == 1:
+        return Layer(layers[0].weight, layers[0].bias)
+    biases = [layer.bias for layer in layers]
+    return Layer(torch.cat([layer.weight for layer in layers]), None if biases[0] is None else torch.cat(biases))
+
+
+def halve(layer: Layer) -> Layer:
+    """The layer with its weight in float16.
+
+    Raises:
+        InputError: A weight is too large for float16.
+    """
+    if not (weight := layer.weight.half()).isfinite().all():
+        raise InputError("a weight is too large for float16: use half=False, or omit --fast")
+    return Layer(weight, layer.bias)
+
+
+def multiply(row: torch.Tensor, layer: Layer) -> torch.Tensor:
+    """The product of a row (1, in) and a linear layer."""
+    if layer.weight.dtype == torch.float16:
+        output = functional.linear(row.half(), layer.weight).float()
+        return output if layer.bias is None else output.add_(layer.bias)
+    if layer.weight.numel() >= MANY_WEIGHTS:
+        return multiply_row(row, *layer)
+    return functional.linear(row, *layer)
+
+
+class LargeStep:
+    """A step in PyTorch.
+
+    Args:
+        model: Its weights are used.
+        half: Whether to copy those of its matrices to float16.
+
+    Raises:
+        InputError: A weight is too large for float16.
+    """
+
+    def __init__(self, model: HfGPTForCausalLM, half: bool):
+        base = model.model
+        self.embeddings, self.positions = base.embed_tokens.weight, base.embed_positions.weight
+        self.blocks = [LargeBlock(block, half) for block in base.layers]
+        self.norm, self.eps = read_layer(base.norm), base.norm.eps
+        self.head = LargeHead(model.lm_head, half)
+
+    def __call__(self, token: torch.Tensor, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
+        """The logits (1, V) after a token.
+
+        Args:
+            token: (1).
+            index: Its position.
+            caches: Keys and values (2, H, size, D) of each block, to which those of the token are added.
+
+        Raises:
+            InputError: A value is too large for float16.
+        """
+        hidden = torch.embedding(self.embeddings, token) + self.positions[index]  # (1, C)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            hidden = block(hidden, index, cache)
+        return self.head(torch.layer_norm(hidden, hidden.shape[1:], *self.norm, self.eps))
+
+
+class LargeBlock:
+    """A block in PyTorch; for the arguments see `LargeStep`."""
+
+    def __init__(self, block: HfGPTBlock, half: bool):
+        attention, mlp = block.self_attn, block.mlp
+        self.num_heads, self.eps = attention.config.num_attention_heads, block.input_layernorm.eps
+        self.input_norm, self.norm = read_layer(block.input_layernorm), read_layer(block.post_attention_layernorm)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        # Only copies are joined.
+        layers = [read_layer(*projections)] if half else [read_layer(projection) for projection in projections]
+        layers += [read_layer(layer) for layer in (attention.o_proj, mlp.up_proj, mlp.down_proj)]
+        *self.projections, self.output, self.up, self.down = [halve(layer) for layer in layers] if half else layers
+        self.activation = mlp.act_fn.forward
+
+    def __call__(self, hidden: torch.Tensor, index: int, cache: torch.Tensor) -> torch.Tensor:
+        """The hidden state (1, C) after this block."""
+        normed = torch.layer_norm(hidden, hidden.shape[1:], *self.input_norm, self.eps)
+        projected = torch.cat([multiply(normed, layer) for layer in self.projections], dim=1)
+        projected = projected.view(3, self.num_heads, 1, -1)
+        cache.narrow(2, index, 1).copy_(projected.narrow(0, 1, 2))
+        keys, values = cache.narrow(2, 0, index + 1).split(1)  # (1, H, S, D)
+        attended = functional.scaled_dot_product_attention(projected.narrow(0, 0, 1), keys, values)
+        hidden = hidden + multiply(attended.view(1, -1), self.output)
+        normed = torch.layer_norm(hidden, hidden.shape[1:], *self.norm, self.eps)
+        return hidden + multiply(self.activation(multiply(normed, self.up)), self.down)
+
+
+class LargeHead:
+    """The head in PyTorch; for the arguments see `LargeStep`."""
+
+    def __init__(self, head: nn.Linear, half: bool):
+        self.layer, self.center = read_layer(head), None
+        if half:
+            # All logits together can be far from zero, where float16 is coarse.
+            self.center = head.weight.mean(dim=0)
+            self.layer = halve(Layer(head.weight - self.center, None))
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits (1, V) of a hidden state (1, C)."""
+        logits = multiply(hidden, self.layer)
+        if self.center is not None:
+            logits += hidden @ self.center
+            if not logits.isfinite().all():
+                raise InputError("a value became too large for float16: use half=False, or omit --fast")
+        return logits
+
+
+class SmallStep:
+    """A step in NumPy, of a model whose blocks have few weights, which are copied.
+
+    Args:
+        model: A model in float32 on the CPU.
+        half: Whether to copy the head's weights to float16, if they are many.
+
+    Raises:
+        InputError: A weight of the head is too large for float16.
+    """
+
+    def __init__(self, model: HfGPTForCausalLM, half: bool):
+        base, head = model.model, model.lm_head
+        self.embeddings, self.positions = (
+            embedding.weight.detach().numpy() for embedding in (base.embed_tokens, base.embed_positions)
+        )
+        self.blocks = [SmallBlock(block) for block in base.layers]
+        self.norm = SmallNorm(base.norm)
+        self.head = SmallLinear(head) if has_few_weights(head) else LargeHead(head, half)
+
+    @np.errstate(all="ignore")  # as in PyTorch, values that are not finite are no error
+    def __call__(self, token: torch.Tensor, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
+        """As `LargeStep.__call__`."""
+        row = self.embeddings[token.item()] + self.positions[index]  # (C)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            row = block(row, index, cache.numpy())
+        row = self.norm(row)
+        if isinstance(self.head, LargeHead):
+            return self.head(torch.from_numpy(row).unsqueeze(0))
+        return torch.from_numpy(self.head(row)).unsqueeze(0)
+
+
+class SmallBlock:
+    """A block in NumPy."""
+
+    def __init__(self, block: HfGPTBlock):
+        attention, mlp = block.self_attn, block.mlp
+        self.num_heads, self.scaling = attention.config.num_attention_heads, attention.scaling
+        self.input_norm, self.norm = SmallNorm(block.input_layernorm), SmallNorm(block.post_attention_layernorm)
+        self.projections = SmallLinear(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output, self.up, self.down = (
+            SmallLinear(layer) for layer in (attention.o_proj, mlp.up_proj, mlp.down_proj)
+        )
+        self.activation = mlp.act_fn.forward
+
+    def __call__(self, row: np.ndarray, index: int, cache: np.ndarray) -> np.ndarray:
+        """The hidden state (C) after this block."""
+        projected = self.projections(self.input_norm(row)).reshape(3, self.num_heads, -1)
+        cache[:, :, index] = projected[1:]
+        keys, values = cache[:, :, : index + 1]  # (H, S, D)
+        scores = np.matmul(keys, (projected[0] * self.scaling)[:, :, np.newaxis])  # (H, S, 1)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        attended = np.matmul(weights.transpose(0, 2, 1), values) / weights.sum(axis=1, keepdims=True)  # (H, 1, D)
+        row = row + self.output(attended.reshape(-1))
+        activations = self.activation(torch.from_numpy(self.up(self.norm(row)))).numpy()
+        return row + self.down(activations)
+
+
+class SmallLinear:
+    """Linear layers that have the same input, joined, in NumPy."""
+
+    def __init__(self, *layers: nn.Linear):
+        weight, self.bias = (None if tensor is None else tensor.detach().numpy() for tensor in read_layer(*layers))
+        self.size, inputs = weight.shape
+        parts = math.ceil(self.size / max(PART // inputs, 1))
+        rows = math.ceil(self.size / parts)
+        padded = np.zeros((parts * rows, inputs), weight.dtype)
+        padded[: self.size] = weight
+        self.parts = padded.reshape(parts, rows, inputs)
+
+    def __call__(self, row: np.ndarray) -> np.ndarray:
+        """The product (out) of a row (in)."""
+        output = np.matmul(self.parts, row).reshape(-1)[: self.size]
+        if self.bias is not None:
+            output += self.bias
+        return output
+
+
+class SmallNorm:
+    """A LayerNorm in NumPy."""
+
+    def __init__(self, norm: nn.LayerNorm):
+        self.weight, self.bias, self.eps = norm.weight.detach().numpy(), norm.bias.detach().numpy(), norm.eps
+
+    def __call__(self, row: np.ndarray) -> np.ndarray:
+        """The normalized row (C)."""
+        row = row - row.sum() / len(row)
+        row /= math.sqrt(row.dot(row) / len(row) + self.eps)
+        row *= self.weight
+        row += self.bias
+        return row
