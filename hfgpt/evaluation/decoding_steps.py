@@ -79,21 +79,23 @@ class LargeStep:
         self.norm, self.eps = read_layer(base.norm), base.norm.eps
         self.head = LargeHead(model.lm_head, half)
 
-    def __call__(self, token: torch.Tensor, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, token: int, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
         """The logits (1, V) after a token.
 
         Args:
-            token: (1).
+            token: Its id.
             index: Its position.
             caches: Keys and values (2, H, size, D) of each block, to which those of the token are added.
 
         Raises:
             InputError: A value is too large for float16.
         """
-        hidden = torch.embedding(self.embeddings, token) + self.positions[index]  # (1, C)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            hidden = block(hidden, index, cache)
-        return self.head(torch.layer_norm(hidden, hidden.shape[1:], *self.norm, self.eps))
+        with torch.inference_mode():
+            hidden = (self.embeddings[token] + self.positions[index]).unsqueeze(0)  # (1, C)
+            for block, cache in zip(self.blocks, caches, strict=True):
+                hidden = block(hidden, index, cache)
+            logits = self.head(torch.layer_norm(hidden, hidden.shape[1:], *self.norm, self.eps))
+        return logits.clone()  # outside of inference mode, a tensor like any other
 
 
 class LargeBlock:
@@ -164,9 +166,9 @@ class SmallStep:
         self.head = SmallLinear(head) if has_few_weights(head) else LargeHead(head, half)
 
     @np.errstate(all="ignore")  # as in PyTorch, values that are not finite are no error
-    def __call__(self, token: torch.Tensor, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, token: int, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
         """As `LargeStep.__call__`."""
-        row = self.embeddings[token.item()] + self.positions[index]  # (C)
+        row = self.embeddings[token] + self.positions[index]  # (C)
         for block, cache in zip(self.blocks, caches, strict=True):
             row = block(row, index, cache.numpy())
         row = self.norm(row)
@@ -194,8 +196,10 @@ class SmallBlock:
         cache[:, :, index] = projected[1:]
         keys, values = cache[:, :, : index + 1]  # (H, S, D)
         scores = np.matmul(keys, (projected[0] * self.scaling)[:, :, np.newaxis])  # (H, S, 1)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        attended = np.matmul(weights.transpose(0, 2, 1), values) / weights.sum(axis=1, keepdims=True)  # (H, 1, D)
+        weights = np.exp(scores - np.maximum.reduce(scores, axis=1, keepdims=True))
+        attended = np.matmul(weights.transpose(0, 2, 1), values) / np.add.reduce(
+            weights, axis=1, keepdims=True
+        )  # (H, 1, D)
         row = row + self.output(attended.reshape(-1))
         activations = self.activation(torch.from_numpy(self.up(self.norm(row)))).numpy()
         return row + self.down(activations)
@@ -226,10 +230,11 @@ class SmallNorm:
 
     def __init__(self, norm: nn.LayerNorm):
         self.weight, self.bias, self.eps = norm.weight.detach().numpy(), norm.bias.detach().numpy(), norm.eps
+        self.shares = np.full_like(self.weight, 1 / len(self.weight))
 
     def __call__(self, row: np.ndarray) -> np.ndarray:
         """The normalized row (C)."""
-        row = row - row.sum() / len(row)
+        row = row - row.dot(self.shares)
         row /= math.sqrt(row.dot(row) / len(row) + self.eps)
         row *= self.weight
         row += self.bias

@@ -5,11 +5,18 @@ the weights. So this loop has no masks, no modules and a cache of fixed size, an
 its steps are in `decoding_steps.py`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils import output_capturing
 
@@ -92,6 +99,24 @@ def is_plain(model: nn.Module) -> bool:
     return is_own and "prepare_inputs_for_generation" not in vars(model)
 
 
+class Ends(NamedTuple):
+    """The length and the tokens that end a text."""
+
+    length: int
+    tokens: set[int]
+
+
+def find_ends(criteria: StoppingCriteriaList) -> Ends | None:
+    """When a text ends; None if there are criteria other than transformers' own for this."""
+    ends = Ends(criteria.max_length, set())
+    for criterion in criteria:
+        if type(criterion) is EosTokenCriteria:
+            ends.tokens.update(criterion.eos_token_id.tolist())
+        elif type(criterion) is not MaxLengthCriteria or criterion.max_length != ends.length:
+            return None
+    return ends
+
+
 class FastLoop:
     """Generates tokens in place of transformers' `_sample`; for the arguments see `speed_up_generation`."""
 
@@ -120,6 +145,7 @@ class FastLoop:
         caches = self._copy_caches(past, config.max_length)
         ids = input_ids.new_empty(1, config.max_length)
         ids[:, :length] = input_ids
+        row, ends = ids[0].numpy(), find_ends(stopping_criteria)
         kept_logits = () if config.return_dict_in_generate and config.output_logits else None
         kept_scores = () if config.return_dict_in_generate and config.output_scores else None
         while True:
@@ -132,15 +158,17 @@ class FastLoop:
                 token = torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)  # (1)
             else:
                 token = scores.argmax(dim=-1)
-            ids[:, length] = token
+            row[length] = number = token.item()
             length += 1
             if streamer is not None:
                 streamer.put(token)
-            if stopping_criteria(ids[:, :length], kept_scores).all():
+            if ends is None:
+                is_done = stopping_criteria(ids[:, :length], kept_scores).all()
+            else:
+                is_done = length >= ends.length or number in ends.tokens
+            if is_done:
                 break
-            with torch.inference_mode():
-                logits = self.step(token, length - 1, caches)
-            logits = logits.clone()  # outside of inference mode, a tensor like any other
+            logits = self.step(number, length - 1, caches)
         if streamer is not None:
             streamer.end()
         # As in transformers, the cache does not include the last new token, which was never passed to the model.

@@ -111,6 +111,9 @@ def test_the_end_of_text_token_and_stopping_criteria_end_the_text(model, monkeyp
     positions = count_steps(model, monkeypatch)
     stopped = generate(model, eos_token_id=ids[5], pad_token_id=0)[0, 4:].tolist()
     assert stopped == ids[: ids.index(ids[5]) + 1]
+    several = [ids[7], ids[5]]
+    stopped = generate(model, eos_token_id=several, pad_token_id=0)[0, 4:].tolist()
+    assert stopped == ids[: min(map(ids.index, several)) + 1]
     assert positions
     late = StoppingCriteriaList([MaxTimeCriteria(max_time=-1)])
     assert generate(model, stopping_criteria=late)[0, 4:].tolist() == ids[:1]
