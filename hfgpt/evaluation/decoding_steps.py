@@ -197,9 +197,8 @@ class SmallBlock:
         keys, values = cache[:, :, : index + 1]  # (H, S, D)
         scores = np.matmul(keys, (projected[0] * self.scaling)[:, :, np.newaxis])  # (H, S, 1)
         weights = np.exp(scores - np.maximum.reduce(scores, axis=1, keepdims=True))
-        attended = np.matmul(weights.transpose(0, 2, 1), values) / np.add.reduce(
-            weights, axis=1, keepdims=True
-        )  # (H, 1, D)
+        totals = np.add.reduce(weights, axis=1, keepdims=True)  # as `sum`, which has a Python function around it
+        attended = np.matmul(weights.transpose(0, 2, 1), values) / totals  # (H, 1, D)
         row = row + self.output(attended.reshape(-1))
         activations = self.activation(torch.from_numpy(self.up(self.norm(row)))).numpy()
         return row + self.down(activations)

@@ -70,7 +70,7 @@ def speed_up_generation(model: HfGPTForCausalLM, half: bool = False) -> HfGPTFor
             f"fast generation needs an HfGPTForCausalLM, not a {type(model).__name__}: merge an adapter first"
         )
     for weight in model.parameters():
-        if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        if not is_in_float32_on_cpu(weight):
             raise InputError(
                 f"fast generation needs weights in float32 on the CPU, not in {weight.dtype} on {weight.device.type}: "
                 "use generate as it is (omit --fast)"
@@ -81,6 +81,11 @@ def speed_up_generation(model: HfGPTForCausalLM, half: bool = False) -> HfGPTFor
         )
     model.decoding_loop = FastLoop(model, half)
     return model
+
+
+def is_in_float32_on_cpu(weight: torch.Tensor) -> bool:
+    """Whether this module can compute with a weight."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -95,8 +100,8 @@ def is_plain(model: nn.Module) -> bool:
         has_hooks = any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
         if has_hooks or "forward" in vars(module) or (type(module) not in MODULES and module not in activations):
             return False
-    is_own = all(type(weight) is nn.Parameter for weight in model.parameters())
-    return is_own and "prepare_inputs_for_generation" not in vars(model)
+    is_usual = all(type(weight) is nn.Parameter and is_in_float32_on_cpu(weight) for weight in model.parameters())
+    return is_usual and "prepare_inputs_for_generation" not in vars(model)
 
 
 class Ends(NamedTuple):

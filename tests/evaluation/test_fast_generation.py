@@ -298,6 +298,16 @@ def test_autocast_uses_the_loop_of_transformers(model, monkeypatch):
     assert not positions
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_converted_later_uses_the_loop_of_transformers(half, model, monkeypatch):
+    speed_up_generation(model, half).bfloat16()
+    positions = count_steps(model, monkeypatch)
+    found = generate(model)
+    assert not positions
+    del model.decoding_loop
+    assert generate(model).tolist() == found.tolist()
+
+
 def test_a_model_in_training_mode_keeps_its_dropout(tiny_config, monkeypatch):
     model = HfGPTForCausalLM(tiny_config(resid_pdrop=0.5, bos_token_id=None, eos_token_id=None))
     speed_up_generation(model)
