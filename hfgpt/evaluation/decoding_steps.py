@@ -212,9 +212,9 @@ class SmallLinear:
         self.size, inputs = weight.shape
         parts = math.ceil(self.size / max(PART // inputs, 1))
         rows = math.ceil(self.size / parts)
-        padded = np.zeros((parts * rows, inputs), weight.dtype)
-        padded[: self.size] = weight
-        self.parts = padded.reshape(parts, rows, inputs)
+        if padding := parts * rows - self.size:
+            weight = np.concatenate([weight, np.zeros((padding, inputs), weight.dtype)])
+        self.parts = weight.reshape(parts, rows, inputs)
 
     def __call__(self, row: np.ndarray) -> np.ndarray:
         """The product (out) of a row (in)."""
