@@ -56,7 +56,7 @@ Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="On a CPU, read the weights in float16: up to four times as fast for one text, which can differ.",
+        help="On a CPU, up to five times as fast for one text. Large models are read in float16: the text can differ.",
     ),
 ]
 

@@ -38,7 +38,7 @@ def run_chat(
         sampling: Sampling settings.
         system: System prompt.
         lines: The user's messages; None: read from the terminal or standard input.
-        fast: Generate with weights in float16, see `speed_up_generation`.
+        fast: Generate faster on a CPU, see `speed_up_generation`.
 
     Raises:
         InputError: The model does not exist, was not trained to chat, or does not support `fast`.

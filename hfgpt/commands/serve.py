@@ -32,7 +32,7 @@ def serve(
         port: Port; 0: any that is free.
         page: Also serve a page to use the model in a browser, with these sampling settings.
         system: System prompt of the page.
-        fast: Generate with weights in float16, see `speed_up_generation`.
+        fast: Generate faster on a CPU, see `speed_up_generation`.
 
     Raises:
         InputError: A package is not installed, the address cannot be used, or the model is not a
