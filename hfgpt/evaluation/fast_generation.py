@@ -93,6 +93,15 @@ def is_plain(model: nn.Module) -> bool:
     blocks = model.model.layers
     if not all(type(block.self_attn) is HfGPTAttention and type(block.mlp) is HfGPTMLP for block in blocks):
         return False
+    if model.lm_head.bias is not None or model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    for block in blocks:
+        attention = block.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if len({projection.bias is None for projection in projections}) > 1:
+            return False
+    if any(isinstance(module, nn.LayerNorm) and module.bias is None for module in model.modules()):
+        return False
     activations = {block.mlp.act_fn for block in blocks}
     for module in model.modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
@@ -207,15 +216,16 @@ class FastLoop:
     def _read_weights(self):
         """Finds the weights, and copies them to float16 unless they are those of the last copy.
 
-        In float32, those of small models are copied each time, which takes less than a token.
+        In float32, those of small models are read each time, which takes about as long as a token or two.
         """
         if self.half:
             version = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
             if version == self.version:
                 return
-            self.version = version
         is_small = has_few_weights(*self.model.model.layers)
         self.step = SmallStep(self.model, self.half) if is_small else LargeStep(self.model, self.half)
+        if self.half:
+            self.version = version  # only now, since large weights are refused
 
     def _copy_caches(self, past: DynamicCache, size: int) -> list[torch.Tensor]:
         """Keys and values (2, H, size, D) of each block, with those of the prompt."""

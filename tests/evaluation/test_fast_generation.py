@@ -214,6 +214,9 @@ def replaced_forward(module):
         lambda model: replaced_forward(model.model.layers[0].mlp),
         lambda model: model.add_adapter(LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)),
         lambda model: setattr(model.model.layers[0], "mlp", torch.nn.Linear(16, 16)),
+        lambda model: setattr(model.model, "norm", torch.nn.LayerNorm(16, bias=False)),
+        lambda model: setattr(model, "lm_head", torch.nn.Linear(16, 64)),
+        lambda model: setattr(model.model.layers[0].self_attn, "k_proj", torch.nn.Linear(16, 16, bias=False)),
     ],
 )
 def test_changes_of_the_model_are_not_left_out(change, tiny_config, monkeypatch):
@@ -389,6 +392,16 @@ def test_half_refuses_what_is_too_large(model):
     speed_up_generation(model, half=True)
     with pytest.raises(InputError, match="a value became too large for float16: use half=False"):
         generate(model)
+
+
+@pytest.mark.parametrize("steps", ["in PyTorch"], indirect=True)
+def test_a_weight_that_is_too_large_is_refused_each_time(model):
+    speed_up_generation(model, half=True)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 70_000
+    for _ in range(2):
+        with pytest.raises(InputError, match="a weight is too large for float16"):
+            generate(model)
 
 
 @pytest.mark.parametrize("steps", ["in NumPy"], indirect=True)
