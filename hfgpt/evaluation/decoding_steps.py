@@ -16,8 +16,8 @@ from torch.nn import functional
 from hfgpt.errors import InputError
 from hfgpt.modeling_hfgpt import MANY_WEIGHTS, HfGPTBlock, HfGPTForCausalLM, multiply_row
 
-FEW_WEIGHTS = 2**18  # of the largest matrix in a block that is faster in NumPy, with a hidden size of up to 256
-PART = 2**13  # weights, so few that OpenBLAS does not divide their product among all threads, which would be slower
+FEW_WEIGHTS = 2**18  # of the largest matrix in a block that is faster in NumPy: a hidden size of 256
+PART = 2**13  # weights of one product: OpenBLAS divides larger ones among all threads, which is slower
 
 
 def has_few_weights(*modules: nn.Module) -> bool:
@@ -146,7 +146,7 @@ class LargeHead:
 
 
 class SmallStep:
-    """A step in NumPy, of a model whose blocks have few weights, which are copied.
+    """A step in NumPy, of a model whose blocks have few weights.
 
     Args:
         model: A model in float32 on the CPU.
@@ -165,7 +165,7 @@ class SmallStep:
         self.norm = SmallNorm(base.norm)
         self.head = SmallLinear(head) if has_few_weights(head) else LargeHead(head, half)
 
-    @np.errstate(all="ignore")  # as in PyTorch, values that are not finite are no error
+    @np.errstate(all="ignore")  # PyTorch does not warn of overflow and NaN either
     def __call__(self, token: int, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
         """As `LargeStep.__call__`."""
         row = self.embeddings[token] + self.positions[index]  # (C)
@@ -197,7 +197,7 @@ class SmallBlock:
         keys, values = cache[:, :, : index + 1]  # (H, S, D)
         scores = np.matmul(keys, (projected[0] * self.scaling)[:, :, np.newaxis])  # (H, S, 1)
         weights = np.exp(scores - np.maximum.reduce(scores, axis=1, keepdims=True))
-        totals = np.add.reduce(weights, axis=1, keepdims=True)  # as `sum`, which has a Python function around it
+        totals = np.add.reduce(weights, axis=1, keepdims=True)  # faster than `sum`, a Python function around it
         attended = np.matmul(weights.transpose(0, 2, 1), values) / totals  # (H, 1, D)
         row = row + self.output(attended.reshape(-1))
         activations = self.activation(torch.from_numpy(self.up(self.norm(row)))).numpy()
