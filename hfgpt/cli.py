@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that every `--help` answers 
 fix is one line on stderr and exit status 2; any other exception is a bug and keeps its traceback.
 """
 
+import atexit
 import dataclasses
 import difflib
 import errno
@@ -601,6 +602,23 @@ for _command in app.registered_commands:
 
 def main() -> NoReturn:
     """The console script."""
+    try:
+        _run()
+    except SystemExit as end:
+        distributed = sys.modules.get("torch.distributed")  # not imported by all commands
+        if distributed and distributed.is_initialized():
+            # A thread of gloo that releases its last tensors while Python shuts down would abort the process, and the
+            # launcher would then stop the others. destroy_process_group() does not end these threads after training
+            # with DistributedDataParallel (torch 2.13).
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
+
+
+def _run() -> NoReturn:
+    """Runs the command of the command line, and exits with its status; errors of users are one line."""
     # Before transformers and huggingface_hub are imported: they read these once.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -143,3 +143,31 @@ def test_a_result_that_cannot_be_written_is_reported(words):
     message = "hfgpt: No space left on device: while writing; free some space, or choose a folder on another disk\n"
     with open("/dev/full", "w") as full:
         assert run_into(full, words) == (2, message)
+
+
+LAST_WORDS = """
+import atexit, sys
+import torch
+from hfgpt import cli
+
+class Object:
+    def __del__(self):
+        print("Python shuts down")
+
+held, cleanup = Object(), atexit.register(print, "cleanup")
+if sys.argv[2:]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv.pop()}", rank=0, world_size=1)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("word", "status"), [("--version", 0), ("--typo", 2)])
+@pytest.mark.parametrize("group", [False, True])
+def test_one_of_several_processes_ends_without_the_shutdown_of_python(word, status, group, tmp_path):
+    """In which a thread of gloo that still releases a tensor would abort it; functions of atexit still run."""
+    words = [sys.executable, "-c", LAST_WORDS, word, *[str(tmp_path / "store")] * group]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == status, result.stderr
+    ending = ["cleanup"] if group else ["cleanup", "Python shuts down"]
+    assert result.stdout.splitlines()[not status :] == ending
+    assert result.stderr.startswith("hfgpt: ") is bool(status)
