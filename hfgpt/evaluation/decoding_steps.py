@@ -26,18 +26,32 @@ def has_few_weights(*modules: nn.Module) -> bool:
 
 
 class Layer(NamedTuple):
-    """The weight and the bias of a linear layer or a norm."""
+    """The weight and the bias of a linear layer."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
 
-def read_layer(*layers: nn.Module) -> Layer:
+def read_layer(*layers: nn.Linear) -> Layer:
     """The weights of a layer, or copies of those of several that have the same input, joined."""
     if len(layers) == 1:
         return Layer(layers[0].weight, layers[0].bias)
     biases = [layer.bias for layer in layers]
     return Layer(torch.cat([layer.weight for layer in layers]), None if biases[0] is None else torch.cat(biases))
+
+
+class Norm(NamedTuple):
+    """The arguments of `torch.layer_norm` after the first."""
+
+    shape: tuple[int, ...]
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+def read_norm(norm: nn.LayerNorm) -> Norm:
+    """What a norm computes with."""
+    return Norm(norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def halve(layer: Layer) -> Layer:
@@ -76,7 +90,7 @@ class LargeStep:
         base = model.model
         self.embeddings, self.positions = base.embed_tokens.weight, base.embed_positions.weight
         self.blocks = [LargeBlock(block, half) for block in base.layers]
-        self.norm, self.eps = read_layer(base.norm), base.norm.eps
+        self.norm = read_norm(base.norm)
         self.head = LargeHead(model.lm_head, half)
 
     def __call__(self, token: int, index: int, caches: list[torch.Tensor]) -> torch.Tensor:
@@ -94,7 +108,7 @@ class LargeStep:
             hidden = (self.embeddings[token] + self.positions[index]).unsqueeze(0)  # (1, C)
             for block, cache in zip(self.blocks, caches, strict=True):
                 hidden = block(hidden, index, cache)
-            logits = self.head(torch.layer_norm(hidden, hidden.shape[1:], *self.norm, self.eps))
+            logits = self.head(torch.layer_norm(hidden, *self.norm))
         return logits.clone()  # outside of inference mode, a tensor like any other
 
 
@@ -103,8 +117,8 @@ class LargeBlock:
 
     def __init__(self, block: HfGPTBlock, half: bool):
         attention, mlp = block.self_attn, block.mlp
-        self.num_heads, self.eps = attention.config.num_attention_heads, block.input_layernorm.eps
-        self.input_norm, self.norm = read_layer(block.input_layernorm), read_layer(block.post_attention_layernorm)
+        self.num_heads, self.scaling = attention.config.num_attention_heads, attention.scaling
+        self.input_norm, self.norm = read_norm(block.input_layernorm), read_norm(block.post_attention_layernorm)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         # Only copies are joined.
         layers = [read_layer(*projections)] if half else [read_layer(projection) for projection in projections]
@@ -114,14 +128,15 @@ class LargeBlock:
 
     def __call__(self, hidden: torch.Tensor, index: int, cache: torch.Tensor) -> torch.Tensor:
         """The hidden state (1, C) after this block."""
-        normed = torch.layer_norm(hidden, hidden.shape[1:], *self.input_norm, self.eps)
+        normed = torch.layer_norm(hidden, *self.input_norm)
         projected = torch.cat([multiply(normed, layer) for layer in self.projections], dim=1)
         projected = projected.view(3, self.num_heads, 1, -1)
         cache.narrow(2, index, 1).copy_(projected.narrow(0, 1, 2))
         keys, values = cache.narrow(2, 0, index + 1).split(1)  # (1, H, S, D)
-        attended = functional.scaled_dot_product_attention(projected.narrow(0, 0, 1), keys, values)
+        queries = projected.narrow(0, 0, 1)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, scale=self.scaling)
         hidden = hidden + multiply(attended.view(1, -1), self.output)
-        normed = torch.layer_norm(hidden, hidden.shape[1:], *self.norm, self.eps)
+        normed = torch.layer_norm(hidden, *self.norm)
         return hidden + multiply(self.activation(multiply(normed, self.up)), self.down)
 
 

@@ -138,6 +138,10 @@ class FastLoop:
         self.model, self.half, self.version = model, half, None
         self._read_weights()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles of the model, which read their own weights."""
+        return {"model": self.model, "half": self.half, "version": None}
+
     def __call__(
         self,
         input_ids: torch.LongTensor,
@@ -157,7 +161,7 @@ class FastLoop:
         self._read_weights()
         logits = self.model(input_ids, past_key_values=past, use_cache=True, logits_to_keep=1).logits[:, -1]
         caches = self._copy_caches(past, config.max_length)
-        ids = input_ids.new_empty(1, config.max_length)
+        ids = torch.empty(1, config.max_length, dtype=torch.int64)
         ids[:, :length] = input_ids
         row, ends = ids[0].numpy(), find_ends(stopping_criteria)
         kept_logits = () if config.return_dict_in_generate and config.output_logits else None
@@ -219,13 +223,25 @@ class FastLoop:
         In float32, those of small models are read each time, which takes about as long as a token or two.
         """
         if self.half:
-            version = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
+            version = self._find_version()
             if version == self.version:
                 return
         is_small = has_few_weights(*self.model.model.layers)
         self.step = SmallStep(self.model, self.half) if is_small else LargeStep(self.model, self.half)
         if self.half:
             self.version = version  # only now, since large weights are refused
+
+    def _find_version(self) -> list[Any]:
+        """What changes if a step is to be built again: the weights, or what else a block computes with."""
+        version: list[Any] = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
+        for module in self.model.modules():
+            if isinstance(module, nn.LayerNorm):
+                version.append(module.eps)
+            elif isinstance(module, HfGPTAttention):
+                version.append(module.scaling)
+            elif isinstance(module, HfGPTMLP):
+                version.append(module.act_fn)
+        return version
 
     def _copy_caches(self, past: DynamicCache, size: int) -> list[torch.Tensor]:
         """Keys and values (2, H, size, D) of each block, with those of the prompt."""

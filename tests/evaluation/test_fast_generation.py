@@ -4,6 +4,7 @@ Products with joined weights are the same sums; `CLOSE` allows for another order
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -339,6 +340,47 @@ def test_in_float32_all_changes_of_weights_are_noticed(model):
     assert changed.tolist() != before.tolist()
     del model.decoding_loop
     assert generate(model).tolist() == changed.tolist()
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.model.norm, "eps", 9),
+        lambda model: setattr(model.model.layers[0].input_layernorm, "eps", 9),
+        lambda model: setattr(model.model.layers[1].post_attention_layernorm, "eps", 9),
+        lambda model: setattr(model.model.layers[1].self_attn, "scaling", 1),
+        lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.Sigmoid()),
+    ],
+)
+def test_replaced_settings_are_noticed(change, half, model, monkeypatch):
+    settings = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4}
+    speed_up_generation(model, half)
+    before = torch.cat(generate(model, **settings).logits)
+    change(model)
+    positions = count_steps(model, monkeypatch)
+    changed = torch.cat(generate(model, **settings).logits)
+    assert len(positions) == 3
+    del model.decoding_loop
+    expected = torch.cat(generate(model, **settings).logits)
+    tolerance = (0.003 if half else 1e-5) * expected.abs().max()
+    assert (changed - expected).abs().max() < tolerance
+    assert (changed - before).abs().max() > 3 * tolerance
+
+
+def test_ids_of_32_bits(model):
+    expected = model.generate(PROMPT.int(), max_new_tokens=5, do_sample=False)
+    ids = speed_up_generation(model).generate(PROMPT.int(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(ids, expected)
+    assert ids.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_pickled_model_has_no_second_copy_of_its_weights(half, model):
+    size = len(pickle.dumps(model))
+    pickled = pickle.dumps(speed_up_generation(model, half))
+    assert len(pickled) < size + 1000
+    assert generate(pickle.loads(pickled)).tolist() == generate(model).tolist()
 
 
 def test_a_copy_and_a_saved_model_are_independent(model, tmp_path):
