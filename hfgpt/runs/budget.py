@@ -81,12 +81,11 @@ def fit_to_budget(
         The recipe with the choice, and the forecast; None if there is none, see `why_unknown`.
 
     Raises:
-        InputError: The budget is too short.
+        InputError: The budget is too short, or there is too little memory.
     """
     recipe = change(recipe, budget, {CONTEXT: context_length(recipe, None)})  # also that of a preset
     ngrams = measure_ngrams(data.splits["train"], data.splits["validation"])
-    with explained_memory(recipe.training):
-        candidate = choose(recipe, data, budget)
+    candidate = choose(recipe, data, budget)
     outlook, recipe = candidate.outlook, change(recipe, budget, candidate.outlook.values())
     began = time.perf_counter()
     TASK.sample(TASK.build(recipe, data).to(recipe.training.device), data, recipe)
@@ -140,13 +139,13 @@ def choose(recipe: Recipe, data: PretrainingData, budget: Budget) -> Candidate:
     """The best model for the time that is left, from small to large until two are not better.
 
     Raises:
-        InputError: The budget is too short even for the smallest model.
+        InputError: The budget is too short even for the smallest model, or it does not fit into memory.
     """
     best, best_loss, worse = None, math.inf, 0
     for layers, width in shapes_of(recipe, budget):
         try:
             candidate = measure(recipe, data, budget, layers, width)
-        except (InputError, MemoryError, torch.OutOfMemoryError):  # too little time or memory
+        except InputError:  # too little time or memory
             if best is None:
                 raise
             break
@@ -177,15 +176,16 @@ def measure(recipe: Recipe, data: PretrainingData, budget: Budget, layers: int, 
     """Measures the speed of a model in training and evaluation, and so the tokens that it can be trained on.
 
     Raises:
-        InputError: The budget is too short to train this model.
+        InputError: The budget is too short to train this model, or it does not fit into memory.
     """
     began, length = time.perf_counter(), data.row_length
     outlook = Outlook(layers, width, length, 1e6, data.report.split("train").tokens)
     shaped = change(recipe, budget, outlook.values())
-    model = TASK.build(shaped, data)
-    row, step = probe_seconds(model, shaped.training, length, PROBE)
-    planning = PLANNING + time.perf_counter() - began
-    ending = RECORDING + estimate_evaluation(model, data, shaped.training)
+    with explained_memory(shaped.training):
+        model = TASK.build(shaped, data)
+        row, step = probe_seconds(model, shaped.training, length, PROBE)
+        planning = PLANNING + time.perf_counter() - began
+        ending = RECORDING + estimate_evaluation(model, data, shaped.training)
     left = budget.left - planning - ending
     if left <= 0:
         raise too_short(budget, planning + ending, data)

@@ -136,16 +136,22 @@ def test_the_context_length_of_a_preset_is_kept(steady, load, tmp_path):
     assert model["hidden_size"] in {width for _, width in SMALL}
 
 
-def test_models_that_do_not_fit_into_memory_are_left_out(steady, load, tmp_path, monkeypatch):
-    probe = module.probe_seconds
+@pytest.mark.parametrize("bytes_too_many", [2**60, None])
+def test_models_that_do_not_fit_into_memory_are_left_out(bytes_too_many, steady, load, tmp_path, monkeypatch):
+    probe, most = module.probe_seconds, 16
 
     def probe_with_little_memory(model, *others):
-        if model.config.hidden_size > 16:
+        if model.config.hidden_size <= most:
+            return probe(model, *others)
+        if bytes_too_many is None:
             raise torch.OutOfMemoryError
-        return probe(model, *others)
+        torch.empty(bytes_too_many, dtype=torch.uint8)
 
     monkeypatch.setattr(module, "probe_seconds", probe_with_little_memory)
     assert choose(load, 3000, folder=tmp_path)["model"]["hidden_size"] == 16
+    most = 0
+    with pytest.raises(InputError, match="has too little memory for"):
+        choose(load, 3000, folder=tmp_path)
 
 
 def test_a_budget_that_leaves_no_time_is_refused_and_leaves_nothing(steady, train, tmp_path):
