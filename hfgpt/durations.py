@@ -44,5 +44,5 @@ def parse_duration(text: str, option: str) -> float:
         InputError: It is not a duration, or it is zero.
     """
     if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[smhd]", text):
-        raise InputError(f"{option} is '{text}'; it must be a number and a unit, such as 30m, 4h or 2d")
+        raise InputError(f"{option} is '{text}'; it must be a positive number and a unit, such as 90s, 5m, 4h or 2d")
     return float(text[:-1]) * UNITS[text[-1]]

@@ -13,7 +13,7 @@ def test_durations(text, seconds):
 
 @pytest.mark.parametrize("text", ["5", "0m", "m", "-5m", "5 m", "5min", "1e3s", ""])
 def test_invalid_durations_are_refused(text):
-    with pytest.raises(InputError, match=f"^--budget is '{text}'; it must be a number and a unit, such as 30m"):
+    with pytest.raises(InputError, match=f"^--budget is '{text}'; it must be a positive number and a unit"):
         parse_duration(text, "--budget")
 
 

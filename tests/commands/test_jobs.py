@@ -201,7 +201,7 @@ def test_what_only_this_machine_has_is_refused(place):
     [
         ({"flavor": "a10-small"}, "'a10-small' is not a flavor of HF Jobs; did you mean 'a10g-small'?"),
         ({"flavor": "?"}, "'\\?' is not a flavor of HF Jobs; the flavors are: cpu-basic, "),
-        ({"flavor": "h200", "timeout": "90"}, "--timeout is '90'; it must be a number and a unit, such as"),
+        ({"flavor": "h200", "timeout": "90"}, "--timeout is '90'; it must be a positive number and a unit, such as"),
         ({"flavor": "h200", "timeout": "0h"}, "--timeout is '0h'"),
     ],
 )
