@@ -57,7 +57,8 @@ Fast = Annotated[
     bool,
     typer.Option(
         "--fast",
-        help="On a CPU, up to five times as fast for one text. Large models are read in float16: the text can differ.",
+        help="On a CPU, up to five times as fast for one text at a time. Large models are read in float16, so that "
+        "the text can differ.",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Speed and memory of hfgpt beside transformers' GPT-2, and nanoGPT, measured on this machine: `hfgpt bench`."""
+"""Speed and memory of hfgpt compared with transformers' GPT-2 and nanoGPT, on this machine: `hfgpt bench`."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -22,7 +22,7 @@ USUAL, ALONE = "map and group_texts", "tokenizer alone"
 
 
 def measure_data(advance: Callable) -> list[Comparison]:
-    """Compares the pipelines, on generated stories and from one Arrow file; each writes its own cache.
+    """Compares the pipelines, on generated stories and from one Arrow file; the pipelines write their caches.
 
     Args:
         advance: Called after each measurement.

@@ -19,7 +19,7 @@ BATCHES = (1, 16)
 
 
 def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int, do_sample: bool) -> torch.Tensor:
-    """The ids (B, T) and as many new ones."""
+    """The ids (B, T), followed by new ones (B, T + new_tokens)."""
     if not hasattr(model, "prepare_inputs_for_generation"):  # nanoGPT, which always samples
         return model.generate(ids, new_tokens, top_k=50 if do_sample else 1)
     options = {"do_sample": True, "top_k": 50} if do_sample else {"do_sample": False}
@@ -31,7 +31,7 @@ def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int, do_sample: bo
 def measure_decoding(
     shape: Shape, bandwidth: float, device: torch.device, nanogpt: Path | None, advance: Callable
 ) -> list[Comparison]:
-    """Compares generation in float32, with the default settings of `generate`.
+    """Compares the speed of `generate` in float32, with its default settings.
 
     Args:
         shape: Model.

@@ -93,7 +93,7 @@ def _time_help() -> float:
 
 
 def measure_memory(nanogpt: Path | None, advance: Callable) -> list[Comparison]:
-    """Compares the peak memory of a training step of 4 x 512 tokens at GPT-2 small's size, without the libraries.
+    """Compares the peak memory of a step of 4 x 512 tokens at GPT-2 small's size, without the imported libraries.
 
     Args:
         nanogpt: A checkout of nanoGPT.

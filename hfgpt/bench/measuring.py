@@ -68,7 +68,7 @@ class Comparison:
 def measure_in_turns(
     contenders: Mapping[str, Callable[[], float]], advance: Callable[[], None], rounds: int = ROUNDS
 ) -> dict[str, list[float]]:
-    """Measures each contender once per round, each round in another order.
+    """Measures each contender once per round, in rotating order.
 
     Args:
         contenders: Name -> a function that measures once.

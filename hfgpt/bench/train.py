@@ -97,7 +97,7 @@ def precisions(device: torch.device) -> list[str]:
 
 
 def loop_cases(device: torch.device) -> dict[str, dict[str, str]]:
-    """Case -> contender -> precision: the same for both; and each with its own default, if that is not float32."""
+    """Case -> contender -> precision: the same for both; and if hfgpt's default is not float32, each with its own."""
     known = precisions(device)
     same = {precision: dict.fromkeys((HFGPT, GPT2), precision) for precision in known}
     return same if len(known) == 1 else same | {"defaults": {HFGPT: "bfloat16", GPT2: "float32"}}
@@ -140,7 +140,7 @@ def _compare_steps(
 def measure_loop(
     shape: Shape, case: str, precisions: dict[str, str], flops: float, advance: Callable
 ) -> list[Comparison]:
-    """Compares `Trainer` with GPT-2 and `HfGPTTrainer` with hfgpt, each in its own process.
+    """Compares GPT-2 trained by `Trainer` with hfgpt trained by `HfGPTTrainer`, each in its own process.
 
     In one process, a trainer would use the memory that an earlier one has kept.
 
@@ -161,7 +161,7 @@ def measure_loop(
 
 
 def run_loop(name: str, shape: Shape, precision: str) -> float:
-    """Trains one contender, and returns its tokens per second, that of the median step."""
+    """Trains one contender, and returns its tokens per second at the median time of a step."""
     device = find_device()
     model, clock = build_models(shape, device, only=name)[name], Clock()
     rows = torch.randint(shape.vocabulary, (64 * shape.rows, shape.length))

@@ -1,4 +1,4 @@
-"""`hfgpt bench`: speed and memory beside transformers' GPT-2, and nanoGPT, on this machine."""
+"""`hfgpt bench`: speed and memory compared with transformers' GPT-2 and nanoGPT, on this machine."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass

@@ -1,6 +1,6 @@
 """A step of fast generation: the logits after one token, in PyTorch for large models and in NumPy for small ones.
 
-In a small model, calling PyTorch's operations takes longer than what they compute. NumPy's take less time to call.
+In a small model, calling PyTorch's operations takes longer than the computation. NumPy's take less time to call.
 
 Shapes: C hidden size, H heads, D = C / H, S tokens attended to, V vocabulary size.
 """
@@ -21,7 +21,7 @@ PART = 2**13  # weights of one product: OpenBLAS divides larger ones among all t
 
 
 def has_few_weights(*modules: nn.Module) -> bool:
-    """Whether each weight of these modules is so small that NumPy multiplies it faster."""
+    """Whether each tensor of these modules has so few weights that NumPy multiplies it faster."""
     return all(weight.numel() <= FEW_WEIGHTS for module in modules for weight in module.parameters())
 
 

@@ -42,14 +42,14 @@ def speed_up_generation(model: HfGPTForCausalLM, half: bool = False) -> HfGPTFor
 
     Greedy decoding and sampling then use another loop, with any logits processors, stopping criteria and streamer.
     Batches, padding, other ways of decoding, a cache or positions of your own, returned attentions or hidden states,
-    and models with hooks or adapters still use transformers' loop.
+    and hooks or adapters that are added later still use transformers' loop.
 
     Args:
         model: A language model in float32 on the CPU.
-        half: Whether to read the weights in float16, half as many bytes, from a copy. Results of the matrix products
+        half: Whether to read the weights in float16, half as many bytes, from a copy. Matrix products and their inputs
             are rounded to float16, so that the text can differ. The prompt is still processed in float32, and so are
-            blocks with a hidden size of up to 256, where it is faster. The copy is made again when weights change,
-            but PyTorch does not notice changes through `.data`: then call this again.
+            blocks with a hidden size of up to 256, for which NumPy in float32 is faster. The copy is made again when
+            weights change, but PyTorch does not notice changes through `.data`: then call this again.
 
     Returns:
         The same model.
@@ -229,10 +229,10 @@ class FastLoop:
         is_small = has_few_weights(*self.model.model.layers)
         self.step = SmallStep(self.model, self.half) if is_small else LargeStep(self.model, self.half)
         if self.half:
-            self.version = version  # only now, since large weights are refused
+            self.version = version  # only now, since weights that overflow float16 are refused
 
     def _find_version(self) -> list[Any]:
-        """What changes if a step is to be built again: the weights, or what else a block computes with."""
+        """A value that changes whenever a step has to be built again: with the weights, or a setting of a block."""
         version: list[Any] = [(weight.data_ptr(), weight._version) for weight in self.model.parameters()]
         for module in self.model.modules():
             if isinstance(module, nn.LayerNorm):

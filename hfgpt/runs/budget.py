@@ -40,7 +40,7 @@ def check_budget(recipe: Recipe, budget: Budget):
     Raises:
         InputError: It does not.
     """
-    instead = "leave out --budget, and pass --training.max_seconds for a time limit"
+    instead = "leave out --budget, and pass --training.max_seconds (with --training.max_steps -1) for a time limit"
     if recipe.task != "pretrain" or recipe.model.path is not None:
         fact = "this recipe does not train a new language model, whose size --budget chooses"
         raise InputError(f"{fact}: {instead}")
@@ -94,7 +94,7 @@ def fit_to_budget(
     if seconds <= 0:
         raise too_short(budget, candidate.planning + ending, data)
     recipe = change(recipe, budget, {SECONDS: seconds})
-    parts = f"{seconds:,.0f} s for training and {ending:,.0f} s for the evaluation"
+    parts = f"{seconds:,.0f} s for training and {ending:,.0f} s for the evaluation and the records"
     told = f"budget: {budget.seconds:,.0f} s, of which {parts}"
     if reason := why_unknown(outlook, ngrams, budget, recipe.training.device):
         console.print(f"{told}; no forecast of the loss, since {reason}", highlight=False)
@@ -106,7 +106,7 @@ def fit_to_budget(
 
 
 def why_unknown(outlook: Outlook, ngrams: list[float], budget: Budget, device: torch.device) -> str | None:
-    """Why the scaling law may not hold for a run; None: it does."""
+    """Why the scaling law may not hold for a run; None if it holds."""
     if device.type != "cpu":
         return "the scaling law was measured on CPUs only"
     if other := sorted(budget.fixed & outlook.values().keys() - SIZES):
@@ -136,10 +136,10 @@ class Candidate:
 
 
 def choose(recipe: Recipe, data: PretrainingData, budget: Budget) -> Candidate:
-    """The best model for the time that is left, from small to large until two are not better.
+    """The best model for the time that is left, from small to large until two in a row are no better.
 
     Raises:
-        InputError: The budget is too short even for the smallest model, or it does not fit into memory.
+        InputError: The budget is too short even for the smallest model, or there is too little memory for it.
     """
     best, best_loss, worse = None, math.inf, 0
     for layers, width in shapes_of(recipe, budget):
@@ -168,15 +168,18 @@ def shapes_of(recipe: Recipe, budget: Budget) -> list[tuple[int, int]]:
     shapes = dict.fromkeys((layers or deep, width or wide) for deep, wide in SHAPES)
     usable = [(deep, wide) for deep, wide in shapes if width or wide % (heads or 1) == 0]
     if not usable:
-        raise InputError(f"no hidden size of --budget is a multiple of {heads} heads: also pass --model.hidden_size")
+        raise InputError(
+            f"none of the hidden sizes that --budget chooses from is divisible by {heads} heads: also pass "
+            "--model.hidden_size"
+        )
     return usable
 
 
 def measure(recipe: Recipe, data: PretrainingData, budget: Budget, layers: int, width: int) -> Candidate:
-    """Measures the speed of a model in training and evaluation, and so the tokens that it can be trained on.
+    """Measures the speed of a model in training and evaluation, and so how many tokens it has time to train on.
 
     Raises:
-        InputError: The budget is too short to train this model, or it does not fit into memory.
+        InputError: The budget is too short to train this model, or there is too little memory for it.
     """
     began, length = time.perf_counter(), data.row_length
     outlook = Outlook(layers, width, length, 1e6, data.report.split("train").tokens)
@@ -208,7 +211,7 @@ def estimate_evaluation(model: PreTrainedModel, data: PretrainingData, arguments
 
 
 def too_short(budget: Budget, needed: float, data: PretrainingData) -> InputError:
-    """The error of a budget that leaves no time for training; `needed` are the seconds for everything else."""
+    """The error of a budget that leaves no time for training; everything else still takes `needed` seconds."""
     tokens, used = data.report.split("validation").predicted_tokens, budget.seconds - budget.left
     return InputError(
         f"--budget is {budget.seconds:,.0f} s, which is too short: everything but the training takes about "

@@ -1,7 +1,7 @@
 """A scaling law: the expected loss of a new language model, from its size and the number of training tokens.
 
 The numbers below are fitted by `benchmarks/scaling.py` to the runs in `benchmarks/scaling.jsonl`, which have the batch
-sizes and learning rates of this file.
+sizes of this file and, before rounding, its learning rates.
 """
 
 import math
@@ -17,7 +17,7 @@ SHAPES = (
 # factor * millions ** -exponent.
 FACTOR, CONTEXT = 0.5111, 0.097
 WEIGHTS, TOKENS = (0.121, 0.356), (0.323, 0.502)
-SPREAD = 0.157  # relative half-width of the 95% prediction interval for a text that is not among the measured ones
+SPREAD = 0.157  # the 95% prediction interval for another text is the loss divided, and multiplied, by 1 + SPREAD
 LEAST_NGRAMS = 0.5  # of the unigram loss: the measured texts have 0.60 to 0.84, and generated ones as little as 0.16
 MOST_WEIGHTS, MOST_TOKENS = 3e7, 8e7  # ten times those of the largest measured runs
 # Epochs after which repeating the text adds little: Muennighoff et al., "Scaling Data-Constrained Language Models"

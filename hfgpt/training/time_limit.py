@@ -29,13 +29,13 @@ def without_step_limit(arguments: TrainingArguments, is_stream: bool) -> Trainin
 
 
 class TimeLimit(TrainerCallback):
-    """Ends a training with the step that is closest to `seconds`, including evaluations and checkpoints in between.
+    """Stops training after the step that ends closest to `seconds`; evaluations and checkpoints in between count.
 
     The schedule is one of `PARTS` steps, whose current step is set by the clock; a checkpoint contains it, and so the
     time that was used before it. In several processes, the slowest clock counts.
 
     Args:
-        seconds: Time from the first to the last step, over all processes that resumed the run.
+        seconds: Time from the first step to the last one, added up over the run and each time it was resumed.
     """
 
     def __init__(self, seconds: float):

@@ -58,7 +58,7 @@ def test_a_run_trains_the_chosen_model_for_the_time_that_is_left(budgeted):
 def test_the_forecast_is_shown_before_and_after(budgeted):
     forecast = read(budgeted.folder)[1].forecast
     assert forecast.low < forecast.loss < forecast.high
-    assert f" for the evaluation; forecast of the loss: {forecast.describe()}\n" in budgeted.shown
+    assert f" for the evaluation and the records; forecast of the loss: {forecast.describe()}\n" in budgeted.shown
     assert describe_forecast(forecast, budgeted.metrics["eval_loss"]) + "\n" in budgeted.shown
 
 
@@ -201,6 +201,6 @@ def test_only_models_that_the_given_heads_divide_are_measured(steady, load, tmp_
 
     assert shapes(32) == [(2, 32), (2, 64)]
     with pytest.raises(
-        InputError, match=r"no hidden size of --budget is a multiple of 7 heads: also pass --model.hid"
+        InputError, match=r"hidden sizes that --budget chooses from is divisible by 7 heads: also pass --model.hid"
     ):
         shapes(7)
