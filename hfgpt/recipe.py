@@ -299,7 +299,8 @@ def find_recipe(name: str) -> Path:
         raise InputError(f"recipe '{name}' is a folder: give a .yaml file in it")
     if path.suffix in (".yaml", ".yml"):
         raise InputError(f"the recipe file '{name}' does not exist{nearest(name)}: check the path")
-    near = difflib.get_close_matches(name, recipe_names(), n=1)
+    own = f"{name}.yaml"
+    near = [own] if Path(own).is_file() else difflib.get_close_matches(name, recipe_names(), n=1)
     remedy = f"did you mean '{near[0]}'?" if near else "hfgpt recipes lists the recipes"
     raise InputError(f"there is no recipe or .yaml file '{name}'; {remedy}")
 

@@ -557,6 +557,7 @@ def test_a_missing_recipe(write, tmp_path):
     assert refusal("shakespear-char") == (
         "there is no recipe or .yaml file 'shakespear-char'; did you mean 'shakespeare-char'?"
     )
+    assert refusal("r") == "there is no recipe or .yaml file 'r'; did you mean 'r.yaml'?"
     assert refusal("zzz") == "there is no recipe or .yaml file 'zzz'; hfgpt recipes lists the recipes"
     assert refusal("rr.yaml") == "the recipe file 'rr.yaml' does not exist (nearest: r.yaml): check the path"
     assert refusal("no/where.yaml") == "the recipe file 'no/where.yaml' does not exist: check the path"

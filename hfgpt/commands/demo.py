@@ -1,6 +1,7 @@
 """`hfgpt demo`: all stages on generated text, without network access, and a table of the results."""
 
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hfgpt.errors import Interrupted
 from hfgpt.evaluation.classification import predict
 from hfgpt.evaluation.generation import SamplingArguments, generate_texts
 from hfgpt.models import find_model, load_classifier
 from hfgpt.output import PlainConsole, stderr_console
-from hfgpt.recipe import load_recipe
+from hfgpt.recipe import Recipe, load_recipe
 from hfgpt.records import RunRecord
 from hfgpt.runs.run import run
 from hfgpt.serving.conversation import Chat
@@ -40,17 +42,19 @@ def run_demo(
 
     Raises:
         InputError: The folder contains another run.
+        Interrupted: Ctrl-C; the message tells how to finish the run that was stopped.
     """
     console, progress, overrides = console or PlainConsole(), stderr_console(), overrides or {}
     folder = output_dir or _free_folder(Path("runs"))
     folders = {"demo": folder, "demo-messages": folder / "messages", "demo-instructions": folder / "instructions"}
 
-    def recipe(name: str):
+    def words(name: str) -> list[str]:
         base = [] if name == "demo" else ["--model.path", str(folder)]
-        return load_recipe(name, [*base, *overrides.get(name, ()), "--training.output_dir", str(folders[name])])
+        return [name, *base, *overrides.get(name, ()), "--training.output_dir", str(folders[name])]
 
     progress.rule("1  Train a small GPT on generated stories")
-    metrics = {"demo": run(recipe("demo"), console=progress)}
+    progress.print(f"everything is saved in {folder}", highlight=False, markup=False)
+    metrics = {"demo": _train(words("demo"), progress)}
 
     progress.rule("2  Load it like any transformers model and generate text")
     model, tokenizer = find_model(str(folder)).load_with_tokenizer()
@@ -59,15 +63,15 @@ def run_demo(
         console.print(generate_texts(model, tokenizer, prompt, arguments)[0], highlight=False, end="\n\n")
 
     progress.rule("3  Fine-tune it with LoRA to classify notes")
-    metrics["demo-messages"] = run(recipe("demo-messages"), console=progress)
+    metrics["demo-messages"] = _train(words("demo-messages"), progress)
     model, tokenizer, _ = load_classifier(find_model(str(folders["demo-messages"])))
-    for found in predict(model, tokenizer, recipe("demo-messages").evaluation.prompts):
+    for found in predict(model, tokenizer, _load(words("demo-messages")).evaluation.prompts):
         console.print(f"{found.text}\n  -> {found.label} ({found.score:.3f})", highlight=False, end="\n\n")
 
     progress.rule("4  Fine-tune all its weights to follow instructions")
-    metrics["demo-instructions"] = run(recipe("demo-instructions"), console=progress)
+    metrics["demo-instructions"] = _train(words("demo-instructions"), progress)
     model, tokenizer = find_model(str(folders["demo-instructions"])).load_with_tokenizer()
-    for question in recipe("demo-instructions").evaluation.prompts:
+    for question in _load(words("demo-instructions")).evaluation.prompts:
         answer = Chat(model, tokenizer, SamplingArguments(greedy=True)).answer(question)
         console.print(f"{question}\n  -> {answer}", highlight=False, end="\n\n")
 
@@ -100,6 +104,20 @@ def stack_cells(table: Table) -> str:
     """A table for a narrow terminal: the cells of a row below its first one."""
     rows = zip(*(column.cells for column in table.columns), strict=True)
     return "\n".join("\n    ".join(str(cell).strip() for cell in row if cell) for row in rows)
+
+
+def _load(words: list[str]) -> Recipe:
+    """The recipe of a command `hfgpt train WORDS`."""
+    return load_recipe(words[0], words[1:])
+
+
+def _train(words: list[str], console: Console) -> dict[str, Any]:
+    """Trains it; if it is stopped, the message has a command that finishes it."""
+    try:
+        return run(_load(words), console=console)
+    except Interrupted as error:
+        command = shlex.join(["hfgpt", "train", *words, "--resume"])
+        raise Interrupted(f"the demo was stopped; to finish this run, without the rest: {command}") from error
 
 
 def _free_folder(parent: Path) -> Path:

@@ -1,8 +1,23 @@
-"""The table at the end of `hfgpt demo`."""
+"""`hfgpt demo`: what it says when it is stopped, and the table at its end."""
 
+import pytest
 from rich.table import Table
 
-from hfgpt.commands.demo import stack_cells
+from hfgpt.commands import demo
+from hfgpt.commands.demo import run_demo, stack_cells
+from hfgpt.errors import Interrupted
+
+
+def test_a_demo_that_is_stopped_names_a_command_that_finishes_the_run(tmp_path, monkeypatch):
+    def stop(recipe, console):
+        raise Interrupted("rerun the command with --resume")
+
+    monkeypatch.setattr(demo, "run", stop)
+    folder = tmp_path / "the demo"
+    command = f"hfgpt train demo --training.seed 3 --training.output_dir '{folder}' --resume"
+    with pytest.raises(Interrupted) as stopped:
+        run_demo(folder, {"demo": ["--training.seed", "3"]})
+    assert str(stopped.value) == f"the demo was stopped; to finish this run, without the rest: {command}"
 
 
 def test_on_a_narrow_terminal_each_cell_of_a_row_is_a_line():
