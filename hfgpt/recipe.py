@@ -302,7 +302,7 @@ def find_recipe(name: str) -> Path:
     own = f"{name}.yaml"
     near = [own] if Path(own).is_file() else difflib.get_close_matches(name, recipe_names(), n=1)
     remedy = f"did you mean '{near[0]}'?" if near else "hfgpt recipes lists the recipes"
-    raise InputError(f"there is no recipe or .yaml file '{name}'; {remedy}")
+    raise InputError(f"the recipe '{name}' does not exist; {remedy}")
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

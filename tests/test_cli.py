@@ -414,7 +414,7 @@ TRAIN = "train tiny.yaml --training.output_dir new"
         ("plan tiny.yaml --jsno", "there is no option '--jsno'; did you mean '--json'?"),
         ("train tiny.yaml extra", "unrecognized arguments: extra; overrides must have the form --section.key value"),
         ("train tinny.yaml", "the recipe file 'tinny.yaml' does not exist (nearest: tiny.yaml): check the path"),
-        ("plan shakespere-char", "no recipe or .yaml file 'shakespere-char'; did you mean 'shakespeare-char'?"),
+        ("plan shakespere-char", "the recipe 'shakespere-char' does not exist; did you mean 'shakespeare-char'?"),
         ("inspect wrong.yaml", "wrong.yaml, line 2: there is no key 'hiden_size' in section 'model'; did you mean"),
         ("train tiny.yaml --data.pth x", "there is no key 'pth' in section 'data'; did you mean 'path'?"),
         ("train tiny.yaml --training.max_steps few", "training.max_steps is 'few'; it must be an integer"),

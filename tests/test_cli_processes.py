@@ -52,7 +52,7 @@ REFUSED = {
     "train r.yaml --modle.path x": "there is no section 'modle'; did you mean 'model'?",
     "plan key.yaml": "key.yaml, line 2: there is no key 'strid' in section 'data'; did you mean 'stride'?",
     "inspect wrong.yaml": "wrong.yaml, line 2: invalid YAML: expected the node content, but found '<stream end>'",
-    "train shakespear-char": ("there is no recipe or .yaml file 'shakespear-char'; did you mean 'shakespeare-char'?"),
+    "train shakespear-char": "the recipe 'shakespear-char' does not exist; did you mean 'shakespeare-char'?",
     "train r.yaml --data.path r.txt": "data.path 'r.txt' does not exist: check the path",
     "train r.yaml --model.path=r.yaml": (
         "'r.yaml' is a file; a model is a folder with config.json and weights, or a Hub id"

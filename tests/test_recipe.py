@@ -555,10 +555,10 @@ def test_a_missing_recipe(write, tmp_path):
     write("task: pretrain\n")
     (tmp_path / "folder.yaml").mkdir()
     assert refusal("shakespear-char") == (
-        "there is no recipe or .yaml file 'shakespear-char'; did you mean 'shakespeare-char'?"
+        "the recipe 'shakespear-char' does not exist; did you mean 'shakespeare-char'?"
     )
-    assert refusal("r") == "there is no recipe or .yaml file 'r'; did you mean 'r.yaml'?"
-    assert refusal("zzz") == "there is no recipe or .yaml file 'zzz'; hfgpt recipes lists the recipes"
+    assert refusal("r") == "the recipe 'r' does not exist; did you mean 'r.yaml'?"
+    assert refusal("zzz") == "the recipe 'zzz' does not exist; hfgpt recipes lists the recipes"
     assert refusal("rr.yaml") == "the recipe file 'rr.yaml' does not exist (nearest: r.yaml): check the path"
     assert refusal("no/where.yaml") == "the recipe file 'no/where.yaml' does not exist: check the path"
     assert refusal("folder.yaml") == "recipe 'folder.yaml' is a folder: give a .yaml file in it"

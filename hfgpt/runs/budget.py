@@ -136,7 +136,9 @@ class Candidate:
 
 
 def choose(recipe: Recipe, data: PretrainingData, budget: Budget) -> Candidate:
-    """The best model for the time that is left, from small to large until two in a row are no better.
+    """The best model for the time that is left.
+
+    It tries models from small to large, and stops after two in a row that are no better.
 
     Raises:
         InputError: The budget is too short even for the smallest model, or there is too little memory for it.
